@@ -1,0 +1,439 @@
+"""Documents to rows of equal length, and rows to batches that are the same at any number of ranks.
+
+A document of n ids takes n - 1 positions: inputs ids[:-1], labels ids[1:], -100 where the mask of the label is 0.
+A plan says which documents share a row; it depends on the cache and max_seq_len alone and lies beside the tokens.
+The order of the rows depends on (seed, epoch) alone. The n-th global batch, that of one optimizer step, is the n-th run
+of batch_size * accumulation_steps * world_size rows in that order, however these are split.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from dataset.token_cache import Progress, TokenCache, file_lock, replaced_folder, write_array, writing_errors
+
+PLAN_VERSION = 1
+SCAN_TOKENS = 4 << 20  # looked at together while planning: bounds memory, whatever the size of the data
+WINDOW_SEGMENTS = 64 << 10  # packed together; larger fills better and costs memory
+PLAN_ARRAYS = {"segment_start": np.int64, "segment_length": np.int32, "row_start": np.int64, "row_targets": np.int32}
+
+
+class PackingPlan:
+    """An opened plan; pickles as its folder.
+
+    A segment is a piece of one document: positions [start, start + length) of the cache's tokens are inputs, the same
+    moved by one are labels. Row r holds segments row_start[r] to row_start[r + 1]. For preferences a row is one pair,
+    its two segments chosen and rejected; these are laid out in rows of positions when a batch is made.
+
+    segment_start int64 (segments,), segment_length int32 (segments,) in positions, row_start int64 (num_rows + 1,),
+    row_targets int32 (num_rows,): memory maps. fill: share of positions used (preferences: of the rows that a pair
+    alone would take). stats: documents, segments, truncated (turns dropped at the end), cut (last answer cut),
+    split (documents longer than a row), skipped (no target), positions, targets.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        meta = json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))
+        self.max_seq_len = meta["max_seq_len"]
+        self.num_rows = meta["num_rows"]
+        self.max_segments_per_row = meta["max_segments_per_row"]
+        self.fill = meta["fill"]
+        self.stats = meta["stats"]
+        segments = self.stats["segments"]
+        counts = (segments, segments, self.num_rows + 1, self.num_rows)
+        for (name, dtype), count in zip(PLAN_ARRAYS.items(), counts, strict=True):
+            setattr(self, name, np.memmap(self.folder / f"{name}.bin", dtype, mode="r", shape=(count,)))
+
+    def __reduce__(self):
+        return PackingPlan, (self.folder,)
+
+
+def build_plan(cache: TokenCache, max_seq_len: int, show_progress: bool = True) -> PackingPlan:
+    """The plan for rows of max_seq_len positions, made now if the cache's folder does not hold it yet.
+
+    ValueError: no document has a target within max_seq_len, or the plan cannot be written.
+    """
+    if max_seq_len < 1:
+        raise ValueError(f"--max_seq_len must be at least 1, not {max_seq_len}")
+    folder = cache.folder / f"plan_{max_seq_len}_v{PLAN_VERSION}"
+    plan = _open_whole(folder)
+    if plan is None:
+        with writing_errors(folder.parent, "the packing plan"):
+            with file_lock(folder.with_suffix(".lock"), show_progress, f"the packing plan of {cache.folder.name}"):
+                plan = _open_whole(folder)
+                if plan is None:
+                    with replaced_folder(folder) as unfinished:
+                        _write_plan(unfinished, cache, max_seq_len, show_progress)
+                    plan = PackingPlan(folder)
+    return plan
+
+
+def _open_whole(folder: Path) -> PackingPlan | None:
+    try:
+        return PackingPlan(folder)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _write_plan(folder: Path, cache: TokenCache, max_seq_len: int, show_progress: bool) -> None:
+    find_segments = {"pretrain": _pieces, "conversation": _conversations, "preference": _pairs}[cache.kind]
+    stats = dict.fromkeys(("documents", "segments", "truncated", "cut", "split", "skipped", "positions", "targets"), 0)
+    num_rows = max_segments = lone_rows = 0
+    waiting = []  # (start, length, targets) arrays of segments that are not in a row yet
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in PLAN_ARRAYS}
+        progress = stack.enter_context(Progress("packing", cache.meta["tokens"], " tokens", show_progress))
+
+        def write_rows() -> None:
+            nonlocal num_rows, max_segments, lone_rows
+            start, length, targets = map(np.concatenate, zip(*waiting, strict=True))
+            waiting.clear()
+            if not len(start):
+                return
+            if cache.kind == "preference":
+                row, order = np.arange(len(start)) // 2, slice(None)
+                lone_rows += int((1 + (length.reshape(-1, 2).sum(1) > max_seq_len)).sum())
+            else:
+                row = best_fit(length, max_seq_len)
+                order = np.argsort(row, kind="stable")
+            counts = np.bincount(row)
+            first = np.concatenate(([0], np.cumsum(counts)))
+            write_array(files["row_start"], (stats["segments"] + first[:-1]).astype(np.int64))
+            write_array(files["segment_start"], start[order].astype(np.int64))
+            write_array(files["segment_length"], length[order].astype(np.int32))
+            write_array(files["row_targets"], np.add.reduceat(targets[order], first[:-1]).astype(np.int32))
+            stats["segments"] += len(start)
+            stats["positions"] += int(length.sum())
+            stats["targets"] += int(targets.sum())
+            num_rows += len(counts)
+            max_segments = max(max_segments, int(counts.max()))
+
+        for first, last in _document_ranges(cache.offsets, 2 if cache.kind == "preference" else 1):
+            waiting.append(find_segments(cache, first, last, max_seq_len, stats))
+            if sum(len(start) for start, _, _ in waiting) >= WINDOW_SEGMENTS:
+                write_rows()
+            stats["documents"] += last - first
+            progress.update(int(cache.offsets[last] - cache.offsets[first]))
+        if waiting:
+            write_rows()
+        write_array(files["row_start"], np.array([stats["segments"]], np.int64))
+    if not num_rows:
+        raise ValueError(
+            f"none of the {stats['documents']:,} documents of {cache.meta['data_path']} has a token to learn within "
+            f"--max_seq_len {max_seq_len}; make it larger"
+        )
+    rows_used = lone_rows if cache.kind == "preference" else num_rows
+    meta = {
+        "max_seq_len": max_seq_len,
+        "num_rows": num_rows,
+        "max_segments_per_row": max_segments,
+        "fill": stats["positions"] / (rows_used * max_seq_len),
+        "stats": stats,
+    }
+    (folder / "plan.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
+
+
+def _document_ranges(offsets: np.ndarray, group: int) -> Iterator[tuple[int, int]]:
+    """Runs of documents of about SCAN_TOKENS tokens; documents come in groups that stay together."""
+    first, count = 0, len(offsets) - 1
+    while first < count:
+        last = int(np.searchsorted(offsets, offsets[first] + SCAN_TOKENS, "right")) - 1
+        last = min(max(last - last % group, first + group), count)
+        yield first, last
+        first = last
+
+
+# Each of the next three returns the segments of documents [first, last) as (start, length, targets), int64 arrays, and
+# adds to stats what it left out.
+
+
+def _pieces(cache: TokenCache, first: int, last: int, max_seq_len: int, stats: dict) -> tuple[np.ndarray, ...]:
+    """Pretrain: pieces of max_seq_len positions. The last input of a piece has the first input of the next as label."""
+    offsets = np.asarray(cache.offsets[first : last + 1])
+    positions = np.diff(offsets) - 1
+    pieces = -(-positions // max_seq_len)
+    stats["skipped"] += int((positions < 1).sum())
+    stats["split"] += int((pieces > 1).sum())
+    document = np.repeat(np.arange(last - first), pieces)
+    number = np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # of the piece in its document
+    start = offsets[document] + number * max_seq_len
+    length = np.minimum(positions[document] - number * max_seq_len, max_seq_len)
+    return start, length, length
+
+
+def _conversations(cache: TokenCache, first: int, last: int, max_seq_len: int, stats: dict) -> tuple[np.ndarray, ...]:
+    """Conversations: whole, or up to the end of the last answer that fits, or with the first answer cut."""
+    offsets, mask, size, fits = _read_masks(cache, first, last, max_seq_len)
+    start = offsets[:-1]
+    answer_ends = np.flatnonzero(mask[:-1] > mask[1:])  # the eos of each answer: the "\n" after it is no target
+    # The last answer that ends within the row, or -1.
+    index = np.searchsorted(answer_ends, start + max_seq_len, "right") - 1
+    end = np.append(answer_ends, -1)[index]
+    whole_answer = end >= start
+    # The "\n" after eos stays where there is room: without it the conversation loses nothing that is learned.
+    kept = np.where(whole_answer, np.minimum(end + 2 - start, max_seq_len + 1), max_seq_len + 1)
+    kept = np.where(fits, size, kept)
+    has_target, targets = _count_targets(mask, start, kept)
+    complete = fits | (whole_answer & (offsets[1:] - end <= 2))
+    stats["truncated"] += int((~complete & whole_answer).sum())
+    stats["cut"] += int((~complete & ~whole_answer & has_target).sum())
+    stats["skipped"] += int((~has_target).sum())
+    return (cache.offsets[first] + start)[has_target], (kept - 1)[has_target], targets[has_target]
+
+
+def _pairs(cache: TokenCache, first: int, last: int, max_seq_len: int, stats: dict) -> tuple[np.ndarray, ...]:
+    """Preferences: answers are cut at the end of the row; a pair stays if both sides keep a target."""
+    offsets, mask, size, fits = _read_masks(cache, first, last, max_seq_len)
+    start = offsets[:-1]
+    kept = np.where(fits, size, max_seq_len + 1)
+    has_target, targets = _count_targets(mask, start, kept)
+    pair_kept = np.repeat(has_target.reshape(-1, 2).all(1), 2)
+    stats["cut"] += int((pair_kept & (_count_targets(mask, start, size)[1] > targets)).sum())
+    stats["skipped"] += int((~pair_kept).sum()) // 2
+    return (cache.offsets[first] + start)[pair_kept], (kept - 1)[pair_kept], targets[pair_kept]
+
+
+def _read_masks(cache: TokenCache, first: int, last: int, max_seq_len: int) -> tuple[np.ndarray, ...]:
+    """Of documents [first, last): borders and mask counted from the first one's begin, sizes, and which fit a row."""
+    offsets = np.asarray(cache.offsets[first : last + 1])
+    mask = np.asarray(cache.mask[offsets[0] : offsets[-1]])
+    size = np.diff(offsets)
+    return offsets - offsets[0], mask, size, size <= max_seq_len + 1
+
+
+def _count_targets(mask: np.ndarray, start: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(any, number) of targets in the first so many ids of each document; its first id is never one."""
+    before = np.concatenate(([0], np.cumsum(mask, dtype=np.int64)))
+    targets = before[start + kept] - before[start + 1]
+    return targets > 0, targets
+
+
+def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """The row of each length, longest first, each into the fullest row that still takes it.
+
+    lengths int (n,), all in 1..capacity. Returns int64 (n,): rows counted in the order of their first length.
+    Equal lengths are placed together, so the cost is that of the distinct lengths, not of n.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    distinct, counts = np.unique(lengths, return_counts=True)
+    free = [[] for _ in range(capacity + 1)]  # free[r]: rows with r positions left
+    some_free = 0  # bit r is set where free[r] has rows
+    num_rows = 0
+    placed_in = []
+    for length, count in zip(distinct[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        while count:
+            candidates = some_free >> length
+            left = length + (candidates & -candidates).bit_length() - 1 if candidates else capacity
+            per_row = left // length  # a row that took one is the fullest that takes the next
+            needed = -(-count // per_row)
+            if candidates:
+                rows = free[left][-needed:]
+                del free[left][-needed:]
+                if not free[left]:
+                    some_free &= ~(1 << left)
+            else:
+                rows = list(range(num_rows, num_rows + needed))
+                num_rows += needed
+            placed = min(count, per_row * len(rows))
+            count -= placed
+            placed_in.append(np.repeat(np.array(rows, np.int64), per_row)[:placed])
+            in_last = placed - per_row * (len(rows) - 1)
+            for remaining, some_rows in ((left - per_row * length, rows[:-1]), (left - in_last * length, rows[-1:])):
+                if remaining and some_rows:
+                    free[remaining] += some_rows
+                    some_free |= 1 << remaining
+    row = np.empty(len(lengths), np.int64)
+    row[order] = np.concatenate(placed_in)
+    # Rows in the order of the file: numbered by where each first occurs.
+    first = np.full(num_rows, len(lengths))
+    np.minimum.at(first, row, np.arange(len(lengths)))
+    rank = np.empty(num_rows, np.int64)
+    rank[np.argsort(first)] = np.arange(num_rows)
+    return rank[row]
+
+
+class _Batches(Dataset):
+    """Micro-batches of one rank in one epoch. Item i belongs to optimizer step i // accumulation_steps.
+
+    For DataLoader(batches, batch_size=None, sampler=range(start, len(batches))). Pickles without its order.
+    """
+
+    kinds = ()
+    counted = ""
+
+    def __init__(
+        self,
+        cache: TokenCache,
+        plan: PackingPlan,
+        *,
+        batch_size: int,
+        accumulation_steps: int = 1,
+        world_size: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+        epoch: int = 0,
+        shuffle: bool = True,
+        pad_id: int = 0,
+    ):
+        if cache.kind not in self.kinds:
+            raise ValueError(f"{type(self).__name__} takes {' or '.join(self.kinds)} records, not {cache.kind}")
+        for flag, value in (("batch_size", batch_size), ("accumulation_steps", accumulation_steps)):
+            if value < 1:
+                raise ValueError(f"--{flag} must be at least 1, not {value}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not one of {world_size} ranks")
+        if seed < 0 or epoch < 0:
+            raise ValueError(f"seed and epoch must not be negative, not {seed} and {epoch}")
+        self.cache, self.plan = cache, plan
+        self.batch_size, self.accumulation_steps = batch_size, accumulation_steps
+        self.world_size, self.rank = world_size, rank
+        self.seed, self.epoch, self.shuffle, self.pad_id = seed, epoch, shuffle, pad_id
+        self.global_batch_size = batch_size * accumulation_steps * world_size
+        self.steps_per_epoch = -(-plan.num_rows // self.global_batch_size)
+        self._order = None
+        self._step = (None, None, None)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_order": None, "_step": (None, None, None)}
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch * self.accumulation_steps
+
+    def step_rows(self, step: int) -> np.ndarray:
+        """Rows of the plan that make the global batch of an optimizer step, over all ranks."""
+        if self._order is None:
+            dtype = np.int32 if self.plan.num_rows < 1 << 31 else np.int64
+            self._order = np.arange(self.plan.num_rows, dtype=dtype)
+            if self.shuffle:
+                np.random.default_rng((self.seed, self.epoch)).shuffle(self._order)
+        return self._order[step * self.global_batch_size : (step + 1) * self.global_batch_size]
+
+    def _rows_and_totals(self, index: int) -> tuple[np.ndarray, dict[str, int]]:
+        """Rows of a micro-batch, fewer than batch_size in a ragged last step, and the totals of its step."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"micro-batch {index} of {len(self)}")
+        step, micro_batch = divmod(int(index), self.accumulation_steps)
+        if self._step[0] != step:
+            rows = self.step_rows(step)
+            totals = {
+                "step_targets": int(self.plan.row_targets[rows].sum(dtype=np.int64)),
+                "step_documents": int((self.plan.row_start[rows + 1] - self.plan.row_start[rows]).sum()),
+                self.counted: len(rows),
+            }
+            self._step = (step, rows, totals)
+        _, rows, totals = self._step
+        # Every so-many-th row, so that a ragged last step is spread over all ranks and micro-batches.
+        share = micro_batch * self.world_size + self.rank
+        return rows[share :: self.accumulation_steps * self.world_size], totals
+
+    def _segments(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(start, length, place in rows) of the segments of some rows of the plan, in order."""
+        first = self.plan.row_start[rows]
+        counts = self.plan.row_start[rows + 1] - first
+        index = np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+        place = np.repeat(np.arange(len(rows)), counts)
+        return self.plan.segment_start[index], self.plan.segment_length[index].astype(np.int64), place
+
+    def _lay_out(
+        self,
+        start: np.ndarray,
+        length: np.ndarray,
+        row: np.ndarray,
+        number: np.ndarray,
+        num_rows: int,
+        num_borders: int,
+    ) -> dict:
+        """A batch of num_rows rows from segments that are sorted by row. number is what document_ids calls each."""
+        seq = self.plan.max_seq_len
+        padding = seq - np.bincount(row, length, num_rows).astype(np.int64)
+        # The stream: all documents of a row, then its padding as a document of its own; empty ones make no border.
+        is_document = np.zeros(len(start) + num_rows, bool)
+        is_document[np.arange(len(start)) + row] = True
+        sizes, sources, numbers = (np.empty(len(is_document), np.int64) for _ in range(3))
+        sizes[is_document], sizes[~is_document] = length, padding
+        sources[is_document], sources[~is_document] = start, 0
+        numbers[is_document], numbers[~is_document] = number, -1
+        ends = np.cumsum(sizes)
+        begins = ends - sizes
+        borders = np.full(num_borders, num_rows * seq, np.int32)
+        borders[0] = 0
+        kept_ends = ends[sizes > 0]
+        borders[1 : len(kept_ends) + 1] = kept_ends
+
+        position_ids = np.arange(num_rows * seq) - np.repeat(begins, sizes)
+        document_ids = np.repeat(numbers.astype(np.int32), sizes)
+        real = document_ids >= 0
+        source = (np.repeat(sources, sizes) + position_ids)[real]
+        tokens = self.cache.tokens
+        input_ids = np.full(num_rows * seq, self.pad_id, np.int64)
+        input_ids[real] = tokens[source]
+        labels = np.full(num_rows * seq, -100, np.int64)
+        targets = tokens[source + 1].astype(np.int64)
+        if self.cache.mask is not None:
+            targets[self.cache.mask[source + 1] == 0] = -100
+        labels[real] = targets
+        shape = (num_rows, seq)
+        return {
+            "input_ids": torch.from_numpy(input_ids.reshape(shape)),
+            "labels": torch.from_numpy(labels.reshape(shape)),
+            "position_ids": torch.from_numpy(position_ids.reshape(shape)),
+            "document_ids": torch.from_numpy(document_ids.reshape(shape)),
+            "cu_seqlens": torch.from_numpy(borders),
+            "max_seqlen": seq,
+            "target_tokens": int((targets != -100).sum()),
+            "real_tokens": len(source),
+            "num_documents": len(start),
+        }
+
+
+class PackedBatches(_Batches):
+    """Rows of pretrain documents or conversations; batch_size counts rows. An item is a dict:
+
+    input_ids, labels (-100: no target), position_ids (from 0 in each document): int64 (batch_size, max_seq_len)
+    document_ids int32 (batch_size, max_seq_len): number of the document in the micro-batch, -1 on padding
+    cu_seqlens int32 (batch_size * (max_segments_per_row + 1) + 1,): borders of the documents in the flattened rows, a
+        row's padding counting as one; the end is repeated, so that the shape never changes
+    max_seqlen; target_tokens, real_tokens, num_documents: of the micro-batch
+    step_targets, step_documents, step_rows: of the whole optimizer step, all micro-batches of all ranks
+    Where the last step has too few rows, the rest of the rows is padding.
+    """
+
+    kinds = ("pretrain", "conversation")
+    counted = "step_rows"
+
+    def __getitem__(self, index: int) -> dict:
+        rows, totals = self._rows_and_totals(index)
+        start, length, place = self._segments(rows)
+        num_borders = self.batch_size * (self.plan.max_segments_per_row + 1) + 1
+        batch = self._lay_out(start, length, place, np.arange(len(start)), self.batch_size, num_borders)
+        return batch | totals
+
+
+class PreferenceBatches(_Batches):
+    """Pairs of chosen and rejected; batch_size counts pairs. Items are as those of PackedBatches, but:
+
+    there are as many rows as the documents of the micro-batch need; documents 2p and 2p + 1 are chosen and rejected
+    of its p-th pair, in any place; cu_seqlens is (4 * batch_size + 1,)
+    pair_ids int64 (pairs,): rows of the plan, in 0..plan.num_rows - 1; fewer than batch_size in a ragged last step
+    step_pairs instead of step_rows
+    """
+
+    kinds = ("preference",)
+    counted = "step_pairs"
+
+    def __getitem__(self, index: int) -> dict:
+        rows, totals = self._rows_and_totals(index)
+        start, length, _ = self._segments(rows)
+        num_borders = 4 * self.batch_size + 1
+        if len(rows):
+            row = best_fit(length, self.plan.max_seq_len)
+            order = np.argsort(row, kind="stable")
+            batch = self._lay_out(start[order], length[order], row[order], order, int(row.max()) + 1, num_borders)
+        else:
+            batch = self._lay_out(start, length, start, start, 1, num_borders)
+        return batch | totals | {"pair_ids": torch.from_numpy(rows.astype(np.int64))}

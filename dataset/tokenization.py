@@ -1,0 +1,200 @@
+"""Text to token ids and back: raw documents, chat turns in ChatML, and text that arrives one token at a time.
+
+Needs only `tokenizers`, so that worker processes start without importing torch.
+"""
+
+import codecs
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+DEFAULT_SYSTEM = "You are a helpful assistant"
+ROLES = ("system", "user", "assistant", "tool")
+# The ids that structure a conversation: what tokenizer_config.json calls them, and their names where it says nothing.
+CONTROL_TOKENS = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+
+
+class ChatTokenizer:
+    """A tokenizer.json and the chat format around it.
+
+    path: a folder with tokenizer.json (and tokenizer_config.json), or a tokenizer.json itself.
+    Attributes: path (the folder), sha256 (hex digest of tokenizer.json, which is what weights and caches record),
+    vocab_size (the highest id plus one), bos_id, eos_id, pad_id.
+    Pickles as its path. ValueError: a file is missing or broken, or the tokenizer lacks the control tokens of a chat.
+    """
+
+    def __init__(self, path: str | Path):
+        path = Path(path).absolute()
+        self._file = path / "tokenizer.json" if path.is_dir() else path
+        self.path = self._file.parent
+        if not self._file.is_file():
+            raise ValueError(
+                f"{self._file} not found; --tokenizer_path takes a folder that holds tokenizer.json "
+                "(the one of this repository is model/)"
+            )
+        raw = self._file.read_bytes()
+        self.sha256 = hashlib.sha256(raw).hexdigest()
+        self._documents = self._read_tokenizer(raw)
+        self._contents = self._read_tokenizer(raw)
+        self._contents.encode_special_tokens = True  # the one difference: control strings are spelled out as text
+        self.vocab_size = max(self._documents.get_vocab().values()) + 1
+        added_tokens = self._documents.get_added_tokens_decoder()
+        self._special_ids = {token_id for token_id, token in added_tokens.items() if token.special}
+        self.bos_id, self.eos_id, self.pad_id = self._control_ids()
+        decoder = json.loads(raw).get("decoder") or {}
+        self.is_byte_level = decoder.get("type") == "ByteLevel"
+        self._newline = self.encode_contents(["\n"])[0]
+        self._headers = dict(zip(ROLES, self.encode_contents([f"{role}\n" for role in ROLES]), strict=True))
+        self._default_system = self._turn("system", self.encode_contents([DEFAULT_SYSTEM])[0])
+
+    def __reduce__(self):
+        return ChatTokenizer, (self._file,)
+
+    def encode_documents(self, texts: list[str]) -> list[list[int]]:
+        """Ids of raw documents. Control strings in them become control ids; nothing is added."""
+        return [e.ids for e in self._documents.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_contents(self, texts: list[str]) -> list[list[int]]:
+        """Ids of what people and models say: control strings are plain text, so no content can forge a turn."""
+        return [e.ids for e in self._contents.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_conversations(self, conversations: list[list[dict]]) -> list[tuple[list[int], list[int]]]:
+        """(ids, mask) of each conversation: a list of {"role", "content"} whose roles are among ROLES.
+
+        A turn is bos, "role\\n", content, eos, "\\n"; a default system turn opens where none is given. The mask is 1 on
+        an assistant's content and the eos that ends it, 0 elsewhere. All contents go through one batch.
+        """
+        contents = iter(self.encode_contents([turn["content"] for turns in conversations for turn in turns]))
+        return [self._assemble(turns, contents) for turns in conversations]
+
+    def encode_conversation(self, turns: list[dict]) -> tuple[list[int], list[int]]:
+        """(ids, mask) of one conversation, as encode_conversations."""
+        return self.encode_conversations([turns])[0]
+
+    def encode_prompt(self, turns: list[dict]) -> list[int]:
+        """Ids of the conversation so far and the opening of the assistant's next turn: what a model continues."""
+        return [*self.encode_conversation(turns)[0], self.bos_id, *self._headers["assistant"]]
+
+    def decode(self, ids: Iterable[int], skip_control: bool = True) -> str:
+        """Text of ids; bytes that are no UTF-8 become U+FFFD. Control ids are left out unless skip_control is False."""
+        return self._documents.decode([int(i) for i in ids], skip_special_tokens=skip_control)
+
+    def token_bytes(self, token_id: int, skip_control: bool = True) -> bytes:
+        """The bytes that one id stands for in a byte-level tokenizer; b"" for unknown ids, and for skipped controls."""
+        token = self._documents.id_to_token(token_id)
+        if token is None or (skip_control and token_id in self._special_ids):
+            return b""
+        try:
+            return bytes(BYTE_OF_CHARACTER[character] for character in token)
+        except KeyError:  # an added token that is not spelled in the byte alphabet stands for itself
+            return token.encode()
+
+    # A content is encoded apart from its header. Together, the header's "\n" and a content that opens with a newline
+    # would merge, and an answer's ids would not be the ones that a model, continuing the header, can produce.
+    def _turn(self, role: str, content: list[int]) -> list[int]:
+        return [self.bos_id, *self._headers[role], *content, self.eos_id, *self._newline]
+
+    def _assemble(self, turns: list[dict], contents: Iterable[list[int]]) -> tuple[list[int], list[int]]:
+        opened = bool(turns) and turns[0]["role"] == "system"
+        ids = [] if opened else list(self._default_system)
+        mask = [0] * len(ids)
+        for turn, content in zip(turns, contents, strict=False):  # contents runs on into the next conversation
+            role = turn["role"]
+            if role not in self._headers:
+                raise ValueError(f"unknown role {role!r}; a turn's role is one of {', '.join(ROLES)}")
+            ids += self._turn(role, content)
+            spoken = len(content) + 1  # the content and its eos
+            before = 1 + len(self._headers[role])
+            mask += [0] * before + [int(role == "assistant")] * spoken + [0] * len(self._newline)
+        return ids, mask
+
+    def _read_tokenizer(self, raw: bytes) -> Tokenizer:
+        try:
+            tokenizer = Tokenizer.from_buffer(raw)
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{self._file} is not a readable tokenizer ({error}); see --tokenizer_path") from error
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+    def _control_ids(self) -> list[int]:
+        """Ids of bos, eos, pad. ValueError where one is missing, or where a content could hold it."""
+        config_file = self.path / "tokenizer_config.json"
+        try:
+            config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+        except ValueError as error:
+            raise ValueError(f"{config_file} is not valid JSON: {error}") from error
+        names = {}
+        for key, default in CONTROL_TOKENS.items():
+            value = config.get(key) or default
+            names[key] = value["content"] if isinstance(value, dict) else value
+        ids = {key: self._documents.token_to_id(name) for key, name in names.items()}
+        missing = [f"{key} {names[key]}" for key, token_id in ids.items() if token_id is None]
+        if missing:
+            raise ValueError(
+                f"{self._file} has no token for {', '.join(missing)}; a chat needs these. "
+                "Choose a ChatML tokenizer with --tokenizer_path, or name its tokens in tokenizer_config.json"
+            )
+        if ids["bos_token"] == ids["eos_token"]:
+            raise ValueError(
+                f"{config_file}: bos_token and eos_token are both {names['bos_token']}; a chat needs one to open "
+                "a turn and another to end it. Choose a ChatML tokenizer with --tokenizer_path"
+            )
+        plain = [name for key, name in names.items() if ids[key] not in self._special_ids]
+        if plain:
+            raise ValueError(
+                f'{self._file}: {", ".join(plain)} must be listed in "added_tokens" with "special": true, '
+                "or what people type could forge the end of a turn"
+            )
+        return list(ids.values())
+
+
+class StreamDecoder:
+    """Text of ids that arrive one at a time. The pieces of push, and flush at the end, join to decode of all ids.
+
+    With a byte-level tokenizer a step costs the bytes of one token, whatever came before.
+    """
+
+    def __init__(self, tokenizer: ChatTokenizer, skip_control: bool = True):
+        self._tokenizer = tokenizer
+        self._skip_control = skip_control
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._window = []  # other tokenizers: the ids shown last, which settle spacing, and those not shown yet
+        self._shown = 0
+
+    def push(self, token_id: int) -> str:
+        """The text that this id completes: whole characters only, "" while one is still open."""
+        if self._tokenizer.is_byte_level:
+            return self._utf8.decode(self._tokenizer.token_bytes(int(token_id), self._skip_control))
+        self._window.append(int(token_id))
+        return self._release(final=False)
+
+    def flush(self) -> str:
+        """What is left at the end of a text: U+FFFD for a character that was never completed, or ""."""
+        if self._tokenizer.is_byte_level:
+            return self._utf8.decode(b"", final=True)
+        return self._release(final=True)
+
+    def _release(self, final: bool) -> str:
+        before = self._tokenizer.decode(self._window[: self._shown], self._skip_control)
+        text = self._tokenizer.decode(self._window, self._skip_control)
+        # A character has four bytes at most: what is open for longer is no character, and must not hold the rest back.
+        if text.endswith("\ufffd") and len(self._window) - self._shown < 4 and not final:
+            return ""
+        self._window = self._window[self._shown :]
+        self._shown = len(self._window)
+        return text[len(before) :]
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The character that byte-level BPE writes for each byte, reversed: printable Latin-1 stands for itself, the other
+    bytes take U+0100 and on, in order."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+BYTE_OF_CHARACTER = _byte_alphabet()

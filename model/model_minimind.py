@@ -1,0 +1,637 @@
+"""MiniMind: a Llama-style decoder, dense or mixture of experts, in one file that imports nothing else of this project.
+
+Pre-norm blocks with RMSNorm (arXiv:1910.07467), rotary positions (arXiv:2104.09864), grouped-query attention
+(arXiv:2305.13245) and SwiGLU (arXiv:2002.05202); the mixture of experts has shared and routed experts as in
+arXiv:2401.06066. The classes are transformers classes, so `save_pretrained`, `from_pretrained` and `generate` work, and the
+file travels with exported weights as remote code.
+
+Shapes: batch, seq = rows and positions of the input; tokens = batch * seq; heads = query heads;
+kv_heads = key/value heads; group = heads // kv_heads; head_dim = hidden // heads.
+"""
+
+import inspect
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+
+try:  # FlashAttention over packed documents; its arguments differ between torch releases
+    from torch.nn.attention.varlen import varlen_attn
+
+    HAS_VARLEN = {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
+except ImportError:
+    HAS_VARLEN = False
+
+
+class MiniMindConfig(PretrainedConfig):
+    """Sizes and switches of a MiniMind model; the defaults are the 26M dense preset.
+
+    `intermediate_size=None` means 64 * ceil(8 * hidden_size / 3 / 64), the SwiGLU width of the presets.
+    """
+
+    model_type = "minimind"
+
+    def __init__(
+        self,
+        hidden_size: int = 512,
+        num_hidden_layers: int = 8,
+        num_attention_heads: int = 8,
+        num_key_value_heads: int | None = 2,
+        intermediate_size: int | None = None,
+        vocab_size: int = 6400,
+        max_position_embeddings: int = 32768,
+        rms_norm_eps: float = 1e-5,
+        rope_theta: float = 1e6,
+        hidden_act: str = "silu",
+        dropout: float = 0.0,
+        initializer_range: float = 0.02,
+        use_moe: bool = False,
+        num_experts_per_tok: int = 2,
+        n_routed_experts: int = 4,
+        n_shared_experts: int = 1,
+        norm_topk_prob: bool = True,
+        scoring_func: str = "softmax",
+        aux_loss_alpha: float = 0.1,
+        seq_aux: bool = True,
+        **kwargs: Any,
+    ):
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        self.intermediate_size = intermediate_size or 64 * math.ceil(hidden_size * 8 / 3 / 64)
+        self.vocab_size = vocab_size
+        self.max_position_embeddings = max_position_embeddings
+        self.rms_norm_eps = rms_norm_eps
+        self.rope_theta = rope_theta
+        self.hidden_act = hidden_act
+        self.dropout = dropout
+        self.initializer_range = initializer_range
+        self.use_moe = use_moe
+        self.num_experts_per_tok = num_experts_per_tok
+        self.n_routed_experts = n_routed_experts
+        self.n_shared_experts = n_shared_experts
+        self.norm_topk_prob = norm_topk_prob
+        self.scoring_func = scoring_func
+        self.aux_loss_alpha = aux_loss_alpha
+        self.seq_aux = seq_aux
+        self.head_dim = hidden_size // max(num_attention_heads, 1)
+        self._check()
+        kwargs.setdefault("bos_token_id", 1)
+        kwargs.setdefault("eos_token_id", 2)
+        kwargs.setdefault("pad_token_id", 0)
+        kwargs.setdefault("tie_word_embeddings", True)
+        super().__init__(**kwargs)
+
+    def _check(self) -> None:
+        sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}; "
+                f"set --hidden_size to a multiple of {self.num_attention_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"hidden_size / num_attention_heads = {self.head_dim} is odd, and rotary positions need pairs; "
+                f"set --hidden_size to a multiple of {2 * self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not divisible by "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        for name, value in (("hidden_act", "silu"), ("scoring_func", "softmax"), ("dropout", 0.0)):
+            if getattr(self, name) != value:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not supported; MiniMind uses {value!r}")
+        if self.use_moe and not 1 <= self.num_experts_per_tok <= self.n_routed_experts:
+            raise ValueError(
+                f"num_experts_per_tok {self.num_experts_per_tok} must lie between 1 and "
+                f"n_routed_experts {self.n_routed_experts}"
+            )
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight, computed in float32. Under autocast the result leaves in the autocast dtype."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps)
+        return normed.to(compute_dtype(x))
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype that the next matrix product will use: autocast's when it is on, else x's own."""
+    device_type = x.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+
+
+# --- rotary positions ------------------------------------------------------------------------------------------------
+
+
+def rotary_tables(position_ids: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of position · theta^(-2i/head_dim), each (batch, seq, head_dim / 2) in float32.
+
+    Computed from the positions once per forward: there is no buffer that a reload or a `.to(bfloat16)` could spoil.
+    """
+    exponent = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
+    with torch.autocast(position_ids.device.type, enabled=False):
+        angles = position_ids.unsqueeze(-1).float() * theta**-exponent
+        return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates the pairs (x_i, x_{i + head_dim/2}), the split-halves convention of Hugging Face's Llama.
+
+    x (batch, seq, heads, head_dim), cos and sin (batch, seq, head_dim / 2). float32 inside, x's dtype outside.
+    """
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+class TiledAttention(torch.autograd.Function):
+    """Causal attention inside packed documents, as matrix products over tiles of queries: the CPU's path.
+
+    A tile of queries meets the keys from the start of its first document to its own end; a bias hides what lies outside
+    each query's document or after it. The query heads of a group share one product with their key head, so keys
+    and values are never repeated. On a CPU this is several times faster than `scaled_dot_product_attention`, whose
+    kernel does not reach the rate of the matrix library.
+
+    query (kv_heads, tokens, group, head_dim), already scaled by 1/sqrt(head_dim); key, value (kv_heads, tokens, head_dim).
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, tiles):
+        kv_heads, tokens, group, head_dim = query.shape
+        query = query.reshape(kv_heads, tokens * group, head_dim)
+        out = torch.empty_like(query)
+        probabilities = []
+        for start, end, first_key, bias in tiles:
+            scores = torch.bmm(query[:, start * group : end * group], key[:, first_key:end].transpose(1, 2))
+            scores.view(kv_heads, end - start, group, end - first_key).add_(bias)
+            weights = torch.softmax(scores, dim=-1)
+            out[:, start * group : end * group] = torch.bmm(weights, value[:, first_key:end])
+            probabilities.append(weights)
+        ctx.save_for_backward(query, key, value, out, *probabilities)
+        ctx.tiles, ctx.group = tiles, group
+        return out.view(kv_heads, tokens, group, head_dim)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        query, key, value, out, *probabilities = ctx.saved_tensors
+        group = ctx.group
+        grad_out = grad_out.reshape(query.shape)
+        # softmax backward needs sum_j p_ij dp_ij, which equals dout_i · out_i
+        row_dot = torch.linalg.vecdot(grad_out.float(), out.float()).to(out.dtype).unsqueeze(-1)
+        grad_query = torch.empty_like(query)
+        grad_key = torch.zeros_like(key, dtype=torch.float32)
+        grad_value = torch.zeros_like(value, dtype=torch.float32)
+        for (start, end, first_key, _), weights in zip(ctx.tiles, probabilities, strict=True):
+            rows, columns = slice(start * group, end * group), slice(first_key, end)
+            grad_value[:, columns] += torch.bmm(weights.transpose(1, 2), grad_out[:, rows])
+            grad_scores = torch.bmm(grad_out[:, rows], value[:, columns].transpose(1, 2))
+            grad_scores.sub_(row_dot[:, rows]).mul_(weights)
+            grad_query[:, rows] = torch.bmm(grad_scores, key[:, columns])
+            grad_key[:, columns] += torch.bmm(grad_scores.transpose(1, 2), query[:, rows])
+        grad_query = grad_query.view(query.shape[0], -1, group, query.shape[2])
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None
+
+
+def attention_tiles(cu_seqlens: torch.Tensor, dtype: torch.dtype, tile: int = 128, rounding: int = 64) -> list[tuple]:
+    """Tiles (start, end, first_key, bias) that cover a stream of packed documents; see TiledAttention.
+
+    cu_seqlens (documents + 1,): borders of the documents in the stream. Key ranges are rounded so that few
+    distinct matrix shapes occur: the CPU's matrix library compiles a kernel for each.
+    """
+    borders = cu_seqlens.to("cpu", torch.int64)
+    tokens = int(borders[-1])
+    document_start = borders[:-1].repeat_interleave(borders.diff())
+    positions = torch.arange(tokens)
+    tiles = []
+    for start in range(0, tokens, tile):
+        end = min(start + tile, tokens)
+        first_key = int(document_start[start]) // rounding * rounding
+        queries, keys = positions[start:end, None], positions[None, first_key:end]
+        hidden = (keys > queries) | (keys < document_start[start:end, None])
+        bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+        tiles.append((start, end, first_key, bias.unsqueeze(1)))
+    return tiles
+
+
+class AttentionPlan:
+    """How the attention of one forward is computed; chosen here, once, for all layers.
+
+    kind "causal": plain rows. "mask": a boolean mask (batch, 1, queries, keys), True = may look. "tiles" and "varlen": packed documents.
+    """
+
+    def __init__(self, kind: str, mask=None, tiles=None, cu_seqlens=None, max_seqlen: int | None = None):
+        self.kind, self.mask, self.tiles = kind, mask, tiles
+        self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen
+
+    @classmethod
+    def packed(cls, cu_seqlens: torch.Tensor, max_seqlen: int, hidden_states: torch.Tensor, shape: tuple[int, int]):
+        dtype = compute_dtype(hidden_states)
+        if hidden_states.device.type == "cpu":
+            return cls("tiles", tiles=attention_tiles(cu_seqlens, dtype))
+        if HAS_VARLEN and hidden_states.is_cuda and dtype in (torch.float16, torch.bfloat16):
+            return cls("varlen", cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        batch, seq = shape
+        positions = torch.arange(batch * seq, device=cu_seqlens.device)
+        document = torch.bucketize(positions, cu_seqlens[1:].long(), right=True).view(batch, seq)
+        mask = (document.unsqueeze(2) == document.unsqueeze(1)).tril()
+        return cls("mask", mask=mask.unsqueeze(1))
+
+    @classmethod
+    def rows(cls, attention_mask: torch.Tensor | None, past: int, keys: int, shape: tuple[int, int], device: torch.device):
+        """Rows that may be padded (attention_mask (batch, keys), 0 = padding) and may continue a cache of `past` tokens."""
+        batch, queries = shape
+        if attention_mask is not None and attention_mask.dim() == 4:
+            return cls("mask", mask=attention_mask)
+        if attention_mask is not None and attention_mask.shape[1] > keys:
+            attention_mask = attention_mask[:, :keys]
+        padded = attention_mask is not None and not bool(attention_mask.all())
+        if not padded and past == 0 and keys == queries:
+            return cls("causal")
+        key_positions = torch.arange(keys, device=device)
+        query_positions = torch.arange(past, past + queries, device=device).unsqueeze(1)
+        if not padded and queries == 1 and keys == past + 1:
+            return cls("mask")  # one new token sees everything
+        mask = (key_positions <= query_positions).expand(batch, 1, queries, keys)
+        if padded:
+            real = F.pad(attention_mask.bool(), (0, keys - attention_mask.shape[1]), value=True)
+            # a padding query looks at itself, or its softmax would be over nothing
+            mask = mask & real[:, None, None, :] | (key_positions == query_positions)
+        return cls("mask", mask=mask)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: MiniMindConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(self, x, rotary, plan: AttentionPlan, past_key_values=None) -> torch.Tensor:
+        batch, seq, _ = x.shape
+        query = rotate(self.q_proj(x).view(batch, seq, self.heads, self.head_dim), *rotary)
+        key = rotate(self.k_proj(x).view(batch, seq, self.kv_heads, self.head_dim), *rotary)
+        value = self.v_proj(x).view(batch, seq, self.kv_heads, self.head_dim)
+        if plan.kind == "tiles":
+            query = query.view(batch * seq, self.kv_heads, -1, self.head_dim).transpose(0, 1) * self.head_dim**-0.5
+            key, value = (t.reshape(batch * seq, self.kv_heads, -1).transpose(0, 1) for t in (key, value))
+            out = TiledAttention.apply(query, key, value, plan.tiles).transpose(0, 1)
+        elif plan.kind == "varlen":
+            query, key, value = (t.flatten(0, 1) for t in (query, key, value))
+            borders, longest = plan.cu_seqlens, plan.max_seqlen
+            out = varlen_attn(
+                query, key, value, borders, borders, longest, longest, window_size=(-1, 0), enable_gqa=True
+            )
+        else:
+            query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+            if past_key_values is not None:
+                key, value = past_key_values.update(key, value, self.layer_idx)
+            out = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=plan.mask, is_causal=plan.kind == "causal", enable_gqa=True
+            ).transpose(1, 2)
+        return self.o_proj(out.reshape(batch, seq, self.heads * self.head_dim))
+
+
+# --- feed-forward ----------------------------------------------------------------------------------------------------
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Router(nn.Module):
+    """Chooses top-k experts per token by softmax over all experts, the chosen weights renormalised to one."""
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__()
+        self.top_k, self.renormalise = config.num_experts_per_tok, config.norm_topk_prob
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        nn.init.normal_(self.weight, std=config.initializer_range)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x (tokens, hidden) -> scores (tokens, experts) in float32, chosen experts and their weights (tokens, top_k)."""
+        scores = F.linear(x, self.weight).float().softmax(dim=-1)
+        weights, experts = scores.topk(self.top_k, dim=-1, sorted=False)
+        if self.renormalise and self.top_k > 1:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return scores, experts, weights
+
+
+class MoEFeedForward(nn.Module):
+    """Routed experts, top-k per token, plus shared experts that see every token (arXiv:2401.06066)."""
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_routed_experts))
+        self.shared_experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_shared_experts))
+        self.aux_loss_alpha, self.seq_aux = config.aux_loss_alpha, config.seq_aux
+
+    def forward(self, x: torch.Tensor, documents: "DocumentIndex | None") -> tuple[torch.Tensor, torch.Tensor]:
+        shape = x.shape
+        x = x.reshape(-1, shape[-1])
+        scores, experts, weights = self.gate(x)
+        out = self._routed(x, experts, weights)
+        for shared in self.shared_experts:
+            out = out + shared(x)
+        aux_loss = x.new_zeros((), dtype=torch.float32)
+        if documents is not None and self.aux_loss_alpha > 0:
+            aux_loss = self.aux_loss_alpha * documents.balance_loss(scores, experts, self.seq_aux)
+        return out.view(shape), aux_loss
+
+    def _routed(self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Sorts the (token, expert) pairs by expert, so that each expert is one product over a contiguous slice."""
+        top_k = experts.shape[1]
+        order = experts.flatten().argsort(stable=True)
+        token = order // top_k
+        inputs = x[token]
+        counts = torch.zeros(len(self.experts), dtype=torch.int64, device=x.device)
+        counts = counts.index_add_(0, experts.flatten(), torch.ones_like(order))
+        if x.is_cuda and hasattr(F, "grouped_mm") and compute_dtype(x) == torch.bfloat16:
+            outputs = self._grouped(inputs, counts)
+        else:
+            # an expert that got no token still takes part, with an empty slice: its gradient is zero, not missing
+            slices = inputs.split(counts.tolist())
+            outputs = torch.cat([expert(part) for expert, part in zip(self.experts, slices, strict=True)])
+        outputs = outputs * weights.flatten()[order].unsqueeze(-1).to(outputs.dtype)
+        return torch.zeros_like(x, dtype=outputs.dtype).index_add_(0, token, outputs)
+
+    def _grouped(self, inputs: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """All experts in three grouped products: no loop and no copy of the counts to the host."""
+        dtype = compute_dtype(inputs)
+        ends = counts.cumsum(0).to(torch.int32)
+
+        def product(tensor: torch.Tensor, name: str) -> torch.Tensor:
+            stacked = torch.stack([getattr(expert, name).weight.to(dtype) for expert in self.experts])
+            return F.grouped_mm(tensor, stacked.transpose(1, 2), offs=ends)
+
+        inputs = inputs.to(dtype)
+        return product(F.silu(product(inputs, "gate_proj")) * product(inputs, "up_proj"), "down_proj")
+
+
+class DocumentIndex:
+    """Which document each token belongs to, for the balance loss: packing and padding must not change it.
+
+    ids (tokens,) from 0 to slots - 1; padding has the extra number `slots`.
+    """
+
+    def __init__(self, ids: torch.Tensor, slots: int):
+        self.ids, self.slots = ids, slots
+        self.lengths = torch.zeros(slots + 1, device=ids.device).index_add_(0, ids, torch.ones_like(ids).float())[:slots]
+        self.documents = (self.lengths > 0).sum().clamp(min=1)
+
+    @classmethod
+    def build(cls, shape, device, document_ids=None, attention_mask=None, slots: int | None = None):
+        batch, seq = shape
+        if document_ids is None:
+            slots = batch
+            document_ids = torch.arange(batch, device=device).unsqueeze(1).expand(batch, seq)
+            if attention_mask is not None and attention_mask.dim() == 2:
+                document_ids = document_ids.masked_fill(attention_mask[:, -seq:] == 0, -1)
+        elif slots is None:
+            slots = batch * seq
+        ids = document_ids.reshape(-1).long()
+        return cls(torch.where(ids < 0, slots, ids), slots)
+
+    def balance_loss(self, scores: torch.Tensor, experts: torch.Tensor, per_document: bool) -> torch.Tensor:
+        """Mean over documents of sum_e f_e · P_e (arXiv:2401.06066, eq. 12-14): f_e is the share of the document's choices
+        that fell on expert e, times the number of experts; P_e its mean score. Without per_document one pool is taken.
+
+        scores (tokens, experts), experts (tokens, top_k)
+        """
+        num_experts, top_k = scores.shape[1], experts.shape[1]
+        chosen = torch.zeros_like(scores).scatter_(1, experts, 1.0)
+        zeros = scores.new_zeros(self.slots + 1, num_experts)
+        load = zeros.index_add(0, self.ids, chosen)[: self.slots]
+        importance = zeros.index_add(0, self.ids, scores)[: self.slots]
+        lengths = self.lengths.clamp(min=1).unsqueeze(1)
+        if not per_document:
+            load, importance = load.sum(0, keepdim=True), importance.sum(0, keepdim=True)
+            lengths = self.lengths.sum().clamp(min=1)
+            return (load * num_experts / (lengths * top_k) * (importance / lengths)).sum()
+        per_document_loss = (load * num_experts / (lengths * top_k) * (importance / lengths)).sum(dim=1)
+        return per_document_loss.sum() / self.documents
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+class MiniMindBlock(nn.Module):
+    def __init__(self, config: MiniMindConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer_idx)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.use_moe = config.use_moe
+        self.mlp = MoEFeedForward(config) if config.use_moe else FeedForward(config)
+
+    def forward(self, hidden_states, rotary, plan, past_key_values=None, documents=None):
+        """Returns the hidden states and the layer's balance loss (None when dense)."""
+        attended = self.self_attn(self.input_layernorm(hidden_states), rotary, plan, past_key_values)
+        hidden_states = hidden_states + attended
+        normed = self.post_attention_layernorm(hidden_states)
+        if not self.use_moe:
+            return hidden_states + self.mlp(normed), None
+        out, aux_loss = self.mlp(normed, documents)
+        return hidden_states + out, aux_loss
+
+
+class MiniMindPreTrainedModel(PreTrainedModel):
+    config_class = MiniMindConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["MiniMindBlock"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Embedding, Router)):
+            nn.init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+
+
+class MiniMindModel(MiniMindPreTrainedModel):
+    """Embedding, blocks and final norm: token ids in, hidden states out."""
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(MiniMindBlock(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+        document_ids: torch.Tensor | None = None,
+        **_: Any,
+    ) -> MoeModelOutputWithPast:
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, seq = hidden_states.shape[:2]
+        device = hidden_states.device
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if position_ids is None:
+            if attention_mask is not None and attention_mask.dim() == 2:
+                position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, past : past + seq]
+            else:
+                position_ids = torch.arange(past, past + seq, device=device).expand(batch, seq)
+        if cu_seqlens is not None:
+            plan = AttentionPlan.packed(cu_seqlens, max_seqlen or seq, hidden_states, (batch, seq))
+        else:
+            keys = past + seq
+            if hasattr(past_key_values, "get_mask_sizes"):  # a transformers cache may hold more slots than tokens
+                keys = past_key_values.get_mask_sizes(seq, 0)[0]
+            plan = AttentionPlan.rows(attention_mask, past, keys, (batch, seq), device)
+        rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta)
+        documents = None
+        if self.config.use_moe and self.training:
+            slots = None if cu_seqlens is None else cu_seqlens.numel() - 1
+            documents = DocumentIndex.build((batch, seq), device, document_ids, attention_mask, slots)
+
+        aux_loss = hidden_states.new_zeros((), dtype=torch.float32)
+        checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        for layer in self.layers:
+            arguments = (hidden_states, rotary, plan, past_key_values, documents)
+            if checkpointing:
+                hidden_states, layer_aux = torch.utils.checkpoint.checkpoint(layer, *arguments, use_reentrant=False)
+            else:
+                hidden_states, layer_aux = layer(*arguments)
+            if layer_aux is not None:
+                aux_loss = aux_loss + layer_aux
+        output = MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        output["aux_loss"] = aux_loss
+        return output
+
+
+class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
+    """The language model: MiniMindModel and a head that shares the embedding's weight."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MiniMindConfig | None = None):
+        super().__init__(config or MiniMindConfig())
+        self.model = MiniMindModel(self.config)
+        self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.lm_head = value
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+        document_ids: torch.Tensor | None = None,
+        head=None,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast:
+        """Logits (batch, seq, vocab), or those of the last `logits_to_keep` positions.
+
+        input_ids (batch, seq); attention_mask (batch, past + seq), 0 = padding; position_ids (batch, seq).
+        Packed rows: cu_seqlens (documents + 1,) int32, borders of the documents in the flattened stream of batch * seq
+        positions, the last entry repeated as padding; max_seqlen, an upper bound of their lengths; document_ids
+        (batch, seq), -1 on padding, for the balance loss.
+        head: a function (hidden_states, lm_head.weight) -> anything, called instead of the head and returned as `logits`:
+        a loss can then avoid logits that it does not need, and all weights are still used inside forward (DDP, ZeRO).
+        labels (batch, seq), as transformers defines them: shifted inside, -100 ignored.
+        past_key_values: an object with `update(key, value, layer_idx)` -> all keys and values, and `get_seq_length()`.
+
+        aux_loss is the balance loss summed over layers (training mode, mixture of experts; else 0).
+        """
+        if use_cache and past_key_values is None:
+            from transformers import DynamicCache
+
+            past_key_values = DynamicCache()
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            document_ids=document_ids,
+        )
+        hidden_states = outputs.last_hidden_state
+        loss = None
+        if head is not None:
+            logits = head(hidden_states, self.lm_head.weight)
+        else:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, keep])
+            if labels is not None:
+                if logits.shape[1] != labels.shape[1]:
+                    raise ValueError("labels need the logits of all positions; leave logits_to_keep at 0")
+                loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
+                loss = loss + outputs["aux_loss"]
+        return MoeCausalLMOutputWithPast(
+            loss=loss, logits=logits, aux_loss=outputs["aux_loss"], past_key_values=past_key_values
+        )
+
+
+MiniMindConfig.register_for_auto_class()
+MiniMindForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,0 +1,266 @@
+"""The one rule for weight files: what they are called, how they are written and how they are read.
+
+A weight file is a plain state dict of half-precision tensors and nothing else. Beside it lies a sidecar, `NAME.json`, that
+says what the weights are (configuration, stage, tokenizer, losses); it is used when present and never required.
+"""
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import nn
+
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+
+# stage -> what its weight file is called, and the script that makes it
+STAGES = {
+    "pretrain": "train_pretrain.py",
+    "full_sft": "train_full_sft.py",
+    "rlhf": "train_dpo.py",
+    "reason": "train_distill_reason.py",
+    "full_dist": "train_distillation.py",
+}
+# prefixes that wrappers add to parameter names: torch.compile, DDP
+WRAPPER_PREFIXES = ("_orig_mod.", "module.")
+
+
+class WeightsError(ValueError):
+    """Weights that are missing, unreadable or do not fit; the message says what to do."""
+
+
+def weight_path(out_dir: str | Path, stage: str, hidden_size: int, use_moe: bool) -> Path:
+    """out/{stage}_{hidden_size}{_moe}.pth"""
+    return Path(out_dir) / f"{stage}_{hidden_size}{'_moe' if use_moe else ''}.pth"
+
+
+def sidecar_path(path: str | Path) -> Path:
+    return Path(path).with_suffix(".json")
+
+
+def write_atomically(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
+    """Writes beside `path`, flushes to disk, then renames: a reader sees the old file or the new one, never half of one.
+
+    Raises WeightsError when the folder cannot be written or the disk is full; the previous file stays as it was.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        with os.fdopen(descriptor, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        kept = "; the previous file is as it was" if path.exists() else ""
+        raise WeightsError(f"cannot write {path}: {error}{kept}. Check --out_dir, its permissions and free space.") from error
+    finally:
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def _umask() -> int:
+    value = os.umask(0)
+    os.umask(value)
+    return value
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename durable; Windows has no such call and needs none."""
+    if os.name != "nt":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_json(path: str | Path, content: dict) -> None:
+    text = json.dumps(content, ensure_ascii=False, indent=2, default=str) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def clean_key(key: str) -> str:
+    """A parameter's name without what wrappers put before it."""
+    stripped = True
+    while stripped:
+        stripped = False
+        for prefix in WRAPPER_PREFIXES:
+            if key.startswith(prefix):
+                key, stripped = key.removeprefix(prefix), True
+    return key
+
+
+def half_state_dict(model: nn.Module | dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The model's weights in float16 on the CPU under their plain names; tied tensors stay one storage."""
+    state = model if isinstance(model, dict) else model.state_dict()
+    copies: dict[tuple, torch.Tensor] = {}
+    result = {}
+    for key, tensor in state.items():
+        source = (tensor.data_ptr(), tensor.shape, tensor.dtype)
+        if source not in copies or tensor.numel() == 0:
+            copies[source] = _to_half(clean_key(key), tensor)
+        result[clean_key(key)] = copies[source]
+    return result
+
+
+def _to_half(key: str, tensor: torch.Tensor) -> torch.Tensor:
+    half = tensor.detach().to("cpu", torch.float16, copy=True)
+    if not torch.isfinite(half).all():
+        if not torch.isfinite(tensor).all():
+            raise WeightsError(f"{key} holds NaN or infinity; nothing was written")
+        raise WeightsError(f"{key} reaches {tensor.abs().max():.3g}, beyond float16's 65504; nothing was written")
+    return half
+
+
+def save_weights(path: str | Path, model: nn.Module | dict[str, torch.Tensor], sidecar: dict[str, Any] | None = None) -> None:
+    """Writes the half-precision state dict and, with `sidecar`, the JSON beside it; each beside first, then renamed."""
+    state = half_state_dict(model)
+    write_atomically(path, lambda file: torch.save(state, file))
+    if sidecar is not None:
+        write_json(sidecar_path(path), sidecar)
+
+
+def read_sidecar(path: str | Path) -> dict[str, Any] | None:
+    """The sidecar of a weight file, or None when there is none."""
+    side = sidecar_path(path)
+    try:
+        content = json.loads(side.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{side} is not readable ({error}); delete it to load the weights without it") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{side} is not a JSON object; delete it to load the weights without it")
+    return content
+
+
+def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
+    """Reads a .pth of tensors, and of nothing that could run code; wrapper prefixes are taken off the names."""
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(missing_message(path))
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds here: UnpicklingError, RuntimeError, EOFError, KeyError ...
+        raise WeightsError(
+            f"{path} is not a weight file of tensors only, so it was not loaded ({str(error).splitlines()[0]})"
+        ) from error
+    if not isinstance(state, dict) or not state or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise WeightsError(f"{path} does not hold a plain state dict (names to tensors); it is not a weight file of ours")
+    if "tok_embeddings.weight" in state or any(".attention.wq." in key for key in state):
+        raise WeightsError(
+            f"{path} holds weights of the original project from before April 2025 (tok_embeddings, wq, w1 ...); "
+            "turn them into today's names with scripts/convert_model.py first"
+        )
+    return {clean_key(key): tensor for key, tensor in state.items()}
+
+
+def missing_message(path: Path) -> str:
+    """What is missing, which script makes it, and what is there instead."""
+    stage = max((name for name in STAGES if path.name.startswith(name + "_")), key=len, default=None)
+    hint = f"; run trainer/{STAGES[stage]} first, or name another size with --hidden_size" if stage else ""
+    if path.is_dir():
+        return f"{path} is a folder, not a weight file{hint}"
+    found = sorted(p.name for p in path.parent.glob("*.pth")) if path.parent.is_dir() else []
+    return f"{path} not found{hint}. {path.parent} holds: {', '.join(found) or 'no weights'}"
+
+
+def config_from_state_dict(state: dict[str, torch.Tensor], sidecar: dict | None = None) -> MiniMindConfig:
+    """Reads the sizes off the tensors. What they do not show (heads, theta, top-k) comes from the sidecar or the defaults."""
+    try:
+        vocab_size, hidden_size = state["model.embed_tokens.weight"].shape
+        layers = {int(key.split(".")[2]) for key in state if key.startswith("model.layers.")}
+        key_rows = state["model.layers.0.self_attn.k_proj.weight"].shape[0]
+        use_moe = "model.layers.0.mlp.gate.weight" in state
+        mlp = "model.layers.0.mlp." + ("experts.0." if use_moe else "")
+        intermediate_size = state[mlp + "gate_proj.weight"].shape[0]
+    except (KeyError, ValueError, IndexError) as error:
+        raise WeightsError(f"these are not MiniMind weights: {error} is missing or has another shape") from error
+    fields = dict((sidecar or {}).get("config", {}))
+    fields.pop("head_dim", None)
+    fields.update(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_hidden_layers=len(layers),
+        intermediate_size=intermediate_size,
+        use_moe=use_moe,
+    )
+    heads = fields.get("num_attention_heads", MiniMindConfig().num_attention_heads)
+    if hidden_size % heads == 0 and key_rows % (hidden_size // heads) == 0:
+        fields["num_key_value_heads"] = key_rows // (hidden_size // heads)
+    if use_moe:
+        fields["n_routed_experts"] = state["model.layers.0.mlp.gate.weight"].shape[0]
+        shared = {key.split(".")[5] for key in state if key.startswith("model.layers.0.mlp.shared_experts.")}
+        fields["n_shared_experts"] = len(shared)
+    return MiniMindConfig(**fields)
+
+
+def load_weights(model: nn.Module, path: str | Path, tokenizer_sha256: str | None = None) -> dict[str, Any] | None:
+    """Loads a weight file into a model of the same sizes, strictly, and returns the sidecar if there is one.
+
+    tokenizer_sha256: hash of the tokenizer that will be used. Weights belong to a tokenizer: a sidecar that names another
+    one is an error, a missing sidecar a warning.
+    """
+    state = read_state_dict(path)
+    sidecar = read_sidecar(path)
+    check_tokenizer(path, sidecar, tokenizer_sha256)
+    _check_shapes(model, state, path)
+    model.load_state_dict(state, strict=True)
+    return sidecar
+
+
+def load_model(path: str | Path, tokenizer_sha256: str | None = None) -> tuple[MiniMindForCausalLM, dict[str, Any] | None]:
+    """Builds the model that a weight file holds, its sizes read from the file, and loads it: (model in eval mode, sidecar)."""
+    state = read_state_dict(path)
+    sidecar = read_sidecar(path)
+    check_tokenizer(path, sidecar, tokenizer_sha256)
+    model = MiniMindForCausalLM(config_from_state_dict(state, sidecar))
+    _check_shapes(model, state, path)
+    model.load_state_dict(state, strict=True)
+    return model.eval(), sidecar
+
+
+def check_tokenizer(path: str | Path, sidecar: dict | None, tokenizer_sha256: str | None) -> None:
+    """Raises when the sidecar names another tokenizer than the one in use; warns when there is no telling."""
+    if tokenizer_sha256 is None:
+        return
+    known = (sidecar or {}).get("tokenizer_sha256")
+    if known is None:
+        warnings.warn(
+            f"{path} has no sidecar that names its tokenizer. If it was trained with another one than model/tokenizer.json "
+            "(weights of the original project were), its output will be noise: name the right one with --tokenizer_path FOLDER",
+            stacklevel=3,
+        )
+    elif known != tokenizer_sha256:
+        raise WeightsError(
+            f"{path} was trained with the tokenizer {known[:12]}…, and this run uses {tokenizer_sha256[:12]}…; "
+            "name the one it was trained with by --tokenizer_path FOLDER"
+        )
+
+
+def _check_shapes(model: nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Says which flag to change, where load_state_dict would list tensors."""
+    own = {clean_key(key): tensor for key, tensor in model.state_dict().items()}
+    if own.keys() == state.keys() and all(own[key].shape == state[key].shape for key in own):
+        return
+    theirs = config_from_state_dict(state)
+    flags = ("hidden_size", "num_hidden_layers", "use_moe", "vocab_size", "intermediate_size", "num_key_value_heads")
+    config = getattr(model, "config", None)
+    differing = [
+        f"--{flag} is {getattr(config, flag)} here and {getattr(theirs, flag)} in the file"
+        for flag in flags
+        if config is not None and getattr(config, flag) != getattr(theirs, flag)
+    ]
+    if not differing:
+        missing, unknown = sorted(own.keys() - state.keys())[:3], sorted(state.keys() - own.keys())[:3]
+        differing = [f"missing in the file: {missing or 'nothing'}, unknown in it: {unknown or 'nothing'}"]
+    raise WeightsError(f"{path} does not fit this model: {'; '.join(differing)}")

@@ -1,0 +1,147 @@
+"""Flags that every stage has. Each stage passes its own defaults and adds its own flags."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from model.model_minimind import MiniMindConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# flags that may change between the parts of a resumed run; a change of any other would change its result
+FREE_ON_RESUME = {
+    "resume", "log_interval", "save_interval", "eval_interval", "num_workers", "use_wandb", "wandb_project", "out_dir",
+    "cache_dir", "device", "ddp", "local_rank", "valid_path", "sample_prompt", "compile", "overwrite", "batch_size",
+    "accumulation_steps", "gradient_checkpointing", "stop_after",
+}  # fmt: skip
+
+
+def boolean(text: str) -> bool:
+    """`--flag`, `--flag true` and `--flag False` all mean what they say."""
+    value = text.strip().lower()
+    if value in ("true", "1", "yes", "on"):
+        return True
+    if value in ("false", "0", "no", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+
+
+def add_boolean(parser: argparse.ArgumentParser, flag: str, default: bool | None, help: str) -> None:
+    parser.add_argument(flag, type=boolean, nargs="?", const=True, default=default, metavar="BOOL", help=help)
+
+
+def from_root(path: str | Path) -> Path:
+    """Path defaults are anchored on the repository root, so that a script does the same from any folder."""
+    return ROOT / path
+
+
+def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
+    """The flags shared by all stages. `defaults` sets what differs from stage to stage (learning_rate, data_path, ...)."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+
+    group = parser.add_argument_group("data and output").add_argument
+    group("--data_path", type=Path, help="training data, jsonl (default: %(default)s)")
+    group("--valid_path", type=Path, help="held-out data of the same kind: loss and bits per byte every --eval_interval")
+    group("--tokenizer_path", type=Path, default=from_root("model"), help="folder with tokenizer.json")
+    group("--out_dir", type=Path, default=from_root("out"), help="weights, logs and resume states (default: out/)")
+    group("--cache_dir", type=Path, help="tokenised data (default: OUT_DIR/token_cache)")
+    add_boolean(parser, "--skip_bad_lines", False, "drop and count lines that are no valid record, instead of stopping")
+    add_boolean(parser, "--overwrite", False, "replace weights of another configuration that have the same name")
+
+    group = parser.add_argument_group("model").add_argument
+    group("--hidden_size", type=int, default=512)
+    group("--num_hidden_layers", type=int, default=8)
+    group("--num_attention_heads", type=int, default=8)
+    group("--num_key_value_heads", type=int, default=2)
+    group("--max_seq_len", type=int, default=512, help="positions in a row of packed documents (default: %(default)s)")
+    add_boolean(parser, "--use_moe", False, "mixture of experts")
+
+    group = parser.add_argument_group("optimisation").add_argument
+    group("--epochs", type=int, default=1)
+    group("--max_steps", type=int, default=0, help="stop after this many optimizer steps, schedule included (0: all epochs)")
+    group("--batch_size", type=int, default=32, help="rows per process and micro-batch (default: %(default)s)")
+    group("--accumulation_steps", type=int, default=1, help="micro-batches per optimizer step (default: %(default)s)")
+    group("--learning_rate", type=float, default=5e-4, help="peak learning rate (default: %(default)s)")
+    group("--min_lr_ratio", type=float, default=0.1, help="the cosine ends at this share of the peak (default: %(default)s)")
+    group("--warmup_iters", type=int, default=0, help="optimizer steps of linear warm-up (default: %(default)s)")
+    group("--optimizer", choices=("adamw", "sgd"), default="adamw")
+    group("--beta1", type=float, default=0.9)
+    group("--beta2", type=float, default=0.95)
+    group("--weight_decay", type=float, default=0.1, help="on matrices, not on norms (default: %(default)s)")
+    group("--grad_clip", type=float, default=1.0, help="largest gradient norm, 0 = no clipping (default: %(default)s)")
+    group("--seed", type=int, default=1337)
+    group("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+
+    group = parser.add_argument_group("the run").add_argument
+    group("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    group("--num_workers", type=int, help="processes that assemble batches (default: 1 on CUDA, 0 on a CPU)")
+    group("--log_interval", type=int, default=100, help="optimizer steps between log lines (default: %(default)s)")
+    group("--save_interval", type=int, default=100, help="optimizer steps between saves (default: %(default)s)")
+    group("--eval_interval", type=int, default=500, help="optimizer steps between evaluations (default: %(default)s)")
+    group("--sample_prompt", default="", help="a text that the model continues at every evaluation")
+    add_boolean(parser, "--resume", False, "go on from the last saved state of this run")
+    add_boolean(parser, "--compile", None, "torch.compile (default: on with CUDA, off on a CPU)")
+    add_boolean(parser, "--gradient_checkpointing", False, "recompute activations in the backward pass: less memory, more time")
+    add_boolean(parser, "--use_wandb", False, "log to Weights & Biases too")
+    add("--wandb_project", default="MiniMind")
+    add_boolean(parser, "--ddp", None, "accepted because old commands pass it; torchrun alone decides")
+    add("--local_rank", "--local-rank", type=int, default=-1, help="accepted because launchers pass it; LOCAL_RANK decides")
+
+    unknown = defaults.keys() - {action.dest for action in parser._actions}
+    assert not unknown, f"defaults for flags that do not exist: {unknown}"
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def parse_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parses and checks; all mistakes are reported at once, each with its flag."""
+    args = parser.parse_args(argv)
+    mistakes = []
+
+    def expect(flag: str, ok: Callable[[float], bool], wanted: str) -> None:
+        value = getattr(args, flag)
+        if value is not None and not ok(value):
+            mistakes.append(f"--{flag} {value}: must be {wanted}")
+
+    for flag in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+        expect(flag, lambda v: v >= 1, "at least 1")
+    for flag in ("epochs", "batch_size", "accumulation_steps", "log_interval", "save_interval", "eval_interval"):
+        expect(flag, lambda v: v >= 1, "at least 1")
+    expect("max_seq_len", lambda v: v >= 2, "at least 2")
+    for flag in ("warmup_iters", "max_steps", "num_workers", "weight_decay", "grad_clip", "seed"):
+        expect(flag, lambda v: v >= 0, "0 or more")
+    expect("learning_rate", lambda v: v > 0, "above 0")
+    expect("min_lr_ratio", lambda v: 0 <= v <= 1, "between 0 and 1")
+    for flag in ("beta1", "beta2"):
+        expect(flag, lambda v: 0 <= v < 1, "at least 0 and below 1")
+    if args.max_seq_len > MiniMindConfig().max_position_embeddings:
+        mistakes.append(f"--max_seq_len {args.max_seq_len}: the model has {MiniMindConfig().max_position_embeddings} positions")
+    try:
+        device = torch.device(args.device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            mistakes.append(f"--device {args.device}: this machine has no usable CUDA device; use --device cpu")
+    except RuntimeError:
+        mistakes.append(f"--device {args.device}: not a device; use cpu, cuda or cuda:N")
+    if mistakes:
+        raise ValueError("; ".join(mistakes))
+    args.cache_dir = args.cache_dir or args.out_dir / "token_cache"
+    return args
+
+
+def model_config(args: argparse.Namespace, vocab_size: int) -> MiniMindConfig:
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "use_moe")
+    return MiniMindConfig(vocab_size=vocab_size, **{name: getattr(args, name) for name in names})
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script's main; a mistake of the user's is shown as a message, not as a traceback."""
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,147 @@
+"""Processes: rank and device, DistributedDataParallel, agreement between ranks, seeds, signals, clean-up."""
+
+import argparse
+import contextlib
+import ctypes
+import os
+import random
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among those of the job."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start_process(args: argparse.Namespace) -> Process:
+    """Joins the process group that torchrun describes in the environment (none: a single process) and seeds everything."""
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if args.ddp and not launched:
+        raise ValueError("--ddp was given, but RANK and WORLD_SIZE are not set; start with: torchrun --nproc_per_node N train_X.py")
+    if args.ddp is False and launched and int(os.environ["WORLD_SIZE"]) > 1:
+        raise ValueError("--ddp false was given, but a launcher started several processes; leave the flag out")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if args.local_rank not in (-1, local_rank):
+        raise ValueError(f"--local_rank {args.local_rank} contradicts LOCAL_RANK={local_rank} in the environment; leave the flag out")
+    device = torch.device(args.device)
+    world_size = int(os.environ["WORLD_SIZE"]) if launched else 1
+    rank = int(os.environ["RANK"]) if launched else 0
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank if launched else device.index or 0)
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; lower --nproc_per_node"
+            )
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    else:
+        keep_freed_memory()
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    seed_everything(args.seed)
+    return Process(rank, local_rank, world_size, device)
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep large freed blocks: a training step frees and takes the same activations again and again, and
+    fresh pages from the kernel cost more than the arithmetic on them. Other C libraries have no such switch."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+            mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def stop_process() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def wrap_model(model: nn.Module, process: Process) -> nn.Module:
+    """DistributedDataParallel when there are several processes."""
+    if process.world_size == 1:
+        return model
+    device_ids = [process.device.index] if process.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
+def unwrap_model(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def gradient_sync(model: nn.Module, last_micro_batch: bool) -> contextlib.AbstractContextManager:
+    """Gradients travel between processes once per optimizer step: with its last micro-batch."""
+    if isinstance(model, DistributedDataParallel) and not last_micro_batch:
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+def sum_over_ranks(values: list[float], process: Process) -> list[float]:
+    """Adds each number up over all processes."""
+    if process.world_size == 1:
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64, device=process.device)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def gather_objects(value: object, process: Process) -> list:
+    """Every process's value, in the order of ranks."""
+    if process.world_size == 1:
+        return [value]
+    values = [None] * process.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier(process: Process) -> None:
+    if process.world_size > 1:
+        dist.barrier()
+
+
+class StopRequest:
+    """SIGINT and SIGTERM ask for a stop; the training loop looks at `requested` between two steps, saves, and ends."""
+
+    def __init__(self):
+        self.requested = False
+
+    def _handle(self, number: int, frame) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice: at once
+        self.requested = True
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    request = StopRequest()
+    previous = {number: signal.signal(number, request._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,87 @@
+"""The optimizer step: parameter groups, learning-rate schedule, precision, clipping."""
+
+import argparse
+import contextlib
+import math
+
+import torch
+from torch import nn
+
+
+def learning_rate(step: int, total_steps: int, peak_lr: float, warmup_steps: int = 0, min_ratio: float = 0.1) -> float:
+    """Linear warm-up to the peak, then a cosine to min_ratio · peak (arXiv:1608.03983, eq. 5, one period).
+
+    step counts optimizer steps from 0; the last one is total_steps - 1. Never above the peak.
+    """
+    if step < warmup_steps:
+        return peak_lr * (step + 1) / warmup_steps
+    decay_steps = max(total_steps - warmup_steps - 1, 1)
+    progress = min((step - warmup_steps) / decay_steps, 1.0)
+    return peak_lr * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+    """AdamW (arXiv:1711.05101) over what is trainable; matrices decay, norms do not. SGD is plain: for checking gradients."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": args.weight_decay},
+        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if args.optimizer == "sgd":
+        return torch.optim.SGD([dict(group, weight_decay=0.0) for group in groups], lr=args.learning_rate)
+    fused = trainable[0].device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(args.beta1, args.beta2), eps=1e-8, fused=fused)
+
+
+def usable_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype that the device can do, and a sentence when it is not the one asked for."""
+    if name == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16, "this GPU has no bfloat16: training in float16 with a gradient scaler"
+    if name == "bfloat16" and device.type == "cpu" and not cpu_has_bfloat16():
+        return torch.float32, "this CPU has no bfloat16 arithmetic: training in float32"
+    if name == "float16" and device.type != "cuda":
+        return torch.float32, f"float16 training needs a GPU: training in float32 on {device.type}"
+    return getattr(torch, name), ""
+
+
+def cpu_has_bfloat16() -> bool:
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):
+        return False
+
+
+class Precision:
+    """Autocast and, for float16, the gradient scaler."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        self.dtype, self.device = dtype, device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+
+def optimizer_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision, lr: float, grad_clip: float
+) -> float:
+    """Clips, steps and clears the gradients; returns the gradient norm before clipping.
+
+    Raises FloatingPointError when the gradient is not finite, before any weight changes. Under float16 the scaler
+    skips such a step and lowers its scale instead.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    precision.scaler.unscale_(optimizer)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    norm = float(nn.utils.clip_grad_norm_(trainable, grad_clip if grad_clip > 0 else math.inf))
+    if not math.isfinite(norm) and (not precision.scaler.is_enabled() or precision.scaler.get_scale() < 1e-4):
+        raise FloatingPointError(f"the gradient norm is {norm}")
+    precision.scaler.step(optimizer)
+    precision.scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm

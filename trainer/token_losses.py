@@ -1,0 +1,62 @@
+"""Per-token cross-entropy straight from hidden states: the float32 logits exist for one chunk of tokens at a time."""
+
+import torch
+
+from model.model_minimind import compute_dtype
+
+CHUNK = 1024  # tokens whose float32 logits are held at once
+
+
+class _TokenCrossEntropy(torch.autograd.Function):
+    """Saves the softmax in the compute dtype (half the bytes of float32 logits); its gradient is p - onehot(label)."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels):
+        keep_for_backward = any(ctx.needs_input_grad[:2])
+        losses = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
+        probabilities = []
+        for start in range(0, len(labels), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            logits = hidden[chunk] @ weight.t()
+            targets = labels[chunk].clamp(min=0).unsqueeze(1)
+            float_logits = logits.float()
+            log_normaliser = float_logits.logsumexp(dim=-1)
+            losses[chunk] = log_normaliser - float_logits.gather(1, targets).squeeze(1)
+            if keep_for_backward:
+                float_logits = float_logits.sub_(log_normaliser.unsqueeze(1)).exp_()
+                probabilities.append(float_logits if logits.dtype == torch.float32 else logits.copy_(float_logits))
+        ctx.save_for_backward(hidden, weight, labels, *probabilities)
+        return losses.masked_fill_(labels < 0, 0.0)
+
+    @staticmethod
+    def backward(ctx, grad_losses):
+        hidden, weight, labels, *probabilities = ctx.saved_tensors
+        grad_losses = grad_losses.masked_fill(labels < 0, 0.0)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        for index, start in enumerate(range(0, len(labels), CHUNK)):
+            chunk = slice(start, start + CHUNK)
+            scale = grad_losses[chunk].unsqueeze(1).to(hidden.dtype)
+            grad_logits = probabilities[index] * scale
+            grad_logits.scatter_add_(1, labels[chunk].clamp(min=0).unsqueeze(1), -scale)
+            grad_hidden[chunk] = grad_logits @ weight
+            grad_weight += grad_logits.t() @ hidden[chunk]
+        return grad_hidden, grad_weight.to(weight.dtype), None
+
+
+def token_cross_entropy(hidden_states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of every token, in nats.
+
+    hidden_states (batch, seq, hidden), weight (vocab, hidden), labels (batch, seq) with -100 where nothing is predicted.
+    Returns float32 (batch, seq), 0 where the label is -100. The log-probability of a token is minus its loss.
+    """
+    dtype = compute_dtype(hidden_states)
+    flat_labels = labels.reshape(-1)
+    hidden = hidden_states.reshape(-1, hidden_states.shape[-1]).to(dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if hidden.device.type != "cpu":
+            return _TokenCrossEntropy.apply(hidden, weight.to(dtype), flat_labels).view(labels.shape)
+        # on a CPU the prompt's and the padding's logits are not computed at all; a GPU would have to wait for their count
+        targets = (flat_labels >= 0).nonzero().squeeze(1)
+        losses = _TokenCrossEntropy.apply(hidden[targets], weight.to(dtype), flat_labels[targets])
+        return torch.zeros(len(flat_labels)).index_copy(0, targets, losses).view(labels.shape)
