@@ -64,7 +64,8 @@ def build_plan(cache: TokenCache, max_seq_len: int, show_progress: bool = True) 
     plan = _open_whole(folder)
     if plan is None:
         with writing_errors(folder.parent, "the packing plan"):
-            with file_lock(folder.with_suffix(".lock"), show_progress, f"the packing plan of {cache.folder.name}"):
+            lock = folder.with_name(folder.name + ".lock")
+            with file_lock(lock, show_progress, f"the packing plan of {cache.folder.name}"):
                 plan = _open_whole(folder)
                 if plan is None:
                     with replaced_folder(folder) as unfinished:
@@ -208,53 +209,65 @@ def _read_masks(cache: TokenCache, first: int, last: int, max_seq_len: int) -> t
 
 def _count_targets(mask: np.ndarray, start: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(any, number) of targets in the first so many ids of each document; its first id is never one."""
-    before = np.concatenate(([0], np.cumsum(mask, dtype=np.int64)))
+    before = np.zeros(len(mask) + 1, np.int32)
+    np.cumsum(mask, out=before[1:])
     targets = before[start + kept] - before[start + 1]
-    return targets > 0, targets
+    return targets > 0, targets.astype(np.int64)
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """The row of each length, longest first, each into the fullest row that still takes it.
+    """The row of each length: int64 (n,), rows counted from 0 in the order of their first length.
 
-    lengths int (n,), all in 1..capacity. Returns int64 (n,): rows counted in the order of their first length.
-    Equal lengths are placed together, so the cost is that of the distinct lengths, not of n.
+    lengths int (n,), all in 1..capacity. Of two ways to choose what joins a row, the one that needs fewer rows.
     """
-    order = np.argsort(-lengths, kind="stable")
-    distinct, counts = np.unique(lengths, return_counts=True)
-    free = [[] for _ in range(capacity + 1)]  # free[r]: rows with r positions left
-    some_free = 0  # bit r is set where free[r] has rows
-    num_rows = 0
-    placed_in = []
-    for length, count in zip(distinct[::-1].tolist(), counts[::-1].tolist(), strict=True):
-        while count:
-            candidates = some_free >> length
-            left = length + (candidates & -candidates).bit_length() - 1 if candidates else capacity
-            per_row = left // length  # a row that took one is the fullest that takes the next
-            needed = -(-count // per_row)
-            if candidates:
-                rows = free[left][-needed:]
-                del free[left][-needed:]
-                if not free[left]:
-                    some_free &= ~(1 << left)
-            else:
-                rows = list(range(num_rows, num_rows + needed))
-                num_rows += needed
-            placed = min(count, per_row * len(rows))
-            count -= placed
-            placed_in.append(np.repeat(np.array(rows, np.int64), per_row)[:placed])
-            in_last = placed - per_row * (len(rows) - 1)
-            for remaining, some_rows in ((left - per_row * length, rows[:-1]), (left - in_last * length, rows[-1:])):
-                if remaining and some_rows:
-                    free[remaining] += some_rows
-                    some_free |= 1 << remaining
-    row = np.empty(len(lengths), np.int64)
-    row[order] = np.concatenate(placed_in)
-    # Rows in the order of the file: numbered by where each first occurs.
-    first = np.full(num_rows, len(lengths))
+    row = min((_fill_rows(lengths, capacity, exact_pairs) for exact_pairs in (False, True)), key=np.max)
+    first = np.full(row.max() + 1, len(lengths))
     np.minimum.at(first, row, np.arange(len(lengths)))
-    rank = np.empty(num_rows, np.int64)
-    rank[np.argsort(first)] = np.arange(num_rows)
+    rank = np.empty(len(first), np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))
     return rank[row]
+
+
+def _fill_rows(lengths: np.ndarray, capacity: int, exact_pairs: bool) -> np.ndarray:
+    """Rows filled one after another, each with the longest that is left and then the longest that still fits.
+
+    This gives the rows of first fit decreasing. With exact_pairs, a row that nothing longer than its half is left for
+    prefers two lengths that fill it to the last position; this saves short ones, unless there are too few of them.
+    """
+    counts = np.bincount(lengths, minlength=capacity + 1).tolist()
+    # Bit x of left: a length x is left. Bit capacity - x of mirrored: the same, so that shifted against each other they
+    # show all pairs of a given sum at once.
+    left = sum(1 << length for length, count in enumerate(counts) if count)
+    mirrored = sum(1 << (capacity - length) for length, count in enumerate(counts) if count)
+    placed, placed_in = [], []
+    row = -1
+    while left:
+        row += 1
+        free = capacity
+        wanted = left.bit_length() - 1
+        seek_pairs = exact_pairs and 2 * wanted <= capacity
+        partner = 0
+        while wanted > 0:
+            placed.append(wanted)
+            placed_in.append(row)
+            free -= wanted
+            counts[wanted] -= 1
+            if not counts[wanted]:
+                left ^= 1 << wanted
+                mirrored ^= 1 << (capacity - wanted)
+            if partner:
+                wanted, partner = partner, 0
+                continue
+            wanted = (left & ((2 << free) - 1)).bit_length() - 1  # -1 where nothing fits
+            if seek_pairs and 0 < wanted < free:
+                pairs = left & (mirrored >> (capacity - free))
+                longer = pairs.bit_length() - 1
+                if longer > 0 and (2 * longer != free or counts[longer] > 1):
+                    wanted, partner = longer, free - longer
+    by_length = np.argsort(np.array(placed), kind="stable")
+    result = np.empty(len(lengths), np.int64)
+    result[np.argsort(lengths, kind="stable")] = np.array(placed_in)[by_length]
+    return result
 
 
 class _Batches(Dataset):

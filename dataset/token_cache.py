@@ -109,7 +109,8 @@ def open_token_cache(
     if cache is None:
         with writing_errors(folder.parent, "the token cache"):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with file_lock(folder.with_suffix(".lock"), show_progress, f"the token cache of {data_path.name}"):
+            lock = folder.with_name(folder.name + ".lock")
+            with file_lock(lock, show_progress, f"the token cache of {data_path.name}"):
                 cache = _open_whole(folder)
                 if cache is None:  # nobody finished it while this process waited
                     builder = _Builder(data_path, tokenizer, kind, identity, num_workers, show_progress)
@@ -300,17 +301,20 @@ def tokenize_range(
 
 def _lines(path: Path, start: int, end: int) -> Iterator[bytes]:
     """Lines that begin in [start, end), without white space around them, nor the byte order mark of the file."""
-    with open(path, "rb") as file:
-        if start:
-            file.seek(start - 1)
-            start += len(file.readline()) - 1  # the rest of a line that began in the range before
-        while start < end:
-            line = file.readline()
-            if not line:
-                return
-            first = start == 0
-            start += len(line)
-            yield (line.removeprefix(b"\xef\xbb\xbf") if first else line).strip()
+    try:
+        with open(path, "rb") as file:
+            if start:
+                file.seek(start - 1)
+                start += len(file.readline()) - 1  # the rest of a line that began in the range before
+            while start < end:
+                line = file.readline()
+                if not line:
+                    return
+                first = start == 0
+                start += len(line)
+                yield (line.removeprefix(b"\xef\xbb\xbf") if first else line).strip()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}; see --data_path") from error
 
 
 def _flat(rows: list[list[int]], dtype: type, count: int) -> np.ndarray:
@@ -349,8 +353,8 @@ class _Worker:
 
     def _ended(self) -> ValueError:
         return ValueError(
-            f"a tokenizing process ended early (exit status {self._process.wait()}); if it was killed for memory, "
-            "use fewer with --num_workers"
+            f"a tokenizing process ended early (exit status {self._process.wait()}). If the system killed it for lack "
+            "of memory, free some or use fewer cores (taskset), then start again: nothing half-made is left behind"
         )
 
     def __enter__(self) -> "_Worker":
@@ -450,10 +454,13 @@ def writing_errors(folder: Path, what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        cure = "free some space there" if full else "make it writable"
+        cures = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space there")
+        cures |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO), "make it writable")
+        cures |= dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a file is in the way, move it")
+        if error.errno not in cures:
+            raise
         raise ValueError(
-            f"cannot write {what} in {folder}: {error.strerror or error}; {cure}, or choose another --cache_dir"
+            f"cannot write {what} in {folder}: {error.strerror}; {cures[error.errno]}, or choose another --cache_dir"
         ) from error
 
 

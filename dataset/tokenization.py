@@ -83,7 +83,7 @@ class ChatTokenizer:
         return self._documents.decode([int(i) for i in ids], skip_special_tokens=skip_control)
 
     def token_bytes(self, token_id: int, skip_control: bool = True) -> bytes:
-        """The bytes that one id stands for in a byte-level tokenizer; b"" for unknown ids, and for skipped controls."""
+        """The bytes of one id, exact in a byte-level tokenizer; b"" for unknown ids and for skipped control ids."""
         token = self._documents.id_to_token(token_id)
         if token is None or (skip_control and token_id in self._special_ids):
             return b""
@@ -155,7 +155,8 @@ class ChatTokenizer:
 class StreamDecoder:
     """Text of ids that arrive one at a time. The pieces of push, and flush at the end, join to decode of all ids.
 
-    With a byte-level tokenizer a step costs the bytes of one token, whatever came before.
+    With a byte-level tokenizer a step costs the bytes of one token, whatever came before. Other tokenizers decode a
+    window of a few ids again, and may show bytes that are no UTF-8 as more or fewer U+FFFD than decode does.
     """
 
     def __init__(self, tokenizer: ChatTokenizer, skip_control: bool = True):
@@ -167,8 +168,11 @@ class StreamDecoder:
 
     def push(self, token_id: int) -> str:
         """The text that this id completes: whole characters only, "" while one is still open."""
+        token = self._tokenizer.token_bytes(int(token_id), self._skip_control)
         if self._tokenizer.is_byte_level:
-            return self._utf8.decode(self._tokenizer.token_bytes(int(token_id), self._skip_control))
+            return self._utf8.decode(token)
+        if not token:  # what is not shown must not take the place of the ids that settle spacing
+            return ""
         self._window.append(int(token_id))
         return self._release(final=False)
 

@@ -256,7 +256,9 @@ class AttentionPlan:
         return cls("mask", mask=mask.unsqueeze(1))
 
     @classmethod
-    def rows(cls, attention_mask: torch.Tensor | None, past: int, keys: int, shape: tuple[int, int], device: torch.device):
+    def rows(
+        cls, attention_mask: torch.Tensor | None, past: int, keys: int, shape: tuple[int, int], device: torch.device
+    ):
         """Rows that may be padded (attention_mask (batch, keys), 0 = padding) and may continue a cache of `past` tokens."""
         batch, queries = shape
         if attention_mask is not None and attention_mask.dim() == 4:
@@ -410,7 +412,9 @@ class DocumentIndex:
 
     def __init__(self, ids: torch.Tensor, slots: int):
         self.ids, self.slots = ids, slots
-        self.lengths = torch.zeros(slots + 1, device=ids.device).index_add_(0, ids, torch.ones_like(ids).float())[:slots]
+        self.lengths = torch.zeros(slots + 1, device=ids.device).index_add_(0, ids, torch.ones_like(ids).float())[
+            :slots
+        ]
         self.documents = (self.lengths > 0).sum().clamp(min=1)
 
     @classmethod

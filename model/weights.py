@@ -38,6 +38,16 @@ def weight_path(out_dir: str | Path, stage: str, hidden_size: int, use_moe: bool
     return Path(out_dir) / f"{stage}_{hidden_size}{'_moe' if use_moe else ''}.pth"
 
 
+def find_weights(stage_or_path: str, out_dir: str | Path, hidden_size: int, use_moe: bool) -> Path:
+    """The weight file that a flag names: a stage, whose file lies in out_dir, or a path. It must exist."""
+    path = Path(stage_or_path)
+    if stage_or_path in STAGES:
+        path = weight_path(out_dir, stage_or_path, hidden_size, use_moe)
+    if not path.is_file():
+        raise WeightsError(missing_message(path))
+    return path
+
+
 def sidecar_path(path: str | Path) -> Path:
     return Path(path).with_suffix(".json")
 
@@ -61,7 +71,9 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], None]) -> Non
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         kept = "; the previous file is as it was" if path.exists() else ""
-        raise WeightsError(f"cannot write {path}: {error}{kept}. Check --out_dir, its permissions and free space.") from error
+        raise WeightsError(
+            f"cannot write {path}: {error}{kept}. Check --out_dir, its permissions and free space."
+        ) from error
     finally:
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)
@@ -121,7 +133,9 @@ def _to_half(key: str, tensor: torch.Tensor) -> torch.Tensor:
     return half
 
 
-def save_weights(path: str | Path, model: nn.Module | dict[str, torch.Tensor], sidecar: dict[str, Any] | None = None) -> None:
+def save_weights(
+    path: str | Path, model: nn.Module | dict[str, torch.Tensor], sidecar: dict[str, Any] | None = None
+) -> None:
     """Writes the half-precision state dict and, with `sidecar`, the JSON beside it; each beside first, then renamed."""
     state = half_state_dict(model)
     write_atomically(path, lambda file: torch.save(state, file))
@@ -155,7 +169,9 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
             f"{path} is not a weight file of tensors only, so it was not loaded ({str(error).splitlines()[0]})"
         ) from error
     if not isinstance(state, dict) or not state or not all(isinstance(t, torch.Tensor) for t in state.values()):
-        raise WeightsError(f"{path} does not hold a plain state dict (names to tensors); it is not a weight file of ours")
+        raise WeightsError(
+            f"{path} does not hold a plain state dict (names to tensors); it is not a weight file of ours"
+        )
     if "tok_embeddings.weight" in state or any(".attention.wq." in key for key in state):
         raise WeightsError(
             f"{path} holds weights of the original project from before April 2025 (tok_embeddings, wq, w1 ...); "
@@ -218,7 +234,9 @@ def load_weights(model: nn.Module, path: str | Path, tokenizer_sha256: str | Non
     return sidecar
 
 
-def load_model(path: str | Path, tokenizer_sha256: str | None = None) -> tuple[MiniMindForCausalLM, dict[str, Any] | None]:
+def load_model(
+    path: str | Path, tokenizer_sha256: str | None = None
+) -> tuple[MiniMindForCausalLM, dict[str, Any] | None]:
     """Builds the model that a weight file holds, its sizes read from the file, and loads it: (model in eval mode, sidecar)."""
     state = read_state_dict(path)
     sidecar = read_sidecar(path)

@@ -26,7 +26,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dataset.tokenization import CONTROL_TOKENS, DEFAULT_SYSTEM, ChatTokenizer, StreamDecoder  # noqa: E402
+from dataset.tokenization import CONTROL_TOKENS, DEFAULT_SYSTEM, ChatTokenizer, StreamDecoder
 
 CONTROLS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FREE_ON_RESUME = {
     "resume", "log_interval", "save_interval", "eval_interval", "num_workers", "use_wandb", "wandb_project", "out_dir",
     "cache_dir", "device", "ddp", "local_rank", "valid_path", "sample_prompt", "compile", "overwrite", "batch_size",
-    "accumulation_steps", "gradient_checkpointing", "stop_after",
+    "accumulation_steps", "gradient_checkpointing",
 }  # fmt: skip
 
 
@@ -47,7 +47,9 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("data and output").add_argument
     group("--data_path", type=Path, help="training data, jsonl (default: %(default)s)")
-    group("--valid_path", type=Path, help="held-out data of the same kind: loss and bits per byte every --eval_interval")
+    group(
+        "--valid_path", type=Path, help="held-out data of the same kind: loss and bits per byte every --eval_interval"
+    )
     group("--tokenizer_path", type=Path, default=from_root("model"), help="folder with tokenizer.json")
     group("--out_dir", type=Path, default=from_root("out"), help="weights, logs and resume states (default: out/)")
     group("--cache_dir", type=Path, help="tokenised data (default: OUT_DIR/token_cache)")
@@ -64,11 +66,21 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("optimisation").add_argument
     group("--epochs", type=int, default=1)
-    group("--max_steps", type=int, default=0, help="stop after this many optimizer steps, schedule included (0: all epochs)")
+    group(
+        "--max_steps",
+        type=int,
+        default=0,
+        help="stop after this many optimizer steps, schedule included (0: all epochs)",
+    )
     group("--batch_size", type=int, default=32, help="rows per process and micro-batch (default: %(default)s)")
     group("--accumulation_steps", type=int, default=1, help="micro-batches per optimizer step (default: %(default)s)")
     group("--learning_rate", type=float, default=5e-4, help="peak learning rate (default: %(default)s)")
-    group("--min_lr_ratio", type=float, default=0.1, help="the cosine ends at this share of the peak (default: %(default)s)")
+    group(
+        "--min_lr_ratio",
+        type=float,
+        default=0.1,
+        help="the cosine ends at this share of the peak (default: %(default)s)",
+    )
     group("--warmup_iters", type=int, default=0, help="optimizer steps of linear warm-up (default: %(default)s)")
     group("--optimizer", choices=("adamw", "sgd"), default="adamw")
     group("--beta1", type=float, default=0.9)
@@ -87,11 +99,19 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
     group("--sample_prompt", default="", help="a text that the model continues at every evaluation")
     add_boolean(parser, "--resume", False, "go on from the last saved state of this run")
     add_boolean(parser, "--compile", None, "torch.compile (default: on with CUDA, off on a CPU)")
-    add_boolean(parser, "--gradient_checkpointing", False, "recompute activations in the backward pass: less memory, more time")
+    add_boolean(
+        parser, "--gradient_checkpointing", False, "recompute activations in the backward pass: less memory, more time"
+    )
     add_boolean(parser, "--use_wandb", False, "log to Weights & Biases too")
     add("--wandb_project", default="MiniMind")
     add_boolean(parser, "--ddp", None, "accepted because old commands pass it; torchrun alone decides")
-    add("--local_rank", "--local-rank", type=int, default=-1, help="accepted because launchers pass it; LOCAL_RANK decides")
+    add(
+        "--local_rank",
+        "--local-rank",
+        type=int,
+        default=-1,
+        help="accepted because launchers pass it; LOCAL_RANK decides",
+    )
 
     unknown = defaults.keys() - {action.dest for action in parser._actions}
     assert not unknown, f"defaults for flags that do not exist: {unknown}"
@@ -121,7 +141,9 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = No
     for flag in ("beta1", "beta2"):
         expect(flag, lambda v: 0 <= v < 1, "at least 0 and below 1")
     if args.max_seq_len > MiniMindConfig().max_position_embeddings:
-        mistakes.append(f"--max_seq_len {args.max_seq_len}: the model has {MiniMindConfig().max_position_embeddings} positions")
+        mistakes.append(
+            f"--max_seq_len {args.max_seq_len}: the model has {MiniMindConfig().max_position_embeddings} positions"
+        )
     try:
         device = torch.device(args.device)
         if device.type == "cuda" and not torch.cuda.is_available():
@@ -143,5 +165,5 @@ def run_script(main: Callable[[], None]) -> None:
     """Runs a script's main; a mistake of the user's is shown as a message, not as a traceback."""
     try:
         main()
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         sys.exit(f"error: {error}")

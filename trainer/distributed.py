@@ -35,12 +35,16 @@ def start_process(args: argparse.Namespace) -> Process:
     """Joins the process group that torchrun describes in the environment (none: a single process) and seeds everything."""
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if args.ddp and not launched:
-        raise ValueError("--ddp was given, but RANK and WORLD_SIZE are not set; start with: torchrun --nproc_per_node N train_X.py")
+        raise ValueError(
+            "--ddp was given, but RANK and WORLD_SIZE are not set; start with: torchrun --nproc_per_node N train_X.py"
+        )
     if args.ddp is False and launched and int(os.environ["WORLD_SIZE"]) > 1:
         raise ValueError("--ddp false was given, but a launcher started several processes; leave the flag out")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if args.local_rank not in (-1, local_rank):
-        raise ValueError(f"--local_rank {args.local_rank} contradicts LOCAL_RANK={local_rank} in the environment; leave the flag out")
+        raise ValueError(
+            f"--local_rank {args.local_rank} contradicts LOCAL_RANK={local_rank} in the environment; leave the flag out"
+        )
     device = torch.device(args.device)
     world_size = int(os.environ["WORLD_SIZE"]) if launched else 1
     rank = int(os.environ["RANK"]) if launched else 0
@@ -125,15 +129,24 @@ def barrier(process: Process) -> None:
 
 
 class StopRequest:
-    """SIGINT and SIGTERM ask for a stop; the training loop looks at `requested` between two steps, saves, and ends."""
+    """SIGINT and SIGTERM ask for a stop; the training loop looks between two steps, saves, and ends."""
 
     def __init__(self):
-        self.requested = False
+        self.signal = 0
 
     def _handle(self, number: int, frame) -> None:
-        if self.requested and number == signal.SIGINT:
+        if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt  # asked twice: at once
-        self.requested = True
+        self.signal = number
+
+    def agreed(self, process: Process) -> bool:
+        """Whether any process was asked to stop: all must leave the loop after the same step."""
+        return sum_over_ranks([float(self.signal)], process)[0] > 0
+
+    def exit_if_asked(self, progress) -> None:
+        """Ends an unfinished process with the exit status of the signal, so that a chain of commands does not go on."""
+        if self.signal and not progress.complete:
+            raise SystemExit(128 + self.signal)
 
 
 @contextlib.contextmanager

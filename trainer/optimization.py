@@ -55,15 +55,37 @@ def cpu_has_bfloat16() -> bool:
 class Precision:
     """Autocast and, for float16, the gradient scaler."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device):
-        self.dtype, self.device = dtype, device
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    def __init__(self, name: str, device: torch.device):
+        self.device = device
+        self.dtype, self.notice = usable_dtype(name, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def backward(self, loss: torch.Tensor) -> None:
         self.scaler.scale(loss).backward()
+
+
+def prepare_forward(model: nn.Module, args: argparse.Namespace, device: torch.device) -> None:
+    """Gradient checkpointing and torch.compile as the flags say; compiling is on by default with CUDA.
+
+    It happens in place, so that parameter names stay as they are. Where it fails, torch says so and runs the model as it is.
+    """
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if args.compile if args.compile is not None else device.type == "cuda":
+        torch._dynamo.config.suppress_errors = True
+        model.model.compile(dynamic=False)
+
+
+def check_finite(loss: float, step: int) -> None:
+    """Stops a run whose loss is NaN or infinite, before any weight changes."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss is {loss} at step {step + 1}; the last saved weights and resume state are untouched. "
+            "Lower --learning_rate, or raise --warmup_iters, or train with --dtype float32"
+        )
 
 
 def optimizer_step(
@@ -80,7 +102,10 @@ def optimizer_step(
     trainable = [p for p in model.parameters() if p.requires_grad]
     norm = float(nn.utils.clip_grad_norm_(trainable, grad_clip if grad_clip > 0 else math.inf))
     if not math.isfinite(norm) and (not precision.scaler.is_enabled() or precision.scaler.get_scale() < 1e-4):
-        raise FloatingPointError(f"the gradient norm is {norm}")
+        raise FloatingPointError(
+            f"the gradient norm is {norm}; the last saved weights and resume state are untouched. "
+            "Lower --learning_rate, or raise --warmup_iters, or train with --dtype float32"
+        )
     precision.scaler.step(optimizer)
     precision.scaler.update()
     optimizer.zero_grad(set_to_none=True)

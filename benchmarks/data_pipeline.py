@@ -1,0 +1,215 @@
+"""How fast the data path is, beside the tokenizers library alone, and how much memory it takes at ten times the data.
+
+    python benchmarks/data_pipeline.py                                        the repository's sample, repeated
+    python benchmarks/data_pipeline.py --data_path dataset/pretrain_hq.jsonl --kind pretrain
+    python benchmarks/data_pipeline.py --data_path dataset/sft_mini_512.jsonl --kind conversation
+
+Caches go to a temporary folder and are removed. Memory is read from /proc, so that part needs Linux.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+STARTED = time.perf_counter()
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+
+from dataset.lm_dataset import KINDS, parse_record
+from dataset.packing import PackedBatches, PreferenceBatches, build_plan
+from dataset.token_cache import open_token_cache, usable_cores
+from dataset.tokenization import ChatTokenizer
+
+SAMPLES = {"pretrain": "pretrain.jsonl", "conversation": "sft.jsonl"}
+PEER_BATCH = 1000  # texts per call of encode_batch; all at once would hold gigabytes of offsets
+ROUNDS = 2  # ours and the peer's take turns, the better time of each counts: other work on the machine hits both
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_path", type=Path, help="jsonl file (default: dataset/sample/, pretrain and sft)")
+    parser.add_argument("--kind", choices=KINDS, help="kind of its records (default: what its first line looks like)")
+    parser.add_argument("--tokenizer_path", type=Path, default=ROOT / "model")
+    parser.add_argument("--max_seq_len", type=int, default=512)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--megabytes", type=float, default=16, help="size that the sample is repeated to")
+    parser.add_argument("--scale", type=int, default=10, help="how often the data is repeated for the memory test")
+    parser.add_argument("--child", choices=("build", "iterate"), help=argparse.SUPPRESS)
+    parser.add_argument("--cache_dir", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.child:
+        print(json.dumps(measure_process(args)))
+        return
+    if args.data_path:
+        inputs = [(args.kind or guess_kind(args.data_path), args.data_path)]
+    else:
+        inputs = [(kind, ROOT / "dataset" / "sample" / name) for kind, name in SAMPLES.items()]
+    with tempfile.TemporaryDirectory(prefix="data_pipeline_") as folder:
+        for kind, path in inputs:
+            if not args.data_path:
+                times = max(1, round(args.megabytes * 1e6 / path.stat().st_size))
+                path = repeat(path, times, Path(folder) / path.name)
+            measure(args, kind, path, Path(folder))
+
+
+def measure(args: argparse.Namespace, kind: str, path: Path, folder: Path) -> None:
+    tokenizer = ChatTokenizer(args.tokenizer_path)
+    cores = usable_cores()
+    print(f"\n{path.name}: {kind}, {path.stat().st_size / 1e6:.1f} MB, {cores} cores")
+
+    seconds = {}
+    for round_ in range(ROUNDS):
+        for workers in sorted({1, cores}):
+            cache_dir = folder / f"{path.stem}_{workers}_{round_}"
+            start = time.perf_counter()
+            cache = open_token_cache(
+                path, tokenizer, kind, cache_dir=cache_dir, num_workers=workers, show_progress=False
+            )
+            keep_best(seconds, ("ours", workers), time.perf_counter() - start)
+            keep_best(seconds, ("peer", workers), peer_seconds(args, kind, path, workers))
+    text_bytes = sum(len(text.encode()) for text in texts_of(kind, path))
+    print("  cache building        ours (jsonl to cache)      encode_batch (texts in memory)   ours / peer")
+    for workers in sorted({1, cores}):
+        ours, peer = text_bytes / seconds["ours", workers] / 1e6, text_bytes / seconds["peer", workers] / 1e6
+        tokens = cache.meta["tokens"] / seconds["ours", workers] / 1e6
+        print(
+            f"    {workers:2} core{'s' if workers > 1 else ' '}       {ours:6.2f} MB/s {tokens:5.2f} Mtokens/s"
+            f"           {peer:6.2f} MB/s              {ours / peer:6.1%}"
+        )
+    if cores > 1:
+        print(f"    {cores} cores are {seconds['ours', 1] / seconds['ours', cores]:.2f} times as fast as 1")
+
+    start = time.perf_counter()
+    plan = build_plan(cache, args.max_seq_len, show_progress=False)
+    print(
+        f"  plan, cold            {time.perf_counter() - start:.2f} s for {plan.stats['documents']:,} documents; "
+        f"fill {plan.fill:.2%} of {plan.num_rows:,} rows of {plan.max_seq_len}"
+    )
+    batches = batches_of(cache, plan, args.batch_size)
+    count = min(len(batches), 500)
+    start = time.perf_counter()
+    tokens = sum(batches[i]["real_tokens"] for i in range(count))
+    rate = tokens / (time.perf_counter() - start) / 1e6
+    print(f"  batches, one process  {rate:.1f} Mtokens/s ({count} of {args.batch_size} x {args.max_seq_len})")
+
+    if not Path("/proc/self/status").exists():
+        return
+    peaks = {}
+    for times in (1, args.scale):
+        large = repeat(path, times, folder / f"{path.stem}_x{times}.jsonl")
+        for child in ("build", "iterate"):
+            result = run_child(args, child, kind, large, folder / f"{path.stem}_x{times}")
+            peaks[child, times] = result["rss_anon"]
+            if child == "iterate":
+                print(
+                    f"  warm start at {times:2}x     {result['seconds']:.3f} s to the first batch "
+                    f"({result['import_seconds']:.1f} s more for imports)"
+                )
+        large.unlink()
+    for child, text in (("iterate", "open and iterate"), ("build", "build the cache")):
+        small, large = peaks[child, 1] / 1e6, peaks[child, args.scale] / 1e6
+        print(
+            f"  RssAnon, {text:16} {small:.0f} MB at 1x, {large:.0f} MB at {args.scale}x: "
+            f"growth {large - small:+.1f} MB"
+        )
+
+
+def measure_process(args: argparse.Namespace) -> dict:
+    """In a process of its own: peak of RssAnon over what imports took, and seconds from the flags to the first batch."""
+    before = rss_anon()
+    peak = [before]
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            peak[0] = max(peak[0], rss_anon())
+
+    threading.Thread(target=watch, daemon=True).start()
+    start = time.perf_counter()
+    tokenizer = ChatTokenizer(args.tokenizer_path)
+    cache = open_token_cache(args.data_path, tokenizer, args.kind, cache_dir=args.cache_dir, show_progress=False)
+    batches = batches_of(cache, build_plan(cache, args.max_seq_len, show_progress=False), args.batch_size)
+    batches[0]
+    seconds = time.perf_counter() - start
+    if args.child == "iterate":
+        for i in range(len(batches)):
+            batches[i]
+    done.set()
+    return {"rss_anon": max(peak[0], rss_anon()) - before, "seconds": seconds, "import_seconds": start - STARTED}
+
+
+def run_child(args: argparse.Namespace, child: str, kind: str, path: Path, cache_dir: Path) -> dict:
+    command = [sys.executable, __file__, "--child", child, "--kind", kind, "--data_path", str(path)]
+    command += ["--cache_dir", str(cache_dir), "--tokenizer_path", str(args.tokenizer_path)]
+    command += ["--max_seq_len", str(args.max_seq_len), "--batch_size", str(args.batch_size)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def peer_seconds(args: argparse.Namespace, kind: str, path: Path, workers: int) -> float:
+    """Seconds of the library's encode_batch for the same texts on as many threads, in a process of its own."""
+    code = (
+        "import sys, time; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from tokenizers import Tokenizer\n"
+        "from benchmarks.data_pipeline import PEER_BATCH, texts_of\n"
+        "texts = list(texts_of(sys.argv[2], Path(sys.argv[3])))\n"
+        "tokenizer = Tokenizer.from_file(sys.argv[4])\n"
+        "start = time.perf_counter()\n"
+        "for i in range(0, len(texts), PEER_BATCH): tokenizer.encode_batch(texts[i : i + PEER_BATCH])\n"
+        "print(time.perf_counter() - start)"
+    )
+    file = args.tokenizer_path / "tokenizer.json" if args.tokenizer_path.is_dir() else args.tokenizer_path
+    env = os.environ | {"RAYON_NUM_THREADS": str(workers), "TOKENIZERS_PARALLELISM": "true"}
+    command = [sys.executable, "-c", code, str(ROOT), kind, str(path), str(file)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout)
+
+
+def texts_of(kind: str, path: Path):
+    """All texts of a file that are tokenized: documents, or the contents of turns."""
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            record = parse_record(kind, line)
+            if kind == "pretrain":
+                yield record
+            else:
+                turns = record if kind == "conversation" else [*record[0], *record[1]]
+                yield from (turn["content"] for turn in turns)
+
+
+def batches_of(cache, plan, batch_size: int):
+    return (PreferenceBatches if cache.kind == "preference" else PackedBatches)(cache, plan, batch_size=batch_size)
+
+
+def guess_kind(path: Path) -> str:
+    with open(path, encoding="utf-8-sig") as file:
+        keys = json.loads(file.readline())
+    return "pretrain" if "text" in keys else "preference" if "chosen" in keys else "conversation"
+
+
+def repeat(path: Path, times: int, target: Path) -> Path:
+    with open(path, "rb") as source, open(target, "wb") as copy:
+        for _ in range(times):
+            source.seek(0)
+            while block := source.read(1 << 22):
+                copy.write(block)
+    return target
+
+
+def rss_anon() -> int:
+    """Bytes of memory that belong to this process alone; mapped files are not among them."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def keep_best(seconds: dict, key: tuple, value: float) -> None:
+    seconds[key] = min(value, seconds.get(key, np.inf))
+
+
+if __name__ == "__main__":
+    main()

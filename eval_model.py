@@ -1,0 +1,431 @@
+"""Chat with the weights of any stage, or let pretrained weights continue a text.
+
+    python eval_model.py                          full_sft weights: out/full_sft_512.pth
+    python eval_model.py --model_mode 0           0 pretrain, 1 full_sft, 2 rlhf (DPO), 3 reason, 4 full_dist
+    python eval_model.py --load 1                 a folder in Hugging Face format: MiniMind2/, or --hf_path FOLDER
+    python eval_model.py --prompt "你好"          answers once; only the answer goes to stdout
+    python eval_model.py < prompts.txt            one prompt a line
+
+Answers go to stdout, everything else to stderr. An empty line ends the conversation, Ctrl-C an answer.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from dataset.tokenization import ChatTokenizer, StreamDecoder
+from model.generation import KVCache, SamplingParams, new_cache, stream
+from model.model_minimind import MiniMindForCausalLM
+from model.weights import WeightsError, load_model, missing_message, weight_path
+
+ROOT = Path(__file__).resolve().parent
+STAGE_OF_MODE = {0: "pretrain", 1: "full_sft", 2: "rlhf", 3: "reason", 4: "full_dist"}
+PRETRAIN, REASON = 0, 3
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+TEST_PROMPTS = [
+    "你好，你是谁？",
+    "用两三句话说明什么是光合作用。",
+    "小明有5个苹果，吃了2个，又买了4个，现在有几个？",
+    "推荐三种适合初学者的运动，并说明理由。",
+    "写一首关于秋天的短诗。",
+    "Who are you, and what can you do?",
+    "Why is the sky blue?",
+    "Give me three tips for learning a new language.",
+]
+TEST_BEGINNINGS = [
+    "世界上最高的山峰是",
+    "万有引力是指",
+    "人工智能的发展",
+    "学习一门新语言的时候，",
+    "The capital of France is",
+    "Once upon a time, there was a little girl who",
+]
+
+
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "1", "yes", "false", "0", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() in ("true", "1", "yes")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Chat with MiniMind, or let pretrained weights continue a text.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    modes = ", ".join(f"{mode} {stage}" for mode, stage in STAGE_OF_MODE.items())
+    add = parser.add_argument
+    add("--model_mode", type=int, default=1, choices=list(STAGE_OF_MODE), help=f"stage of the weights: {modes}")
+    add("--load", type=int, default=0, choices=[0, 1], help="0: .pth in --out_dir; 1: Hugging Face folder --hf_path")
+    add("--out_dir", default=str(ROOT / "out"), help="folder of the .pth files")
+    add("--hf_path", default=str(ROOT / "MiniMind2"), help="folder in Hugging Face format, for --load 1")
+    add("--trust_remote_code", type=boolean, nargs="?", const=True, default=False, help="run code of --hf_path's folder")
+    add("--tokenizer_path", default=None, help="folder of the tokenizer; default: --hf_path's own, else model/")
+    add("--lora_name", default="None", help="adapter to apply")
+    add("--hidden_size", type=int, default=None, help="chooses between weight files; default: the only one there, or 512")
+    add("--num_hidden_layers", type=int, default=None, help="read from the weights; an error where it disagrees with them")
+    add("--use_moe", type=boolean, nargs="?", const=True, default=None, help="chooses between weight files")
+    add("--max_seq_len", type=int, default=8192, help="context in tokens: conversation and answer")
+    add("--history_cnt", type=int, default=0, help="earlier messages that are kept, an even number; 0: each prompt alone")
+    add("--temperature", type=float, default=0.85, help="0: greedy")
+    add("--top_p", type=float, default=0.85, help="sample from the likeliest tokens that reach this probability; 1: all")
+    add("--top_k", type=int, default=0, help="sample from the k likeliest tokens; 0: all")
+    add("--repetition_penalty", type=float, default=1.0, help="above 1: tokens that were there become less likely")
+    add("--max_new_tokens", type=int, default=1024, help="longest answer in tokens")
+    add("--seed", type=int, default=None, help="of every answer; default: another one each time")
+    add("--prompt", default=None, help="answer this and exit")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps ...")
+    add("--dtype", default=None, choices=list(DTYPES), help="default: float32 on a CPU; bfloat16 on a GPU, or float16")
+    args = parser.parse_args(argv)
+    if args.history_cnt < 0 or args.history_cnt % 2:
+        parser.error(f"--history_cnt is {args.history_cnt}, and must be 0 or an even number: questions with their answers")
+    if args.max_seq_len < 2:
+        parser.error(f"--max_seq_len is {args.max_seq_len}, and must be at least 2")
+    if args.lora_name != "None":
+        parser.error(f"--lora_name {args.lora_name}: there are no adapters yet; they arrive with trainer/train_lora.py")
+    try:
+        sampling_params(args, stop_ids=())
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def sampling_params(args: argparse.Namespace, stop_ids: tuple[int, ...]) -> SamplingParams:
+    return SamplingParams(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        repetition_penalty=args.repetition_penalty,
+        max_new_tokens=args.max_new_tokens,
+        stop_ids=stop_ids,
+        seed=random.SystemRandom().randrange(2**31) if args.seed is None else args.seed,
+    )
+
+
+def note(text: str, end: str = "\n") -> None:
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def find_weights(out_dir: str, stage: str, hidden_size: int | None, use_moe: bool | None) -> Path:
+    """The stage's file: the one that the flags name, else the only one there, else the dense one of size 512."""
+    names = re.compile(rf"{stage}_(\d+)(_moe)?\.pth")
+    found = {}  # (hidden size, MoE) -> path
+    if os.path.isdir(out_dir):
+        for path in sorted(Path(out_dir).iterdir()):
+            if match := names.fullmatch(path.name):
+                found[int(match[1]), bool(match[2])] = path
+    fitting = {
+        (size, moe): path
+        for (size, moe), path in found.items()
+        if hidden_size in (None, size) and use_moe in (None, moe)
+    }
+    if len(fitting) == 1:
+        return next(iter(fitting.values()))
+    wanted = (hidden_size or 512, bool(use_moe))
+    if wanted in fitting:
+        return fitting[wanted]
+    if fitting:
+        listed = ", ".join(path.name for path in fitting.values())
+        raise WeightsError(f"{out_dir} holds several {stage} weights: {listed}. Choose with --hidden_size and --use_moe")
+    raise WeightsError(missing_message(weight_path(out_dir, stage, *wanted)))
+
+
+def load_folder(folder: Path, trust_remote_code: bool) -> torch.nn.Module:
+    """A model in Hugging Face format. Our own architecture needs no code from the folder; Llama and others come with
+    transformers. Weights that lack a tensor are an error, where transformers would draw it at random and warn."""
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise ValueError(f"{config_file} not found; --hf_path names a folder that save_pretrained or convert_model.py wrote")
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config_file} is not valid JSON: {error}") from error
+    if config.get("model_type") == "minimind" and not trust_remote_code:
+        loader, options = MiniMindForCausalLM, {}
+    else:
+        from transformers import AutoModelForCausalLM
+
+        loader, options = AutoModelForCausalLM, {"trust_remote_code": trust_remote_code}
+    try:
+        model, report = loader.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        code = "" if trust_remote_code or "auto_map" not in config else "; its own code runs only with --trust_remote_code"
+        raise ValueError(f"{folder} cannot be loaded: {error}{code}") from error
+    broken = {kind: sorted(map(str, report[kind]))[:3] for kind in ("missing_keys", "mismatched_keys") if report[kind]}
+    if broken:
+        raise ValueError(f"the weights in {folder} do not fit its config.json: {broken}")
+    return model.eval()
+
+
+def load(args: argparse.Namespace) -> tuple[torch.nn.Module, ChatTokenizer, str]:
+    """The model on its device, its tokenizer and the name of what was loaded."""
+    try:
+        device = torch.device(args.device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {args.device} cannot be used here: {str(error).splitlines()[0]}") from error
+    hf_folder = Path(args.hf_path)
+    tokenizer_path = args.tokenizer_path or ROOT / "model"
+    if args.load == 1 and not args.tokenizer_path and (hf_folder / "tokenizer.json").is_file():
+        tokenizer_path = hf_folder
+    if args.load == 1:
+        model, source = load_folder(hf_folder, args.trust_remote_code), hf_folder
+        tokenizer = ChatTokenizer(tokenizer_path)
+    else:
+        tokenizer = ChatTokenizer(tokenizer_path)
+        source = find_weights(args.out_dir, STAGE_OF_MODE[args.model_mode], args.hidden_size, args.use_moe)
+        model, _ = load_model(source, tokenizer.sha256)
+    check_sizes(args, model.config, source)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {tokenizer.path} has {tokenizer.vocab_size} ids, and {source} {model.config.vocab_size}; "
+            "name the tokenizer that the weights were trained with by --tokenizer_path"
+        )
+    return model.to(device, choose_dtype(args.dtype, device)), tokenizer, str(source)
+
+
+def check_sizes(args: argparse.Namespace, config, source: Path) -> None:
+    """Sizes come from the weights; a flag that says otherwise is a mistake to tell, not to ignore."""
+    held = {
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "use_moe": bool(getattr(config, "use_moe", False)),
+    }
+    for flag, value in held.items():
+        if getattr(args, flag) not in (None, value):
+            raise ValueError(f"--{flag} is {getattr(args, flag)}, and {source} has {value}; leave the flag out")
+
+
+def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    if name is not None:
+        return DTYPES[name]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def describe(model: torch.nn.Module, source: str) -> str:
+    config, parameter = model.config, next(model.parameters())
+    kind = f"MoE of {config.n_routed_experts} experts" if getattr(config, "use_moe", False) else "dense"
+    return (
+        f"{source}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters "
+        f"({kind}, hidden_size {config.hidden_size}, {config.num_hidden_layers} layers), "
+        f"{str(parameter.dtype).removeprefix('torch.')} on {parameter.device}"
+    )
+
+
+# --- conversation ----------------------------------------------------------------------------------------------------
+
+
+class ThoughtSplitter:
+    """Parts the text of a reasoning model, as it arrives, into thought and answer: (is_thought, text) pieces.
+
+    What stands in <think> is thought, all else answer; the tags and the white space beside them are dropped. A tag may
+    arrive in several pieces.
+    """
+
+    TAGS = {"<think>": True, "</think>": False, "<answer>": False, "</answer>": False}
+    PATTERN = re.compile(r"\s*(</?(?:think|answer)>)\s*")
+
+    def __init__(self):
+        self.thinking, self.pending, self.fresh = False, "", True  # fresh: nothing but white space since the last tag
+
+    def push(self, text: str) -> list[tuple[bool, str]]:
+        self.pending += text
+        pieces = []
+        while match := self.PATTERN.search(self.pending):
+            self._take(match.start(), pieces)
+            self.pending, self.thinking, self.fresh = self.pending[match.end() - match.start() :], self.TAGS[match[1]], True
+        # the end may be the beginning of a tag, and white space may stand before one
+        text = self.pending
+        longest = max((n for n in range(8, 0, -1) if any(tag.startswith(text[-n:]) for tag in self.TAGS)), default=0)
+        body = text[: len(text) - min(longest, len(text))].rstrip()
+        self._take(len(body), pieces)
+        return pieces
+
+    def flush(self) -> list[tuple[bool, str]]:
+        pieces = []
+        self._take(len(self.pending.rstrip()), pieces)
+        return pieces
+
+    def _take(self, length: int, pieces: list[tuple[bool, str]]) -> None:
+        text, self.pending = self.pending[:length], self.pending[length:]
+        text = text.lstrip() if self.fresh else text
+        if text:
+            self.fresh = False
+            pieces.append((self.thinking, text))
+
+
+class Conversation:
+    """What was said, what the cache holds of it, and how an answer is written out."""
+
+    def __init__(self, model: torch.nn.Module, tokenizer: ChatTokenizer, args: argparse.Namespace):
+        self.model, self.tokenizer, self.args = model, tokenizer, args
+        self.context_length = min(args.max_seq_len, model.config.max_position_embeddings)
+        if self.context_length < args.max_seq_len:
+            note(f"the context is {self.context_length} tokens: the model knows no more positions")
+        self.history: list[dict] = []
+        self.cache: KVCache = new_cache(model, capacity=self.context_length)
+
+    def encode(self, prompt: str) -> list[int]:
+        """Ids that the model continues; the oldest turns are dropped where they leave an answer too little room."""
+        if self.args.model_mode == PRETRAIN:
+            ids = self.tokenizer.encode_documents([prompt])[0]
+            return ids if ids[:1] == [self.tokenizer.bos_id] else [self.tokenizer.bos_id, *ids]
+        kept = self.history[len(self.history) - self.args.history_cnt :] if self.args.history_cnt else []
+        question = {"role": "user", "content": prompt}
+        longest = self.context_length - min(self.args.max_new_tokens, self.context_length // 4)
+        dropped = 0
+        while len(ids := self.tokenizer.encode_prompt([*kept, question])) > longest and kept:
+            kept, dropped = kept[2:], dropped + 2
+        if dropped:
+            note(f"the conversation exceeds --max_seq_len {self.args.max_seq_len}: its {dropped} oldest messages were left out")
+        return ids
+
+    def answer(self, prompt: str) -> bool:
+        """Writes the answer to stdout while it is made and keeps it; False when Ctrl-C ended it."""
+        args, tokenizer = self.args, self.tokenizer
+        ids = self.encode(prompt)
+        params = sampling_params(args, (tokenizer.eos_id, tokenizer.pad_id))
+        decoder, splitter = StreamDecoder(tokenizer), ThoughtSplitter() if args.model_mode == REASON else None
+        display = Display()
+        answer_ids, text, interrupted = [], "", False
+        started = time.perf_counter()
+        try:
+            for token_id in stream(self.model, ids, params, cache=self.cache, context_length=self.context_length):
+                answer_ids.append(token_id)
+                piece = decoder.push(token_id)
+                text += piece
+                display.show(splitter.push(piece) if splitter else [(False, piece)])
+        except KeyboardInterrupt:
+            interrupted = True
+        seconds = time.perf_counter() - started
+        rest = decoder.flush()
+        text += rest
+        display.show(splitter.push(rest) + splitter.flush() if splitter else [(False, rest)])
+        display.end()
+
+        ending = ""
+        if interrupted:
+            ending = ", stopped"
+        elif answer_ids[-1] not in params.stop_ids:
+            full = len(answer_ids) < params.max_new_tokens
+            ending = ", cut: --max_seq_len is reached" if full else ", cut: --max_new_tokens is reached"
+        seed = f", seed {params.seed}" if params.temperature > 0 else ""
+        count = len(answer_ids)
+        note(f"[{count} tokens, {count / seconds:.1f} tokens/s{seed}{ending}]")
+        self.history += [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
+        return not interrupted
+
+
+class Display:
+    """Answers to stdout; thoughts to stderr, dim on a terminal."""
+
+    def __init__(self):
+        self.thought_open = False
+        self.dim, self.plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
+
+    def show(self, pieces: list[tuple[bool, str]]) -> None:
+        for is_thought, text in pieces:
+            if is_thought:
+                note(f"{self.dim}{text}{self.plain}", end="")
+                self.thought_open = True
+            elif text:
+                self._close_thought()
+                print(text, end="", flush=True)
+
+    def _close_thought(self) -> None:
+        if self.thought_open:
+            note("\n")
+            self.thought_open = False
+
+    def end(self) -> None:
+        self._close_thought()
+        print(flush=True)
+
+
+def read_lines(label: str) -> Iterator[str]:
+    """Lines that a person types or a file holds, until an empty one, the end, or Ctrl-C at the prompt."""
+    typed = sys.stdin.isatty()
+    while True:
+        try:
+            if typed and sys.stdout.isatty():
+                line = input(label)  # with the label, so that line editing does not wipe it out
+            else:
+                if typed:
+                    note(label, end="")
+                line = input()
+        except (EOFError, KeyboardInterrupt):
+            note("")
+            return
+        if not line.strip():
+            return
+        yield line
+
+
+def converse(args: argparse.Namespace, conversation: Conversation) -> int:
+    """Answers --prompt, or the lines of stdin, or what the menu asks for; returns the exit status."""
+    typed = sys.stdin is not None and sys.stdin.isatty()
+    if args.prompt is not None:
+        return 0 if conversation.answer(args.prompt) else 130
+    if not typed:
+        for prompt in read_lines("") if sys.stdin is not None else ():
+            if not conversation.answer(prompt):
+                return 130
+        return 0
+
+    choice = next(read_lines("[0] automatic test 自动测试\n[1] type your own 手动输入 (Enter 回车: 1)\n> "), "1").strip()
+    automatic = choice == "0"
+    prompts = TEST_BEGINNINGS if args.model_mode == PRETRAIN else TEST_PROMPTS
+    if not automatic:
+        note("An empty line ends the conversation, Ctrl-C an answer. 空行结束对话，Ctrl-C 中止回答。")
+    for prompt in prompts if automatic else read_lines("👶: "):
+        note(f"👶: {prompt}\n🤖: " if automatic else "🤖: ", end="")
+        try:
+            conversation.answer(prompt)
+        except ValueError as error:  # a prompt that is too long is no reason to lose the conversation
+            note(str(error))
+        note("")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    for file in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(file, "reconfigure"):  # consoles of other encodings and broken bytes must not end a conversation
+            file.reconfigure(encoding="utf-8", errors="replace")
+    args = parse_args(argv)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model, tokenizer, source = load(args)
+        for warning in caught:
+            note(f"warning: {warning.message}")
+        note(describe(model, source))
+        return converse(args, Conversation(model, tokenizer, args))
+    except ValueError as error:
+        note(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of stdout has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+"""Resume state: everything a run needs to go on as if it had never stopped, in one file that is replaced atomically."""
+
+import argparse
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from dataset.tokenization import ChatTokenizer
+from model.model_minimind import MiniMindConfig
+from model.weights import WeightsError, config_from_state_dict, read_sidecar, read_state_dict, write_atomically
+from trainer.arguments import FREE_ON_RESUME
+from trainer.distributed import Process, gather_objects, unwrap_model
+from trainer.logger import StepCounts, versions
+from trainer.optimization import Precision
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    step: int = 0  # optimizer steps done
+    tokens: int = 0  # real tokens seen by all processes
+    complete: bool = False
+
+    def advance(self, counts: StepCounts, total_steps: int) -> None:
+        """Another optimizer step is done."""
+        self.step += 1
+        self.tokens += int(counts.tokens)
+        self.complete = self.step >= total_steps
+
+    def due(self, interval: int) -> bool:
+        """Every `interval` steps and after the last one."""
+        return self.complete or self.step % interval == 0
+
+
+def sidecar(
+    stage: str,
+    config: MiniMindConfig,
+    tokenizer: ChatTokenizer,
+    args: argparse.Namespace,
+    progress: Progress,
+    metrics: dict,
+) -> dict:
+    """What lies beside a weight file: what the weights are, and how they were made."""
+    return {
+        "stage": stage,
+        "config": {name: value for name, value in config.to_diff_dict().items() if name != "transformers_version"},
+        "tokenizer_sha256": tokenizer.sha256,
+        "progress": asdict(progress),
+        "metrics": metrics,
+        "flags": result_flags(args) | {"data_path": str(args.data_path)},
+        "versions": versions(),
+    }
+
+
+def resume_path(weights: Path) -> Path:
+    """out/resume/{the weight file's name}.resume"""
+    return weights.parent / "resume" / f"{weights.stem}.resume"
+
+
+def refuse_other_weights(path: Path, config: MiniMindConfig, args: argparse.Namespace) -> None:
+    """Depth is not part of a weight file's name: weights of another configuration are not replaced without --overwrite."""
+    if args.overwrite or not path.exists():
+        return
+    try:
+        existing = config_from_state_dict(read_state_dict(path), read_sidecar(path))
+    except WeightsError as error:
+        raise WeightsError(f"{error}. It would be replaced: move it away or give --overwrite") from error
+    names = ("num_hidden_layers", "intermediate_size", "vocab_size", "num_key_value_heads")
+    differing = [
+        f"{name} {getattr(existing, name)} there, {getattr(config, name)} here"
+        for name in names
+        if getattr(existing, name) != getattr(config, name)
+    ]
+    if differing:
+        raise WeightsError(
+            f"{path} holds weights of another configuration ({', '.join(differing)}); give --overwrite to replace them, "
+            "or another --out_dir"
+        )
+
+
+class Checkpoint:
+    """Saves and restores one run. The file holds float32 weights, optimizer, scaler, data position and all RNG states."""
+
+    def __init__(self, weights: Path, args: argparse.Namespace, process: Process, identity: dict):
+        """identity: what else must be equal on resume: tokenizer hash, data fingerprint, starting weights."""
+        self.path = resume_path(weights)
+        self.args, self.process, self.identity = args, process, identity
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision) -> Progress:
+        """Brings everything back to where the saved run was; a fresh Progress when there is nothing to go on with."""
+        state = self._load()
+        if state is None:
+            return Progress()
+        unwrap_model(model).load_state_dict(state["model"], strict=True)
+        optimizer.load_state_dict(state["optimizer"])
+        precision.scaler.load_state_dict(state["scaler"])
+        if len(state["rng"]) == self.process.world_size:
+            _set_rng_state(state["rng"][self.process.rank])
+        progress = Progress(**state["progress"])
+        if self.process.is_main:
+            done = "the run is complete; nothing to do" if progress.complete else "going on"
+            print(f"--resume: {self.path} stands at step {progress.step}; {done}")
+        return progress
+
+    def _load(self) -> dict | None:
+        """The saved state when --resume was given and there is one, checked against this run's flags and data.
+
+        On another number of processes accumulation_steps is set so that the global batch stays the same.
+        """
+        if not self.args.resume:
+            if self.path.exists() and self.process.is_main:
+                print(
+                    f"{self.path} holds the state of an earlier run, which this one will replace; --resume goes on with it"
+                )
+            return None
+        if not self.path.exists():
+            if self.process.is_main:
+                print(f"--resume: nothing is saved at {self.path} yet; starting from the beginning")
+            return None
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            saved_flags, saved_identity, ranks = state["flags"], state["identity"], state["ranks"]
+        except Exception as error:  # torch raises many kinds here
+            raise ValueError(
+                f"{self.path} is no resume state ({error}); delete it to start from the beginning"
+            ) from error
+        flags = result_flags(self.args)
+        changed = [
+            f"--{name} was {saved_flags.get(name)}, is {flags.get(name)}"
+            for name in sorted(saved_flags.keys() | flags.keys())
+            if saved_flags.get(name) != flags.get(name)
+        ]
+        changed += [
+            f"{name} was {saved_identity.get(name)}, is {self.identity.get(name)}"
+            for name in sorted(saved_identity.keys() | self.identity.keys())
+            if saved_identity.get(name) != self.identity.get(name)
+        ]
+        if changed:
+            raise ValueError(
+                f"--resume: this would not be the run that was saved in {self.path}: {'; '.join(changed)}. "
+                "Give the old values, or leave --resume out to start anew"
+            )
+        self._keep_global_batch(state["global_batch"], ranks)
+        return state
+
+    def _keep_global_batch(self, saved: int, ranks: int) -> None:
+        args, world_size = self.args, self.process.world_size
+        if args.batch_size * args.accumulation_steps * world_size == saved:
+            return
+        per_step = args.batch_size * world_size
+        if world_size != ranks and saved % per_step == 0:
+            args.accumulation_steps = saved // per_step
+            if self.process.is_main:
+                print(
+                    f"--resume: {ranks} -> {world_size} processes; accumulation_steps is now {args.accumulation_steps}"
+                )
+            return
+        raise ValueError(
+            f"--resume: the saved run took {saved} rows per optimizer step; batch_size × accumulation_steps × processes "
+            f"is {args.batch_size} × {args.accumulation_steps} × {world_size}. Set --batch_size and --accumulation_steps "
+            f"so that the product is {saved}"
+        )
+
+    def save(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision, progress: Progress
+    ) -> None:
+        """Called by every process; the first one writes."""
+        rng = gather_objects(_rng_state(), self.process)
+        if not self.process.is_main:
+            return
+        state = {
+            "model": unwrap_model(model).state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": precision.scaler.state_dict(),
+            "progress": asdict(progress),
+            "rng": rng,
+            "flags": result_flags(self.args),
+            "identity": self.identity,
+            "global_batch": self.args.batch_size * self.args.accumulation_steps * self.process.world_size,
+            "ranks": self.process.world_size,
+        }
+        write_atomically(self.path, lambda file: torch.save(state, file))
+
+
+def result_flags(args: argparse.Namespace) -> dict:
+    """The flags that decide a run's result. Paths are left out: the identity compares what the files hold."""
+    return {
+        name: value
+        for name, value in vars(args).items()
+        if name not in FREE_ON_RESUME and not name.endswith("_path") and isinstance(value, str | int | float | bool)
+    }
+
+
+def _rng_state() -> dict:
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def _set_rng_state(state: dict) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,83 @@
+"""Held-out loss, bits per byte, and a sample: what shows whether training works."""
+
+import argparse
+import functools
+import math
+
+import torch
+from torch import nn
+
+from dataset.tokenization import ChatTokenizer
+from model.generation import SamplingParams, stream
+from trainer.distributed import Process, sum_over_ranks, unwrap_model
+from trainer.loader import PackedData, model_inputs
+from trainer.logger import Logger
+from trainer.optimization import Precision
+from trainer.token_losses import token_cross_entropy
+
+
+def token_byte_counts(tokenizer: ChatTokenizer) -> torch.Tensor:
+    """UTF-8 bytes of text behind each id; control tokens stand for none."""
+    return torch.tensor([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, data: PackedData, precision: Precision, process: Process, tokenizer: ChatTokenizer
+) -> dict[str, float]:
+    """valid_loss in nats per target token and bits_per_byte over the whole file: comparable between tokenizers."""
+    byte_counts = token_byte_counts(tokenizer).to(process.device)
+    nats = torch.zeros((), dtype=torch.float64, device=process.device)
+    num_bytes = torch.zeros((), dtype=torch.int64, device=process.device)
+    targets = 0
+    was_training = model.training
+    model.eval()
+    for batch in data.all_batches():
+        labels = batch["labels"]
+        with precision.autocast():
+            head = functools.partial(token_cross_entropy, labels=labels)
+            nats += model(**model_inputs(batch), head=head).logits.sum(dtype=torch.float64)
+        num_bytes += (byte_counts[labels.clamp(min=0)] * (labels >= 0)).sum()
+        targets += batch["target_tokens"]
+    model.train(was_training)
+    nats, num_bytes, targets = sum_over_ranks([float(nats), float(num_bytes), float(targets)], process)
+    return {"valid_loss": nats / targets, "bits_per_byte": nats / math.log(2) / max(num_bytes, 1)}
+
+
+@torch.no_grad()
+def sample_text(
+    model: nn.Module, tokenizer: ChatTokenizer, precision: Precision, prompt_ids: list[int], max_new_tokens: int = 64
+) -> str:
+    """The model's greedy continuation of a prompt."""
+    was_training = model.training
+    model.eval()
+    params = SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens, stop_ids=(tokenizer.eos_id,))
+    with precision.autocast():
+        text = tokenizer.decode(list(stream(model, prompt_ids, params)))
+    model.train(was_training)
+    return text
+
+
+class Evaluator:
+    """What --valid_path and --sample_prompt ask for, every --eval_interval steps and at the end."""
+
+    def __init__(self, args: argparse.Namespace, kind: str, tokenizer: ChatTokenizer, process: Process):
+        self.tokenizer, self.process = tokenizer, process
+        self.data = PackedData(args, kind, tokenizer, process, args.valid_path) if args.valid_path else None
+        self.prompt_ids = []
+        if args.sample_prompt and kind == "pretrain":
+            self.prompt_ids = [tokenizer.bos_id, *tokenizer.encode_documents([args.sample_prompt])[0]]
+        elif args.sample_prompt:
+            self.prompt_ids = tokenizer.encode_prompt([{"role": "user", "content": args.sample_prompt}])
+
+    def run(self, model: nn.Module, precision: Precision, logger: Logger, step: int) -> dict[str, float]:
+        """Evaluates, logs and returns the held-out metrics; {} when there is nothing to evaluate."""
+        metrics, sample = {}, ""
+        model = unwrap_model(model)
+        if self.data is not None:
+            metrics = evaluate(model, self.data, precision, self.process, self.tokenizer)
+        if self.prompt_ids and self.process.is_main:
+            sample = sample_text(model, self.tokenizer, precision, self.prompt_ids)
+        if metrics or sample:
+            logger.evaluation(step, metrics, sample)
+        return metrics

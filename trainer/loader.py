@@ -1,0 +1,139 @@
+"""From a jsonl file to the micro-batches of this process: token cache, packing plan, loader, transfer to the device."""
+
+import argparse
+import hashlib
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from dataset.packing import PackedBatches, PreferenceBatches, build_plan
+from dataset.token_cache import open_token_cache
+from dataset.tokenization import ChatTokenizer
+from trainer.distributed import Process
+
+MODEL_INPUTS = ("input_ids", "position_ids", "document_ids", "cu_seqlens", "max_seqlen")
+
+
+class PackedData:
+    """One data file as packed batches. The same global batches come in the same order at any number of processes."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        kind: str,
+        tokenizer: ChatTokenizer,
+        process: Process,
+        data_path: Path | None = None,
+    ):
+        self.args, self.process, self.pad_id = args, process, tokenizer.pad_id
+        self.path = data_path or args.data_path
+        self.cache = open_token_cache(
+            self.path,
+            tokenizer,
+            kind,
+            cache_dir=args.cache_dir,
+            skip_bad_lines=args.skip_bad_lines,
+            show_progress=process.is_main,
+        )
+        self.plan = build_plan(self.cache, args.max_seq_len, show_progress=process.is_main)
+        self.batches_class = PreferenceBatches if kind == "preference" else PackedBatches
+
+    def fingerprint(self) -> dict:
+        """What must be the same when a run is resumed: the tokens, wherever the file lies."""
+        probe = hashlib.sha256(self.cache.tokens[: 1 << 20].tobytes()).hexdigest()[:16]
+        return {name: int(self.cache.meta[name]) for name in ("documents", "tokens")} | {"first_tokens": probe}
+
+    def describe(self) -> str:
+        stats = self.plan.stats
+        notes = [
+            f"{stats.get(name, 0):,} {text}"
+            for name, text in (
+                ("split", "documents longer than a row cut into pieces"),
+                ("truncated", "conversations lost their last turns"),
+                ("cut", "answers cut to fit"),
+                ("skipped", "skipped: no token to learn from"),
+            )
+            if stats.get(name, 0)
+        ]
+        return (
+            f"{self.path}: {stats['documents']:,} documents, {stats['positions']:,} tokens in {self.plan.num_rows:,} rows of "
+            f"{self.plan.max_seq_len} ({self.plan.fill:.1%} filled{''.join('; ' + note for note in notes)})"
+        )
+
+    def _batches(self, epoch: int, shuffle: bool = True, accumulation_steps: int | None = None):
+        args = self.args
+        return self.batches_class(
+            self.cache,
+            self.plan,
+            batch_size=args.batch_size,
+            accumulation_steps=accumulation_steps or args.accumulation_steps,
+            world_size=self.process.world_size,
+            rank=self.process.rank,
+            seed=args.seed,
+            epoch=epoch,
+            shuffle=shuffle,
+            pad_id=self.pad_id,
+        )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self._batches(0).steps_per_epoch
+
+    @property
+    def total_steps(self) -> int:
+        total = self.steps_per_epoch * self.args.epochs
+        return min(total, self.args.max_steps) if self.args.max_steps else total
+
+    def steps(self, start_step: int = 0) -> Iterator[tuple[int, list[dict]]]:
+        """(step, micro-batches on the device) for every optimizer step from start_step on, over all epochs."""
+        per_epoch, total = self.steps_per_epoch, self.total_steps
+        step = start_step
+        while step < total:
+            epoch, first = divmod(step, per_epoch)
+            batches = self._batches(epoch)
+            last = min(per_epoch, total - epoch * per_epoch)
+            accumulation = self.args.accumulation_steps
+            loader = self._loader(batches, range(first * accumulation, last * accumulation))
+            micro_batches = []
+            for batch in loader:
+                micro_batches.append(batch)
+                if len(micro_batches) == accumulation:
+                    yield step, micro_batches
+                    step, micro_batches = step + 1, []
+
+    def all_batches(self) -> Iterator[dict]:
+        """This process's share of the whole file, once, in file order."""
+        batches = self._batches(0, shuffle=False, accumulation_steps=1)
+        yield from self._loader(batches, range(len(batches)))
+
+    def _loader(self, batches, indices: range) -> Iterator[dict]:
+        cuda = self.process.device.type == "cuda"
+        workers = self.args.num_workers if self.args.num_workers is not None else int(cuda)
+        loader = DataLoader(
+            batches,
+            batch_size=None,
+            sampler=indices,
+            num_workers=workers,
+            pin_memory=cuda,
+            worker_init_fn=leave_signals_to_the_parent,
+        )
+        for batch in loader:
+            seen = (batch["position_ids"] + 1) * (batch["document_ids"] >= 0)
+            batch["attended"] = int(seen.sum())  # (token, position it looks at) pairs, for the count of operations
+            yield {
+                name: value.to(self.process.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+                for name, value in batch.items()
+            }
+
+
+def leave_signals_to_the_parent(_: int) -> None:
+    """Ctrl-C reaches workers too; only the training loop may answer it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def model_inputs(batch: dict) -> dict:
+    """What the model's forward takes of a batch."""
+    return {name: batch[name] for name in MODEL_INPUTS}

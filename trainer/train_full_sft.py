@@ -1,0 +1,139 @@
+"""Supervised fine-tuning (SFT) of all weights: the pretrained model learns to answer.
+
+    loss = sum(w * CE) / sum(w) + aux
+
+w is 1 on the assistant's content and the <|im_end|> that ends it, 0 elsewhere; CE is the cross-entropy of the next token in
+nats. Both sums run over the whole optimizer step. aux is the load-balancing loss of a mixture of experts, as in
+train_pretrain.py.
+
+Reads   {"conversations": [{"role": ..., "content": ...}, ...]} a line (--data_path, default dataset/sft_mini_512.jsonl),
+        out/pretrain_{hidden_size}{_moe}.pth (--base_weight)
+Writes  out/full_sft_{hidden_size}{_moe}.pth and a .json beside it, out/resume/, out/logs/
+
+    python train_full_sft.py
+    torchrun --nproc_per_node 8 train_full_sft.py
+"""
+
+import functools
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dataset.tokenization import ChatTokenizer
+from model.model_minimind import MiniMindForCausalLM
+from model.weights import find_weights, load_weights, save_weights, weight_path
+from trainer.arguments import from_root, model_config, parse_arguments, run_script, stage_parser
+from trainer.checkpoint import Checkpoint, refuse_other_weights, sidecar
+from trainer.distributed import gradient_sync, start_process, stop_on_signal, stop_process, sum_over_ranks, wrap_model
+from trainer.evaluation import Evaluator
+from trainer.loader import PackedData, model_inputs
+from trainer.logger import Logger, step_counts
+from trainer.optimization import (
+    Precision,
+    build_optimizer,
+    check_finite,
+    learning_rate,
+    optimizer_step,
+    prepare_forward,
+)
+from trainer.token_losses import token_cross_entropy
+
+
+def parse(argv: list[str] | None):
+    parser = stage_parser(
+        __doc__,
+        data_path=from_root("dataset/sft_mini_512.jsonl"),
+        epochs=2,
+        batch_size=16,
+        accumulation_steps=1,
+        learning_rate=5e-4,
+        max_seq_len=512,
+    )
+    parser.add_argument(
+        "--base_weight", default="pretrain", help="stage or .pth file to start from (default: %(default)s)"
+    )
+    return parse_arguments(parser, argv)
+
+
+def sft_loss(token_losses: torch.Tensor, aux_loss: torch.Tensor, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """This micro-batch's share of the optimizer step's cross-entropy per answer token and of its balance loss, in nats.
+
+    token_losses (rows, seq), 0 outside the answers; aux_loss, the mean over the micro-batch's conversations.
+    """
+    return token_losses.sum() / batch["step_targets"], aux_loss * batch["num_documents"] / batch["step_documents"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    process = start_process(args)
+    tokenizer = ChatTokenizer(args.tokenizer_path)
+    config = model_config(args, tokenizer.vocab_size)
+    weights = weight_path(args.out_dir, "full_sft", config.hidden_size, config.use_moe)
+    refuse_other_weights(weights, config, args)
+    base = find_weights(args.base_weight, args.out_dir, config.hidden_size, config.use_moe)
+
+    data = PackedData(args, "conversation", tokenizer, process)
+    evaluator = Evaluator(args, "conversation", tokenizer, process)
+    model = MiniMindForCausalLM(config).to(process.device)
+    optimizer = build_optimizer(model, args)
+    precision = Precision(args.dtype, process.device)
+    checkpoint = Checkpoint(weights, args, process, {"tokenizer": tokenizer.sha256, **data.fingerprint()})
+    progress = checkpoint.restore(model, optimizer, precision)
+    if progress.step == 0:
+        load_weights(model, base, tokenizer.sha256)
+    prepare_forward(model, args, process.device)
+    model = wrap_model(model, process)
+    logger = Logger(weights.stem, args, process, model, data, progress.step, precision)
+    metrics = {}
+
+    def save() -> None:
+        checkpoint.save(model, optimizer, precision, progress)
+        if process.is_main:
+            save_weights(weights, model, sidecar("full_sft", config, tokenizer, args, progress, metrics))
+
+    with stop_on_signal() as stop:
+        for step, micro_batches in data.steps(progress.step):
+            # ---- one optimizer step ----
+            losses = torch.zeros(2, device=process.device)
+            for number, batch in enumerate(micro_batches, start=1):
+                with gradient_sync(model, number == len(micro_batches)):
+                    with precision.autocast():
+                        head = functools.partial(token_cross_entropy, labels=batch["labels"])
+                        output = model(**model_inputs(batch), head=head)
+                        cross_entropy, aux_loss = sft_loss(output.logits, output.aux_loss, batch)
+                    # DDP takes the mean over processes, and these are shares of a sum
+                    precision.backward((cross_entropy + aux_loss) * process.world_size)
+                losses += torch.stack((cross_entropy, aux_loss)).detach()
+            cross_entropy, aux_loss = sum_over_ranks(losses.tolist(), process)
+            check_finite(cross_entropy + aux_loss, step)
+            lr = learning_rate(step, data.total_steps, args.learning_rate, args.warmup_iters, args.min_lr_ratio)
+            grad_norm = optimizer_step(model, optimizer, precision, lr, args.grad_clip)
+            # ----------------------------
+            counts = step_counts(micro_batches, process)
+            progress.advance(counts, data.total_steps)
+            metrics["loss"] = cross_entropy
+            logger.step(step, cross_entropy, lr, grad_norm, counts, aux_loss=aux_loss)
+
+            with logger.clock_stopped():
+                if progress.due(args.eval_interval):
+                    metrics |= evaluator.run(model, precision, logger, progress.step)
+                stopping = stop.agreed(process)
+                if stopping or progress.due(args.save_interval):
+                    save()
+            if stopping and not progress.complete:
+                logger.say(
+                    f"stopped after step {progress.step}; saved {weights}. To go on: the same command with --resume"
+                )
+                break
+    if progress.complete:
+        logger.say(f"{weights} is ready; talk to it: python eval_model.py --model_mode 1")
+    logger.close()
+    stop_process()
+    stop.exit_if_asked(progress)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,131 @@
+"""Pretraining: next-token prediction on plain text, from random weights.
+
+    loss = sum(CE) / number of target tokens + aux
+
+CE is the cross-entropy of the next token in nats, summed over the whole optimizer step; aux is the load-balancing loss
+of a mixture of experts (arXiv:2401.06066, eq. 12), a mean over the step's documents, and 0 for a dense model.
+
+Reads   {"text": ...} a line (--data_path, default dataset/pretrain_hq.jsonl)
+Writes  out/pretrain_{hidden_size}{_moe}.pth and a .json beside it, out/resume/, out/logs/
+
+    python train_pretrain.py
+    torchrun --nproc_per_node 8 train_pretrain.py
+"""
+
+import functools
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dataset.tokenization import ChatTokenizer
+from model.model_minimind import MiniMindForCausalLM
+from model.weights import save_weights, weight_path
+from trainer.arguments import from_root, model_config, parse_arguments, run_script, stage_parser
+from trainer.checkpoint import Checkpoint, refuse_other_weights, sidecar
+from trainer.distributed import gradient_sync, start_process, stop_on_signal, stop_process, sum_over_ranks, wrap_model
+from trainer.evaluation import Evaluator
+from trainer.loader import PackedData, model_inputs
+from trainer.logger import Logger, step_counts
+from trainer.optimization import (
+    Precision,
+    build_optimizer,
+    check_finite,
+    learning_rate,
+    optimizer_step,
+    prepare_forward,
+)
+from trainer.token_losses import token_cross_entropy
+
+
+def parse(argv: list[str] | None):
+    parser = stage_parser(
+        __doc__,
+        data_path=from_root("dataset/pretrain_hq.jsonl"),
+        epochs=1,
+        batch_size=32,
+        accumulation_steps=8,
+        learning_rate=5e-4,
+        max_seq_len=512,
+    )
+    return parse_arguments(parser, argv)
+
+
+def pretrain_loss(token_losses: torch.Tensor, aux_loss: torch.Tensor, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """This micro-batch's share of the optimizer step's cross-entropy per target token and of its balance loss, in nats.
+
+    token_losses (rows, seq), 0 where nothing is predicted; aux_loss, the mean over the micro-batch's documents.
+    """
+    return token_losses.sum() / batch["step_targets"], aux_loss * batch["num_documents"] / batch["step_documents"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    process = start_process(args)
+    tokenizer = ChatTokenizer(args.tokenizer_path)
+    config = model_config(args, tokenizer.vocab_size)
+    weights = weight_path(args.out_dir, "pretrain", config.hidden_size, config.use_moe)
+    refuse_other_weights(weights, config, args)
+
+    data = PackedData(args, "pretrain", tokenizer, process)
+    evaluator = Evaluator(args, "pretrain", tokenizer, process)
+    model = MiniMindForCausalLM(config).to(process.device)
+    optimizer = build_optimizer(model, args)
+    precision = Precision(args.dtype, process.device)
+    checkpoint = Checkpoint(weights, args, process, {"tokenizer": tokenizer.sha256, **data.fingerprint()})
+    progress = checkpoint.restore(model, optimizer, precision)
+    prepare_forward(model, args, process.device)
+    model = wrap_model(model, process)
+    logger = Logger(weights.stem, args, process, model, data, progress.step, precision)
+    metrics = {}
+
+    def save() -> None:
+        checkpoint.save(model, optimizer, precision, progress)
+        if process.is_main:
+            save_weights(weights, model, sidecar("pretrain", config, tokenizer, args, progress, metrics))
+
+    with stop_on_signal() as stop:
+        for step, micro_batches in data.steps(progress.step):
+            # ---- one optimizer step ----
+            losses = torch.zeros(2, device=process.device)
+            for number, batch in enumerate(micro_batches, start=1):
+                with gradient_sync(model, number == len(micro_batches)):
+                    with precision.autocast():
+                        head = functools.partial(token_cross_entropy, labels=batch["labels"])
+                        output = model(**model_inputs(batch), head=head)
+                        cross_entropy, aux_loss = pretrain_loss(output.logits, output.aux_loss, batch)
+                    # DDP takes the mean over processes, and these are shares of a sum
+                    precision.backward((cross_entropy + aux_loss) * process.world_size)
+                losses += torch.stack((cross_entropy, aux_loss)).detach()
+            cross_entropy, aux_loss = sum_over_ranks(losses.tolist(), process)
+            check_finite(cross_entropy + aux_loss, step)
+            lr = learning_rate(step, data.total_steps, args.learning_rate, args.warmup_iters, args.min_lr_ratio)
+            grad_norm = optimizer_step(model, optimizer, precision, lr, args.grad_clip)
+            # ----------------------------
+            counts = step_counts(micro_batches, process)
+            progress.advance(counts, data.total_steps)
+            metrics["loss"] = cross_entropy
+            logger.step(step, cross_entropy, lr, grad_norm, counts, aux_loss=aux_loss)
+
+            with logger.clock_stopped():
+                if progress.due(args.eval_interval):
+                    metrics |= evaluator.run(model, precision, logger, progress.step)
+                stopping = stop.agreed(process)
+                if stopping or progress.due(args.save_interval):
+                    save()
+            if stopping and not progress.complete:
+                logger.say(
+                    f"stopped after step {progress.step}; saved {weights}. To go on: the same command with --resume"
+                )
+                break
+    if progress.complete:
+        logger.say(f"{weights} is ready; talk to it: python eval_model.py --model_mode 0")
+    logger.close()
+    stop_process()
+    stop.exit_if_asked(progress)
+
+
+if __name__ == "__main__":
+    run_script(main)
