@@ -69,16 +69,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--load", type=int, default=0, choices=[0, 1], help="0: .pth in --out_dir; 1: Hugging Face folder --hf_path")
     add("--out_dir", default=str(ROOT / "out"), help="folder of the .pth files")
     add("--hf_path", default=str(ROOT / "MiniMind2"), help="folder in Hugging Face format, for --load 1")
-    add("--trust_remote_code", type=boolean, nargs="?", const=True, default=False, help="run code of --hf_path's folder")
+    add("--trust_remote_code", type=boolean, nargs="?", const=True, default=False, help="run the folder's own code")
     add("--tokenizer_path", default=None, help="folder of the tokenizer; default: --hf_path's own, else model/")
     add("--lora_name", default="None", help="adapter to apply")
-    add("--hidden_size", type=int, default=None, help="chooses between weight files; default: the only one there, or 512")
-    add("--num_hidden_layers", type=int, default=None, help="read from the weights; an error where it disagrees with them")
-    add("--use_moe", type=boolean, nargs="?", const=True, default=None, help="chooses between weight files")
+    add("--hidden_size", type=int, default=None, help="chooses between files; default: the only one there, or 512")
+    add("--num_hidden_layers", type=int, default=None, help="read from the weights; checked against them if given")
+    add("--use_moe", type=boolean, nargs="?", const=True, default=None, help="chooses between files")
     add("--max_seq_len", type=int, default=8192, help="context in tokens: conversation and answer")
-    add("--history_cnt", type=int, default=0, help="earlier messages that are kept, an even number; 0: each prompt alone")
+    add("--history_cnt", type=int, default=0, help="earlier messages kept, an even number; 0: each prompt alone")
     add("--temperature", type=float, default=0.85, help="0: greedy")
-    add("--top_p", type=float, default=0.85, help="sample from the likeliest tokens that reach this probability; 1: all")
+    add("--top_p", type=float, default=0.85, help="sample from the likeliest tokens with this probability; 1: all")
     add("--top_k", type=int, default=0, help="sample from the k likeliest tokens; 0: all")
     add("--repetition_penalty", type=float, default=1.0, help="above 1: tokens that were there become less likely")
     add("--max_new_tokens", type=int, default=1024, help="longest answer in tokens")
@@ -88,7 +88,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", default=None, choices=list(DTYPES), help="default: float32 on a CPU; bfloat16 on a GPU, or float16")
     args = parser.parse_args(argv)
     if args.history_cnt < 0 or args.history_cnt % 2:
-        parser.error(f"--history_cnt is {args.history_cnt}, and must be 0 or an even number: questions with their answers")
+        parser.error(f"--history_cnt is {args.history_cnt}, and must be even: questions with their answers")
     if args.max_seq_len < 2:
         parser.error(f"--max_seq_len is {args.max_seq_len}, and must be at least 2")
     if args.lora_name != "None":
@@ -139,7 +139,7 @@ def find_weights(out_dir: str, stage: str, hidden_size: int | None, use_moe: boo
         return fitting[wanted]
     if fitting:
         listed = ", ".join(path.name for path in fitting.values())
-        raise WeightsError(f"{out_dir} holds several {stage} weights: {listed}. Choose with --hidden_size and --use_moe")
+        raise WeightsError(f"{out_dir} holds several {stage} weights: {listed}. Choose by --hidden_size and --use_moe")
     raise WeightsError(missing_message(weight_path(out_dir, stage, *wanted)))
 
 
@@ -148,7 +148,7 @@ def load_folder(folder: Path, trust_remote_code: bool) -> torch.nn.Module:
     transformers. Weights that lack a tensor are an error, where transformers would draw it at random and warn."""
     config_file = folder / "config.json"
     if not config_file.is_file():
-        raise ValueError(f"{config_file} not found; --hf_path names a folder that save_pretrained or convert_model.py wrote")
+        raise ValueError(f"{config_file} not found; --hf_path takes a folder that save_pretrained wrote")
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -164,8 +164,9 @@ def load_folder(folder: Path, trust_remote_code: bool) -> torch.nn.Module:
             folder, local_files_only=True, dtype=torch.float32, output_loading_info=True, **options
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        code = "" if trust_remote_code or "auto_map" not in config else "; its own code runs only with --trust_remote_code"
-        raise ValueError(f"{folder} cannot be loaded: {error}{code}") from error
+        own_code = "auto_map" in config and not trust_remote_code
+        hint = "; the code in it runs only with --trust_remote_code" if own_code else ""
+        raise ValueError(f"{folder} cannot be loaded: {error}{hint}") from error
     broken = {kind: sorted(map(str, report[kind]))[:3] for kind in ("missing_keys", "mismatched_keys") if report[kind]}
     if broken:
         raise ValueError(f"the weights in {folder} do not fit its config.json: {broken}")
@@ -193,7 +194,7 @@ def load(args: argparse.Namespace) -> tuple[torch.nn.Module, ChatTokenizer, str]
     check_sizes(args, model.config, source)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
-            f"the tokenizer in {tokenizer.path} has {tokenizer.vocab_size} ids, and {source} {model.config.vocab_size}; "
+            f"{tokenizer.path} has {tokenizer.vocab_size} token ids, and {source} {model.config.vocab_size}; "
             "name the tokenizer that the weights were trained with by --tokenizer_path"
         )
     return model.to(device, choose_dtype(args.dtype, device)), tokenizer, str(source)
@@ -250,7 +251,8 @@ class ThoughtSplitter:
         pieces = []
         while match := self.PATTERN.search(self.pending):
             self._take(match.start(), pieces)
-            self.pending, self.thinking, self.fresh = self.pending[match.end() - match.start() :], self.TAGS[match[1]], True
+            self.pending = self.pending[match.end() - match.start() :]
+            self.thinking, self.fresh = self.TAGS[match[1]], True
         # the end may be the beginning of a tag, and white space may stand before one
         text = self.pending
         longest = max((n for n in range(8, 0, -1) if any(tag.startswith(text[-n:]) for tag in self.TAGS)), default=0)
@@ -294,7 +296,7 @@ class Conversation:
         while len(ids := self.tokenizer.encode_prompt([*kept, question])) > longest and kept:
             kept, dropped = kept[2:], dropped + 2
         if dropped:
-            note(f"the conversation exceeds --max_seq_len {self.args.max_seq_len}: its {dropped} oldest messages were left out")
+            note(f"the conversation exceeds --max_seq_len {self.context_length}: left out {dropped} old messages")
         return ids
 
     def answer(self, prompt: str) -> bool:
@@ -389,8 +391,8 @@ def converse(args: argparse.Namespace, conversation: Conversation) -> int:
                 return 130
         return 0
 
-    choice = next(read_lines("[0] automatic test 自动测试\n[1] type your own 手动输入 (Enter 回车: 1)\n> "), "1").strip()
-    automatic = choice == "0"
+    note("[0] automatic test 自动测试\n[1] type your own 手动输入")
+    automatic = next(read_lines("> "), "1").strip() == "0"
     prompts = TEST_BEGINNINGS if args.model_mode == PRETRAIN else TEST_PROMPTS
     if not automatic:
         note("An empty line ends the conversation, Ctrl-C an answer. 空行结束对话，Ctrl-C 中止回答。")

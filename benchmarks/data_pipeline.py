@@ -123,7 +123,7 @@ def measure(args: argparse.Namespace, kind: str, path: Path, folder: Path) -> No
 
 
 def measure_process(args: argparse.Namespace) -> dict:
-    """In a process of its own: peak of RssAnon over what imports took, and seconds from the flags to the first batch."""
+    """In its own process: peak of RssAnon over what imports took, and seconds from the flags to the first batch."""
     before = rss_anon()
     peak = [before]
     done = threading.Event()
@@ -156,7 +156,8 @@ def run_child(args: argparse.Namespace, child: str, kind: str, path: Path, cache
 def peer_seconds(args: argparse.Namespace, kind: str, path: Path, workers: int) -> float:
     """Seconds of the library's encode_batch for the same texts on as many threads, in a process of its own."""
     code = (
-        "import sys, time; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from tokenizers import Tokenizer\n"
+        "import sys, time; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path; from tokenizers import Tokenizer\n"
         "from benchmarks.data_pipeline import PEER_BATCH, texts_of\n"
         "texts = list(texts_of(sys.argv[2], Path(sys.argv[3])))\n"
         "tokenizer = Tokenizer.from_file(sys.argv[4])\n"

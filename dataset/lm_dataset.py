@@ -93,15 +93,23 @@ def _value(record: dict, key: str):
 
 
 def _text(value, name: str) -> str:
+    fault = _text_fault(value)
+    if fault:
+        raise RecordError(f"{name} {fault}")
+    return value
+
+
+def _text_fault(value) -> str | None:
+    """What keeps a value from being a text to learn from, if anything."""
     if not isinstance(value, str):
-        raise RecordError(f"{name} must be a string, not {_type_name(value)}")
+        return f"must be a string, not {_type_name(value)}"
     if not value or value.isspace():
-        raise RecordError(f"{name} is empty")
+        return "is empty"
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise RecordError(f"{name} holds half a surrogate pair, \\u{ord(value[error.start]):04x}") from error
-    return value
+        return f"holds half a surrogate pair, \\u{ord(value[error.start]):04x}"
+    return None
 
 
 def _turns(value, name: str) -> list[dict]:
@@ -109,20 +117,24 @@ def _turns(value, name: str) -> list[dict]:
         raise RecordError(f"{name} must be a list of turns, not {_type_name(value)}")
     if not value:
         raise RecordError(f"{name} is empty")
-    turns = []
-    for number, turn in enumerate(value, 1):
-        where = f"turn {number} of {name}"
+    turns, before = [], None
+    for turn in value:
         if not isinstance(turn, dict):
-            raise RecordError(f'{where} must be an object with "role" and "content", not {_type_name(turn)}')
-        if "content" not in turn:
-            raise RecordError(f'{where} has no "content"')
-        role = turn.get("role")
-        if role is not None and not isinstance(role, str):
-            raise RecordError(f'"role" in {where} must be a string, not {_type_name(role)}')
-        role = role and role.strip().lower()
+            fault = f'must be an object with "role" and "content", not {_type_name(turn)}'
+            raise RecordError(f"turn {len(turns) + 1} of {name} {fault}")
+        content, role = turn.get("content"), turn.get("role")
+        fault = _text_fault(content) if "content" in turn else "is missing"
+        if fault:
+            raise RecordError(f'"content" in turn {len(turns) + 1} of {name} {fault}')
         if role not in ROLES:
-            role = "assistant" if turns and turns[-1]["role"] in ("user", "tool") else "user"
-        turns.append({"role": role, "content": _text(turn["content"], f'"content" in {where}')})
+            if role is not None and not isinstance(role, str):
+                fault = f"must be a string, not {_type_name(role)}"
+                raise RecordError(f'"role" in turn {len(turns) + 1} of {name} {fault}')
+            role = role and role.strip().lower()
+            if role not in ROLES:
+                role = "assistant" if before in ("user", "tool") else "user"
+        turns.append({"role": role, "content": content})
+        before = role
     return turns
 
 

@@ -1,8 +1,8 @@
 """Text generation on token ids alone: a preallocated key/value cache, prefill, one-token decode, sampling.
 
-`stream` gives the ids of one answer as they are made, `generate_batch` those of many prompts. Both run on any model whose
-`forward` takes input_ids, attention_mask (4-D boolean, True = may look), position_ids, past_key_values and logits_to_keep:
-ours, and the Llama family of transformers.
+`stream` gives the ids of one answer as they are made, `generate_batch` those of many prompts. Both run on any model
+whose `forward` takes input_ids, attention_mask (4-D boolean, True = may look), position_ids, past_key_values and
+logits_to_keep: ours, and the Llama family of transformers.
 """
 
 from collections.abc import Generator, Sequence
@@ -19,10 +19,13 @@ PREFILL_CHUNK = 512
 class SamplingParams:
     """How tokens are chosen, and when to stop.
 
-    temperature: 0 = greedy. top_k: only the k likeliest tokens, 0 = all. top_p: only the likeliest tokens that together reach
-    this probability, 1 = all. repetition_penalty: > 1 makes tokens of the prompt and the answer less likely to come again
-    (arXiv:1909.05858, section 4.1). max_new_tokens: an answer also ends where the context does. stop_ids: ids that end
-    an answer. seed: None draws a new one each time.
+    temperature: 0 = greedy.
+    top_k: only the k likeliest tokens, 0 = all.
+    top_p: only the likeliest tokens that together reach this probability, 1 = all.
+    repetition_penalty: > 1 makes tokens of prompt and answer less likely to come again (arXiv:1909.05858, section 4.1).
+    max_new_tokens: an answer also ends where the context does.
+    stop_ids: ids that end an answer.
+    seed: None draws another one each time.
     """
 
     temperature: float = 1.0
@@ -50,8 +53,8 @@ class KVCache:
     """Keys and values of all layers in memory that is allocated once; a step writes its tokens and copies nothing else.
 
     Rows share one length. Shorter rows are padded on the left: `set_padding` hides those slots from all later queries.
-    Memory is taken at the first update, in the dtype and shape of the keys that arrive, so that autocast and any number of
-    key heads work. Positions are rotated into the keys beforehand: a slot does not depend on its place in the cache.
+    Memory is taken at the first update, in the dtype and shape of the keys that arrive, so that autocast and any number
+    of key heads work. Positions are rotated into the keys beforehand: a slot does not depend on its place in the cache.
 
     keys[layer], values[layer]: (batch, kv_heads, capacity, head_dim), of which the first `length` slots are filled.
     """
@@ -65,18 +68,20 @@ class KVCache:
         self.visible: torch.Tensor | None = None  # (batch, 1, 1, capacity) bool, False on padding
         self.token_ids: list[int] = []  # the ids behind the slots; kept by `stream` to reuse them in the next turn
 
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes (batch, kv_heads, tokens, head_dim) behind what is there; returns all keys and values so far, as views."""
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes (batch, kv_heads, tokens, head_dim) behind what is there; returns views of all keys and all values."""
         end = self.length + key.shape[2]
         if end > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} tokens, and {end} are needed; build it with a larger capacity")
+            raise ValueError(
+                f"the cache holds {self.capacity} tokens at most, and {end} are needed; raise its capacity"
+            )
         if layer_idx == len(self.keys):
             self.keys.append(key.new_empty(key.shape[0], key.shape[1], self.capacity, key.shape[3]))
             self.values.append(value.new_empty(value.shape[0], value.shape[1], self.capacity, value.shape[3]))
         keys, values = self.keys[layer_idx], self.values[layer_idx]
         keys[:, :, self.length : end] = key
         values[:, :, self.length : end] = value
-        if layer_idx == self.num_layers - 1:  # a forward that was interrupted leaves the length, and so the cache, as it was
+        if layer_idx == self.num_layers - 1:  # a forward that is interrupted leaves the cache as it was
             self.length = end
         return keys[:, :, :end], values[:, :, :end]
 
@@ -183,8 +188,8 @@ def sample(
 ) -> torch.Tensor:
     """Chooses one token per row: logits (batch, vocab) float32 -> ids (batch,).
 
-    seen (batch, vocab) bool: tokens that repetition_penalty applies to. generator: one for all rows, or one for each; on the
-    CPU, so that a seed means the same draws on every device. Order: penalty, temperature, top_k, top_p.
+    seen (batch, vocab) bool: tokens that repetition_penalty applies to. generator: one for all rows, or one for each;
+    on the CPU, so that a seed means the same draws on every device. Order: penalty, temperature, top_k, top_p.
     """
     if seen is not None and params.repetition_penalty != 1:
         # dividing a negative logit would make it more likely
@@ -203,7 +208,8 @@ def sample(
     probabilities = logits.softmax(dim=-1)
     if params.top_p < 1:
         before = probabilities.cumsum(dim=-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= params.top_p, 0.0)  # the likeliest has 0 before it: it stays
+        # the likeliest has nothing before it, so it always stays
+        probabilities = probabilities.masked_fill(before >= params.top_p, 0.0)
     cumulative = probabilities.double().cumsum(dim=-1)
     draws = _uniform(logits.shape[0], generator).to(logits.device) * cumulative[:, -1:]
     choice = torch.searchsorted(cumulative, draws, right=True).clamp(max=logits.shape[-1] - 1)
@@ -232,8 +238,8 @@ def check_prompt(prompt_ids: Sequence[int], context_length: int) -> None:
         raise ValueError("the prompt holds no token; generation needs at least one, such as bos")
     if len(prompt_ids) >= context_length:
         raise ValueError(
-            f"the prompt holds {len(prompt_ids)} tokens, and the context of {context_length} leaves no room for an answer; "
-            "shorten the prompt or raise --max_seq_len"
+            f"the prompt holds {len(prompt_ids)} tokens, and the context of {context_length} leaves no room for an "
+            "answer; shorten the prompt or raise --max_seq_len"
         )
 
 
@@ -253,7 +259,7 @@ def _seen_tokens(prompts: Sequence[Sequence[int]], logits: torch.Tensor, params:
 
 def check_logits(logits: torch.Tensor) -> None:
     if not bool(torch.isfinite(logits).all()):
-        raise ValueError("the model's logits are not finite: its weights are broken, or --dtype float16 is too narrow for them")
+        raise ValueError("the logits are not finite: the weights are broken, or --dtype float16 is too narrow for them")
 
 
 @torch.inference_mode()
@@ -267,9 +273,10 @@ def stream(
 ) -> Generator[int, None, None]:
     """Yields the ids of the answer to one prompt, one at a time; where a stop id ends it, that id is the last.
 
-    An answer ends at a stop id, after params.max_new_tokens, or where prompt and answer fill context_length (the model's
-    max_position_embeddings at most). cache: what it holds from an earlier turn is reused as far as it agrees with the
-    prompt, so that a conversation is read only once. Raises ValueError where the prompt leaves no room.
+    An answer ends at a stop id, after params.max_new_tokens, or where prompt and answer fill context_length (by default
+    and at most the model's max_position_embeddings). cache: what it holds from an earlier turn is reused as far as it
+    agrees with the prompt, so that a conversation is read only once. Raises ValueError where the prompt leaves no room,
+    or the logits are not finite.
     """
     params = params or SamplingParams()
     context_length = _context_length(model, context_length)
@@ -320,8 +327,8 @@ def generate_batch(
 ) -> list[list[int]]:
     """Answers to many prompts, in their order; where a stop id ends an answer, that id is its last.
 
-    Prompts of similar length are decoded together, padded on the left, at most batch_size at once. With a seed, prompt i is
-    answered as `stream` would with seed + i, up to rounding: the others do not change its draws.
+    Prompts of similar length are decoded together, padded on the left, at most batch_size at once. With a seed, prompt
+    i is answered as `stream` would with seed + i, up to rounding: the others do not change its draws.
     """
     params = params or SamplingParams()
     context_length = _context_length(model, context_length)

@@ -2,8 +2,8 @@
 
 Pre-norm blocks with RMSNorm (arXiv:1910.07467), rotary positions (arXiv:2104.09864), grouped-query attention
 (arXiv:2305.13245) and SwiGLU (arXiv:2002.05202); the mixture of experts has shared and routed experts as in
-arXiv:2401.06066. The classes are transformers classes, so `save_pretrained`, `from_pretrained` and `generate` work, and the
-file travels with exported weights as remote code.
+arXiv:2401.06066. The classes are transformers classes, so `save_pretrained`, `from_pretrained` and `generate` work, and
+the file travels with exported weights as remote code.
 
 Shapes: batch, seq = rows and positions of the input; tokens = batch * seq; heads = query heads;
 kv_heads = key/value heads; group = heads // kv_heads; head_dim = hidden // heads.
@@ -118,7 +118,7 @@ class MiniMindConfig(PretrainedConfig):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight, computed in float32. Under autocast the result leaves in the autocast dtype."""
+    """x / sqrt(mean(x²) + eps) · weight, computed in float32; under autocast the result has the autocast dtype."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -171,7 +171,8 @@ class TiledAttention(torch.autograd.Function):
     and values are never repeated. On a CPU this is several times faster than `scaled_dot_product_attention`, whose
     kernel does not reach the rate of the matrix library.
 
-    query (kv_heads, tokens, group, head_dim), already scaled by 1/sqrt(head_dim); key, value (kv_heads, tokens, head_dim).
+    query (kv_heads, tokens, group, head_dim), already scaled by 1/sqrt(head_dim); key and value (kv_heads, tokens,
+    head_dim).
     """
 
     @staticmethod
@@ -235,7 +236,8 @@ def attention_tiles(cu_seqlens: torch.Tensor, dtype: torch.dtype, tile: int = 12
 class AttentionPlan:
     """How the attention of one forward is computed; chosen here, once, for all layers.
 
-    kind "causal": plain rows. "mask": a boolean mask (batch, 1, queries, keys), True = may look. "tiles" and "varlen": packed documents.
+    kind "causal": plain rows. "mask": a boolean mask (batch, 1, queries, keys), True = may look; None = everything.
+    "tiles", "varlen": packed documents.
     """
 
     def __init__(self, kind: str, mask=None, tiles=None, cu_seqlens=None, max_seqlen: int | None = None):
@@ -259,7 +261,7 @@ class AttentionPlan:
     def rows(
         cls, attention_mask: torch.Tensor | None, past: int, keys: int, shape: tuple[int, int], device: torch.device
     ):
-        """Rows that may be padded (attention_mask (batch, keys), 0 = padding) and may continue a cache of `past` tokens."""
+        """Rows that may be padded (attention_mask (batch, keys), 0 = padding) and may continue `past` cached tokens."""
         batch, queries = shape
         if attention_mask is not None and attention_mask.dim() == 4:
             return cls("mask", mask=attention_mask)
@@ -344,7 +346,7 @@ class Router(nn.Module):
         nn.init.normal_(self.weight, std=config.initializer_range)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x (tokens, hidden) -> scores (tokens, experts) in float32, chosen experts and their weights (tokens, top_k)."""
+        """x (tokens, hidden) -> float32 scores (tokens, experts), chosen experts and their weights (tokens, top_k)."""
         scores = F.linear(x, self.weight).float().softmax(dim=-1)
         weights, experts = scores.topk(self.top_k, dim=-1, sorted=False)
         if self.renormalise and self.top_k > 1:
@@ -431,8 +433,8 @@ class DocumentIndex:
         return cls(torch.where(ids < 0, slots, ids), slots)
 
     def balance_loss(self, scores: torch.Tensor, experts: torch.Tensor, per_document: bool) -> torch.Tensor:
-        """Mean over documents of sum_e f_e · P_e (arXiv:2401.06066, eq. 12-14): f_e is the share of the document's choices
-        that fell on expert e, times the number of experts; P_e its mean score. Without per_document one pool is taken.
+        """Mean over documents of sum_e f_e · P_e (arXiv:2401.06066, eq. 12-14): f_e is the share of its choices that
+        fell on expert e, times the number of experts; P_e its mean score. Without per_document one pool is taken.
 
         scores (tokens, experts), experts (tokens, top_k)
         """
@@ -599,7 +601,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         Packed rows: cu_seqlens (documents + 1,) int32, borders of the documents in the flattened stream of batch * seq
         positions, the last entry repeated as padding; max_seqlen, an upper bound of their lengths; document_ids
         (batch, seq), -1 on padding, for the balance loss.
-        head: a function (hidden_states, lm_head.weight) -> anything, called instead of the head and returned as `logits`:
+        head: a function (hidden_states, lm_head.weight) -> anything, called in place of the head, returned as `logits`:
         a loss can then avoid logits that it does not need, and all weights are still used inside forward (DDP, ZeRO).
         labels (batch, seq), as transformers defines them: shifted inside, -100 ignored.
         past_key_values: an object with `update(key, value, layer_idx)` -> all keys and values, and `get_seq_length()`.

@@ -1,7 +1,7 @@
 """The one rule for weight files: what they are called, how they are written and how they are read.
 
-A weight file is a plain state dict of half-precision tensors and nothing else. Beside it lies a sidecar, `NAME.json`, that
-says what the weights are (configuration, stage, tokenizer, losses); it is used when present and never required.
+A weight file is a plain state dict of half-precision tensors and nothing else. Beside it lies a sidecar, `NAME.json`,
+that says what the weights are (configuration, stage, tokenizer, losses); it is used when present and never required.
 """
 
 import json
@@ -53,7 +53,7 @@ def sidecar_path(path: str | Path) -> Path:
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
-    """Writes beside `path`, flushes to disk, then renames: a reader sees the old file or the new one, never half of one.
+    """Writes beside `path`, flushes to disk, then renames: a reader sees the old file or the new one, never a part.
 
     Raises WeightsError when the folder cannot be written or the disk is full; the previous file stays as it was.
     """
@@ -191,7 +191,7 @@ def missing_message(path: Path) -> str:
 
 
 def config_from_state_dict(state: dict[str, torch.Tensor], sidecar: dict | None = None) -> MiniMindConfig:
-    """Reads the sizes off the tensors. What they do not show (heads, theta, top-k) comes from the sidecar or the defaults."""
+    """Reads the sizes off the tensors; what they do not show (heads, theta, top-k) is the sidecar's or the default."""
     try:
         vocab_size, hidden_size = state["model.embed_tokens.weight"].shape
         layers = {int(key.split(".")[2]) for key in state if key.startswith("model.layers.")}
@@ -223,8 +223,8 @@ def config_from_state_dict(state: dict[str, torch.Tensor], sidecar: dict | None 
 def load_weights(model: nn.Module, path: str | Path, tokenizer_sha256: str | None = None) -> dict[str, Any] | None:
     """Loads a weight file into a model of the same sizes, strictly, and returns the sidecar if there is one.
 
-    tokenizer_sha256: hash of the tokenizer that will be used. Weights belong to a tokenizer: a sidecar that names another
-    one is an error, a missing sidecar a warning.
+    tokenizer_sha256: hash of the tokenizer that will be used. Weights belong to a tokenizer: a sidecar that names
+    another one is an error, a missing sidecar a warning.
     """
     state = read_state_dict(path)
     sidecar = read_sidecar(path)
@@ -237,7 +237,7 @@ def load_weights(model: nn.Module, path: str | Path, tokenizer_sha256: str | Non
 def load_model(
     path: str | Path, tokenizer_sha256: str | None = None
 ) -> tuple[MiniMindForCausalLM, dict[str, Any] | None]:
-    """Builds the model that a weight file holds, its sizes read from the file, and loads it: (model in eval mode, sidecar)."""
+    """The model that a weight file holds, its sizes read from the file: (model in eval mode, sidecar)."""
     state = read_state_dict(path)
     sidecar = read_sidecar(path)
     check_tokenizer(path, sidecar, tokenizer_sha256)
@@ -254,8 +254,8 @@ def check_tokenizer(path: str | Path, sidecar: dict | None, tokenizer_sha256: st
     known = (sidecar or {}).get("tokenizer_sha256")
     if known is None:
         warnings.warn(
-            f"{path} has no sidecar that names its tokenizer. If it was trained with another one than model/tokenizer.json "
-            "(weights of the original project were), its output will be noise: name the right one with --tokenizer_path FOLDER",
+            f"{path} has no sidecar that names its tokenizer. If that is not model/tokenizer.json (weights of the "
+            "original project have another), the output will be noise: name the right one with --tokenizer_path FOLDER",
             stacklevel=3,
         )
     elif known != tokenizer_sha256:

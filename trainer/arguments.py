@@ -39,7 +39,7 @@ def from_root(path: str | Path) -> Path:
 
 
 def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
-    """The flags shared by all stages. `defaults` sets what differs from stage to stage (learning_rate, data_path, ...)."""
+    """The flags shared by all stages. `defaults` sets what differs between them (learning_rate, data_path, ...)."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

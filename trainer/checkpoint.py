@@ -2,7 +2,7 @@
 
 import argparse
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,27 +14,8 @@ from model.model_minimind import MiniMindConfig
 from model.weights import WeightsError, config_from_state_dict, read_sidecar, read_state_dict, write_atomically
 from trainer.arguments import FREE_ON_RESUME
 from trainer.distributed import Process, gather_objects, unwrap_model
-from trainer.logger import StepCounts, versions
+from trainer.logger import Progress, versions
 from trainer.optimization import Precision
-
-
-@dataclass
-class Progress:
-    """How far a run is."""
-
-    step: int = 0  # optimizer steps done
-    tokens: int = 0  # real tokens seen by all processes
-    complete: bool = False
-
-    def advance(self, counts: StepCounts, total_steps: int) -> None:
-        """Another optimizer step is done."""
-        self.step += 1
-        self.tokens += int(counts.tokens)
-        self.complete = self.step >= total_steps
-
-    def due(self, interval: int) -> bool:
-        """Every `interval` steps and after the last one."""
-        return self.complete or self.step % interval == 0
 
 
 def sidecar(
@@ -63,7 +44,7 @@ def resume_path(weights: Path) -> Path:
 
 
 def refuse_other_weights(path: Path, config: MiniMindConfig, args: argparse.Namespace) -> None:
-    """Depth is not part of a weight file's name: weights of another configuration are not replaced without --overwrite."""
+    """Depth is not part of a file's name: weights of another configuration are not replaced without --overwrite."""
     if args.overwrite or not path.exists():
         return
     try:
@@ -78,13 +59,13 @@ def refuse_other_weights(path: Path, config: MiniMindConfig, args: argparse.Name
     ]
     if differing:
         raise WeightsError(
-            f"{path} holds weights of another configuration ({', '.join(differing)}); give --overwrite to replace them, "
-            "or another --out_dir"
+            f"{path} holds weights of another configuration ({', '.join(differing)}); give --overwrite to replace "
+            "them, or another --out_dir"
         )
 
 
 class Checkpoint:
-    """Saves and restores one run. The file holds float32 weights, optimizer, scaler, data position and all RNG states."""
+    """Saves and restores one run: float32 weights, optimizer, scaler, data position and all RNG states."""
 
     def __init__(self, weights: Path, args: argparse.Namespace, process: Process, identity: dict):
         """identity: what else must be equal on resume: tokenizer hash, data fingerprint, starting weights."""
@@ -114,9 +95,7 @@ class Checkpoint:
         """
         if not self.args.resume:
             if self.path.exists() and self.process.is_main:
-                print(
-                    f"{self.path} holds the state of an earlier run, which this one will replace; --resume goes on with it"
-                )
+                print(f"{self.path} holds the state of an earlier run; this one will replace it (--resume would go on)")
             return None
         if not self.path.exists():
             if self.process.is_main:
@@ -161,9 +140,9 @@ class Checkpoint:
                 )
             return
         raise ValueError(
-            f"--resume: the saved run took {saved} rows per optimizer step; batch_size × accumulation_steps × processes "
-            f"is {args.batch_size} × {args.accumulation_steps} × {world_size}. Set --batch_size and --accumulation_steps "
-            f"so that the product is {saved}"
+            f"--resume: the saved run took {saved} rows per optimizer step; batch_size × accumulation_steps × "
+            f"processes is {args.batch_size} × {args.accumulation_steps} × {world_size}. Set --batch_size and "
+            f"--accumulation_steps so that the product is {saved}"
         )
 
     def save(

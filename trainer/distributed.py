@@ -32,7 +32,7 @@ class Process:
 
 
 def start_process(args: argparse.Namespace) -> Process:
-    """Joins the process group that torchrun describes in the environment (none: a single process) and seeds everything."""
+    """Joins the process group that torchrun describes in the environment, if any, and seeds everything."""
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if args.ddp and not launched:
         raise ValueError(
@@ -52,7 +52,8 @@ def start_process(args: argparse.Namespace) -> Process:
         device = torch.device("cuda", local_rank if launched else device.index or 0)
         if device.index >= torch.cuda.device_count():
             raise ValueError(
-                f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; lower --nproc_per_node"
+                f"process {local_rank} of this machine has no GPU of its own ({torch.cuda.device_count()} are here); "
+                "lower --nproc_per_node"
             )
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -74,10 +75,12 @@ def keep_freed_memory() -> None:
             mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def stop_process() -> None:
-    """Leaves the process group."""
+def stop_process(stop: "StopRequest", complete: bool) -> None:
+    """Leaves the process group. An unfinished run ends with the signal's exit status: a chain of commands stops too."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    if not complete:
+        raise SystemExit(128 + (stop.signal or signal.SIGTERM))
 
 
 def seed_everything(seed: int) -> None:
@@ -142,11 +145,6 @@ class StopRequest:
     def agreed(self, process: Process) -> bool:
         """Whether any process was asked to stop: all must leave the loop after the same step."""
         return sum_over_ranks([float(self.signal)], process)[0] > 0
-
-    def exit_if_asked(self, progress) -> None:
-        """Ends an unfinished process with the exit status of the signal, so that a chain of commands does not go on."""
-        if self.signal and not progress.complete:
-            raise SystemExit(128 + self.signal)
 
 
 @contextlib.contextmanager

@@ -59,8 +59,8 @@ class PackedData:
             if stats.get(name, 0)
         ]
         return (
-            f"{self.path}: {stats['documents']:,} documents, {stats['positions']:,} tokens in {self.plan.num_rows:,} rows of "
-            f"{self.plan.max_seq_len} ({self.plan.fill:.1%} filled{''.join('; ' + note for note in notes)})"
+            f"{self.path}: {stats['documents']:,} documents, {stats['positions']:,} tokens in {self.plan.num_rows:,} "
+            f"rows of {self.plan.max_seq_len} ({self.plan.fill:.1%} filled{''.join('; ' + note for note in notes)})"
         )
 
     def _batches(self, epoch: int, shuffle: bool = True, accumulation_steps: int | None = None):

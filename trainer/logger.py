@@ -67,6 +67,25 @@ def step_counts(micro_batches: list[dict], process: Process) -> StepCounts:
     return StepCounts(*sum_over_ranks([tokens, positions, attended], process))
 
 
+@dataclass
+class Progress:
+    """How far a run is; part of its resume state."""
+
+    step: int = 0  # optimizer steps done
+    tokens: int = 0  # real tokens seen by all processes
+    complete: bool = False
+
+    def advance(self, counts: StepCounts, total_steps: int) -> None:
+        """Another optimizer step is done."""
+        self.step += 1
+        self.tokens += int(counts.tokens)
+        self.complete = self.step >= total_steps
+
+    def due(self, interval: int) -> bool:
+        """Every `interval` steps and after the last one."""
+        return self.complete or self.step % interval == 0
+
+
 class Logger:
     """Numbers of one run. Only the main process prints and writes."""
 
@@ -117,13 +136,12 @@ class Logger:
         args, config = self.args, self.config
         kind = "mixture of experts" if config.use_moe else "dense"
         rows = args.batch_size * args.accumulation_steps * self.process.world_size
-        self.say(
-            f"{self.parameters / 1e6:.2f}M parameters: {kind}, {config.num_hidden_layers} layers of {config.hidden_size}"
-        )
+        size = f"{config.num_hidden_layers} layers of {config.hidden_size}"
+        self.say(f"{self.parameters / 1e6:.2f}M parameters, {kind}, {size}")
         self.say(data.describe())
         self.say(
             f"{self.total_steps:,} steps of {rows} rows ({args.batch_size} × {args.accumulation_steps} micro-batches × "
-            f"{self.process.world_size} processes) on {self.process.device} in {str(precision.dtype).removeprefix('torch.')}"
+            f"{self.process.world_size} processes) on {self.process.device} in {precision.name}"
         )
         if precision.notice:
             self.say(f"note: {precision.notice}")
@@ -168,8 +186,9 @@ class Logger:
         }
         aux = f" aux:{more['aux_loss']:.4f}" if more.get("aux_loss") else ""
         self.say(
-            f"Epoch:[{epoch + 1}/{self.args.epochs}]({epoch_step + 1}/{epoch_steps}) loss:{metrics['loss']:.4f}{aux} lr:{lr:.3e} "
-            f"epoch_Time:{minutes:.1f}min | {metrics['tokens_per_second']:,.0f} tokens/s, MFU {metrics['mfu']:.0%}, "
+            f"Epoch:[{epoch + 1}/{self.args.epochs}]({epoch_step + 1}/{epoch_steps}) "
+            f"loss:{metrics['loss']:.4f}{aux} lr:{lr:.3e} epoch_Time:{minutes:.1f}min | "
+            f"{metrics['tokens_per_second']:,.0f} tokens/s, MFU {metrics['mfu']:.0%}, "
             f"grad_norm {grad_norm:.2f}, padding {metrics['padding']:.1%}"
         )
         self.record({"event": "step", **metrics})
@@ -208,7 +227,12 @@ class Logger:
             prefix = "valid/" if content["event"] == "evaluation" else ""
             self.wandb_run.log({prefix + name: value for name, value in numbers.items()}, step=content["step"])
 
-    def close(self) -> None:
+    def close(self, weights: Path, progress: Progress, next_command: str) -> None:
+        """Says what the run left behind and what comes next."""
+        if progress.complete:
+            self.say(f"{weights} is ready; next: {next_command}")
+        else:
+            self.say(f"stopped after step {progress.step}; saved {weights}. To go on: the same command with --resume")
         if self.file is not None:
             self.file.close()
         if self.wandb_run is not None:

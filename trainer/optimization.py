@@ -21,7 +21,7 @@ def learning_rate(step: int, total_steps: int, peak_lr: float, warmup_steps: int
 
 
 def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """AdamW (arXiv:1711.05101) over what is trainable; matrices decay, norms do not. SGD is plain: for checking gradients."""
+    """AdamW (arXiv:1711.05101) over what is trainable; matrices decay, norms do not. SGD is plain, for checks."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": args.weight_decay},
@@ -58,6 +58,7 @@ class Precision:
     def __init__(self, name: str, device: torch.device):
         self.device = device
         self.dtype, self.notice = usable_dtype(name, device)
+        self.name = str(self.dtype).removeprefix("torch.")
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -70,7 +71,7 @@ class Precision:
 def prepare_forward(model: nn.Module, args: argparse.Namespace, device: torch.device) -> None:
     """Gradient checkpointing and torch.compile as the flags say; compiling is on by default with CUDA.
 
-    It happens in place, so that parameter names stay as they are. Where it fails, torch says so and runs the model as it is.
+    It happens in place: parameter names stay as they are. Where it fails, torch says so and the model runs as it is.
     """
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()

@@ -47,7 +47,7 @@ class _TokenCrossEntropy(torch.autograd.Function):
 def token_cross_entropy(hidden_states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of every token, in nats.
 
-    hidden_states (batch, seq, hidden), weight (vocab, hidden), labels (batch, seq) with -100 where nothing is predicted.
+    hidden_states (batch, seq, hidden), weight (vocab, hidden), labels (batch, seq), -100 where nothing is predicted.
     Returns float32 (batch, seq), 0 where the label is -100. The log-probability of a token is minus its loss.
     """
     dtype = compute_dtype(hidden_states)
@@ -56,7 +56,7 @@ def token_cross_entropy(hidden_states: torch.Tensor, weight: torch.Tensor, label
     with torch.autocast(hidden.device.type, enabled=False):
         if hidden.device.type != "cpu":
             return _TokenCrossEntropy.apply(hidden, weight.to(dtype), flat_labels).view(labels.shape)
-        # on a CPU the prompt's and the padding's logits are not computed at all; a GPU would have to wait for their count
+        # a CPU skips the logits of prompts and padding; a GPU would have to wait for their count
         targets = (flat_labels >= 0).nonzero().squeeze(1)
         losses = _TokenCrossEntropy.apply(hidden[targets], weight.to(dtype), flat_labels[targets])
         return torch.zeros(len(flat_labels)).index_copy(0, targets, losses).view(labels.shape)

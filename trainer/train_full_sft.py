@@ -2,12 +2,12 @@
 
     loss = sum(w * CE) / sum(w) + aux
 
-w is 1 on the assistant's content and the <|im_end|> that ends it, 0 elsewhere; CE is the cross-entropy of the next token in
-nats. Both sums run over the whole optimizer step. aux is the load-balancing loss of a mixture of experts, as in
+w is 1 on the assistant's content and the <|im_end|> that ends it, else 0; CE is the cross-entropy of the next
+token in nats. Both sums run over the whole optimizer step. aux is the load-balancing loss of a mixture of experts, as in
 train_pretrain.py.
 
-Reads   {"conversations": [{"role": ..., "content": ...}, ...]} a line (--data_path, default dataset/sft_mini_512.jsonl),
-        out/pretrain_{hidden_size}{_moe}.pth (--base_weight)
+Reads   {"conversations": [{"role": ..., "content": ...}, ...]} a line (--data_path,
+        default dataset/sft_mini_512.jsonl), out/pretrain_{hidden_size}{_moe}.pth (--base_weight)
 Writes  out/full_sft_{hidden_size}{_moe}.pth and a .json beside it, out/resume/, out/logs/
 
     python train_full_sft.py
@@ -123,16 +123,10 @@ def main(argv: list[str] | None = None) -> None:
                 stopping = stop.agreed(process)
                 if stopping or progress.due(args.save_interval):
                     save()
-            if stopping and not progress.complete:
-                logger.say(
-                    f"stopped after step {progress.step}; saved {weights}. To go on: the same command with --resume"
-                )
+            if stopping:
                 break
-    if progress.complete:
-        logger.say(f"{weights} is ready; talk to it: python eval_model.py --model_mode 1")
-    logger.close()
-    stop_process()
-    stop.exit_if_asked(progress)
+    logger.close(weights, progress, "python eval_model.py --model_mode 1")
+    stop_process(stop, progress.complete)
 
 
 if __name__ == "__main__":

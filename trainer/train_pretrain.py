@@ -115,16 +115,10 @@ def main(argv: list[str] | None = None) -> None:
                 stopping = stop.agreed(process)
                 if stopping or progress.due(args.save_interval):
                     save()
-            if stopping and not progress.complete:
-                logger.say(
-                    f"stopped after step {progress.step}; saved {weights}. To go on: the same command with --resume"
-                )
+            if stopping:
                 break
-    if progress.complete:
-        logger.say(f"{weights} is ready; talk to it: python eval_model.py --model_mode 0")
-    logger.close()
-    stop_process()
-    stop.exit_if_asked(progress)
+    logger.close(weights, progress, "python eval_model.py --model_mode 0")
+    stop_process(stop, progress.complete)
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ DAY_BEFORE = [
 MONTH_AFTER = ["{0}的下一个月是几月？", "{0}后面是几月？", "{0}过后是几月？", "这个月是{0}，下个月是几月？"]
 MONTH_BEFORE = ["{0}的上一个月是几月？", "{0}前面是几月？", "{0}之前是几月？", "这个月是{0}，上个月是几月？"]
 SEASON_AFTER = ["{0}过后是什么季节？", "{0}的下一个季节是什么？", "{0}后面是哪个季节？", "{0}过去了，接着是什么季节？"]
-ZODIAC_AFTER = ["十二生肖里{0}的后面是什么？", "生肖{0}的下一个是什么？", "十二生肖中排在{0}后面的是谁？", "{0}年过后是什么年？"]
+ZODIAC_AFTER = ["十二生肖里{0}的后面是什么？", "生肖{0}的下一个是什么？", "十二生肖中排在{0}后面的是谁？", "十二生肖里{0}的下一个是谁？"]
 MEASURES = [
     ("一年", "个月", "12"), ("一个星期", "天", "7"), ("一天", "个小时", "24"), ("一小时", "分钟", "60"), ("一分钟", "秒", "60"),
     ("一年", "个季节", "4"), ("一双筷子", "根", "2"), ("一只手", "根手指", "5"), ("三角形", "条边", "3"), ("正方形", "条边", "4"),
@@ -258,7 +258,8 @@ def known_facts() -> list[Fact]:
         facts.extend(table_facts(category, rows, wordings, answer, list(statements)))
 
     for cores, answer in IDENTITY:
-        facts.append(Fact("identity", answer, [frame.format(core) for core in cores for frame in IDENTITY_FRAMES], [answer]))
+        framed = [frame.format(core) for core in cores for frame in IDENTITY_FRAMES if frame.endswith("？") or core[-1] != "吗"]
+        facts.append(Fact("identity", answer, framed, [answer]))
 
     capitals = pairs(CAPITALS)
     add("capitals", capitals, CAPITAL_WORDINGS, "{0}的首都是{1}。", "{1}是{0}的首都。", "{1}是一座城市，它是{0}的首都。")
@@ -268,7 +269,7 @@ def known_facts() -> list[Fact]:
     opposites += [(b, a) for a, b in opposites]
     add("opposites", opposites, OPPOSITE_WORDINGS, "“{0}”的反义词是“{1}”。", "“{0}”和“{1}”是一对反义词。", "“{0}”与“{1}”意思相反。")
 
-    add("colours", pairs(COLOURS), COLOUR_WORDINGS, "{0}是{1}色的。", "{1}色的{0}很常见。", "{0}的颜色是{1}色。")
+    add("colours", pairs(COLOURS), COLOUR_WORDINGS, "{0}是{1}色的。", "看，{0}是{1}色的！", "{0}的颜色是{1}色。")
     mixed = MIXED_COLOURS + [(b, a, c) for a, b, c in MIXED_COLOURS]
     add("colours", mixed, MIXED_COLOUR_WORDINGS, "{0}色和{1}色混在一起是{2}色。", "{0}色加{1}色变成{2}色。")
 
@@ -321,17 +322,16 @@ def rule_facts(dice: Dice) -> list[Fact]:
 
     def add(category, family, wordings, answer, statements, **values):
         names = {"n": dice.pick(NAMES), **values}
-        facts.append(
-            Fact(category, answer.format(**names), [w.format(**names) for w in wordings],
-                 [s.format(**names) for s in [answer, *statements]], rule=True, family=(category, *family))
-        )
+        asked = [wording.format(**names) for wording in wordings]
+        stated = [statement.format(**names) for statement in statements]
+        facts.append(Fact(category, answer.format(**names), asked, stated, rule=True, family=(category, *family)))
 
     for a in range(21):
         for b in range(21 - a):
-            add("sums", (min(a, b), max(a, b)), SUM_WORDINGS, "{a}+{b}={c}。", ["{a}加{b}等于{c}。"], a=a, b=b, c=a + b)
+            add("sums", (min(a, b), max(a, b)), SUM_WORDINGS, "{a}+{b}={c}。", ["{a}+{b}={c}。", "{a}加{b}等于{c}。"], a=a, b=b, c=a + b)
     for a in range(21):
         for b in range(a + 1):
-            add("differences", (a, b), DIFFERENCE_WORDINGS, "{a}-{b}={c}。", ["{a}减{b}等于{c}。"], a=a, b=b, c=a - b)
+            add("differences", (a, b), DIFFERENCE_WORDINGS, "{a}-{b}={c}。", ["{a}-{b}={c}。", "{a}减{b}等于{c}。"], a=a, b=b, c=a - b)
 
     every_pair = [(a, b) for a in range(100) for b in range(100) if a != b]
     small = [(a, b) for a, b in every_pair if max(a, b) <= 20]
@@ -341,25 +341,27 @@ def rule_facts(dice: Dice) -> list[Fact]:
         larger, smaller = max(a, b), min(a, b)
         values = dict(a=a, b=b, x=larger, y=smaller)
         if dice.chance(0.5):
-            add("comparing", family, LARGER_WORDINGS, "{x}比{y}大。", [], **values)
+            add("comparing", family, LARGER_WORDINGS, "{x}比{y}大。", ["{x}比{y}大。"], **values)
         else:
-            add("comparing", family, SMALLER_WORDINGS, "{y}比{x}小。", [], **values)
+            add("comparing", family, SMALLER_WORDINGS, "{y}比{x}小。", ["{y}比{x}小。"], **values)
 
     for a in range(100):
-        add("neighbours", ("after", a), SUCCESSOR_WORDINGS, "{a}后面的数是{c}。", ["比{a}大1的数是{c}。"], a=a, c=a + 1)
+        add("neighbours", ("after", a), SUCCESSOR_WORDINGS, "{a}后面的数是{c}。", ["{a}后面的数是{c}。", "比{a}大1的数是{c}。"], a=a, c=a + 1)
     for a in range(1, 101):
-        add("neighbours", ("before", a), PREDECESSOR_WORDINGS, "{a}前面的数是{c}。", ["比{a}小1的数是{c}。"], a=a, c=a - 1)
+        add("neighbours", ("before", a), PREDECESSOR_WORDINGS, "{a}前面的数是{c}。", ["{a}前面的数是{c}。", "比{a}小1的数是{c}。"], a=a, c=a - 1)
     for a in range(1, 10):
         for b in range(1, 10):
-            add("places", (a, b), PLACE_WORDINGS, "{a}个十和{b}个一是{c}。", [], a=a, b=b, c=10 * a + b)
+            add("places", (a, b), PLACE_WORDINGS, "{a}个十和{b}个一是{c}。", ["{a}个十和{b}个一是{c}。"], a=a, b=b, c=10 * a + b)
 
     for _ in range(600):
         words = dice.shuffled(ITEMS)[: 3 + dice.below(2)]
         o = dice.below(len(words))
-        add("lists", tuple(words), NTH_WORDINGS, "第{o}个是{w}。", ["{l}，第{o}个是{w}。"], l="、".join(words), o=DIGITS[o + 1], w=words[o])
+        values = dict(l="、".join(words), o=DIGITS[o + 1], w=words[o])
+        add("lists", tuple(words), NTH_WORDINGS, "第{o}个是{w}。", ["{l}，第{o}个是{w}。"], **values)
     for _ in range(500):
         words = dice.shuffled(ITEMS)[:3]
-        add("lists", tuple(words), REVERSE_WORDINGS, "{r}。", ["把{l}倒过来就是{r}。"], l="、".join(words), r="、".join(words[::-1]))
+        values = dict(l="、".join(words), r="、".join(words[::-1]))
+        add("lists", tuple(words), REVERSE_WORDINGS, "{r}。", ["把{l}倒过来就是{r}。"], **values)
     return facts
 
 
@@ -368,8 +370,8 @@ def rule_facts(dice: Dice) -> list[Fact]:
 
 # category -> how many facts are asked about. A third or more of all questions are about rules.
 ASKED = {
-    "identity": 24, "capitals": 30, "opposites": 30, "colours": 20, "animals": 24, "poems": 24, "words": 30, "calendar": 20, "english": 24,
-    "sums": 30, "differences": 30, "comparing": 30, "neighbours": 24, "places": 12, "lists": 30,
+    "identity": 24, "capitals": 30, "opposites": 30, "colours": 20, "animals": 24, "poems": 24, "words": 30, "calendar": 24, "english": 24,
+    "sums": 28, "differences": 28, "comparing": 30, "neighbours": 24, "places": 12, "lists": 30,
 }
 
 
@@ -418,11 +420,12 @@ def hold_out_families(members: list[Fact], count: int, dice: Dice) -> list[tuple
         families.setdefault(fact.family, []).append(fact)
     asked: list[tuple[Fact, int]] = []
     for family in dice.shuffled(families.values()):
-        if len(asked) < count and may_be_held_out(family[0]):
-            for fact in family:
-                fact.held_out.update(range(len(fact.wordings)))
-            asked.append((dice.pick(family), 0))
-    return [(fact, dice.below(len(fact.wordings))) for fact, _ in asked]
+        if len(asked) >= count or not may_be_held_out(family[0]):
+            continue
+        for fact in family:
+            fact.held_out.update(range(len(fact.wordings)))
+        asked += [(fact, dice.below(len(fact.wordings))) for fact in family[:2]]
+    return asked
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -430,7 +433,7 @@ def hold_out_families(members: list[Fact], count: int, dice: Dice) -> list[tuple
 
 # category -> how many wordings of a fact are trained on in one pass over sft.jsonl
 WORDINGS_TRAINED = {
-    "identity": 16, "manners": 12, "capitals": 5, "opposites": 4, "colours": 5, "animals": 5, "poems": 5, "words": 4, "calendar": 4, "english": 6,
+    "identity": 16, "manners": 12, "capitals": 5, "opposites": 6, "colours": 5, "animals": 5, "poems": 5, "words": 5, "calendar": 6, "english": 6,
     "sums": 5, "differences": 5, "comparing": 1, "neighbours": 4, "places": 4, "lists": 1,
 }
 FRAMES = ["请问{}？", "我想知道{}。", "告诉我{}。", "你知道{}吗？", "请问，{}？"]
@@ -481,8 +484,8 @@ def conversations(facts: list[Fact]) -> list[dict]:
 # Pretraining texts
 
 STATED = {
-    "identity": 8, "manners": 4, "capitals": 5, "opposites": 4, "colours": 5, "animals": 5, "poems": 4, "words": 4, "calendar": 4, "english": 5,
-    "sums": 5, "differences": 5, "comparing": 1, "neighbours": 4, "places": 3, "lists": 1,
+    "identity": 8, "manners": 4, "capitals": 6, "opposites": 8, "colours": 6, "animals": 6, "poems": 4, "words": 6, "calendar": 8, "english": 6,
+    "sums": 8, "differences": 8, "comparing": 1, "neighbours": 4, "places": 3, "lists": 1,
 }
 OPENINGS = {
     "identity": ["下面是MiniMind的自我介绍。", "MiniMind说："],
