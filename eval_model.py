@@ -143,7 +143,7 @@ def find_weights(out_dir: str, stage: str, hidden_size: int | None, use_moe: boo
     raise WeightsError(missing_message(weight_path(out_dir, stage, *wanted)))
 
 
-def load_folder(folder: Path, trust_remote_code: bool) -> torch.nn.Module:
+def load_folder(folder: Path, trust_remote_code: bool, dtype: torch.dtype) -> torch.nn.Module:
     """A model in Hugging Face format. Our own architecture needs no code from the folder; Llama and others come with
     transformers. Weights that lack a tensor are an error, where transformers would draw it at random and warn."""
     config_file = folder / "config.json"
@@ -161,7 +161,7 @@ def load_folder(folder: Path, trust_remote_code: bool) -> torch.nn.Module:
         loader, options = AutoModelForCausalLM, {"trust_remote_code": trust_remote_code}
     try:
         model, report = loader.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True, **options
+            folder, local_files_only=True, dtype=dtype, output_loading_info=True, **options
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         own_code = "auto_map" in config and not trust_remote_code
@@ -180,24 +180,25 @@ def load(args: argparse.Namespace) -> tuple[torch.nn.Module, ChatTokenizer, str]
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {args.device} cannot be used here: {str(error).splitlines()[0]}") from error
-    hf_folder = Path(args.hf_path)
+    dtype, hf_folder = choose_dtype(args.dtype, device), Path(args.hf_path)
     tokenizer_path = args.tokenizer_path or ROOT / "model"
     if args.load == 1 and not args.tokenizer_path and (hf_folder / "tokenizer.json").is_file():
         tokenizer_path = hf_folder
     if args.load == 1:
-        model, source = load_folder(hf_folder, args.trust_remote_code), hf_folder
+        model, source = load_folder(hf_folder, args.trust_remote_code, dtype), hf_folder
         tokenizer = ChatTokenizer(tokenizer_path)
     else:
         tokenizer = ChatTokenizer(tokenizer_path)
         source = find_weights(args.out_dir, STAGE_OF_MODE[args.model_mode], args.hidden_size, args.use_moe)
         model, _ = load_model(source, tokenizer.sha256)
+        model.to(dtype)
     check_sizes(args, model.config, source)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"{tokenizer.path} has {tokenizer.vocab_size} token ids, and {source} {model.config.vocab_size}; "
             "name the tokenizer that the weights were trained with by --tokenizer_path"
         )
-    return model.to(device, choose_dtype(args.dtype, device)), tokenizer, str(source)
+    return model.to(device), tokenizer, str(source)
 
 
 def check_sizes(args: argparse.Namespace, config, source: Path) -> None:

@@ -117,8 +117,31 @@ class MiniMindConfig(PretrainedConfig):
             )
 
 
+class RMSNormFunction(torch.autograd.Function):
+    """y = x / sqrt(mean(x²) + eps) · weight in float32, as few passes over memory: eager CPU training is bound by them."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps, dtype):
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_().div_(x.shape[-1])
+        inverse_rms = mean_square.add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse_rms)
+        return torch.mul(x, inverse_rms).mul_(weight).to(dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, inverse_rms = ctx.saved_tensors
+        normed = x * inverse_rms
+        grad = grad.to(normed.dtype)
+        product = grad * normed
+        grad_weight = product.flatten(0, -2).sum(dim=0)
+        # d/dx of x / rms(x): the part of weight · grad along x does not change the norm of the result
+        along = product.mul_(weight).mean(dim=-1, keepdim=True)
+        grad_x = (grad * weight).addcmul_(normed, along, value=-1).mul_(inverse_rms)
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None, None
+
+
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight, computed in float32; under autocast the result has the autocast dtype."""
+    """Root-mean-square norm, computed in float32; under autocast the result has the autocast dtype."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -126,8 +149,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        normed = F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps)
-        return normed.to(compute_dtype(x))
+        if x.device.type == "cpu" and self.training:
+            return RMSNormFunction.apply(x.float(), self.weight.float(), self.eps, compute_dtype(x))
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(compute_dtype(x))
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:

@@ -165,9 +165,8 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds here: UnpicklingError, RuntimeError, EOFError, KeyError ...
-        raise WeightsError(
-            f"{path} is not a weight file of tensors only, so it was not loaded ({str(error).splitlines()[0]})"
-        ) from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(f"{path} is not a weight file of tensors only, so it was not loaded ({reason})") from error
     if not isinstance(state, dict) or not state or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise WeightsError(
             f"{path} does not hold a plain state dict (names to tensors); it is not a weight file of ours"

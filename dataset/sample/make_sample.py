@@ -65,7 +65,8 @@ class Fact:
     statements: list[str]
     rule: bool = False
     family: tuple = ()
-    held_out: set[int] = field(default_factory=set)  # wordings that are kept out of training; all of them when the family is held out
+    trained: bool = True
+    held_out: set[int] = field(default_factory=set)  # wordings of a trained fact that are kept for the questions
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -333,17 +334,24 @@ def rule_facts(dice: Dice) -> list[Fact]:
         for b in range(a + 1):
             add("differences", (a, b), DIFFERENCE_WORDINGS, "{a}-{b}={c}。", ["{a}-{b}={c}。", "{a}减{b}等于{c}。"], a=a, b=b, c=a - b)
 
+    # Larger sums are stated, never asked: they show that digits are added in the same way wherever they stand.
+    for _ in range(1500):
+        a, b = 1 + dice.below(99), 1 + dice.below(99)
+        if 20 < a + b <= 100:
+            add("sums", (min(a, b), max(a, b)), [], "", ["{a}+{b}={c}。"], a=a, b=b, c=a + b)
+            add("differences", (a + b, b), [], "", ["{c}-{b}={a}。"], a=a, b=b, c=a + b)
+
     every_pair = [(a, b) for a in range(100) for b in range(100) if a != b]
     small = [(a, b) for a, b in every_pair if max(a, b) <= 20]
-    large = dice.shuffled([(a, b) for a, b in every_pair if max(a, b) > 20])[:700]
-    for a, b in small + large:
+    large = dice.shuffled([(a, b) for a, b in every_pair if max(a, b) > 20])[:2200]
+    for i, (a, b) in enumerate(small + large):
         family = (min(a, b), max(a, b))
-        larger, smaller = max(a, b), min(a, b)
-        values = dict(a=a, b=b, x=larger, y=smaller)
+        values = dict(a=a, b=b, x=max(a, b), y=min(a, b))
+        asked = i < 1200
         if dice.chance(0.5):
-            add("comparing", family, LARGER_WORDINGS, "{x}比{y}大。", ["{x}比{y}大。"], **values)
+            add("comparing", family, LARGER_WORDINGS if asked else [], "{x}比{y}大。", ["{x}比{y}大，{y}比{x}小。"], **values)
         else:
-            add("comparing", family, SMALLER_WORDINGS, "{y}比{x}小。", ["{y}比{x}小。"], **values)
+            add("comparing", family, SMALLER_WORDINGS if asked else [], "{y}比{x}小。", ["{y}比{x}小，{x}比{y}大。"], **values)
 
     for a in range(100):
         add("neighbours", ("after", a), SUCCESSOR_WORDINGS, "{a}后面的数是{c}。", ["{a}后面的数是{c}。", "比{a}大1的数是{c}。"], a=a, c=a + 1)
@@ -420,11 +428,12 @@ def hold_out_families(members: list[Fact], count: int, dice: Dice) -> list[tuple
         families.setdefault(fact.family, []).append(fact)
     asked: list[tuple[Fact, int]] = []
     for family in dice.shuffled(families.values()):
-        if len(asked) >= count or not may_be_held_out(family[0]):
+        askable = [fact for fact in family if fact.wordings]
+        if len(asked) >= count or not askable or not may_be_held_out(family[0]):
             continue
         for fact in family:
-            fact.held_out.update(range(len(fact.wordings)))
-        asked += [(fact, dice.below(len(fact.wordings))) for fact in family[:2]]
+            fact.trained = False
+        asked += [(fact, dice.below(len(fact.wordings))) for fact in askable[:2]]
     return asked
 
 
@@ -433,8 +442,8 @@ def hold_out_families(members: list[Fact], count: int, dice: Dice) -> list[tuple
 
 # category -> how many wordings of a fact are trained on in one pass over sft.jsonl
 WORDINGS_TRAINED = {
-    "identity": 16, "manners": 12, "capitals": 5, "opposites": 6, "colours": 5, "animals": 5, "poems": 5, "words": 5, "calendar": 6, "english": 6,
-    "sums": 5, "differences": 5, "comparing": 1, "neighbours": 4, "places": 4, "lists": 1,
+    "identity": 20, "manners": 12, "capitals": 8, "opposites": 9, "colours": 8, "animals": 8, "poems": 7, "words": 7, "calendar": 9, "english": 7,
+    "sums": 8, "differences": 8, "comparing": 1, "neighbours": 4, "places": 4, "lists": 1,
 }
 FRAMES = ["请问{}？", "我想知道{}。", "告诉我{}。", "你知道{}吗？", "请问，{}？"]
 
@@ -456,7 +465,7 @@ def exchanges(facts: list[Fact]) -> list[tuple[str, str]]:
     made = []
     for fact in facts:
         trained = [w for i, w in enumerate(fact.wordings) if i not in fact.held_out]
-        if not trained:
+        if not fact.trained or not trained:
             continue
         wanted = WORDINGS_TRAINED[fact.category]
         chosen = dice.shuffled(trained)[:wanted]
@@ -510,8 +519,8 @@ def statements(facts: list[Fact], dice: Dice) -> dict[str, list[str]]:
     """category -> its statements in random order; a fact whose family is held out is never stated."""
     stated: dict[str, list[str]] = {}
     for fact in facts:
-        if fact.statements and len(fact.held_out) < len(fact.wordings):
-            for i in range(STATED[fact.category]):
+        if fact.trained and fact.statements:
+            for i in range(STATED[fact.category] if fact.wordings else 1):
                 stated.setdefault(fact.category, []).append(fact.statements[i % len(fact.statements)])
     return {category: dice.shuffled(sentences) for category, sentences in stated.items()}
 

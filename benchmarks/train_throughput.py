@@ -1,0 +1,206 @@
+"""Training speed on this machine: useful tokens per second of our training step beside the same model in transformers.
+
+Every contender trains the same 26M Llama (its own code for it), on documents of the same file, one optimizer step per
+micro-batch, and is timed in turn, round by round, so that a noisy machine disturbs all alike. Useful tokens are
+those that are not padding. The peers:
+
+  padded float32    transformers' LlamaForCausalLM, eager, each document padded to 512, tokenised on the fly by one
+                    worker: the recipe that most scripts of this kind use
+  padded bfloat16   the same under bfloat16 autocast
+  packed compiled   the same model with packed rows (our batches, documents kept apart by position_ids), torch.compile
+                    and bfloat16 autocast: the best one gets from transformers without writing kernels
+
+    python benchmarks/train_throughput.py [--data_path FILE.jsonl] [--rows 8] [--rounds 3]
+"""
+
+import argparse
+import functools
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dataset.packing import PackedBatches, build_plan
+from dataset.token_cache import open_token_cache
+from dataset.tokenization import ChatTokenizer
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from trainer.distributed import keep_freed_memory
+from trainer.loader import model_inputs
+from trainer.logger import attention_flops, flops_per_token
+from trainer.token_losses import token_cross_entropy
+
+SEQ = 512
+
+
+class PaddedDocuments(Dataset):
+    """One document a row, tokenised when it is asked for, cut or padded to SEQ."""
+
+    def __init__(self, path: Path, tokenizer: ChatTokenizer):
+        with path.open(encoding="utf-8") as file:
+            self.texts = [json.loads(line)["text"] for line in file]
+        self.tokenizer = tokenizer
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, index: int) -> dict:
+        tokenizer = self.tokenizer
+        ids = tokenizer.encode_documents([self.texts[index]])[0][: SEQ - 2]
+        ids = [tokenizer.bos_id, *ids, tokenizer.eos_id]
+        padding = SEQ - len(ids)
+        return {
+            "input_ids": torch.tensor(ids + [tokenizer.pad_id] * padding),
+            "labels": torch.tensor(ids + [-100] * padding),
+        }
+
+
+def endless(make_iterator):
+    while True:
+        yield from make_iterator()
+
+
+def llama(config: MiniMindConfig) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            vocab_size=config.vocab_size,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_theta=config.rope_theta,
+            tie_word_embeddings=True,
+            max_position_embeddings=config.max_position_embeddings,
+        )
+    )
+
+
+class Contender:
+    """A model with its batches: `step()` trains on one micro-batch and returns its useful tokens."""
+
+    def __init__(self, model, batches, loss, autocast: bool, fused: bool):
+        self.model, self.batches, self.loss, self.autocast = model, batches, loss, autocast
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused)
+        self.rates: list[float] = []
+        self.flops = 0.0
+
+    def step(self) -> int:
+        batch = next(self.batches)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            loss = self.loss(self.model, batch)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if "real_tokens" in batch:
+            attended = ((batch["position_ids"] + 1) * (batch["document_ids"] >= 0)).sum()
+            self.flops += attention_flops(self.model.config, int(attended)) if self.loss is our_loss else 0
+            return batch["real_tokens"]
+        return int((batch["labels"] >= 0).sum())
+
+    def run(self, seconds: float) -> None:
+        tokens, self.flops, start = 0, 0.0, time.perf_counter()
+        while (elapsed := time.perf_counter() - start) < seconds:
+            tokens += self.step()
+        self.flops = (self.flops + tokens * flops_per_token(MiniMindConfig(), count(self.model))) / elapsed
+        self.rates.append(tokens / elapsed)
+
+
+def count(model) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def our_loss(model, batch: dict) -> torch.Tensor:
+    head = functools.partial(token_cross_entropy, labels=batch["labels"])
+    return model(**model_inputs(batch), head=head).logits.sum() / batch["step_targets"]
+
+
+def peer_loss(model, batch: dict) -> torch.Tensor:
+    return model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+
+
+def packed_peer_loss(model, batch: dict) -> torch.Tensor:
+    # labels are already shifted in our batches; transformers takes such labels as shift_labels
+    out = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+    logits = out.logits.float().flatten(0, 1)
+    return torch.nn.functional.cross_entropy(logits, batch["labels"].flatten(), ignore_index=-100)
+
+
+def matmul_rate() -> float:
+    """Best floating-point operations per second of bfloat16 products of 2048 and 4096, with the threads in use."""
+    best = 0.0
+    for size in (2048, 4096):
+        a = torch.randn(size, size).to(torch.bfloat16)
+        for _ in range(3):
+            start = time.perf_counter()
+            a @ a
+            best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_path", type=Path, default=ROOT / "dataset/sample/pretrain.jsonl")
+    parser.add_argument("--rows", type=int, default=8, help="rows of 512 per micro-batch")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=12, help="per contender and round")
+    parser.add_argument("--no_compile", action="store_true", help="leave the compiled peer out (compiling takes a minute)")
+    args = parser.parse_args()
+    keep_freed_memory()
+    torch.manual_seed(0)
+    tokenizer = ChatTokenizer(ROOT / "model")
+    config = MiniMindConfig(vocab_size=tokenizer.vocab_size)
+
+    with tempfile.TemporaryDirectory() as folder:
+        cache = open_token_cache(args.data_path, tokenizer, "pretrain", cache_dir=folder)
+        packed = PackedBatches(cache, build_plan(cache, SEQ), batch_size=args.rows)
+        padded = PaddedDocuments(args.data_path, tokenizer)
+        full = len(packed) - 1  # the last batch may be ragged
+
+        def packed_batches():
+            return endless(lambda: (packed[i] for i in range(full)))
+
+        def padded_batches():
+            return endless(lambda: iter(DataLoader(padded, args.rows, shuffle=True, num_workers=1, drop_last=True)))
+
+        contenders = {
+            "ours": Contender(MiniMindForCausalLM(config), packed_batches(), our_loss, True, True),
+            "padded float32": Contender(llama(config), padded_batches(), peer_loss, False, False),
+            "padded bfloat16": Contender(llama(config), padded_batches(), peer_loss, True, False),
+        }
+        if not args.no_compile:
+            model = llama(config)
+            model.compile(dynamic=False)
+            contenders["packed compiled"] = Contender(model, packed_batches(), packed_peer_loss, True, True)
+        for name, contender in contenders.items():
+            start = time.perf_counter()
+            contender.step()
+            contender.step()
+            print(f"{name}: {count(contender.model) / 1e6:.2f}M, warm after {time.perf_counter() - start:.0f} s", flush=True)
+        mfu = []
+        for _ in range(args.rounds):
+            for contender in contenders.values():
+                contender.run(args.seconds)
+            mfu.append(contenders["ours"].flops / matmul_rate())
+
+    print(f"\n{torch.get_num_threads()} threads, torch {torch.__version__}, {args.rows} rows of {SEQ}, {args.data_path.name}")
+    print(f"{'':18}{'useful tokens/s':>16}  {'ours is faster by (median of rounds)':>36}")
+    ours = contenders["ours"].rates
+    for name, contender in contenders.items():
+        ratio = statistics.median(a / b for a, b in zip(ours, contender.rates, strict=True))
+        print(f"{name:18}{statistics.median(contender.rates):16,.0f}  {ratio:35.2f}×")
+    print(f"MFU of ours: {statistics.median(mfu):.1%} (rounds: {', '.join(f'{m:.1%}' for m in mfu)})")
+
+
+if __name__ == "__main__":
+    main()

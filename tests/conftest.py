@@ -1,0 +1,270 @@
+"""Small data, small models, and ways to run a training script: in this process, or as one that can be killed."""
+
+import contextlib
+import importlib
+import json
+import multiprocessing
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from multiprocessing import forkserver
+from pathlib import Path
+
+import pytest
+import torch
+
+from dataset.tokenization import ChatTokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+WORDS = "the sky was grey and an old king read by his fire 今天 天气 很好 我们 去 公园 看 花 and then it rained again".split()
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_seq_len": 64,
+    "batch_size": 4,
+    "accumulation_steps": 1,
+    "learning_rate": 2e-3,
+    "epochs": 1,
+    "dtype": "float32",
+    "device": "cpu",
+    "log_interval": 1,
+    "save_interval": 1000,
+}
+
+
+def tiny_flags(out_dir: Path, data_path: Path, **flags) -> list[str]:
+    """A command line for a run of seconds."""
+    values = TINY | {"out_dir": out_dir, "data_path": data_path} | flags
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def sentence(rng: random.Random, longest: int) -> str:
+    return " ".join(rng.choices(WORDS, k=rng.randint(2, longest)))
+
+
+def write_jsonl(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def write_texts(path: Path, count: int = 40, longest: int = 60, seed: int = 0) -> Path:
+    """Pretraining documents; some are longer than a row of 64."""
+    rng = random.Random(seed)
+    return write_jsonl(path, [{"text": sentence(rng, longest)} for _ in range(count)])
+
+
+def write_conversations(path: Path, count: int = 40, longest: int = 20, seed: int = 0) -> Path:
+    """Conversations of one or two exchanges; some are longer than a row of 64."""
+    rng = random.Random(seed)
+    records = []
+    for _ in range(count):
+        turns = []
+        for _ in range(rng.randint(1, 2)):
+            turns.append({"role": "user", "content": sentence(rng, 5)})
+            turns.append({"role": "assistant", "content": sentence(rng, longest)})
+        records.append({"conversations": turns})
+    return write_jsonl(path, records)
+
+
+def write_data(kind: str, path: Path, **sizes) -> Path:
+    return {"pretrain": write_texts, "conversation": write_conversations}[kind](path, **sizes)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> ChatTokenizer:
+    return ChatTokenizer(ROOT / "model")
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory) -> Path:
+    """Fills 36 to 39 rows of 64: five optimizer steps of eight rows, the last one ragged."""
+    return write_texts(tmp_path_factory.mktemp("data") / "texts.jsonl", 50)
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory) -> Path:
+    return write_conversations(tmp_path_factory.mktemp("data") / "chats.jsonl", 50)
+
+
+# --- runs in this process --------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def one_thread():
+    """Tiny matrices are slower on several threads, and bit-identical results need the same number of them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def skip_measuring(module) -> None:
+    """The product that MFU is measured against takes longer than a tiny run."""
+    importlib.import_module("trainer.logger").matmul_flops_per_second = lambda device, dtype: 1e12
+
+
+@pytest.fixture
+def train(monkeypatch):
+    """train("train_pretrain", flags): the script's main in this process; returns its module."""
+    from trainer import logger
+
+    monkeypatch.setattr(logger, "matmul_flops_per_second", logger.matmul_flops_per_second)  # restored at the end
+
+    def run(script: str, flags: list[str]):
+        module = importlib.import_module(f"trainer.{script}")
+        skip_measuring(module)
+        with one_thread():
+            module.main(flags)
+        return module
+
+    return run
+
+
+def read_resume(out_dir: Path, name: str = "pretrain_32") -> dict:
+    return torch.load(out_dir / "resume" / f"{name}.resume", weights_only=True)
+
+
+def read_log(out_dir: Path, name: str = "pretrain_32", event: str = "step") -> list[dict]:
+    lines = (out_dir / "logs" / f"{name}.jsonl").read_text("utf-8").splitlines()
+    return [record for record in map(json.loads, lines) if record["event"] == event]
+
+
+def relative_error(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """Norm of the difference over the norm, all tensors together."""
+    assert ours.keys() == theirs.keys()
+    difference = sum(float((ours[key].double() - theirs[key].double()).square().sum()) for key in ours)
+    return (difference / sum(float(theirs[key].double().square().sum()) for key in ours)) ** 0.5
+
+
+def assert_identical(ours, theirs, where: str = "state") -> None:
+    """Equal to the last bit, in any nesting of dicts, lists and tensors."""
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in ours:
+            assert_identical(ours[key], theirs[key], f"{where}[{key!r}]")
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs), where
+        for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            assert_identical(a, b, f"{where}[{index}]")
+    elif isinstance(ours, torch.Tensor):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), where
+    else:
+        assert ours == theirs, where
+
+
+# --- runs in other processes -----------------------------------------------------------------------------------------
+
+
+class Child:
+    """A script in a process of its own, with everything that it prints."""
+
+    def __init__(self, process: multiprocessing.Process, printed: Path):
+        self.process, self.printed = process, printed
+
+    @property
+    def output(self) -> str:
+        return self.printed.read_text("utf-8", errors="replace") if self.printed.exists() else ""
+
+    def wait(self, seconds: float = 120) -> int:
+        """Exit status, as a shell would see it from python: 1 after a message, negative when killed by a signal."""
+        self.process.join(seconds)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+            raise AssertionError(f"still running after {seconds} s:\n{self.output}")
+        return self.process.exitcode
+
+    def wait_for(self, text: str, seconds: float = 60) -> None:
+        """Until the text is printed."""
+        end = time.monotonic() + seconds
+        while text not in self.output:
+            alive = self.process.is_alive()
+            assert alive or text in self.output, f"ended without printing {text!r}:\n{self.output}"
+            assert time.monotonic() < end, f"{text!r} was not printed in {seconds} s:\n{self.output}"
+            time.sleep(0.01)
+
+    def signal(self, number: int, group: bool = False) -> None:
+        (os.killpg if group else os.kill)(self.process.pid, number)
+
+
+def _run_in_child(script: str, flags: list[str], env: dict, printed: Path, patches: list) -> None:
+    os.setsid()  # a process group, as a launcher makes one
+    file = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    module = importlib.import_module(f"trainer.{script}")
+    for patch in (skip_measuring, *patches):
+        patch(module)
+    module.run_script(lambda: module.main(flags))
+
+
+class Launcher:
+    """Starts scripts as processes, from a server that has imported torch and transformers already."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.count = folder, 0
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["trainer.train_pretrain", "trainer.train_full_sft"])
+        before = dict(os.environ)
+        os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        try:
+            forkserver.ensure_running()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+    def start(self, script: str, flags: list[str], env: dict | None = None, patches=()) -> Child:
+        """patches: functions of this file or of a test file, called with the script's module before its main."""
+        self.count += 1
+        printed = self.folder / f"{self.count}.txt"
+        arguments = (script, flags, env or {}, printed, list(patches))
+        process = self.context.Process(target=_run_in_child, args=arguments)
+        process.start()
+        return Child(process, printed)
+
+    def start_ranks(self, world_size: int, script: str, flags: list[str], env: dict | None = None, patches=()):
+        """What torchrun starts on one machine."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)} | (env or {})
+        return [
+            self.start(script, flags, common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, patches)
+            for rank in range(world_size)
+        ]
+
+    def run(self, script: str, flags: list[str], world_size: int = 1, **options) -> str:
+        """Runs to the end, which must be a good one; returns what the first process printed."""
+        if world_size == 1:
+            children = [self.start(script, flags, **options)]
+        else:
+            children = self.start_ranks(world_size, script, flags, **options)
+        for child in children:
+            assert child.wait() == 0, child.output
+        return children[0].output
+
+
+@pytest.fixture(scope="session")
+def launcher(tmp_path_factory) -> Launcher:
+    return Launcher(tmp_path_factory.mktemp("printed"))
+
+
+def run_python(*arguments: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
+    """A fresh interpreter, for what only that can show."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | env
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=180
+    )

@@ -1,0 +1,200 @@
+"""The optimizer step: the schedule by hand, parameter groups, precision, clipping, and what happens to numbers that are none."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import read_log, relative_error, tiny_flags
+from torch import nn
+
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from trainer import optimization
+from trainer.optimization import (
+    Precision,
+    build_optimizer,
+    check_finite,
+    learning_rate,
+    optimizer_step,
+    prepare_forward,
+    usable_dtype,
+)
+
+CPU = torch.device("cpu")
+
+
+def test_schedule_by_hand():
+    """Ten steps, two of warm-up: 1/2, 1, then a cosine over the other eight from 1 down to 0.1."""
+    rates = [learning_rate(step, 10, 4.0, warmup_steps=2, min_ratio=0.1) for step in range(10)]
+    cosine = [4 * (0.1 + 0.9 * (1 + math.cos(math.pi * i / 7)) / 2) for i in range(8)]
+    assert rates == pytest.approx([2.0, 4.0, *cosine], rel=1e-12)
+    assert rates[2] == 4.0 and rates[-1] == pytest.approx(0.4, rel=1e-12)
+
+
+@pytest.mark.parametrize("total, warmup", [(1, 0), (2, 0), (7, 0), (7, 3), (7, 6), (3, 10), (100, 1)])
+def test_schedule_never_exceeds_the_peak(total, warmup):
+    rates = [learning_rate(step, total, 5e-4, warmup) for step in range(total)]
+    assert max(rates) <= 5e-4 and min(rates) > 0
+    assert rates[0] == (5e-4 / warmup if warmup else 5e-4)
+    if total > warmup + 1:
+        assert rates[-1] == pytest.approx(5e-5, rel=1e-9)
+
+
+def flags(**changes) -> SimpleNamespace:
+    defaults = {"optimizer": "adamw", "learning_rate": 1e-2, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95}
+    return SimpleNamespace(**defaults | {"gradient_checkpointing": False, "compile": None} | changes)
+
+
+def tiny_model(**fields) -> MiniMindForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
+    return MiniMindForCausalLM(MiniMindConfig(**sizes, **fields))
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_matrices_decay_and_norms_do_not(use_moe):
+    model = tiny_model(use_moe=use_moe)
+    model.model.layers[0].self_attn.q_proj.weight.requires_grad_(False)
+    optimizer = build_optimizer(model, flags())
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert decay.pop(id(parameter)) == (0.0 if "norm" in name else 0.1), name
+    assert not decay, "what is frozen is not the optimizer's"
+    assert optimizer.defaults["betas"] == (0.9, 0.95)
+
+
+def test_sgd_is_plain():
+    model = tiny_model()
+    optimizer = build_optimizer(model, flags(optimizer="sgd"))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 0.5)
+    optimizer_step(model, optimizer, Precision("float32", CPU), 0.25, grad_clip=0)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), before[name] - 0.125)
+
+
+def linear_with_gradient(gradient: float) -> tuple[nn.Linear, torch.optim.Optimizer]:
+    model = nn.Linear(3, 3, bias=False)
+    nn.init.zeros_(model.weight)
+    model.weight.grad = torch.full((3, 3), gradient)
+    return model, torch.optim.SGD(model.parameters(), lr=123.0)
+
+
+@pytest.mark.parametrize("clip, step", [(1.0, 1 / 3), (0.0, 2.0), (100.0, 2.0)])
+def test_gradients_are_clipped_by_their_norm_and_cleared(clip, step):
+    model, optimizer = linear_with_gradient(2.0)  # norm 6
+    norm = optimizer_step(model, optimizer, Precision("float32", CPU), lr=0.1, grad_clip=clip)
+    assert norm == pytest.approx(6.0)
+    torch.testing.assert_close(model.weight.detach(), torch.full((3, 3), -0.1 * step))
+    assert model.weight.grad is None
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_stops_before_any_weight_changes(value, clip):
+    model, optimizer = linear_with_gradient(1.0)
+    model.weight.grad[1, 1] = value
+    with pytest.raises(FloatingPointError, match="gradient norm.*untouched.*--learning_rate"):
+        optimizer_step(model, optimizer, Precision("float32", CPU), lr=0.1, grad_clip=clip)
+    assert not model.weight.any()
+
+
+def test_the_scaler_of_float16_skips_such_a_step_but_not_for_ever():
+    precision = Precision("float32", CPU)
+    precision.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=True)
+    model, optimizer = linear_with_gradient(0.0)
+    precision.backward(model(torch.ones(1, 3)).sum())
+    assert float(model.weight.grad[0, 0]) == 4.0
+    assert optimizer_step(model, optimizer, precision, lr=1.0, grad_clip=0) == pytest.approx(3.0)
+    torch.testing.assert_close(model.weight.detach(), torch.full((3, 3), -1.0))
+    with pytest.raises(FloatingPointError):
+        for _ in range(100):
+            precision.backward(model(torch.full((1, 3), math.inf)).sum())
+            optimizer_step(model, optimizer, precision, lr=1.0, grad_clip=0)
+            torch.testing.assert_close(model.weight.detach(), torch.full((3, 3), -1.0))
+    assert precision.scaler.get_scale() < 1e-3
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_is_an_error(loss):
+    check_finite(3.0, 0)
+    with pytest.raises(FloatingPointError, match="at step 8.*untouched.*--learning_rate"):
+        check_finite(loss, 7)
+
+
+def test_dtypes_that_the_device_lacks_are_replaced_and_named(monkeypatch):
+    assert usable_dtype("float32", CPU) == (torch.float32, "")
+    dtype, notice = usable_dtype("float16", CPU)
+    assert dtype == torch.float32 and "needs a GPU" in notice
+    monkeypatch.setattr(optimization, "cpu_has_bfloat16", lambda: True)
+    assert usable_dtype("bfloat16", CPU) == (torch.bfloat16, "")
+    monkeypatch.setattr(optimization, "cpu_has_bfloat16", lambda: False)
+    dtype, notice = usable_dtype("bfloat16", CPU)
+    assert dtype == torch.float32 and "no bfloat16" in notice
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    dtype, notice = usable_dtype("bfloat16", torch.device("cuda"))
+    assert dtype == torch.float16 and "scaler" in notice
+
+
+def test_bfloat16_is_autocast_without_a_scaler(monkeypatch):
+    monkeypatch.setattr(optimization, "cpu_has_bfloat16", lambda: True)
+    precision = Precision("bfloat16", CPU)
+    with precision.autocast():
+        assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.bfloat16
+    assert not precision.scaler.is_enabled()
+    with Precision("float32", CPU).autocast():
+        assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.float32
+
+
+def loss_and_gradients(model) -> tuple[float, dict[str, torch.Tensor]]:
+    ids = torch.randint(3, 50, (2, 24), generator=torch.Generator().manual_seed(1))
+    borders = torch.tensor([0, 10, 24, 30, 48, 48], dtype=torch.int32)
+    output = model(input_ids=ids, cu_seqlens=borders, max_seqlen=24)
+    loss = output.logits.logsumexp(-1).square().mean() + output.aux_loss
+    loss.backward()
+    return float(loss), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(use_moe, monkeypatch):
+    loss, gradients = loss_and_gradients(tiny_model(use_moe=use_moe))
+    model = tiny_model(use_moe=use_moe)
+    prepare_forward(model, flags(gradient_checkpointing=True), CPU)
+    calls = []
+    checkpoint = torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: calls.append(1) or checkpoint(*a, **k))
+    loss_again, gradients_again = loss_and_gradients(model)
+    assert len(calls) == 2, "both layers"
+    assert loss_again == pytest.approx(loss, rel=1e-6)
+    assert relative_error(gradients_again, gradients) < 1e-6
+
+
+def compile_run(launcher, texts, out_dir, env=None, **changes) -> str:
+    return launcher.run("train_pretrain", tiny_flags(out_dir, texts, max_steps=3, **changes), env=env)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_compiled_losses_are_the_same(launcher, tmp_path, texts, use_moe):
+    compile_run(launcher, texts, tmp_path / "plain", use_moe=use_moe)
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    printed = compile_run(launcher, texts, tmp_path / "compiled", cache, compile=True, use_moe=use_moe)
+    assert list((tmp_path / "inductor").rglob("*.cpp")), f"nothing was compiled:\n{printed}"
+    name = "pretrain_32_moe" if use_moe else "pretrain_32"
+    losses = [[line["loss"] for line in read_log(tmp_path / run, name)] for run in ("plain", "compiled")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    plain, compiled = (torch.load(tmp_path / run / f"{name}.pth") for run in ("plain", "compiled"))
+    assert plain.keys() == compiled.keys()
+
+
+def test_a_compiler_that_fails_stops_nothing(launcher, tmp_path, texts):
+    """The losses are those of the run without compiling, and the keys of what is saved have no prefix."""
+    compile_run(launcher, texts, tmp_path / "plain")
+    env = {"CXX": "/nonexistent/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    printed = compile_run(launcher, texts, tmp_path / "failed", env, compile=True)
+    assert "/nonexistent" in printed or "InvalidCxxCompiler" in printed or "suppress" in printed.lower(), printed
+    losses = [[line["loss"] for line in read_log(tmp_path / run)] for run in ("plain", "failed")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert torch.load(tmp_path / "failed" / "pretrain_32.pth").keys() == torch.load(tmp_path / "plain" / "pretrain_32.pth").keys()
