@@ -10,6 +10,7 @@ Answers go to stdout, everything else to stderr. An empty line ends the conversa
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -365,6 +366,13 @@ class Display:
 def read_lines(label: str) -> Iterator[str]:
     """Lines that a person types or a file holds, until an empty one, the end, or Ctrl-C at the prompt."""
     typed = sys.stdin.isatty()
+    if typed:
+        with contextlib.suppress(ImportError):  # Windows edits lines by itself
+            import readline  # arrow keys, and a backspace that takes a whole Chinese character
+
+            for setting in ("input-meta on", "output-meta on", "convert-meta off"):  # off in locales without UTF-8
+                readline.parse_and_bind(f"set {setting}")
+            readline.parse_and_bind("tab: self-insert")
     while True:
         try:
             if typed and sys.stdout.isatty():

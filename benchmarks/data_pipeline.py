@@ -21,8 +21,6 @@ STARTED = time.perf_counter()
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import numpy as np
-
 from dataset.lm_dataset import KINDS, parse_record
 from dataset.packing import PackedBatches, PreferenceBatches, build_plan
 from dataset.token_cache import open_token_cache, usable_cores
@@ -65,27 +63,28 @@ def measure(args: argparse.Namespace, kind: str, path: Path, folder: Path) -> No
     cores = usable_cores()
     print(f"\n{path.name}: {kind}, {path.stat().st_size / 1e6:.1f} MB, {cores} cores")
 
-    seconds = {}
+    best = {}  # (wall seconds, CPU seconds)
     for round_ in range(ROUNDS):
         for workers in sorted({1, cores}):
             cache_dir = folder / f"{path.stem}_{workers}_{round_}"
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), cpu_seconds()
             cache = open_token_cache(
                 path, tokenizer, kind, cache_dir=cache_dir, num_workers=workers, show_progress=False
             )
-            keep_best(seconds, ("ours", workers), time.perf_counter() - start)
-            keep_best(seconds, ("peer", workers), peer_seconds(args, kind, path, workers))
-    text_bytes = sum(len(text.encode()) for text in texts_of(kind, path))
-    print("  cache building        ours (jsonl to cache)      encode_batch (texts in memory)   ours / peer")
+            keep_best(best, ("ours", workers), (time.perf_counter() - start, cpu_seconds() - cpu_start))
+            keep_best(best, ("peer", workers), peer_seconds(args, kind, path, workers))
+    megabytes = sum(len(text.encode()) for text in texts_of(kind, path)) / 1e6
+    print("  cache building     ours, jsonl to cache         encode_batch, texts in memory   rate, ours / peer")
     for workers in sorted({1, cores}):
-        ours, peer = text_bytes / seconds["ours", workers] / 1e6, text_bytes / seconds["peer", workers] / 1e6
-        tokens = cache.meta["tokens"] / seconds["ours", workers] / 1e6
+        (ours, ours_cpu), (peer, peer_cpu) = best["ours", workers], best["peer", workers]
         print(
-            f"    {workers:2} core{'s' if workers > 1 else ' '}       {ours:6.2f} MB/s {tokens:5.2f} Mtokens/s"
-            f"           {peer:6.2f} MB/s              {ours / peer:6.1%}"
+            f"    {workers:2} core{'s' if workers > 1 else ' '}         "
+            f"{megabytes / ours:5.2f} MB/s {cache.meta['tokens'] / ours / 1e6:5.2f} Mtokens/s   "
+            f"{megabytes / peer:5.2f} MB/s                      {peer / ours:6.1%} "
+            f"({peer_cpu / ours_cpu:.1%} by CPU time)"
         )
     if cores > 1:
-        print(f"    {cores} cores are {seconds['ours', 1] / seconds['ours', cores]:.2f} times as fast as 1")
+        print(f"    {cores} cores are {best['ours', 1][0] / best['ours', cores][0]:.2f} times as fast as 1")
 
     start = time.perf_counter()
     plan = build_plan(cache, args.max_seq_len, show_progress=False)
@@ -153,22 +152,23 @@ def run_child(args: argparse.Namespace, child: str, kind: str, path: Path, cache
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def peer_seconds(args: argparse.Namespace, kind: str, path: Path, workers: int) -> float:
-    """Seconds of the library's encode_batch for the same texts on as many threads, in a process of its own."""
+def peer_seconds(args: argparse.Namespace, kind: str, path: Path, workers: int) -> tuple[float, float]:
+    """(wall, CPU) seconds of the library's encode_batch for the same texts on as many threads, in its own process."""
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path; from tokenizers import Tokenizer\n"
         "from benchmarks.data_pipeline import PEER_BATCH, texts_of\n"
         "texts = list(texts_of(sys.argv[2], Path(sys.argv[3])))\n"
         "tokenizer = Tokenizer.from_file(sys.argv[4])\n"
-        "start = time.perf_counter()\n"
+        "start, cpu_start = time.perf_counter(), time.process_time()\n"
         "for i in range(0, len(texts), PEER_BATCH): tokenizer.encode_batch(texts[i : i + PEER_BATCH])\n"
-        "print(time.perf_counter() - start)"
+        "print(time.perf_counter() - start, time.process_time() - cpu_start)"
     )
     file = args.tokenizer_path / "tokenizer.json" if args.tokenizer_path.is_dir() else args.tokenizer_path
     env = os.environ | {"RAYON_NUM_THREADS": str(workers), "TOKENIZERS_PARALLELISM": "true"}
     command = [sys.executable, "-c", code, str(ROOT), kind, str(path), str(file)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout)
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout
+    return tuple(map(float, output.split()))
 
 
 def texts_of(kind: str, path: Path):
@@ -208,8 +208,15 @@ def rss_anon() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
-def keep_best(seconds: dict, key: tuple, value: float) -> None:
-    seconds[key] = min(value, seconds.get(key, np.inf))
+def cpu_seconds() -> float:
+    """Of this process and of those it started that have ended. On a shared machine steadier than the clock."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def keep_best(best: dict, key: tuple, seconds: tuple[float, float]) -> None:
+    """Keep the smaller of wall and of CPU seconds."""
+    best[key] = tuple(map(min, seconds, best.get(key, seconds)))
 
 
 if __name__ == "__main__":

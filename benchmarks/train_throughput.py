@@ -11,6 +11,7 @@ those that are not padding. The peers:
                     and bfloat16 autocast: the best one gets from transformers without writing kernels
 
     python benchmarks/train_throughput.py [--data_path FILE.jsonl] [--rows 8] [--rounds 3]
+    python benchmarks/train_throughput.py --device cuda --rows 32        # on a GPU; ours is compiled there, as in training
 """
 
 import argparse
@@ -36,7 +37,7 @@ from dataset.tokenization import ChatTokenizer
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer.distributed import keep_freed_memory
 from trainer.loader import model_inputs
-from trainer.logger import attention_flops, flops_per_token
+from trainer.logger import attention_flops, flops_per_token, matmul_flops_per_second
 from trainer.token_losses import token_cross_entropy
 
 SEQ = 512
@@ -89,16 +90,21 @@ def llama(config: MiniMindConfig) -> LlamaForCausalLM:
 class Contender:
     """A model with its batches: `step()` trains on one micro-batch and returns its useful tokens."""
 
-    def __init__(self, model, batches, loss, autocast: bool, fused: bool):
-        self.model, self.batches, self.loss, self.autocast = model, batches, loss, autocast
+    def __init__(self, model, batches, loss, autocast: bool, fused: bool, device: torch.device):
+        self.model, self.batches, self.loss, self.autocast = model.to(device), batches, loss, autocast
+        self.device = device
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused)
         self.rates: list[float] = []
         self.flops = 0.0
 
     def step(self) -> int:
         batch = next(self.batches)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-            loss = self.loss(self.model, batch)
+        on_device = {
+            name: value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()
+        }
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            loss = self.loss(self.model, on_device)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -112,6 +118,8 @@ class Contender:
         tokens, self.flops, start = 0, 0.0, time.perf_counter()
         while (elapsed := time.perf_counter() - start) < seconds:
             tokens += self.step()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
         self.flops = (self.flops + tokens * flops_per_token(MiniMindConfig(), count(self.model))) / elapsed
         self.rates.append(tokens / elapsed)
 
@@ -136,16 +144,10 @@ def packed_peer_loss(model, batch: dict) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits, batch["labels"].flatten(), ignore_index=-100)
 
 
-def matmul_rate() -> float:
-    """Best floating-point operations per second of bfloat16 products of 2048 and 4096, with the threads in use."""
-    best = 0.0
-    for size in (2048, 4096):
-        a = torch.randn(size, size).to(torch.bfloat16)
-        for _ in range(3):
-            start = time.perf_counter()
-            a @ a
-            best = max(best, 2 * size**3 / (time.perf_counter() - start))
-    return best
+def matmul_rate(device: torch.device) -> float:
+    """Best floating-point operations per second of square bfloat16 products, with the threads in use."""
+    sizes = (2048, 4096) if device.type == "cpu" else (4096, 8192)
+    return max(matmul_flops_per_second(device, torch.bfloat16, size) for size in sizes)
 
 
 def main() -> None:
@@ -154,8 +156,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="rows of 512 per micro-batch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=12, help="per contender and round")
-    parser.add_argument("--no_compile", action="store_true", help="leave the compiled peer out (compiling takes a minute)")
+    parser.add_argument(
+        "--no_compile", action="store_true", help="leave the compiled peer out (compiling takes a minute)"
+    )
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    device = torch.device(args.device)
     keep_freed_memory()
     torch.manual_seed(0)
     tokenizer = ChatTokenizer(ROOT / "model")
@@ -173,27 +179,35 @@ def main() -> None:
         def padded_batches():
             return endless(lambda: iter(DataLoader(padded, args.rows, shuffle=True, num_workers=1, drop_last=True)))
 
+        ours = MiniMindForCausalLM(config)
+        if device.type == "cuda":
+            ours.model.compile(dynamic=False)
         contenders = {
-            "ours": Contender(MiniMindForCausalLM(config), packed_batches(), our_loss, True, True),
-            "padded float32": Contender(llama(config), padded_batches(), peer_loss, False, False),
-            "padded bfloat16": Contender(llama(config), padded_batches(), peer_loss, True, False),
+            "ours": Contender(ours, packed_batches(), our_loss, True, True, device),
+            "padded float32": Contender(llama(config), padded_batches(), peer_loss, False, False, device),
+            "padded bfloat16": Contender(llama(config), padded_batches(), peer_loss, True, False, device),
         }
         if not args.no_compile:
             model = llama(config)
             model.compile(dynamic=False)
-            contenders["packed compiled"] = Contender(model, packed_batches(), packed_peer_loss, True, True)
+            contenders["packed compiled"] = Contender(model, packed_batches(), packed_peer_loss, True, True, device)
         for name, contender in contenders.items():
             start = time.perf_counter()
             contender.step()
             contender.step()
-            print(f"{name}: {count(contender.model) / 1e6:.2f}M, warm after {time.perf_counter() - start:.0f} s", flush=True)
+            print(
+                f"{name}: {count(contender.model) / 1e6:.2f}M, warm after {time.perf_counter() - start:.0f} s",
+                flush=True,
+            )
         mfu = []
         for _ in range(args.rounds):
             for contender in contenders.values():
                 contender.run(args.seconds)
-            mfu.append(contenders["ours"].flops / matmul_rate())
+            mfu.append(contenders["ours"].flops / matmul_rate(device))
 
-    print(f"\n{torch.get_num_threads()} threads, torch {torch.__version__}, {args.rows} rows of {SEQ}, {args.data_path.name}")
+    print(
+        f"\n{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.rows} rows of {SEQ}, {args.data_path.name}"
+    )
     print(f"{'':18}{'useful tokens/s':>16}  {'ours is faster by (median of rounds)':>36}")
     ours = contenders["ours"].rates
     for name, contender in contenders.items():

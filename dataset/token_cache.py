@@ -59,10 +59,8 @@ class TokenCache:
         self.offsets = self._map("offsets.bin", np.int64, self.meta["documents"] + 1)
 
     def _map(self, name: str, dtype: type, count: int) -> np.memmap:
-        file = self.folder / name
-        if file.stat().st_size != count * np.dtype(dtype).itemsize:
-            raise ValueError(f"{file} is not of the size that meta.json says; delete {self.folder}")
-        return np.memmap(file, dtype, mode="r", shape=(count,))
+        # A file shorter than this is a ValueError of mmap.
+        return np.memmap(self.folder / name, dtype, mode="r", shape=(count,))
 
     def __reduce__(self):
         return TokenCache, (self.folder,)
@@ -142,6 +140,7 @@ class _Builder:
         self.identity = identity
         self.skip_bad_lines = identity["skip_bad_lines"]
         self.show_progress = show_progress
+        self.tokenize = True
         size = identity["data_bytes"]
         self.ranges = [(start, min(start + RANGE_BYTES, size)) for start in range(0, size, RANGE_BYTES)]
         self.num_workers = min(num_workers or usable_cores(), len(self.ranges))
@@ -175,7 +174,7 @@ class _Builder:
                     documents += len(result["lengths"])
                     tokens += len(result["tokens"])
                 # A bad line ends the run, but people want to know all of them: the rest is only looked at.
-                self.stop_tokenizing = bool(skipped) and not self.skip_bad_lines
+                self.tokenize = not skipped or self.skip_bad_lines
                 progress.update(end - start, f"{tokens:,} tokens")
         if skipped and not self.skip_bad_lines:
             more = f"\n  … and {skipped - len(first_skipped):,} more" if skipped > len(first_skipped) else ""
@@ -201,14 +200,12 @@ class _Builder:
         }
         (folder / "meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=False), encoding="utf-8")
 
-    stop_tokenizing = False
-
     def _results(self) -> Iterator[dict]:
         """What each range gives, in the order of the file."""
         if self.num_workers == 1:
             with serial_tokenizers():
                 for byte_range in self.ranges:
-                    yield tokenize_range(self.data_path, self.kind, self.tokenizer, byte_range, self._wanted())
+                    yield tokenize_range(self.data_path, self.kind, self.tokenizer, byte_range, self.tokenize)
             return
         workers = SimpleQueue()
         with ExitStack() as stack:
@@ -220,7 +217,7 @@ class _Builder:
             def run(byte_range: tuple[int, int]) -> dict:
                 worker = workers.get()
                 try:
-                    return worker.run(byte_range, self._wanted())
+                    return worker.run(byte_range, self.tokenize)
                 finally:
                     workers.put(worker)
 
@@ -234,9 +231,6 @@ class _Builder:
                     yield pending.popleft().result()
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
-
-    def _wanted(self) -> bool:
-        return not self.stop_tokenizing
 
 
 def tokenize_range(

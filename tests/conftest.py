@@ -1,11 +1,13 @@
 """Small data, small models, and ways to run a training script: in this process, or as one that can be killed."""
 
 import contextlib
+import faulthandler
 import importlib
 import json
 import multiprocessing
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -180,7 +182,7 @@ class Child:
         """Exit status, as a shell would see it from python: 1 after a message, negative when killed by a signal."""
         self.process.join(seconds)
         if self.process.is_alive():
-            self.process.kill()
+            self.signal(signal.SIGABRT)  # prints where it hangs
             self.process.join()
             raise AssertionError(f"still running after {seconds} s:\n{self.output}")
         return self.process.exitcode
@@ -203,6 +205,7 @@ def _run_in_child(script: str, flags: list[str], env: dict, printed: Path, patch
     file = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    faulthandler.enable()
     os.environ.update(env)
     torch.set_num_threads(1)
     module = importlib.import_module(f"trainer.{script}")
@@ -246,15 +249,15 @@ class Launcher:
             for rank in range(world_size)
         ]
 
-    def run(self, script: str, flags: list[str], world_size: int = 1, **options) -> str:
+    def run(self, script: str, flags: list[str], world_size: int = 1, seconds: float = 120, **options) -> str:
         """Runs to the end, which must be a good one; returns what the first process printed."""
         if world_size == 1:
             children = [self.start(script, flags, **options)]
         else:
             children = self.start_ranks(world_size, script, flags, **options)
-        for child in children:
-            assert child.wait() == 0, child.output
-        return children[0].output
+        printed = [(child.wait(seconds), child.output) for child in children]
+        assert all(status == 0 for status, _ in printed), "\n".join(map(str, printed))
+        return printed[0][1]
 
 
 @pytest.fixture(scope="session")

@@ -126,6 +126,13 @@ def test_preference_masks_the_answers_that_differ(tokenizer, system):
         assert [i for i, m in zip(ids, mask, strict=True) if m] == sum(answers, [])
 
 
+def test_preference_prompt_may_end_with_an_answer(tokenizer):
+    chosen, rejected = ([*GOOD, turn("user", text), turn("assistant", "same")] for text in ("a", "b"))
+    for ids, mask in tokenize_records("preference", [(chosen, rejected)], tokenizer):
+        learned = [i for i, m in zip(ids, mask, strict=True) if m]
+        assert learned == [*tokenizer.encode_contents(["same"])[0], tokenizer.eos_id]
+
+
 def test_preference_without_a_shared_prompt_masks_all_answers(tokenizer):
     chosen, rejected = [turn("user", "a"), turn("assistant", "b")], [turn("user", "c"), turn("assistant", "d")]
     documents = tokenize_records("preference", [(chosen, rejected)], tokenizer)

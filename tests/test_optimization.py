@@ -154,7 +154,7 @@ def loss_and_gradients(model) -> tuple[float, dict[str, torch.Tensor]]:
     output = model(input_ids=ids, cu_seqlens=borders, max_seqlen=24)
     loss = output.logits.logsumexp(-1).square().mean() + output.aux_loss
     loss.backward()
-    return float(loss), {name: parameter.grad for name, parameter in model.named_parameters()}
+    return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize("use_moe", [False, True])
@@ -171,30 +171,32 @@ def test_gradient_checkpointing_changes_no_gradient(use_moe, monkeypatch):
     assert relative_error(gradients_again, gradients) < 1e-6
 
 
-def compile_run(launcher, texts, out_dir, env=None, **changes) -> str:
-    return launcher.run("train_pretrain", tiny_flags(out_dir, texts, max_steps=3, **changes), env=env)
+def without_a_compiler(module) -> None:
+    """As if there were no C++ compiler. (CXX was read when the process that this one is a copy of imported torch.)"""
+    import torch._inductor.config
+
+    torch._inductor.config.cpp.cxx = (None, "/nonexistent/c++")
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("use_moe", [False, True])
-def test_compiled_losses_are_the_same(launcher, tmp_path, texts, use_moe):
-    compile_run(launcher, texts, tmp_path / "plain", use_moe=use_moe)
-    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
-    printed = compile_run(launcher, texts, tmp_path / "compiled", cache, compile=True, use_moe=use_moe)
-    assert list((tmp_path / "inductor").rglob("*.cpp")), f"nothing was compiled:\n{printed}"
+@pytest.mark.parametrize("use_moe, works", [(False, True), (True, True), (False, False)])
+def test_compiled_losses_are_the_same(launcher, tmp_path, texts, use_moe, works):
+    """So are the names of the weights. Where compiling fails the run says so and goes on without."""
+    flags = {"max_steps": 3, "num_hidden_layers": 1, "use_moe": use_moe}
+    plain, compiled, cache = tmp_path / "plain", tmp_path / "compiled", tmp_path / "inductor"
+    launcher.run("train_pretrain", tiny_flags(plain, texts, **flags))
+    printed = launcher.run(
+        "train_pretrain",
+        tiny_flags(compiled, texts, compile=True, **flags),
+        env={"TORCHINDUCTOR_CACHE_DIR": str(cache)},
+        patches=[] if works else [without_a_compiler],
+        seconds=500,
+    )
+    if works:
+        assert list(cache.rglob("*.cpp")), f"nothing was compiled:\n{printed}"
+    else:
+        assert "No working C++ compiler" in printed
     name = "pretrain_32_moe" if use_moe else "pretrain_32"
-    losses = [[line["loss"] for line in read_log(tmp_path / run, name)] for run in ("plain", "compiled")]
+    losses = [[line["loss"] for line in read_log(folder, name)] for folder in (plain, compiled)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    plain, compiled = (torch.load(tmp_path / run / f"{name}.pth") for run in ("plain", "compiled"))
-    assert plain.keys() == compiled.keys()
-
-
-def test_a_compiler_that_fails_stops_nothing(launcher, tmp_path, texts):
-    """The losses are those of the run without compiling, and the keys of what is saved have no prefix."""
-    compile_run(launcher, texts, tmp_path / "plain")
-    env = {"CXX": "/nonexistent/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
-    printed = compile_run(launcher, texts, tmp_path / "failed", env, compile=True)
-    assert "/nonexistent" in printed or "InvalidCxxCompiler" in printed or "suppress" in printed.lower(), printed
-    losses = [[line["loss"] for line in read_log(tmp_path / run)] for run in ("plain", "failed")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    assert torch.load(tmp_path / "failed" / "pretrain_32.pth").keys() == torch.load(tmp_path / "plain" / "pretrain_32.pth").keys()
+    assert torch.load(compiled / f"{name}.pth").keys() == torch.load(plain / f"{name}.pth").keys()

@@ -1,4 +1,4 @@
-"""Weight files: the original's names and dtypes, written whole or not at all, refused with a cure where they do not fit."""
+"""Weight files: names and dtypes of the original, written whole or not at all, and refused with a cure."""
 
 import json
 import os

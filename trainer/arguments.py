@@ -129,14 +129,20 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = No
         if value is not None and not ok(value):
             mistakes.append(f"--{flag} {value}: must be {wanted}")
 
-    for flag in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    for flag in sizes:
         expect(flag, lambda v: v >= 1, "at least 1")
+    if not mistakes:
+        try:
+            MiniMindConfig(**{flag: getattr(args, flag) for flag in sizes})
+        except ValueError as error:
+            mistakes.append(str(error))
     for flag in ("epochs", "batch_size", "accumulation_steps", "log_interval", "save_interval", "eval_interval"):
         expect(flag, lambda v: v >= 1, "at least 1")
     expect("max_seq_len", lambda v: v >= 2, "at least 2")
     for flag in ("warmup_iters", "max_steps", "num_workers", "weight_decay", "grad_clip", "seed"):
         expect(flag, lambda v: v >= 0, "0 or more")
-    expect("learning_rate", lambda v: v > 0, "above 0")
+    expect("learning_rate", lambda v: 0 < v < float("inf"), "a number above 0")
     expect("min_lr_ratio", lambda v: 0 <= v <= 1, "between 0 and 1")
     for flag in ("beta1", "beta2"):
         expect(flag, lambda v: 0 <= v < 1, "at least 0 and below 1")
@@ -146,8 +152,9 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = No
         )
     try:
         device = torch.device(args.device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            mistakes.append(f"--device {args.device}: this machine has no usable CUDA device; use --device cpu")
+        usable = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        if not usable.get(device.type):
+            mistakes.append(f"--device {args.device}: this machine has no usable {device.type} device; use --device cpu")
     except RuntimeError:
         mistakes.append(f"--device {args.device}: not a device; use cpu, cuda or cuda:N")
     if mistakes:

@@ -36,9 +36,9 @@ def attention_flops(config: MiniMindConfig, positions_seen: int) -> float:
     return 12 * config.hidden_size * config.num_hidden_layers * positions_seen
 
 
-def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
+def matmul_flops_per_second(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
     """The best rate of a large square matrix product on this device: what MFU is measured against."""
-    size = 8192 if device.type == "cuda" else 2048
+    size = size or (8192 if device.type == "cuda" else 2048)
     a = torch.randn(size, size, device=device).to(dtype)
     best = float("inf")
     for _ in range(4):  # the first warms up

@@ -74,7 +74,7 @@ def prepare_forward(model: nn.Module, args: argparse.Namespace, device: torch.de
     It happens in place: parameter names stay as they are. Where it fails, torch says so and the model runs as it is.
     """
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.model.gradient_checkpointing = True
     if args.compile if args.compile is not None else device.type == "cuda":
         torch._dynamo.config.suppress_errors = True
         model.model.compile(dynamic=False)

@@ -11,8 +11,7 @@ class _TokenCrossEntropy(torch.autograd.Function):
     """Saves the softmax in the compute dtype (half the bytes of float32 logits); its gradient is p - onehot(label)."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels):
-        keep_for_backward = any(ctx.needs_input_grad[:2])
+    def forward(ctx, hidden, weight, labels, keep_for_backward):
         losses = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
         probabilities = []
         for start in range(0, len(labels), CHUNK):
@@ -41,7 +40,7 @@ class _TokenCrossEntropy(torch.autograd.Function):
             grad_logits.scatter_add_(1, labels[chunk].clamp(min=0).unsqueeze(1), -scale)
             grad_hidden[chunk] = grad_logits @ weight
             grad_weight += grad_logits.t() @ hidden[chunk]
-        return grad_hidden, grad_weight.to(weight.dtype), None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 
 def token_cross_entropy(hidden_states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -52,11 +51,12 @@ def token_cross_entropy(hidden_states: torch.Tensor, weight: torch.Tensor, label
     """
     dtype = compute_dtype(hidden_states)
     flat_labels = labels.reshape(-1)
+    training = torch.is_grad_enabled()  # inside a Function it is off
     hidden = hidden_states.reshape(-1, hidden_states.shape[-1]).to(dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         if hidden.device.type != "cpu":
-            return _TokenCrossEntropy.apply(hidden, weight.to(dtype), flat_labels).view(labels.shape)
+            return _TokenCrossEntropy.apply(hidden, weight.to(dtype), flat_labels, training).view(labels.shape)
         # a CPU skips the logits of prompts and padding; a GPU would have to wait for their count
         targets = (flat_labels >= 0).nonzero().squeeze(1)
-        losses = _TokenCrossEntropy.apply(hidden[targets], weight.to(dtype), flat_labels[targets])
+        losses = _TokenCrossEntropy.apply(hidden[targets], weight.to(dtype), flat_labels[targets], training)
         return torch.zeros(len(flat_labels)).index_copy(0, targets, losses).view(labels.shape)

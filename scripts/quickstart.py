@@ -1,0 +1,68 @@
+"""From nothing to a chat on a laptop: pretrains and fine-tunes a tiny model on dataset/sample/, talks to it and scores it.
+
+Runs the real scripts, one after the other, with settings for two CPU cores: trainer/train_pretrain.py,
+trainer/train_full_sft.py, eval_model.py, scripts/score_sample.py. Weights and logs go to out/quickstart/.
+
+    python scripts/quickstart.py
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLE = ROOT / "dataset" / "sample"
+
+MODEL = "--hidden_size 192 --num_hidden_layers 4 --num_attention_heads 6 --num_key_value_heads 2 --max_seq_len 256"
+COMMON = "--batch_size 8 --log_interval 50 --save_interval 1000 --overwrite"
+PRETRAIN = f"{MODEL} {COMMON} --epochs 2 --learning_rate 3e-3 --warmup_iters 20"
+SFT = f"{MODEL} {COMMON} --epochs 3 --learning_rate 3e-3 --warmup_iters 20"
+DIALOGUE = ("你好，你是谁？", "7加8等于多少？", "法国的首都是哪里？", "床前明月光的下一句是什么？", "What color is the sky?")
+
+
+def run(title: str, script: str, *flags: object, **options) -> None:
+    """Runs one of our scripts as a user would; its failure ends this one."""
+    print(f"\n=== {title}\n$ python {script} {shlex.join(map(str, flags))}", flush=True)
+    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], **options)
+    if done.returncode:
+        sys.exit(f"error: {script} ended with status {done.returncode}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "quickstart")
+    args = parser.parse_args(argv)
+    out = ("--out_dir", args.out_dir)
+    start = time.monotonic()
+    run(
+        "1. Pretraining: reading",
+        "trainer/train_pretrain.py",
+        *("--data_path", SAMPLE / "pretrain.jsonl", "--valid_path", SAMPLE / "valid.jsonl"),
+        *PRETRAIN.split(),
+        *out,
+    )
+    run(
+        "2. Fine-tuning: answering",
+        "trainer/train_full_sft.py",
+        *("--data_path", SAMPLE / "sft.jsonl"),
+        *SFT.split(),
+        *out,
+    )
+    run("3. Questions it was never asked before", "scripts/score_sample.py", *out)
+    run(
+        "4. A conversation",
+        "eval_model.py",
+        *("--model_mode", 1, "--temperature", 0),
+        *out,
+        input="\n".join(DIALOGUE) + "\n",
+        text=True,
+    )
+    print(f"\nDone in {(time.monotonic() - start) / 60:.1f} minutes. Talk to it yourself:")
+    print(f"  {sys.executable} eval_model.py --model_mode 1 --out_dir {args.out_dir}")
+
+
+if __name__ == "__main__":
+    main()

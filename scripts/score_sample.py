@@ -1,0 +1,148 @@
+"""Asks a model the sample's questions, none of which it was trained on, and counts the answers that are exactly right.
+
+    python scripts/score_sample.py --out_dir out/quickstart            the full_sft weights in that folder
+    python scripts/score_sample.py --weight out/quickstart/full_sft_192.pth
+
+Every question is a chat of its own, answered greedily; an answer counts if its whole text, white space at its ends aside, is
+the expected one. Prints a table and a line `exact match: NN.N %`, and writes {weights}.score.json beside the weights.
+"""
+
+import argparse
+import json
+import sys
+import unicodedata
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from dataset.tokenization import ChatTokenizer  # noqa: E402
+from model.generation import SamplingParams, generate_batch  # noqa: E402
+from model.weights import STAGES, load_model, weight_path, write_json  # noqa: E402
+
+LONGEST_ANSWER = 128  # tokens; the longest expected answer is about half of it
+
+
+def read_questions(path: Path) -> list[dict]:
+    """[{"category", "rule", "question", "answer"}]; ValueError names the file and the line that is wrong."""
+    if not path.is_file():
+        raise ValueError(f"{path} not found; run python dataset/sample/make_sample.py, or name a file with --questions")
+    questions = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            question = json.loads(line)
+            kinds = [type(question[key]) for key in ("category", "rule", "question", "answer")]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}:{number}: not a question ({type(error).__name__}: {error})") from error
+        if kinds != [str, bool, str, str]:
+            raise ValueError(f"{path}:{number}: category, question and answer must be text, and rule true or false")
+        questions.append(question)
+    if not questions:
+        raise ValueError(f"{path} holds no question; run python dataset/sample/make_sample.py")
+    return questions
+
+
+def find_weight(weight: Path | None, stage: str, out_dir: Path, hidden_size: int | None) -> Path:
+    """The file that --weight names, or the only file of the stage in out_dir. ValueError where there is none, or several."""
+    if weight is not None:
+        return weight
+    if hidden_size is not None:
+        dense, moe = (weight_path(out_dir, stage, hidden_size, use_moe) for use_moe in (False, True))
+        return moe if moe.is_file() and not dense.is_file() else dense
+    found = sorted(out_dir.glob(f"{stage}_*.pth"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(f"{out_dir} holds {', '.join(path.name for path in found)}; choose one with --weight")
+    held = ", ".join(sorted(path.name for path in out_dir.glob("*.pth"))) or "no weights"
+    raise ValueError(f"{out_dir} has no {stage}_*.pth; run trainer/{STAGES[stage]} first. It holds: {held}")
+
+
+def ask(model: torch.nn.Module, tokenizer: ChatTokenizer, questions: list[dict]) -> list[str]:
+    """The model's greedy answer to each question, in order."""
+    prompts = [tokenizer.encode_prompt([{"role": "user", "content": q["question"]}]) for q in questions]
+    params = SamplingParams(temperature=0.0, max_new_tokens=LONGEST_ANSWER, stop_ids=(tokenizer.eos_id,))
+    return [tokenizer.decode(ids).strip() for ids in generate_batch(model, prompts, params)]
+
+
+def percent(right: int, asked: int) -> float:
+    return 100.0 * right / asked if asked else 0.0
+
+
+def score(questions: list[dict], answers: list[str]) -> dict:
+    """What is written to the .score.json; percentages are rounded down, so that a threshold is never reached by rounding."""
+    rows: dict[str, list[int]] = {}
+    for question, answer in zip(questions, answers, strict=True):
+        right = answer == question["answer"].strip()
+        for name in ("all", "rules" if question["rule"] else "facts", "category " + question["category"]):
+            row = rows.setdefault(name, [0, 0])
+            row[0] += right
+            row[1] += 1
+
+    def entry(name: str) -> dict:
+        right, asked = rows.get(name, (0, 0))
+        return {"right": right, "asked": asked, "percent": int(percent(right, asked) * 10) / 10}
+
+    kinds = {q["category"]: q["rule"] for q in questions}
+    return {
+        "exact_match": entry("all")["percent"],
+        "all": entry("all"),
+        "facts": entry("facts"),
+        "rules": entry("rules"),
+        "categories": {name: {"rule": rule, **entry("category " + name)} for name, rule in kinds.items()},
+        "answers": [
+            {**question, "model": answer, "right": answer == question["answer"].strip()}
+            for question, answer in zip(questions, answers, strict=True)
+        ],
+    }
+
+
+def print_score(result: dict, examples: int) -> None:
+    rows = [(name, "rule" if row["rule"] else "fact", row) for name, row in result["categories"].items()]
+    rows += [("known facts, new wording", "", result["facts"]), ("rules, unseen operands", "", result["rules"])]
+    for name, kind, row in rows:
+        print(f"{name:26}{kind:6}{row['right']:4} / {row['asked']:<4}{row['percent']:6.1f} %")
+    wrong = [answer for answer in result["answers"] if not answer["right"]]
+    if wrong and examples:
+        print(f"{min(examples, len(wrong))} of {len(wrong)} wrong answers:")
+    for answer in wrong[:examples]:
+        print(f"  {answer['question']}  ->  {printable(answer['model'])}   (expected {answer['answer']})")
+    print(f"exact match: {result['exact_match']:.1f} %", flush=True)
+
+
+def printable(text: str, longest: int = 60) -> str:
+    """One short line: an untrained model answers with control characters and half characters."""
+    line = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in text)
+    return line if len(line) <= longest else line[:longest] + "…"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out_dir", type=Path, default=ROOT / "out", help="folder of the weights (default: out/)")
+    add("--stage", choices=sorted(STAGES), default="full_sft", help="whose weights (default: %(default)s)")
+    add("--hidden_size", type=int, help="which weights, where out_dir holds several sizes")
+    add("--weight", type=Path, help="a .pth file, instead of --out_dir and --stage")
+    add("--questions", type=Path, default=ROOT / "dataset" / "sample" / "questions.jsonl")
+    add("--tokenizer_path", type=Path, default=ROOT / "model", help="folder with tokenizer.json")
+    add("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    add("--examples", type=int, default=5, help="wrong answers to print (default: %(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        questions = read_questions(args.questions)
+        path = find_weight(args.weight, args.stage, args.out_dir, args.hidden_size)
+        tokenizer = ChatTokenizer(args.tokenizer_path)
+        model, _ = load_model(path, tokenizer.sha256)
+        answers = ask(model.to(args.device).float(), tokenizer, questions)
+        result = {"weights": path.name, "questions": args.questions.name, **score(questions, answers)}
+        write_json(path.with_name(f"{path.stem}.score.json"), result)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(f"{path}: {len(questions)} questions")
+    print_score(result, args.examples)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""Flags: they mean what they say, all mistakes are told at once, each one is read, and defaults stand on the root."""
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, tiny_flags
+
+from trainer import arguments
+from trainer.arguments import parse_arguments, stage_parser
+
+SCRIPTS = sorted(path.stem for path in (ROOT / "trainer").glob("train_*.py"))
+
+
+def parse(*flags: str, **defaults):
+    return parse_arguments(stage_parser("", **defaults), list(flags))
+
+
+@pytest.mark.parametrize(
+    "flags, value",
+    [
+        ((), False),
+        (("--use_moe",), True),
+        (("--use_moe", "true"), True),
+        (("--use_moe", "True"), True),
+        (("--use_moe=1",), True),
+        (("--use_moe", "False"), False),
+        (("--use_moe", "false"), False),
+        (("--use_moe=0",), False),
+        (("--use_moe", "--epochs", "2"), True),
+    ],
+)
+def test_booleans_mean_what_they_say(flags, value):
+    assert parse(*flags).use_moe is value
+
+
+def test_other_booleans_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        parse("--use_moe", "maybe")
+    assert "expected true or false, got 'maybe'" in capsys.readouterr().err
+
+
+def test_all_mistakes_are_told_at_once():
+    flags = {
+        "batch_size": 0,
+        "accumulation_steps": -1,
+        "epochs": 0,
+        "learning_rate": -1.0,
+        "min_lr_ratio": 1.5,
+        "warmup_iters": -2,
+        "beta2": 1.0,
+        "grad_clip": -1.0,
+        "num_workers": -1,
+        "log_interval": 0,
+        "save_interval": 0,
+        "max_seq_len": 40_000,
+        "hidden_size": 100,
+        "num_attention_heads": 8,
+        "device": "gpu",
+        "seed": -1,
+    }
+    with pytest.raises(ValueError) as caught:
+        parse(*(f"--{name}={value}" for name, value in flags.items()))
+    message = str(caught.value)
+    missing = [name for name in flags if f"--{name}" not in message and name != "num_attention_heads"]
+    assert not missing, message
+    assert "num_attention_heads 8" in message
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--hidden_size=512", "--num_attention_heads=7"], "num_attention_heads 7"),
+        (["--hidden_size=40", "--num_attention_heads=8"], "--hidden_size"),  # five numbers a head: no pairs to rotate
+        (["--num_attention_heads=8", "--num_key_value_heads=3"], "num_key_value_heads 3"),
+        (["--learning_rate=nan"], "--learning_rate nan"),
+        (["--learning_rate=inf"], "--learning_rate inf"),
+        (["--weight_decay=nan"], "--weight_decay nan"),
+        (["--device=cuda:0"], "--device cuda:0"),
+        (["--device=meta"], "--device meta"),
+        (["--device=mps"], "--device mps"),
+        (["--max_seq_len=1"], "--max_seq_len 1"),
+    ],
+)
+def test_single_mistakes_name_the_flag(monkeypatch, flags, said):
+    monkeypatch.setattr(arguments.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError) as caught:
+        parse(*flags)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("flag", ["--batch_siz=3", "--learn=1", "--unknown"])
+def test_flags_are_neither_guessed_nor_ignored(flag):
+    with pytest.raises(SystemExit):
+        parse(flag)
+
+
+def test_defaults_of_a_stage_replace_the_common_ones_and_must_exist():
+    assert parse(learning_rate=3.0).learning_rate == 3.0
+    with pytest.raises(AssertionError, match="learning_rat"):
+        stage_parser("", learning_rat=3.0)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_path_defaults_stand_on_the_root(script, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    args = importlib.import_module(f"trainer.{script}").parse([])
+    assert args.data_path.parent == ROOT / "dataset" and args.data_path.suffix == ".jsonl"
+    assert args.tokenizer_path == ROOT / "model"
+    assert args.out_dir == ROOT / "out" and args.cache_dir == ROOT / "out" / "token_cache"
+    others = [value for value in vars(args).values() if isinstance(value, Path)]
+    assert all(path.is_absolute() and ROOT in path.parents for path in others)
+
+
+def test_paths_that_are_given_stand_on_the_working_folder_and_carry_the_cache_with_them():
+    args = parse("--out_dir", "here", "--data_path", "data.jsonl")
+    assert (args.out_dir, args.data_path, args.cache_dir) == (Path("here"), Path("data.jsonl"), Path("here/token_cache"))
+    assert parse("--cache_dir", "there").cache_dir == Path("there")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_flags_that_users_know_exist(script):
+    known = """out_dir epochs batch_size learning_rate device dtype use_wandb wandb_project num_workers ddp accumulation_steps
+    grad_clip warmup_iters log_interval save_interval local_rank hidden_size num_hidden_layers max_seq_len use_moe data_path
+    tokenizer_path"""
+    args = importlib.import_module(f"trainer.{script}").parse([])
+    assert set(known.split()) <= vars(args).keys()
+
+
+def test_the_defaults_that_users_know():
+    for script, known in {
+        "train_pretrain": {"epochs": 1, "batch_size": 32, "max_seq_len": 512, "accumulation_steps": 8},
+        "train_full_sft": {"epochs": 2, "batch_size": 16, "max_seq_len": 512, "accumulation_steps": 1},
+    }.items():
+        args = vars(importlib.import_module(f"trainer.{script}").parse([]))
+        model = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2}
+        assert {name: args[name] for name in known | model} == known | model
+
+
+def flags_read_in(path: Path) -> set[str]:
+    """Attributes of `args` that a file reads, and names that it passes to getattr(args, ...); checking a value is no use of it."""
+    tree = ast.parse(path.read_text("utf-8"))
+    tree.body = [node for node in tree.body if getattr(node, "name", "") not in ("stage_parser", "parse_arguments")]
+    read = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            owner = node.value
+            if getattr(owner, "id", getattr(owner, "attr", "")) == "args":
+                read.add(node.attr)
+        if isinstance(node, ast.FunctionDef) and node.name == "model_config":
+            read |= {c.value for c in ast.walk(node) if isinstance(c, ast.Constant) and isinstance(c.value, str)}
+    return read
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_read(script):
+    helpers = [path for path in (ROOT / "trainer").glob("*.py") if not path.stem.startswith("train_")]
+    read = set().union(*(flags_read_in(path) for path in [*helpers, ROOT / "trainer" / f"{script}.py"]))
+    declared = vars(importlib.import_module(f"trainer.{script}").parse([])).keys()
+    assert not declared - read, "nothing reads these flags"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_shown(script, capsys):
+    """A percent sign in a help text breaks argparse only here."""
+    with pytest.raises(SystemExit) as caught:
+        importlib.import_module(f"trainer.{script}").main(["--help"])
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    assert "torchrun" in printed and f"python {script}.py" in printed and "--learning_rate" in printed
+
+
+@pytest.mark.parametrize(
+    "flags, environment, said",
+    [
+        (["--ddp"], {}, "torchrun"),
+        (["--ddp=false"], {"RANK": "0", "WORLD_SIZE": "2"}, "--ddp false"),
+        (["--local_rank=3"], {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "--local_rank 3"),
+    ],
+)
+def test_what_launchers_say_twice_must_agree(train, monkeypatch, tmp_path, texts, flags, environment, said):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=said):
+        train("train_pretrain", tiny_flags(tmp_path, texts) + flags)
+
+
+@pytest.mark.parametrize("flags", [["--ddp=false"], ["--local_rank=0"], ["--local-rank=0"], ["--local_rank=-1"]])
+def test_what_launchers_say_twice_is_accepted_where_it_agrees(train, tmp_path, texts, flags):
+    train("train_pretrain", tiny_flags(tmp_path, texts, max_steps=1) + flags)
+    assert (tmp_path / "pretrain_32.pth").exists()
+
+
+def test_mistakes_are_messages_not_tracebacks(capsys):
+    module = importlib.import_module("trainer.train_pretrain")
+    with pytest.raises(SystemExit) as caught:
+        arguments.run_script(lambda: module.main(["--epochs=0", "--batch_size=0"]))
+    assert caught.value.code.startswith("error: ") and "--epochs 0" in caught.value.code
+    assert "--batch_size 0" in caught.value.code
+
+
+def test_an_out_dir_that_cannot_be_written_is_found_before_training(train, tmp_path, texts):
+    """A file stands where the folder should be; the cache of tokens lies elsewhere, so that it does not trip first."""
+    blocked = tmp_path / "out"
+    blocked.write_text("")
+    for flags in ({}, {"cache_dir": tmp_path / "cache"}):
+        with pytest.raises(ValueError, match="out") as caught:
+            train("train_pretrain", tiny_flags(blocked, texts, **flags))
+        assert str(blocked) in str(caught.value)

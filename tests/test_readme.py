@@ -1,0 +1,311 @@
+"""The README keeps its word: commands parse, files exist, defaults are those of the scripts, both languages agree."""
+
+import argparse
+import functools
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import pytest
+
+from model.model_minimind import MiniMindConfig
+from trainer.logger import flops_per_token
+
+ROOT = Path(__file__).resolve().parents[1]
+README, README_ZH = "README.md", "README_zh.md"
+STAGE_SCRIPTS = sorted(ROOT.glob("trainer/train_*.py"))
+OTHER_PROGRAMS = {"source", "head", "tail"}  # used in command lines, and no business of this test
+LAUNCHERS = {"python", "python3", "torchrun", "deepspeed", "streamlit"}
+
+
+# --- reading a README ------------------------------------------------------------------------------------------------
+
+
+class Command(NamedTuple):
+    """One command line of a README and the folder, seen from the root, that it runs in."""
+
+    words: tuple[str, ...]
+    folder: str = "."
+
+    def __str__(self) -> str:
+        return shlex.join(self.words)
+
+
+@functools.cache
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def fences(name: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text_of(name), re.DOTALL | re.MULTILINE)
+
+
+def prose_of(name: str) -> str:
+    """The text without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", text_of(name), flags=re.DOTALL | re.MULTILINE)
+
+
+def inline_code(name: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", prose_of(name))
+
+
+def headings(name: str) -> list[str]:
+    return re.findall(r"^#+ (.+)$", prose_of(name), re.MULTILINE)
+
+
+def block_commands(name: str) -> list[Command]:
+    """The commands of all shell blocks, in order; each block begins in the root."""
+    commands = []
+    for block in fences(name, "bash"):
+        folder = PurePosixPath(".")
+        for line in block.replace("\\\n", " ").splitlines():
+            for words in _split(shlex.split(line, comments=True), "&&"):
+                if words and words[0] == "cd":
+                    folder = folder.parent if words[1] == ".." else folder / words[1]
+                elif words:
+                    commands.append(Command(tuple(words), str(folder)))
+    return commands
+
+
+def inline_commands(name: str) -> list[Command]:
+    """Commands in running text: `python …`, `make …`, `VARIABLE=value …` and `script.py --flag …`."""
+    begins = re.compile(r"(make|python|torchrun|deepspeed) |[A-Z_]+=\w+ |\S+\.py --")
+    return [Command(tuple(shlex.split(code))) for code in inline_code(name) if begins.match(code)]
+
+
+def _split(words: list[str], separator: str) -> list[list[str]]:
+    parts = [[]]
+    for word in words:
+        if word == separator:
+            parts.append([])
+        else:
+            parts[-1].append(word)
+    return parts
+
+
+def tree_paths(name: str) -> list[str]:
+    """Paths of the file tree; those of folders end with /, those of several files hold a *."""
+    block = next(block for block in fences(name, "text") if block.startswith("README.md "))
+    paths, folders = [], []
+    for line in filter(str.strip, block.splitlines()):
+        entry = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders = folders[:depth]
+        paths.append("".join(folders) + entry)
+        if entry.endswith("/"):
+            folders.append(entry)
+    return paths
+
+
+def table(name: str, first_row: str) -> tuple[list[str], list[list[str]]]:
+    """(header, rows) of the table whose first row below the header begins with first_row."""
+    lines = text_of(name).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first_row} |"))
+    end = next(i for i in range(start, len(lines)) if not lines[i].startswith("|"))
+    header, *rows = ([cell.strip() for cell in lines[i].strip("|").split("|")] for i in (start - 2, *range(start, end)))
+    return header, rows
+
+
+def flags_in(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
+
+
+# --- reading a script ------------------------------------------------------------------------------------------------
+
+
+class Caught(BaseException):
+    """Carries a script's parser out of it at the moment it would parse."""
+
+
+@functools.cache
+def parser_of(script: Path) -> argparse.ArgumentParser | None:
+    """The parser that a script builds when it is run; None where it has none."""
+    if not re.search(r"ArgumentParser|stage_parser", script.read_text(encoding="utf-8")):
+        return None
+
+    def caught(parser, *_):
+        raise Caught(parser)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", caught)
+        patch.setattr(sys, "argv", [str(script)])
+        patch.setattr(sys, "path", [str(script.parent), *sys.path])
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except Caught as carrier:
+            return carrier.args[0]
+    raise AssertionError(f"{script} ran to its end without parsing its command line")
+
+
+def declared_flags(script: Path) -> set[str]:
+    parser = parser_of(script)
+    return {name for name in parser._option_string_actions if name.startswith("--")} if parser else set()
+
+
+def check_flags(script: Path, words: list[str]) -> None:
+    parser = parser_of(script)
+    assert parser is not None or not words, f"{script.name} takes no flags"
+    if parser is None:
+        return
+    undeclared = {word.split("=")[0] for word in words if word.startswith("--")} - declared_flags(script)
+    assert not undeclared, f"{script.name} declares no {undeclared}"
+
+    def refuse(message):
+        raise AssertionError(f"{script.name} {shlex.join(words)}: {message}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parser, "error", refuse)
+        patch.setattr(parser, "exit", lambda *_: None)
+        _, unknown = parser.parse_known_args(words)
+    assert not unknown, f"{script.name} does not know {unknown}"
+
+
+def check_command(command: Command) -> None:
+    """Raises where a command names a script, flag, file or target that there is not."""
+    words = list(command.words)
+    while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+        words.pop(0)
+    words = words[: next((i for i, word in enumerate(words) if word in ("<", ">", "|")), None)]
+    program, *rest = words
+    folder = ROOT / command.folder
+    assert folder.is_dir(), f"no folder {command.folder}"
+    if program == "make":
+        assert rest and set(rest) <= makefile_targets(), f"Makefile has no {rest}"
+    elif program == "pip":
+        assert rest[:2] == ["install", "-r"] and (folder / rest[2]).is_file()
+    elif program in LAUNCHERS and "-m" in rest[:1]:
+        assert rest[1] in ("venv", "pytest")
+    elif program in LAUNCHERS or program.endswith(".py"):
+        scripts = [i for i, word in enumerate(words) if word.endswith(".py")]
+        assert scripts, "names no script"
+        script = folder / words[scripts[0]]
+        assert script.is_file(), f"{command.folder}/{words[scripts[0]]} does not exist"
+        check_flags(script, words[scripts[0] + 1 :])
+    else:
+        assert program in OTHER_PROGRAMS, f"what is {program}?"
+
+
+def makefile_targets() -> set[str]:
+    return set(re.findall(r"^([a-z][\w-]*):", text_of("Makefile"), re.MULTILINE))
+
+
+# --- tests -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(block_commands(README) + inline_commands(README)), ids=str)
+def test_command_parses(command):
+    check_command(command)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "python train_nothing.py",
+        "python eval_model.py --no_such_flag 1",
+        "python eval_model.py --model_mode 9",
+        "python eval_model.py --hidden 512",
+        "torchrun --nproc_per_node 2 trainer/train_pretrain.py --epochs many",
+        "make nothing",
+        "pip install -r nothing.txt",
+    ],
+)
+def test_wrong_command_is_noticed(line):
+    with pytest.raises(AssertionError):
+        check_command(Command(tuple(shlex.split(line))))
+
+
+def test_first_commands_are_the_two():
+    assert [str(command) for command in block_commands(README)[:2]] == ["make quickstart", "make test"]
+
+
+def test_tree_names_files_that_exist():
+    for path in tree_paths(README):
+        found = list(ROOT.glob(path)) if "*" in path else [ROOT / path]
+        assert found and all(p.is_dir() if path.endswith("/") else p.is_file() for p in found), f"{path} does not exist"
+
+
+def test_tree_leaves_nothing_out():
+    git = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if git.returncode:
+        pytest.skip("no git checkout: there is no telling which files belong to it")
+    tracked = [PurePosixPath(line) for line in git.stdout.splitlines() if (ROOT / line).is_file()]
+    named = tree_paths(README)
+    top_level = {path.parts[0] + "/" * (len(path.parts) > 1) for path in tracked if not path.parts[0].startswith(".")}
+    assert not top_level - set(named)
+    sources = [path for path in tracked if path.suffix == ".py" and (ROOT / path).stat().st_size]
+    unnamed = [str(path) for path in sources if not any(path.match(pattern) for pattern in named)]
+    assert not unnamed, f"add a line for each to the tree: {unnamed}"
+
+
+@pytest.mark.parametrize("script", STAGE_SCRIPTS, ids=lambda path: path.name)
+def test_every_flag_of_a_stage_is_named(script):
+    aliases = {"--help", "--local-rank"}
+    missing = declared_flags(script) - aliases - flags_in(text_of(README))
+    assert not missing
+
+
+@pytest.mark.parametrize("name", [README, README_ZH])
+def test_flags_in_running_text_exist(name):
+    scripts = [path for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")) if path.parent.name != "tests"]
+    runnable = [path for path in scripts if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")]
+    declared = set().union(*map(declared_flags, runnable))
+    assert not set().union(*map(flags_in, inline_code(name))) - declared
+
+
+@pytest.mark.parametrize("name", [README, README_ZH])
+def test_defaults_are_those_of_the_scripts(name):
+    header, rows = table(name, "train_pretrain.py")
+    assert sorted(row[0] for row in rows) == [path.name for path in STAGE_SCRIPTS]
+    for script, *cells in rows:
+        parser = parser_of(ROOT / "trainer" / script)
+        for flag, cell in zip(header[1:], cells, strict=True):
+            default = parser.get_default(flag.strip("`-"))
+            expected = ROOT / cell if isinstance(default, Path) else type(default)(cell)
+            assert default == expected, f"{script} {flag}"
+
+
+def test_estimated_hours_follow_from_the_formula():
+    moe = MiniMindConfig(hidden_size=640, use_moe=True)
+    parameters = {"26M": 25.83e6, "104M": 104.03e6, "145M": flops_per_token(moe, 145.03e6) / 6}
+    assert f"{parameters['145M'] / 1e6:.2f}M" in text_of(README)
+    tokens = {"pretrain": 0.44e9, "SFT": 2 * 0.33e9}
+    header, rows = table(README, "pretrain 26M")
+    peaks = [float(re.search(r"\((\d+)", cell)[1]) * 1e12 for cell in header[1:]]
+    for label, *cells in rows:
+        stage, *_, size = label.split()
+        for peak, cell in zip(peaks, cells, strict=True):
+            numbers, kind = cell.split()
+            assert kind in ("estimated", "measured")
+            if kind == "estimated":
+                fastest, slowest = (6 * parameters[size] * tokens[stage] / (peak * mfu) / 3600 for mfu in (0.40, 0.35))
+                stated = [float(number) for number in numbers.split("–")]
+                assert stated[0] == pytest.approx(fastest, rel=0.05, abs=0.005), f"{label}: {cell}"
+                assert stated[-1] == pytest.approx(slowest, rel=0.05, abs=0.005), f"{label}: {cell}"
+
+
+@pytest.mark.parametrize("name", [README, README_ZH])
+def test_links_lead_somewhere(name):
+    anchors = {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in headings(name)}
+    for target in re.findall(r"\]\(([^)]+)\)", prose_of(name)):
+        if target.startswith("#"):
+            assert target[1:] in anchors, target
+        elif "://" not in target:
+            assert (ROOT / target).exists(), target
+
+
+def test_both_languages_name_the_same():
+    assert block_commands(README_ZH) == block_commands(README)
+    assert set(inline_commands(README_ZH)) == set(inline_commands(README))
+    assert tree_paths(README_ZH) == tree_paths(README)
+    assert flags_in(text_of(README_ZH)) == flags_in(text_of(README))
+    assert len(headings(README_ZH)) == len(headings(README))
+    for first_row in ("26M", "pretrain 26M", "train_pretrain.py"):
+        ours, theirs = (table(name, first_row)[1] for name in (README, README_ZH))
+        assert len(ours) == len(theirs)
+        for row, row_zh in zip(ours, theirs, strict=True):
+            assert [re.findall(r"[\d.]+", cell) for cell in row] == [re.findall(r"[\d.]+", cell) for cell in row_zh]
+    assert set(re.findall(r"<!--.*?-->", text_of(README_ZH))) == set(re.findall(r"<!--.*?-->", text_of(README)))
