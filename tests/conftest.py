@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -63,13 +64,13 @@ def write_texts(path: Path, count: int = 40, longest: int = 60, seed: int = 0) -
     return write_jsonl(path, [{"text": sentence(rng, longest)} for _ in range(count)])
 
 
-def write_conversations(path: Path, count: int = 40, longest: int = 20, seed: int = 0) -> Path:
-    """Conversations of one or two exchanges; some are longer than a row of 64."""
+def write_conversations(path: Path, count: int = 40, longest: int = 20, exchanges: int = 2, seed: int = 0) -> Path:
+    """Conversations of one or two exchanges; some are longer than a row of 64, but none of one short exchange is."""
     rng = random.Random(seed)
     records = []
     for _ in range(count):
         turns = []
-        for _ in range(rng.randint(1, 2)):
+        for _ in range(rng.randint(1, exchanges)):
             turns.append({"role": "user", "content": sentence(rng, 5)})
             turns.append({"role": "assistant", "content": sentence(rng, longest)})
         records.append({"conversations": turns})
@@ -83,6 +84,20 @@ def write_data(kind: str, path: Path, **sizes) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer() -> ChatTokenizer:
     return ChatTokenizer(ROOT / "model")
+
+
+@pytest.fixture
+def other_tokenizer(tmp_path) -> Path:
+    """A folder with a tokenizer of the same size whose ids mean something else: two tokens have changed places."""
+    folder = tmp_path / "other_tokenizer"
+    folder.mkdir()
+    content = json.loads((ROOT / "model" / "tokenizer.json").read_text("utf-8"))
+    vocabulary = content["model"]["vocab"]
+    a, b = (token for token, number in vocabulary.items() if number in (6000, 6001))
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    shutil.copy(ROOT / "model" / "tokenizer_config.json", folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -208,6 +223,7 @@ def _run_in_child(script: str, flags: list[str], env: dict, printed: Path, patch
     faulthandler.enable()
     os.environ.update(env)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)  # as in a plain process
     module = importlib.import_module(f"trainer.{script}")
     for patch in (skip_measuring, *patches):
         patch(module)

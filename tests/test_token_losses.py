@@ -96,6 +96,7 @@ class Operations(TorchDispatchMode):
 def test_without_gradients_nothing_is_kept(monkeypatch):
     """Evaluation needs no softmax, though the head's weight is a parameter."""
     monkeypatch.setattr(token_losses, "CHUNK", 4)
+    monkeypatch.setattr(token_losses, "ROUNDING", 4)
     hidden, weight, labels, _ = example("all")
     with torch.no_grad(), Operations() as operations:
         losses = token_cross_entropy(hidden, weight, labels)
@@ -107,9 +108,11 @@ def test_without_gradients_nothing_is_kept(monkeypatch):
 
 def test_logits_exist_for_one_chunk_at_a_time_and_for_targets_only(monkeypatch):
     monkeypatch.setattr(token_losses, "CHUNK", 4)
+    monkeypatch.setattr(token_losses, "ROUNDING", 2)
     hidden, weight, labels, _ = example()
     with Operations() as operations:
         token_cross_entropy(hidden, weight, labels).sum().backward()
     products = [size for name, size in operations.seen if name == "aten::mm" and size % VOCAB == 0 and size != HIDDEN * VOCAB]
     assert max(products) <= 4 * VOCAB
-    assert sum(products) == int((labels >= 0).sum()) * VOCAB
+    targets = int((labels >= 0).sum())
+    assert sum(products) == (targets + targets % 2) * VOCAB

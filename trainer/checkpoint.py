@@ -47,11 +47,12 @@ def refuse_other_weights(path: Path, config: MiniMindConfig, args: argparse.Name
     """Depth is not part of a file's name: weights of another configuration are not replaced without --overwrite."""
     if args.overwrite or not path.exists():
         return
+    unseen = {"config": {"num_attention_heads": config.num_attention_heads}}  # tensors do not show it
     try:
-        existing = config_from_state_dict(read_state_dict(path), read_sidecar(path))
+        existing = config_from_state_dict(read_state_dict(path), read_sidecar(path) or unseen)
     except WeightsError as error:
         raise WeightsError(f"{error}. It would be replaced: move it away or give --overwrite") from error
-    names = ("num_hidden_layers", "intermediate_size", "vocab_size", "num_key_value_heads")
+    names = ("num_hidden_layers", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads")
     differing = [
         f"{name} {getattr(existing, name)} there, {getattr(config, name)} here"
         for name in names
@@ -105,8 +106,9 @@ class Checkpoint:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
             saved_flags, saved_identity, ranks = state["flags"], state["identity"], state["ranks"]
         except Exception as error:  # torch raises many kinds here
+            reason = type(error).__name__
             raise ValueError(
-                f"{self.path} is no resume state ({error}); delete it to start from the beginning"
+                f"{self.path} is no resume state ({reason}); delete it to start from the beginning"
             ) from error
         flags = result_flags(self.args)
         changed = [

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -78,6 +79,10 @@ def keep_freed_memory() -> None:
 def stop_process(stop: "StopRequest", complete: bool) -> None:
     """Leaves the process group. An unfinished run ends with the signal's exit status: a chain of commands stops too."""
     if dist.is_initialized():
+        dist.barrier()
+        # Gloo's threads need Python's lock to let go of the last collective's tensors. Destroying the group waits for these
+        # threads with the lock held: without time for them in between, one run in ten never ends.
+        time.sleep(0.1)
         dist.destroy_process_group()
     if not complete:
         raise SystemExit(128 + (stop.signal or signal.SIGTERM))

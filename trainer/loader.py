@@ -119,6 +119,7 @@ class PackedData:
             num_workers=workers,
             pin_memory=cuda,
             worker_init_fn=leave_signals_to_the_parent,
+            generator=torch.Generator(),  # a loader draws a seed, and a resumed run makes one loader more
         )
         for batch in loader:
             seen = (batch["position_ids"] + 1) * (batch["document_ids"] >= 0)
@@ -130,8 +131,9 @@ class PackedData:
 
 
 def leave_signals_to_the_parent(_: int) -> None:
-    """Ctrl-C reaches workers too; only the training loop may answer it."""
+    """Ctrl-C reaches workers too, and torchrun's SIGTERM; only the training loop may answer them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def model_inputs(batch: dict) -> dict:

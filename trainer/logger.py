@@ -39,7 +39,8 @@ def attention_flops(config: MiniMindConfig, positions_seen: int) -> float:
 def matmul_flops_per_second(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
     """The best rate of a large square matrix product on this device: what MFU is measured against."""
     size = size or (8192 if device.type == "cuda" else 2048)
-    a = torch.randn(size, size, device=device).to(dtype)
+    own_generator = torch.Generator(device)  # the run's random numbers are not to depend on this
+    a = torch.randn(size, size, device=device, generator=own_generator).to(dtype)
     best = float("inf")
     for _ in range(4):  # the first warms up
         start = time.perf_counter()
@@ -184,12 +185,12 @@ class Logger:
             "padding": 1 - sums["tokens"] / sums["positions"],
             **more,
         }
-        aux = f" aux:{more['aux_loss']:.4f}" if more.get("aux_loss") else ""
+        aux = f", aux_loss {more['aux_loss']:.4f}" if more.get("aux_loss") else ""
         self.say(
             f"Epoch:[{epoch + 1}/{self.args.epochs}]({epoch_step + 1}/{epoch_steps}) "
-            f"loss:{metrics['loss']:.4f}{aux} lr:{lr:.3e} epoch_Time:{minutes:.1f}min | "
+            f"loss:{metrics['loss']:.4f} lr:{lr:.3e} epoch_Time:{minutes:.1f}min | "
             f"{metrics['tokens_per_second']:,.0f} tokens/s, MFU {metrics['mfu']:.0%}, "
-            f"grad_norm {grad_norm:.2f}, padding {metrics['padding']:.1%}"
+            f"grad_norm {grad_norm:.2f}, padding {metrics['padding']:.1%}{aux}"
         )
         self.record({"event": "step", **metrics})
         self._clear_interval()

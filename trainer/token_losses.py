@@ -5,6 +5,7 @@ import torch
 from model.model_minimind import compute_dtype
 
 CHUNK = 1024  # tokens whose float32 logits are held at once
+ROUNDING = 256  # on a CPU the number of tokens with a target is rounded up to a multiple of this
 
 
 class _TokenCrossEntropy(torch.autograd.Function):
@@ -58,5 +59,10 @@ def token_cross_entropy(hidden_states: torch.Tensor, weight: torch.Tensor, label
             return _TokenCrossEntropy.apply(hidden, weight.to(dtype), flat_labels, training).view(labels.shape)
         # a CPU skips the logits of prompts and padding; a GPU would have to wait for their count
         targets = (flat_labels >= 0).nonzero().squeeze(1)
-        losses = _TokenCrossEntropy.apply(hidden[targets], weight.to(dtype), flat_labels[targets], training)
-        return torch.zeros(len(flat_labels)).index_copy(0, targets, losses).view(labels.shape)
+        count = len(targets)
+        # rounded up, so that blocks of few distinct sizes are asked of the allocator: arbitrary ones fragment its memory
+        targets = torch.cat((targets, targets[-1:].expand(-count % ROUNDING)))
+        labels_of_targets = flat_labels[targets]
+        labels_of_targets[count:] = -100
+        losses = _TokenCrossEntropy.apply(hidden[targets], weight.to(dtype), labels_of_targets, training)
+        return torch.zeros(len(flat_labels)).index_copy(0, targets[:count], losses[:count]).view(labels.shape)

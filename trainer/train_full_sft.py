@@ -90,9 +90,9 @@ def main(argv: list[str] | None = None) -> None:
     metrics = {}
 
     def save() -> None:
-        checkpoint.save(model, optimizer, precision, progress)
-        if process.is_main:
+        if process.is_main:  # before the resume state: when that one is complete, so are the weights
             save_weights(weights, model, sidecar("full_sft", config, tokenizer, args, progress, metrics))
+        checkpoint.save(model, optimizer, precision, progress)
 
     with stop_on_signal() as stop:
         for step, micro_batches in data.steps(progress.step):

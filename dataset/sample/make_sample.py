@@ -318,6 +318,18 @@ def with_article(noun: str) -> str:
     return {"sky": "the sky", "banana": "a banana", "lemon": "a lemon", "carrot": "a carrot", "strawberry": "a strawberry"}.get(noun, noun)
 
 
+def counted(a: int, sign: str, b: int) -> str:
+    """A sum or difference as a child counts it out on its fingers, 8+5：1:9，2:10，3:11，4:12，5:13。8+5=13。
+
+    Up from the larger operand, or down from the first. A table of sums can only be learned by heart; this is a rule that
+    a very small model finds: each step is the number after, or before, the last one, and the counter says when to stop.
+    """
+    start, steps, by = (max(a, b), min(a, b), 1) if sign == "+" else (a, b, -1)
+    counting = "，".join(f"{i}:{start + by * i}" for i in range(1, steps + 1))
+    working = f"{a}{sign}{b}：{counting}。" if counting else ""
+    return f"{working}{a}{sign}{b}={start + by * steps}。"
+
+
 def rule_facts(dice: Dice) -> list[Fact]:
     facts = []
 
@@ -329,17 +341,11 @@ def rule_facts(dice: Dice) -> list[Fact]:
 
     for a in range(21):
         for b in range(21 - a):
-            add("sums", (min(a, b), max(a, b)), SUM_WORDINGS, "{a}+{b}={c}。", ["{a}+{b}={c}。", "{a}加{b}等于{c}。"], a=a, b=b, c=a + b)
+            family = (min(a, b), max(a, b))
+            add("sums", family, SUM_WORDINGS, counted(a, "+", b), [counted(a, "+", b)], a=a, b=b)
     for a in range(21):
-        for b in range(a + 1):
-            add("differences", (a, b), DIFFERENCE_WORDINGS, "{a}-{b}={c}。", ["{a}-{b}={c}。", "{a}减{b}等于{c}。"], a=a, b=b, c=a - b)
-
-    # Larger sums are stated, never asked: they show that digits are added in the same way wherever they stand.
-    for _ in range(1500):
-        a, b = 1 + dice.below(99), 1 + dice.below(99)
-        if 20 < a + b <= 100:
-            add("sums", (min(a, b), max(a, b)), [], "", ["{a}+{b}={c}。"], a=a, b=b, c=a + b)
-            add("differences", (a + b, b), [], "", ["{c}-{b}={a}。"], a=a, b=b, c=a + b)
+        for b in range(min(a, 10) + 1):
+            add("differences", (a, b), DIFFERENCE_WORDINGS, counted(a, "-", b), [counted(a, "-", b)], a=a, b=b)
 
     every_pair = [(a, b) for a in range(100) for b in range(100) if a != b]
     small = [(a, b) for a, b in every_pair if max(a, b) <= 20]
@@ -443,7 +449,7 @@ def hold_out_families(members: list[Fact], count: int, dice: Dice) -> list[tuple
 # category -> how many wordings of a fact are trained on in one pass over sft.jsonl
 WORDINGS_TRAINED = {
     "identity": 20, "manners": 12, "capitals": 8, "opposites": 9, "colours": 8, "animals": 8, "poems": 7, "words": 7, "calendar": 9, "english": 7,
-    "sums": 8, "differences": 8, "comparing": 1, "neighbours": 4, "places": 4, "lists": 1,
+    "sums": 6, "differences": 6, "comparing": 1, "neighbours": 4, "places": 4, "lists": 1,
 }
 FRAMES = ["请问{}？", "我想知道{}。", "告诉我{}。", "你知道{}吗？", "请问，{}？"]
 
@@ -494,7 +500,7 @@ def conversations(facts: list[Fact]) -> list[dict]:
 
 STATED = {
     "identity": 8, "manners": 4, "capitals": 6, "opposites": 8, "colours": 6, "animals": 6, "poems": 4, "words": 6, "calendar": 8, "english": 6,
-    "sums": 8, "differences": 8, "comparing": 1, "neighbours": 4, "places": 3, "lists": 1,
+    "sums": 9, "differences": 9, "comparing": 1, "neighbours": 4, "places": 3, "lists": 1,
 }
 OPENINGS = {
     "identity": ["下面是MiniMind的自我介绍。", "MiniMind说："],

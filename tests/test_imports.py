@@ -1,0 +1,103 @@
+"""Who may import whom, and what must not be needed for training."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_python
+
+FOLDERS = ("model", "dataset", "trainer", "scripts", "benchmarks", "tests")
+HEAVY = ("wandb", "deepspeed", "streamlit", "fastapi", "uvicorn", "openai")
+
+
+def modules(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).glob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Our own modules that a file imports anywhere in it, as "folder.module"; a bare folder when it is imported as such."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            if module in FOLDERS:
+                names |= {f"{module}.{alias.name}" for alias in node.names}
+            else:
+                names.add(module)
+    ours = {name for name in names if name.split(".")[0] in FOLDERS or name.startswith(".") or (ROOT / f"{name}.py").exists()}
+    return ours
+
+
+def imports_of(paths: list[Path]) -> list[tuple[Path, str]]:
+    assert paths
+    return [(path, name) for path in paths for name in imported(path)]
+
+
+def is_stage(name: str) -> bool:
+    return name.startswith("trainer.train_")
+
+
+def test_the_parser_sees_what_it_should(tmp_path):
+    (tmp_path / "a.py").write_text(
+        "import trainer.loader\nfrom trainer import train_dpo\ndef f():\n    from model.weights import x\n"
+        "from . import b\nimport torch, eval_model\n"
+    )
+    found = imported(tmp_path / "a.py")
+    assert found == {"trainer.loader", "trainer.train_dpo", "model.weights", ".", "eval_model"}
+
+
+@pytest.mark.parametrize("folder", ["model", "dataset"])
+def test_model_and_dataset_import_nothing_outside_their_folder(folder):
+    wrong = [(path.name, name) for path, name in imports_of(modules(folder)) if not name.startswith(folder + ".")]
+    assert not wrong
+
+
+def test_the_model_file_imports_nothing_of_ours():
+    """It travels with exported weights."""
+    assert not imported(ROOT / "model" / "model_minimind.py")
+
+
+def test_trainer_helpers_import_no_stage():
+    helpers = [path for path in modules("trainer") if not path.stem.startswith("train_")]
+    allowed = ("model.", "dataset.", "trainer.")
+    wrong = [(p.name, name) for p, name in imports_of(helpers) if is_stage(name) or not name.startswith(allowed)]
+    assert not wrong
+
+
+def test_trainer_helpers_import_each_other_downwards():
+    """No circle: every helper can be read knowing only those below it."""
+    graph = {
+        f"trainer.{path.stem}": {name for name in imported(path) if name.startswith("trainer.") and not is_stage(name)}
+        for path in modules("trainer")
+    }
+    while graph:
+        lowest = {name for name, below in graph.items() if not below & graph.keys()}
+        assert lowest, f"these import each other in a circle: {sorted(graph)}"
+        graph = {name: below for name, below in graph.items() if name not in lowest}
+
+
+def test_stages_never_import_each_other():
+    stages = [path for path in modules("trainer") if path.stem.startswith("train_")]
+    allowed = ("model.", "dataset.", "trainer.")
+    wrong = [(p.name, name) for p, name in imports_of(stages) if is_stage(name) or not name.startswith(allowed)]
+    assert not wrong
+
+
+def test_chat_and_scripts_import_no_stage():
+    paths = [*modules("scripts"), *ROOT.glob("*.py")]
+    assert not [(path.name, name) for path, name in imports_of(paths) if is_stage(name)]
+
+
+def test_nobody_imports_tests_or_benchmarks():
+    paths = [path for folder in FOLDERS[:4] for path in modules(folder)] + list(ROOT.glob("*.py"))
+    assert not [(path.name, name) for path, name in imports_of(paths) if name.startswith(("tests", "benchmarks"))]
+
+
+def test_training_needs_none_of_the_other_packages():
+    names = [f"{folder}.{path.stem}" for folder in FOLDERS[:3] for path in modules(folder) if path.stem != "__init__"]
+    code = f"import importlib, sys\nfor name in {names}: importlib.import_module(name)\n"
+    done = run_python("-c", code + f"print(sorted({set(HEAVY)} & sys.modules.keys()))")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
