@@ -22,7 +22,7 @@ import torch
 from dataset.tokenization import ChatTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-WORDS = "the sky was grey and an old king read by his fire 今天 天气 很好 我们 去 公园 看 花 and then it rained again".split()
+WORDS = "the sky was grey and an old king read by his fire 今天 天气 很好 我们 去 公园 看 花 and then it rained".split()
 TINY = {
     "hidden_size": 32,
     "num_hidden_layers": 2,

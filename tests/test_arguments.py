@@ -115,15 +115,16 @@ def test_path_defaults_stand_on_the_root(script, monkeypatch, tmp_path):
 
 def test_paths_that_are_given_stand_on_the_working_folder_and_carry_the_cache_with_them():
     args = parse("--out_dir", "here", "--data_path", "data.jsonl")
-    assert (args.out_dir, args.data_path, args.cache_dir) == (Path("here"), Path("data.jsonl"), Path("here/token_cache"))
+    assert args.out_dir == Path("here") and args.data_path == Path("data.jsonl")
+    assert args.cache_dir == Path("here/token_cache")
     assert parse("--cache_dir", "there").cache_dir == Path("there")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_flags_that_users_know_exist(script):
-    known = """out_dir epochs batch_size learning_rate device dtype use_wandb wandb_project num_workers ddp accumulation_steps
-    grad_clip warmup_iters log_interval save_interval local_rank hidden_size num_hidden_layers max_seq_len use_moe data_path
-    tokenizer_path"""
+    known = """out_dir epochs batch_size learning_rate device dtype use_wandb wandb_project num_workers ddp
+    accumulation_steps grad_clip warmup_iters log_interval save_interval local_rank hidden_size num_hidden_layers
+    max_seq_len use_moe data_path tokenizer_path"""
     args = importlib.import_module(f"trainer.{script}").parse([])
     assert set(known.split()) <= vars(args).keys()
 
@@ -139,7 +140,7 @@ def test_the_defaults_that_users_know():
 
 
 def flags_read_in(path: Path) -> set[str]:
-    """Attributes of `args` that a file reads, and names that it passes to getattr(args, ...); checking a value is no use of it."""
+    """Attributes of `args` that a file reads; where a flag is only declared or checked does not count."""
     tree = ast.parse(path.read_text("utf-8"))
     tree.body = [node for node in tree.body if getattr(node, "name", "") not in ("stage_parser", "parse_arguments")]
     read = set()

@@ -8,7 +8,15 @@ import time
 
 import pytest
 import torch
-from conftest import assert_identical, read_log, read_resume, relative_error, tiny_flags, write_conversations, write_texts
+from conftest import (
+    assert_identical,
+    read_log,
+    read_resume,
+    relative_error,
+    tiny_flags,
+    write_conversations,
+    write_texts,
+)
 
 from model.model_minimind import MiniMindConfig
 from model.weights import WeightsError, save_weights
@@ -147,7 +155,8 @@ def test_two_processes_killed_end_bit_identical(launcher, tmp_path, texts):
 def test_bit_identical_on_two_threads_in_bfloat16(launcher, tmp_path, texts):
     stops = [(signal.SIGKILL, 0.2), (signal.SIGKILL, 0.3)]
     flags = {"data_path": texts, "epochs": 3, "dtype": "bfloat16", "hidden_size": 64, "num_workers": 1}
-    check_interrupted(launcher, tmp_path, "train_pretrain", stops, "pretrain_64", [noisy_slow_steps, two_threads], **flags)
+    flags["patches"] = [noisy_slow_steps, two_threads]
+    check_interrupted(launcher, tmp_path, "train_pretrain", stops, "pretrain_64", **flags)
 
 
 def two_threads(module) -> None:

@@ -1,4 +1,4 @@
-"""The same training however a global batch is split: rows at once, accumulated, or on several processes. And signals."""
+"""The same training however a global batch is split: at once, accumulated, on several processes. And signals."""
 
 import os
 import signal
@@ -148,7 +148,7 @@ def slow_steps(module) -> None:
     [(signal.SIGTERM, 0, False), (signal.SIGINT, 1, True), (signal.SIGTERM, 1, True)],
 )
 def test_a_signal_saves_and_says_how_to_go_on(launcher, tmp_path, texts, number, workers, group):
-    """Also when the whole process group gets it, the processes that assemble batches included, as Ctrl-C and launchers do."""
+    """Also when the whole process group gets it, as from Ctrl-C and launchers: workers that assemble batches too."""
     flags = tiny_flags(tmp_path, texts, epochs=50, num_workers=workers)
     child = launcher.start("train_pretrain", flags, patches=[slow_steps])
     child.wait_for("(3/")

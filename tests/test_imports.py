@@ -15,7 +15,7 @@ def modules(folder: str) -> list[Path]:
 
 
 def imported(path: Path) -> set[str]:
-    """Our own modules that a file imports anywhere in it, as "folder.module"; a bare folder when it is imported as such."""
+    """Our own modules that a file imports, anywhere in it, as "folder.module"."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
@@ -26,8 +26,7 @@ def imported(path: Path) -> set[str]:
                 names |= {f"{module}.{alias.name}" for alias in node.names}
             else:
                 names.add(module)
-    ours = {name for name in names if name.split(".")[0] in FOLDERS or name.startswith(".") or (ROOT / f"{name}.py").exists()}
-    return ours
+    return {name for name in names if name.split(".")[0] in ("", *FOLDERS) or (ROOT / f"{name}.py").exists()}
 
 
 def imports_of(paths: list[Path]) -> list[tuple[Path, str]]:

@@ -1,4 +1,4 @@
-"""The optimizer step: the schedule by hand, parameter groups, precision, clipping, and what happens to numbers that are none."""
+"""The optimizer step: the schedule by hand, parameter groups, precision, clipping, numbers that are none."""
 
 import math
 from types import SimpleNamespace

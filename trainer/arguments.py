@@ -82,7 +82,12 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
         help="the cosine ends at this share of the peak (default: %(default)s)",
     )
     group("--warmup_iters", type=int, default=0, help="optimizer steps of linear warm-up (default: %(default)s)")
-    group("--optimizer", choices=("adamw", "sgd"), default="adamw")
+    group(
+        "--optimizer",
+        choices=("adamw", "muon", "sgd"),
+        default="adamw",
+        help="sgd is for checks (default: %(default)s)",
+    )
     group("--beta1", type=float, default=0.9)
     group("--beta2", type=float, default=0.95)
     group("--weight_decay", type=float, default=0.1, help="on matrices, not on norms (default: %(default)s)")
@@ -154,7 +159,9 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = No
         device = torch.device(args.device)
         usable = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         if not usable.get(device.type):
-            mistakes.append(f"--device {args.device}: this machine has no usable {device.type} device; use --device cpu")
+            mistakes.append(
+                f"--device {args.device}: this machine has no usable {device.type} device; use --device cpu"
+            )
     except RuntimeError:
         mistakes.append(f"--device {args.device}: not a device; use cpu, cuda or cuda:N")
     if mistakes:

@@ -80,8 +80,8 @@ def stop_process(stop: "StopRequest", complete: bool) -> None:
     """Leaves the process group. An unfinished run ends with the signal's exit status: a chain of commands stops too."""
     if dist.is_initialized():
         dist.barrier()
-        # Gloo's threads need Python's lock to let go of the last collective's tensors. Destroying the group waits for these
-        # threads with the lock held: without time for them in between, one run in ten never ends.
+        # Gloo's threads need Python's lock to let go of the last collective's tensors. Destroying the group waits for
+        # these threads with the lock held: without time for them in between, one run in ten never ends.
         time.sleep(0.1)
         dist.destroy_process_group()
     if not complete:

@@ -20,18 +20,57 @@ def learning_rate(step: int, total_steps: int, peak_lr: float, warmup_steps: int
     return peak_lr * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """AdamW (arXiv:1711.05101) over what is trainable; matrices decay, norms do not. SGD is plain, for checks."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
+class OptimizerPair:
+    """Two optimizers over disjoint parameters that step as one."""
+
+    def __init__(self, first: torch.optim.Optimizer, second: torch.optim.Optimizer):
+        self.parts = (first, second)
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none=set_to_none)
+
+    def state_dict(self) -> dict:
+        return {str(index): part.state_dict() for index, part in enumerate(self.parts)}
+
+    def load_state_dict(self, state: dict) -> None:
+        for index, part in enumerate(self.parts):
+            part.load_state_dict(state[str(index)])
+
+
+def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer | OptimizerPair:
+    """The optimizer over what is trainable, as --optimizer says.
+
+    adamw: arXiv:1711.05101; matrices decay, norms do not. muon: orthogonalised momentum (arXiv:2502.16982, whose scale of
+    the update makes AdamW's learning rates fit) for the matrices inside the blocks, AdamW for the rest. sgd: plain, for
+    checks of gradients.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    inside = [p for name, p in named if p.dim() == 2 and ".layers." in name] if args.optimizer == "muon" else []
+    taken = {id(p) for p in inside}
     groups = [
-        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": args.weight_decay},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for _, p in named if p.dim() >= 2 and id(p) not in taken], "weight_decay": args.weight_decay},
+        {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     if args.optimizer == "sgd":
         return torch.optim.SGD([dict(group, weight_decay=0.0) for group in groups], lr=args.learning_rate)
-    fused = trainable[0].device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(args.beta1, args.beta2), eps=1e-8, fused=fused)
+    fused = named[0][1].device.type in ("cpu", "cuda")
+    adamw = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(args.beta1, args.beta2), eps=1e-8, fused=fused)
+    if not inside:
+        return adamw
+    muon = torch.optim.Muon(
+        inside, lr=args.learning_rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    return OptimizerPair(muon, adamw)
 
 
 def usable_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -90,7 +129,11 @@ def check_finite(loss: float, step: int) -> None:
 
 
 def optimizer_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision, lr: float, grad_clip: float
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | OptimizerPair,
+    precision: Precision,
+    lr: float,
+    grad_clip: float,
 ) -> float:
     """Clips, steps and clears the gradients; returns the gradient norm before clipping.
 

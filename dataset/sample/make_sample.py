@@ -214,7 +214,7 @@ ENGLISH_IDENTITY = [
     (["What can you do?", "What are you able to do?", "How can you help me?"], "I can answer simple questions."),
 ]
 
-ITEMS = "苹果 香蕉 梨 桃子 猫 狗 鸟 鱼 马 牛 羊 书 笔 门 窗户 水 茶 雨 雪 风 山 河 花 草 树 船 手 灯 桌子 椅子".split()
+ITEMS = list("猫狗鸟鱼马牛羊猪书笔门水茶雨雪风山河花草树船手灯梨车云海")
 SUM_WORDINGS = [
     "{a}+{b}=", "{a}+{b}等于几？", "{a}加{b}等于几？", "{a}加{b}等于多少？", "{a}加上{b}是多少？", "{a}和{b}的和是多少？", "计算{a}+{b}。",
     "{n}有{a}个苹果，又买了{b}个，一共有几个苹果？", "树上有{a}只鸟，又飞来{b}只，现在有几只鸟？",
@@ -355,9 +355,11 @@ def rule_facts(dice: Dice) -> list[Fact]:
         values = dict(a=a, b=b, x=max(a, b), y=min(a, b))
         asked = i < 1200
         if dice.chance(0.5):
-            add("comparing", family, LARGER_WORDINGS if asked else [], "{x}比{y}大。", ["{x}比{y}大，{y}比{x}小。"], **values)
+            answer = "{a}和{b}，{x}大。"
+            add("comparing", family, LARGER_WORDINGS if asked else [], answer, [answer], **values)
         else:
-            add("comparing", family, SMALLER_WORDINGS if asked else [], "{y}比{x}小。", ["{y}比{x}小，{x}比{y}大。"], **values)
+            answer = "{a}和{b}，{y}小。"
+            add("comparing", family, SMALLER_WORDINGS if asked else [], answer, [answer], **values)
 
     for a in range(100):
         add("neighbours", ("after", a), SUCCESSOR_WORDINGS, "{a}后面的数是{c}。", ["{a}后面的数是{c}。", "比{a}大1的数是{c}。"], a=a, c=a + 1)
@@ -367,15 +369,17 @@ def rule_facts(dice: Dice) -> list[Fact]:
         for b in range(1, 10):
             add("places", (a, b), PLACE_WORDINGS, "{a}个十和{b}个一是{c}。", ["{a}个十和{b}个一是{c}。"], a=a, b=b, c=10 * a + b)
 
-    for _ in range(600):
+    for i in range(1500):
         words = dice.shuffled(ITEMS)[: 3 + dice.below(2)]
         o = dice.below(len(words))
-        values = dict(l="、".join(words), o=DIGITS[o + 1], w=words[o])
-        add("lists", tuple(words), NTH_WORDINGS, "第{o}个是{w}。", ["{l}，第{o}个是{w}。"], **values)
-    for _ in range(500):
-        words = dice.shuffled(ITEMS)[:3]
-        values = dict(l="、".join(words), r="、".join(words[::-1]))
-        add("lists", tuple(words), REVERSE_WORDINGS, "{r}。", ["把{l}倒过来就是{r}。"], **values)
+        values = dict(l="、".join(words), r="、".join(words[::-1]), o=DIGITS[o + 1], w=words[o])
+        places = "，".join(f"第{DIGITS[k]}个是{word}" for k, word in enumerate(words, 1))
+        if i < 600:
+            add("lists", tuple(words), NTH_WORDINGS, "第{o}个是{w}。", ["{l}，第{o}个是{w}。"], **values)
+        elif i < 1200:
+            add("lists", tuple(words), REVERSE_WORDINGS, "{r}。", ["把{l}倒过来就是{r}。"], **values)
+        else:
+            add("lists", tuple(words), [], "", ["{l}，" + places + "，倒过来就是{r}。"], **values)
     return facts
 
 
@@ -486,7 +490,7 @@ def conversations(facts: list[Fact]) -> list[dict]:
     queue = exchanges(facts)
     made = []
     while queue:
-        length = dice.pick([1, 1, 1, 2, 2, 3, 3, 4])
+        length = dice.pick([1, 1, 2, 3, 3, 4])
         turns = []
         for question, answer in queue[:length]:
             turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -499,7 +503,7 @@ def conversations(facts: list[Fact]) -> list[dict]:
 # Pretraining texts
 
 STATED = {
-    "identity": 8, "manners": 4, "capitals": 6, "opposites": 8, "colours": 6, "animals": 6, "poems": 4, "words": 6, "calendar": 8, "english": 6,
+    "identity": 10, "manners": 4, "capitals": 9, "opposites": 10, "colours": 9, "animals": 9, "poems": 9, "words": 9, "calendar": 12, "english": 9,
     "sums": 9, "differences": 9, "comparing": 1, "neighbours": 4, "places": 3, "lists": 1,
 }
 OPENINGS = {
