@@ -16,10 +16,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ROOT / "dataset" / "sample"
 
-MODEL = "--hidden_size 192 --num_hidden_layers 4 --num_attention_heads 6 --num_key_value_heads 2 --max_seq_len 256"
-COMMON = "--batch_size 8 --log_interval 50 --save_interval 1000 --overwrite"
-PRETRAIN = f"{MODEL} {COMMON} --epochs 2 --learning_rate 3e-3 --warmup_iters 20"
-SFT = f"{MODEL} {COMMON} --epochs 3 --learning_rate 3e-3 --warmup_iters 20"
+# Muon learns this world in about a third of AdamW's steps
+COMMON = (
+    "--hidden_size 192 --num_hidden_layers 4 --num_attention_heads 6 --num_key_value_heads 2 --max_seq_len 256 "
+    "--optimizer muon --learning_rate 4e-3 --min_lr_ratio 0.05 --warmup_iters 20 --batch_size 8 --accumulation_steps 1 "
+    "--log_interval 50 --save_interval 1000 --eval_interval 1000 --overwrite"
+)
+PRETRAIN_EPOCHS, SFT_EPOCHS = 2, 3
 DIALOGUE = ("你好，你是谁？", "7加8等于多少？", "法国的首都是哪里？", "床前明月光的下一句是什么？", "What color is the sky?")
 
 
@@ -41,14 +44,14 @@ def main(argv: list[str] | None = None) -> None:
         "1. Pretraining: reading",
         "trainer/train_pretrain.py",
         *("--data_path", SAMPLE / "pretrain.jsonl", "--valid_path", SAMPLE / "valid.jsonl"),
-        *PRETRAIN.split(),
+        *("--epochs", PRETRAIN_EPOCHS, *COMMON.split()),
         *out,
     )
     run(
         "2. Fine-tuning: answering",
         "trainer/train_full_sft.py",
         *("--data_path", SAMPLE / "sft.jsonl"),
-        *SFT.split(),
+        *("--epochs", SFT_EPOCHS, *COMMON.split()),
         *out,
     )
     run("3. Questions it was never asked before", "scripts/score_sample.py", *out)

@@ -120,11 +120,15 @@ def test_killed_runs_end_bit_identical(launcher, tmp_path, texts):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("use_moe", [False, True])
-@pytest.mark.parametrize("script", ["train_pretrain", "train_full_sft"])
-def test_runs_killed_ten_times_end_bit_identical(launcher, tmp_path, texts, script, use_moe):
+@pytest.mark.parametrize(
+    "script, use_moe, optimizer",
+    [("train_pretrain", False, "adamw"), ("train_pretrain", True, "muon")]
+    + [("train_full_sft", False, "muon"), ("train_full_sft", True, "adamw")],
+)
+def test_runs_killed_ten_times_end_bit_identical(launcher, tmp_path, texts, script, use_moe, optimizer):
     suffix = "_32_moe" if use_moe else "_32"
     flags = {"data_path": texts, "epochs": 8, "use_moe": use_moe, "batch_size": 2, "accumulation_steps": 2}
+    flags["optimizer"] = optimizer
     if script == "train_full_sft":
         launcher.run("train_pretrain", tiny_flags(tmp_path / "base", texts, max_steps=3, use_moe=use_moe))
         data = write_conversations(tmp_path / "chats.jsonl", 40)

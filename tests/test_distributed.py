@@ -41,6 +41,7 @@ def split_run(launcher, out_dir, data, split, script="train_pretrain", **flags):
 
 
 def check_split(launcher, folder, data, split, whole, tolerance, **flags):
+    """The gradients of the first step to 1e-6; everything after it to a tolerance in relative norm."""
     gradients, weights, log = split_run(launcher, folder / "-".join(map(str, split)), data, split, **flags)
     expected_gradients, expected_weights, expected_log = whole
     assert len(gradients) == len(expected_gradients) == 5
@@ -50,7 +51,7 @@ def check_split(launcher, folder, data, split, whole, tolerance, **flags):
     assert relative_error(weights, expected_weights) < tolerance
     for ours, theirs in zip(log, expected_log, strict=True):
         for name in ("loss", "aux_loss", "grad_norm"):
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-9), name
+            assert ours[name] == pytest.approx(theirs[name], rel=max(1e-5, tolerance), abs=1e-9), name
         for name in ("step", "epoch", "lr"):
             assert ours[name] == theirs[name]
 
@@ -67,9 +68,10 @@ def test_a_global_batch_may_be_split_in_any_way(launcher, tmp_path, texts, use_m
 @pytest.mark.full
 @pytest.mark.parametrize("use_moe", [False, True])
 @pytest.mark.parametrize("script", ["train_pretrain", "train_full_sft"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 def test_every_stage_may_be_split_in_any_way(launcher, tmp_path, texts, script, optimizer, use_moe):
-    rate, tolerance = (0.3, 1e-6) if optimizer == "sgd" else (1e-3, 1e-5)
+    # torch's Muon orthogonalises in bfloat16, which makes more of a difference in rounding
+    rate, tolerance = {"sgd": (0.3, 1e-6), "adamw": (1e-3, 1e-5), "muon": (1e-3, 1e-3)}[optimizer]
     flags = {"optimizer": optimizer, "learning_rate": rate, "use_moe": use_moe, "script": script}
     data = texts
     if script == "train_full_sft":

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import read_log, relative_error, tiny_flags
+from conftest import assert_identical, read_log, relative_error, tiny_flags
 from torch import nn
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
@@ -75,6 +75,51 @@ def test_sgd_is_plain():
         torch.testing.assert_close(parameter.detach(), before[name] - 0.125)
 
 
+def fill_gradients(model, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def test_muon_takes_the_matrices_inside_the_blocks_and_adamw_the_rest():
+    model = tiny_model(use_moe=True)
+    optimizer = build_optimizer(model, flags(optimizer="muon"))
+    muon, adamw = optimizer.parts
+    assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
+    owned = {id(p): group["weight_decay"] for group in muon.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert (id(parameter) in owned) == ("proj" in name or "gate.weight" in name), name
+    rest = [id(p) for group in adamw.param_groups for p in group["params"]]
+    assert len(rest) + len(owned) == len(list(model.parameters())) and not owned.keys() & set(rest)
+    fill_gradients(model, 0)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer_step(model, optimizer, Precision("float32", CPU), 1e-3, grad_clip=1.0)
+    assert {group["lr"] for group in optimizer.param_groups} == {1e-3}
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
+def test_a_restored_optimizer_goes_on_as_if_nothing_had_been(name, tmp_path):
+    """Through a file, as a resume state is kept, with three steps before and three after."""
+    models = [tiny_model(), tiny_model()]
+    optimizers = [build_optimizer(model, flags(optimizer=name)) for model in models]
+    precision = Precision("float32", CPU)
+    for step in range(3):
+        fill_gradients(models[0], step)
+        optimizer_step(models[0], optimizers[0], precision, 1e-2, grad_clip=1.0)
+    torch.save((models[0].state_dict(), optimizers[0].state_dict()), tmp_path / "state")
+    weights, state = torch.load(tmp_path / "state", weights_only=True)
+    models[1].load_state_dict(weights)
+    optimizers[1].load_state_dict(state)
+    for step in range(3, 6):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            fill_gradients(model, step)
+            optimizer_step(model, optimizer, precision, 1e-2, grad_clip=1.0)
+    assert_identical(models[1].state_dict(), models[0].state_dict())
+    assert_identical(optimizers[1].state_dict(), optimizers[0].state_dict())
+
+
 def linear_with_gradient(gradient: float) -> tuple[nn.Linear, torch.optim.Optimizer]:
     model = nn.Linear(3, 3, bias=False)
     nn.init.zeros_(model.weight)
@@ -109,7 +154,7 @@ def test_the_scaler_of_float16_skips_such_a_step_but_not_for_ever():
     assert float(model.weight.grad[0, 0]) == 4.0
     assert optimizer_step(model, optimizer, precision, lr=1.0, grad_clip=0) == pytest.approx(3.0)
     torch.testing.assert_close(model.weight.detach(), torch.full((3, 3), -1.0))
-    with pytest.raises(FloatingPointError):
+    with pytest.raises(FloatingPointError, match="gradient norm"):
         for _ in range(100):
             precision.backward(model(torch.full((1, 3), math.inf)).sum())
             optimizer_step(model, optimizer, precision, lr=1.0, grad_clip=0)

@@ -319,15 +319,15 @@ def with_article(noun: str) -> str:
 
 
 def counted(a: int, sign: str, b: int) -> str:
-    """A sum or difference as a child counts it out on its fingers, 8+5：1:9，2:10，3:11，4:12，5:13。8+5=13。
+    """A sum or difference as a child counts it out on its fingers: 8+5：1:9，2:10，3:11，4:12，5:13。8+5=13。
 
-    Up from the larger operand, or down from the first. A table of sums can only be learned by heart; this is a rule that
-    a very small model finds: each step is the number after, or before, the last one, and the counter says when to stop.
+    A table of sums can only be learned by heart; this is a rule that a very small model finds: each step is the number
+    after, or before, the last one, and the counter says when to stop.
     """
-    start, steps, by = (max(a, b), min(a, b), 1) if sign == "+" else (a, b, -1)
-    counting = "，".join(f"{i}:{start + by * i}" for i in range(1, steps + 1))
-    working = f"{a}{sign}{b}：{counting}。" if counting else ""
-    return f"{working}{a}{sign}{b}={start + by * steps}。"
+    by = 1 if sign == "+" else -1
+    result = f"{a}{sign}{b}={a + by * b}。"
+    counting = "，".join(f"{i}:{a + by * i}" for i in range(1, b + 1))
+    return f"{a}{sign}{b}：{counting}。{result}" if b else result
 
 
 def rule_facts(dice: Dice) -> list[Fact]:
@@ -340,7 +340,7 @@ def rule_facts(dice: Dice) -> list[Fact]:
         facts.append(Fact(category, answer.format(**names), asked, stated, rule=True, family=(category, *family)))
 
     for a in range(21):
-        for b in range(21 - a):
+        for b in range(min(20 - a, 10) + 1):
             family = (min(a, b), max(a, b))
             add("sums", family, SUM_WORDINGS, counted(a, "+", b), [counted(a, "+", b)], a=a, b=b)
     for a in range(21):
@@ -352,13 +352,13 @@ def rule_facts(dice: Dice) -> list[Fact]:
     large = dice.shuffled([(a, b) for a, b in every_pair if max(a, b) > 20])[:2200]
     for i, (a, b) in enumerate(small + large):
         family = (min(a, b), max(a, b))
-        values = dict(a=a, b=b, x=max(a, b), y=min(a, b))
+        values = dict(a=a, b=b, s="<" if a < b else ">", x=max(a, b), y=min(a, b))
         asked = i < 1200
         if dice.chance(0.5):
-            answer = "{a}和{b}，{x}大。"
+            answer = "{a}{s}{b}，{x}大。"
             add("comparing", family, LARGER_WORDINGS if asked else [], answer, [answer], **values)
         else:
-            answer = "{a}和{b}，{y}小。"
+            answer = "{a}{s}{b}，{y}小。"
             add("comparing", family, SMALLER_WORDINGS if asked else [], answer, [answer], **values)
 
     for a in range(100):
@@ -369,7 +369,7 @@ def rule_facts(dice: Dice) -> list[Fact]:
         for b in range(1, 10):
             add("places", (a, b), PLACE_WORDINGS, "{a}个十和{b}个一是{c}。", ["{a}个十和{b}个一是{c}。"], a=a, b=b, c=10 * a + b)
 
-    for i in range(1500):
+    for i in range(2000):
         words = dice.shuffled(ITEMS)[: 3 + dice.below(2)]
         o = dice.below(len(words))
         values = dict(l="、".join(words), r="、".join(words[::-1]), o=DIGITS[o + 1], w=words[o])
