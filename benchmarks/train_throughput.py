@@ -11,7 +11,7 @@ those that are not padding. The peers:
                     and bfloat16 autocast: the best one gets from transformers without writing kernels
 
     python benchmarks/train_throughput.py [--data_path FILE.jsonl] [--rows 8] [--rounds 3]
-    python benchmarks/train_throughput.py --device cuda --rows 32        # on a GPU; ours is compiled there, as in training
+    python benchmarks/train_throughput.py --device cuda --rows 32
 """
 
 import argparse
@@ -205,9 +205,8 @@ def main() -> None:
                 contender.run(args.seconds)
             mfu.append(contenders["ours"].flops / matmul_rate(device))
 
-    print(
-        f"\n{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.rows} rows of {SEQ}, {args.data_path.name}"
-    )
+    setting = f"{args.rows} rows of {SEQ}, {args.data_path.name}"
+    print(f"\n{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {setting}")
     print(f"{'':18}{'useful tokens/s':>16}  {'ours is faster by (median of rounds)':>36}")
     ours = contenders["ours"].rates
     for name, contender in contenders.items():

@@ -118,7 +118,7 @@ class MiniMindConfig(PretrainedConfig):
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """y = x / sqrt(mean(x²) + eps) · weight in float32, as few passes over memory: eager CPU training is bound by them."""
+    """y = x / sqrt(mean(x²) + eps) · weight in float32, in few passes over memory, which bound eager CPU training."""
 
     @staticmethod
     def forward(ctx, x, weight, eps, dtype):

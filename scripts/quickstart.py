@@ -1,4 +1,4 @@
-"""From nothing to a chat on a laptop: pretrains and fine-tunes a tiny model on dataset/sample/, talks to it and scores it.
+"""From nothing to a chat on a laptop: trains a tiny model on dataset/sample/, scores it and talks to it.
 
 Runs the real scripts, one after the other, with settings for two CPU cores: trainer/train_pretrain.py,
 trainer/train_full_sft.py, eval_model.py, scripts/score_sample.py. Weights and logs go to out/quickstart/.
@@ -23,15 +23,22 @@ COMMON = (
     "--log_interval 50 --save_interval 1000 --eval_interval 1000 --overwrite"
 )
 PRETRAIN_EPOCHS, SFT_EPOCHS = 2, 3
-DIALOGUE = ("你好，你是谁？", "7加8等于多少？", "法国的首都是哪里？", "床前明月光的下一句是什么？", "What color is the sky?")
+DIALOGUE = (
+    "你好，你是谁？",
+    "7加8等于多少？",
+    "法国的首都是哪里？",
+    "“床前明月光”的下一句是什么？",
+    "What colour is the sky?",
+)
 
 
-def run(title: str, script: str, *flags: object, **options) -> None:
+def run(title: str, script: str, *flags: object, **options) -> subprocess.CompletedProcess:
     """Runs one of our scripts as a user would; its failure ends this one."""
     print(f"\n=== {title}\n$ python {script} {shlex.join(map(str, flags))}", flush=True)
     done = subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], **options)
     if done.returncode:
         sys.exit(f"error: {script} ended with status {done.returncode}")
+    return done
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -55,14 +62,17 @@ def main(argv: list[str] | None = None) -> None:
         *out,
     )
     run("3. Questions it was never asked before", "scripts/score_sample.py", *out)
-    run(
+    chat = run(
         "4. A conversation",
         "eval_model.py",
         *("--model_mode", 1, "--temperature", 0),
         *out,
         input="\n".join(DIALOGUE) + "\n",
-        text=True,
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
     )
+    for question, answer in zip(DIALOGUE, chat.stdout.splitlines(), strict=True):
+        print(f"  you:   {question}\n  model: {answer}")
     print(f"\nDone in {(time.monotonic() - start) / 60:.1f} minutes. Talk to it yourself:")
     print(f"  {sys.executable} eval_model.py --model_mode 1 --out_dir {args.out_dir}")
 

@@ -3,8 +3,9 @@
     python scripts/score_sample.py --out_dir out/quickstart            the full_sft weights in that folder
     python scripts/score_sample.py --weight out/quickstart/full_sft_192.pth
 
-Every question is a chat of its own, answered greedily; an answer counts if its whole text, white space at its ends aside, is
-the expected one. Prints a table and a line `exact match: NN.N %`, and writes {weights}.score.json beside the weights.
+Every question is a chat of its own, answered greedily; an answer counts if its whole text, white space at its ends
+aside, is the expected one. Prints a table and a line `exact match: NN.N %`, and writes {weights}.score.json beside the
+weights.
 """
 
 import argparse
@@ -18,9 +19,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dataset.tokenization import ChatTokenizer  # noqa: E402
-from model.generation import SamplingParams, generate_batch  # noqa: E402
-from model.weights import STAGES, load_model, weight_path, write_json  # noqa: E402
+from dataset.tokenization import ChatTokenizer
+from model.generation import SamplingParams, generate_batch
+from model.weights import STAGES, load_model, weight_path, write_json
 
 LONGEST_ANSWER = 128  # tokens; the longest expected answer is about half of it
 
@@ -45,7 +46,7 @@ def read_questions(path: Path) -> list[dict]:
 
 
 def find_weight(weight: Path | None, stage: str, out_dir: Path, hidden_size: int | None) -> Path:
-    """The file that --weight names, or the only file of the stage in out_dir. ValueError where there is none, or several."""
+    """The file that --weight names, or the only file of the stage in out_dir. ValueError: there is none, or several."""
     if weight is not None:
         return weight
     if hidden_size is not None:
@@ -72,7 +73,7 @@ def percent(right: int, asked: int) -> float:
 
 
 def score(questions: list[dict], answers: list[str]) -> dict:
-    """What is written to the .score.json; percentages are rounded down, so that a threshold is never reached by rounding."""
+    """What is written to the .score.json; percentages are rounded down: rounding reaches no threshold."""
     rows: dict[str, list[int]] = {}
     for question, answer in zip(questions, answers, strict=True):
         right = answer == question["answer"].strip()

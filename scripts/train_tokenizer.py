@@ -240,17 +240,34 @@ def check_round_trip(tokenizer: ChatTokenizer) -> None:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data_path", type=Path, nargs="+", default=[ROOT / "dataset/pretrain_hq.jsonl"], metavar="JSONL",
-        help="pretrain, conversation or preference records, one file or several (default: dataset/pretrain_hq.jsonl)")
-    add("--valid_path", type=Path, metavar="JSONL",
-        help=f"records for the report (default: every {HELD_OUT_EVERY}th record, which is then kept from training)")
+    add(
+        "--data_path",
+        type=Path,
+        nargs="+",
+        default=[ROOT / "dataset/pretrain_hq.jsonl"],
+        metavar="JSONL",
+        help="pretrain, conversation or preference records, one file or several (default: dataset/pretrain_hq.jsonl)",
+    )
+    add(
+        "--valid_path",
+        type=Path,
+        metavar="JSONL",
+        help=f"records for the report (default: every {HELD_OUT_EVERY}th record, which is then kept from training)",
+    )
     add("--vocab_size", type=int, default=6400, help="ids in all (default: %(default)s)")
-    add("--max_train_mb", type=float, default=100.0,
+    add(
+        "--max_train_mb",
+        type=float,
+        default=100.0,
         help="larger data is thinned out evenly to about this many MB; training needs some 60 times their size "
-        "in memory (default: %(default)s)")
+        "in memory (default: %(default)s)",
+    )
     add("--output_dir", type=Path, default=ROOT / "out/tokenizer", help="default: out/tokenizer")
-    add("--force", action="store_true",
-        help="allow --output_dir to be model/, whose tokenizer all weights trained so far depend on")
+    add(
+        "--force",
+        action="store_true",
+        help="allow --output_dir to be model/, whose tokenizer all weights trained so far depend on",
+    )
     args = parser.parse_args(argv)
     mistakes = []
     for path in [*args.data_path, *([args.valid_path] if args.valid_path else [])]:

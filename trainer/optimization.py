@@ -49,9 +49,9 @@ class OptimizerPair:
 def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer | OptimizerPair:
     """The optimizer over what is trainable, as --optimizer says.
 
-    adamw: arXiv:1711.05101; matrices decay, norms do not. muon: orthogonalised momentum (arXiv:2502.16982, whose scale of
-    the update makes AdamW's learning rates fit) for the matrices inside the blocks, AdamW for the rest. sgd: plain, for
-    checks of gradients.
+    adamw: arXiv:1711.05101; matrices decay, norms do not. muon: orthogonalised momentum (arXiv:2502.16982,
+    whose scale of the update makes AdamW's learning rates fit) for the matrices inside the blocks, AdamW for the rest.
+    sgd: plain, for checks of gradients.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     inside = [p for name, p in named if p.dim() == 2 and ".layers." in name] if args.optimizer == "muon" else []

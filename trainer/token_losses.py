@@ -60,7 +60,7 @@ def token_cross_entropy(hidden_states: torch.Tensor, weight: torch.Tensor, label
         # a CPU skips the logits of prompts and padding; a GPU would have to wait for their count
         targets = (flat_labels >= 0).nonzero().squeeze(1)
         count = len(targets)
-        # rounded up, so that blocks of few distinct sizes are asked of the allocator: arbitrary ones fragment its memory
+        # rounded up: blocks of few distinct sizes; arbitrary ones would fragment the allocator's memory
         targets = torch.cat((targets, targets[-1:].expand(-count % ROUNDING)))
         labels_of_targets = flat_labels[targets]
         labels_of_targets[count:] = -100

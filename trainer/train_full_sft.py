@@ -2,8 +2,8 @@
 
     loss = sum(w * CE) / sum(w) + aux
 
-w is 1 on the assistant's content and the <|im_end|> that ends it, else 0; CE is the cross-entropy of the next
-token in nats. Both sums run over the whole optimizer step. aux is the load-balancing loss of a mixture of experts, as in
+w is 1 on the assistant's content and the <|im_end|> that ends it, else 0; CE is the cross-entropy of the next token
+in nats. Both sums run over the whole optimizer step. aux is the load-balancing loss of a mixture of experts, as in
 train_pretrain.py.
 
 Reads   {"conversations": [{"role": ..., "content": ...}, ...]} a line (--data_path,
