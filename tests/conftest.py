@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -234,7 +235,7 @@ class Launcher:
     """Starts scripts as processes, from a server that has imported torch and transformers already."""
 
     def __init__(self, folder: Path):
-        self.folder, self.count = folder, 0
+        self.folder, self.children = folder, []
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["trainer.train_pretrain", "trainer.train_full_sft"])
         before = dict(os.environ)
@@ -247,12 +248,12 @@ class Launcher:
 
     def start(self, script: str, flags: list[str], env: dict | None = None, patches=()) -> Child:
         """patches: functions of this file or of a test file, called with the script's module before its main."""
-        self.count += 1
-        printed = self.folder / f"{self.count}.txt"
+        printed = self.folder / f"{len(self.children)}.txt"
         arguments = (script, flags, env or {}, printed, list(patches))
         process = self.context.Process(target=_run_in_child, args=arguments)
         process.start()
-        return Child(process, printed)
+        self.children.append(Child(process, printed))
+        return self.children[-1]
 
     def start_ranks(self, world_size: int, script: str, flags: list[str], env: dict | None = None, patches=()):
         """What torchrun starts on one machine."""
@@ -277,8 +278,12 @@ class Launcher:
 
 
 @pytest.fixture(scope="session")
-def launcher(tmp_path_factory) -> Launcher:
-    return Launcher(tmp_path_factory.mktemp("printed"))
+def launcher(tmp_path_factory) -> Iterator[Launcher]:
+    launcher = Launcher(tmp_path_factory.mktemp("printed"))
+    yield launcher
+    for child in launcher.children:  # what a test that failed left behind
+        if child.process.is_alive():
+            child.process.kill()
 
 
 def run_python(*arguments: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:

@@ -80,7 +80,8 @@ class Checkpoint:
             return Progress()
         unwrap_model(model).load_state_dict(state["model"], strict=True)
         optimizer.load_state_dict(state["optimizer"])
-        precision.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty when the saved run needed none
+            precision.scaler.load_state_dict(state["scaler"])
         if len(state["rng"]) == self.process.world_size:
             _set_rng_state(state["rng"][self.process.rank])
         progress = Progress(**state["progress"])
