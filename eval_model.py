@@ -11,6 +11,7 @@ Answers go to stdout, everything else to stderr. An empty line ends the conversa
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -401,11 +402,16 @@ def converse(args: argparse.Namespace, conversation: Conversation) -> int:
         return 0
 
     note("[0] automatic test 自动测试\n[1] type your own 手动输入")
-    automatic = next(read_lines("> "), "1").strip() == "0"
+    choice = next(read_lines("> "), "").strip()
+    if not choice:
+        return 0
+    automatic = choice == "0"
     prompts = TEST_BEGINNINGS if args.model_mode == PRETRAIN else TEST_PROMPTS
     if not automatic:
         note("An empty line ends the conversation, Ctrl-C an answer. 空行结束对话，Ctrl-C 中止回答。")
-    for prompt in prompts if automatic else read_lines("👶: "):
+    # whoever types a question at the menu wants it answered
+    first = [] if choice in ("0", "1") else [choice]
+    for prompt in prompts if automatic else itertools.chain(first, read_lines("👶: ")):
         note(f"👶: {prompt}\n🤖: " if automatic else "🤖: ", end="")
         try:
             conversation.answer(prompt)

@@ -509,7 +509,7 @@ def _checked_stat(data_path: Path) -> os.stat_result:
         holds = f"{data_path.parent} holds: {', '.join(near[:10]) or 'no jsonl file'}"
         if not data_path.parent.is_dir():
             holds = f"the folder {data_path.parent} is not there either"
-        raise ValueError(f"{data_path} not found; --data_path names the jsonl file. {holds}") from error
+        raise ValueError(f"{data_path} not found; give a jsonl file to --data_path or --valid_path. {holds}") from error
     except OSError as error:
         raise ValueError(f"cannot read {data_path}: {error.strerror}; see --data_path") from error
     if not stat.st_size:

@@ -43,6 +43,8 @@ def find_weights(stage_or_path: str, out_dir: str | Path, hidden_size: int, use_
     path = Path(stage_or_path)
     if stage_or_path in STAGES:
         path = weight_path(out_dir, stage_or_path, hidden_size, use_moe)
+    elif path.suffix != ".pth":
+        raise WeightsError(f"{stage_or_path} is neither a .pth file nor a stage; the stages are {', '.join(STAGES)}")
     if not path.is_file():
         raise WeightsError(missing_message(path))
     return path

@@ -1,6 +1,8 @@
 """Flags that every stage has. Each stage passes its own defaults and adds its own flags."""
 
 import argparse
+import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -173,6 +175,17 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = No
 def model_config(args: argparse.Namespace, vocab_size: int) -> MiniMindConfig:
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "use_moe")
     return MiniMindConfig(vocab_size=vocab_size, **{name: getattr(args, name) for name in names})
+
+
+def chat_command(args: argparse.Namespace, model_mode: int) -> str:
+    """The command that talks to what this run made, ready to paste."""
+    command = ["python", os.path.relpath(ROOT / "eval_model.py"), "--model_mode", str(model_mode)]
+    if args.out_dir != from_root("out"):
+        command += ["--out_dir", str(args.out_dir)]
+    if args.tokenizer_path != from_root("model"):
+        command += ["--tokenizer_path", str(args.tokenizer_path)]
+    command += ["--hidden_size", str(args.hidden_size)] + ["--use_moe"] * args.use_moe
+    return shlex.join(command)
 
 
 def run_script(main: Callable[[], None]) -> None:

@@ -64,7 +64,7 @@ class Evaluator:
     def __init__(self, args: argparse.Namespace, kind: str, tokenizer: ChatTokenizer, process: Process):
         self.tokenizer, self.process = tokenizer, process
         self.data = PackedData(args, kind, tokenizer, process, args.valid_path) if args.valid_path else None
-        self.prompt_ids = []
+        self.prompt, self.prompt_ids = args.sample_prompt, []
         if args.sample_prompt and kind == "pretrain":
             self.prompt_ids = [tokenizer.bos_id, *tokenizer.encode_documents([args.sample_prompt])[0]]
         elif args.sample_prompt:
@@ -77,7 +77,7 @@ class Evaluator:
         if self.data is not None:
             metrics = evaluate(model, self.data, precision, self.process, self.tokenizer)
         if self.prompt_ids and self.process.is_main:
-            sample = sample_text(model, self.tokenizer, precision, self.prompt_ids)
+            sample = f"{self.prompt!r} -> {sample_text(model, self.tokenizer, precision, self.prompt_ids)!r}"
         if metrics or sample:
             logger.evaluation(step, metrics, sample)
         return metrics

@@ -144,6 +144,8 @@ class Logger:
             f"{self.total_steps:,} steps of {rows} rows ({args.batch_size} × {args.accumulation_steps} micro-batches × "
             f"{self.process.world_size} processes) on {self.process.device} in {precision.name}"
         )
+        if data.plan.num_rows < rows:
+            self.say(f"note: one step takes {rows} rows; for so little data lower --batch_size or --accumulation_steps")
         if precision.notice:
             self.say(f"note: {precision.notice}")
 
@@ -207,7 +209,10 @@ class Logger:
 
     def evaluation(self, step: int, metrics: dict, sample: str = "") -> None:
         numbers = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())
-        self.say(f"step {step} held out: {numbers}" + (f"\n  sample: {sample!r}" if sample else ""))
+        if metrics:
+            self.say(f"step {step} held out: {numbers}")
+        if sample:
+            self.say(f"step {step} sample: {sample}")
         self.record({"event": "evaluation", "step": step, **metrics, "sample": sample})
 
     def say(self, text: str) -> None:

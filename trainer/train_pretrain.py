@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset.tokenization import ChatTokenizer
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import save_weights, weight_path
-from trainer.arguments import from_root, model_config, parse_arguments, run_script, stage_parser
+from trainer.arguments import chat_command, from_root, model_config, parse_arguments, run_script, stage_parser
 from trainer.checkpoint import Checkpoint, refuse_other_weights, sidecar
 from trainer.distributed import gradient_sync, start_process, stop_on_signal, stop_process, sum_over_ranks, wrap_model
 from trainer.evaluation import Evaluator
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
                     save()
             if stopping:
                 break
-    logger.close(weights, progress, "python eval_model.py --model_mode 0")
+    logger.close(weights, progress, chat_command(args, 0))
     stop_process(stop, progress.complete)
 
 
