@@ -213,7 +213,8 @@ class Child:
             time.sleep(0.01)
 
     def signal(self, number: int, group: bool = False) -> None:
-        (os.killpg if group else os.kill)(self.process.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it may be through already
+            (os.killpg if group else os.kill)(self.process.pid, number)
 
 
 def _run_in_child(script: str, flags: list[str], env: dict, printed: Path, patches: list) -> None:
