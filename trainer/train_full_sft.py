@@ -6,6 +6,9 @@ w is 1 on the assistant's content and the <|im_end|> that ends it, else 0; CE is
 in nats. Both sums run over the whole optimizer step. aux is the load-balancing loss of a mixture of experts, as in
 train_pretrain.py.
 
+The learning rate departs from the original's 5e-7, which hardly moves the weights: held-out losses of both are in
+benchmarks/RESULTS.md.
+
 Reads   {"conversations": [{"role": ..., "content": ...}, ...]} a line (--data_path,
         default dataset/sft_mini_512.jsonl), out/pretrain_{hidden_size}{_moe}.pth (--base_weight)
 Writes  out/full_sft_{hidden_size}{_moe}.pth and a .json beside it, out/resume/, out/logs/
