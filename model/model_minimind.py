@@ -174,12 +174,37 @@ def rotary_tables(position_ids: torch.Tensor, head_dim: int, theta: float) -> tu
         return angles.cos(), angles.sin()
 
 
+class Rotation(torch.autograd.Function):
+    """The rotation in few passes over memory, for eager CPU training; its gradient is the rotation backwards."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return Rotation.turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return Rotation.turn(grad, cos, -sin), None, None
+
+    @staticmethod
+    def turn(x, cos, sin):
+        half = x.shape[-1] // 2
+        first, second = x.float().split(half, dim=-1)
+        out = x.new_empty(x.shape, dtype=torch.float32)
+        torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
+        torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin)
+        return out.to(x.dtype)
+
+
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates the pairs (x_i, x_{i + head_dim/2}), the split-halves convention of Hugging Face's Llama.
 
     x (batch, seq, heads, head_dim), cos and sin (batch, seq, head_dim / 2). float32 inside, x's dtype outside.
     """
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    if x.device.type == "cpu" and x.requires_grad:
+        return Rotation.apply(x, cos, sin)
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
@@ -408,7 +433,8 @@ class MoEFeedForward(nn.Module):
         inputs = x[token]
         counts = torch.zeros(len(self.experts), dtype=torch.int64, device=x.device)
         counts = counts.index_add_(0, experts.flatten(), torch.ones_like(order))
-        if x.is_cuda and hasattr(F, "grouped_mm") and compute_dtype(x) == torch.bfloat16:
+        plain = all(type(layer) is nn.Linear for expert in self.experts for layer in expert.children())  # no adapters
+        if plain and x.is_cuda and hasattr(F, "grouped_mm") and compute_dtype(x) == torch.bfloat16:
             outputs = self._grouped(inputs, counts)
         else:
             # an expert that got no token still takes part, with an empty slice: its gradient is zero, not missing

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FREE_ON_RESUME = {
     "resume", "log_interval", "save_interval", "eval_interval", "num_workers", "use_wandb", "wandb_project", "out_dir",
     "cache_dir", "device", "ddp", "local_rank", "valid_path", "sample_prompt", "compile", "overwrite", "batch_size",
-    "accumulation_steps", "gradient_checkpointing",
+    "accumulation_steps", "gradient_checkpointing", "save_peft",
 }  # fmt: skip
 
 
@@ -126,8 +126,13 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
     return parser
 
 
-def parse_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses and checks; all mistakes are reported at once, each with its flag."""
+def parse_arguments(
+    parser: argparse.ArgumentParser, argv: list[str] | None = None, **checks: tuple[Callable, str]
+) -> argparse.Namespace:
+    """Parses and checks; all mistakes are reported at once, each with its flag.
+
+    checks: for flags of one stage, name -> (whether a value is right, what it must be).
+    """
     args = parser.parse_args(argv)
     mistakes = []
 
@@ -153,6 +158,8 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = No
     expect("min_lr_ratio", lambda v: 0 <= v <= 1, "between 0 and 1")
     for flag in ("beta1", "beta2"):
         expect(flag, lambda v: 0 <= v < 1, "at least 0 and below 1")
+    for flag, (ok, wanted) in checks.items():
+        expect(flag, ok, wanted)
     if args.max_seq_len > MiniMindConfig().max_position_embeddings:
         mistakes.append(
             f"--max_seq_len {args.max_seq_len}: the model has {MiniMindConfig().max_position_embeddings} positions"
@@ -177,7 +184,7 @@ def model_config(args: argparse.Namespace, vocab_size: int) -> MiniMindConfig:
     return MiniMindConfig(vocab_size=vocab_size, **{name: getattr(args, name) for name in names})
 
 
-def chat_command(args: argparse.Namespace, model_mode: int) -> str:
+def chat_command(args: argparse.Namespace, model_mode: int, *more: str) -> str:
     """The command that talks to what this run made, ready to paste."""
     command = ["python", os.path.relpath(ROOT / "eval_model.py"), "--model_mode", str(model_mode)]
     if args.out_dir != from_root("out"):
@@ -185,7 +192,7 @@ def chat_command(args: argparse.Namespace, model_mode: int) -> str:
     if args.tokenizer_path != from_root("model"):
         command += ["--tokenizer_path", str(args.tokenizer_path)]
     command += ["--hidden_size", str(args.hidden_size)] + ["--use_moe"] * args.use_moe
-    return shlex.join(command)
+    return shlex.join([*command, *more])
 
 
 def run_script(main: Callable[[], None]) -> None:

@@ -1,7 +1,12 @@
-"""Resume state: everything a run needs to go on as if it had never stopped, in one file that is replaced atomically."""
+"""What a run leaves on disk: its weights with their sidecar, and everything it needs to go on as if never stopped.
+
+Each file is replaced atomically, the resume state last: when that one is complete, so are the weights.
+"""
 
 import argparse
+import hashlib
 import random
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,12 +15,22 @@ import torch
 from torch import nn
 
 from dataset.tokenization import ChatTokenizer
+from model.model_lora import read_lora
 from model.model_minimind import MiniMindConfig
-from model.weights import WeightsError, config_from_state_dict, read_sidecar, read_state_dict, write_atomically
+from model.weights import (
+    WeightsError,
+    config_from_state_dict,
+    read_sidecar,
+    read_state_dict,
+    save_weights,
+    weight_path,
+    write_atomically,
+)
 from trainer.arguments import FREE_ON_RESUME
 from trainer.distributed import Process, gather_objects, unwrap_model
+from trainer.loader import PackedData
 from trainer.logger import Progress, versions
-from trainer.optimization import Precision
+from trainer.optimization import OptimizerPair, Precision
 
 
 def sidecar(
@@ -38,9 +53,11 @@ def sidecar(
     }
 
 
-def resume_path(weights: Path) -> Path:
-    """out/resume/{the weight file's name}.resume"""
-    return weights.parent / "resume" / f"{weights.stem}.resume"
+def output_path(stage: str, config: MiniMindConfig, args: argparse.Namespace) -> Path:
+    """The weight file that this run will write. Raises WeightsError where it would replace weights of other sizes."""
+    path = weight_path(args.out_dir, stage, config.hidden_size, config.use_moe)
+    refuse_other_weights(path, config, args)
+    return path
 
 
 def refuse_other_weights(path: Path, config: MiniMindConfig, args: argparse.Namespace) -> None:
@@ -65,20 +82,57 @@ def refuse_other_weights(path: Path, config: MiniMindConfig, args: argparse.Name
         )
 
 
+def refuse_other_adapter(path: Path, model: nn.Module, args: argparse.Namespace) -> None:
+    """The same for an adapter of a model of another depth."""
+    if args.overwrite or not path.exists():
+        return
+    there = {name.split(".layers.")[-1].split(".")[0] for name in read_lora(path)}
+    here = {str(index) for index in range(model.config.num_hidden_layers)}
+    if there != here:
+        raise WeightsError(
+            f"{path} holds an adapter of {len(there)} layers, this model has {len(here)}; give --overwrite to replace "
+            "it, or another --lora_name"
+        )
+
+
 class Checkpoint:
-    """Saves and restores one run: float32 weights, optimizer, scaler, data position and all RNG states."""
+    """Saves and restores one run: float32 weights, optimizer, scaler, data position and all RNG states.
 
-    def __init__(self, weights: Path, args: argparse.Namespace, process: Process, identity: dict):
-        """identity: what else must be equal on resume: tokenizer hash, data fingerprint, starting weights."""
-        self.path = resume_path(weights)
-        self.args, self.process, self.identity = args, process, identity
+    Only what is trained goes into the resume state; frozen weights come from the file they were loaded from.
+    """
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision) -> Progress:
+    def __init__(
+        self,
+        weights: Path,
+        stage: str,
+        args: argparse.Namespace,
+        process: Process,
+        tokenizer: ChatTokenizer,
+        data: PackedData,
+        write: Callable[[Path, nn.Module, dict], None] = save_weights,
+        **identity: str,
+    ):
+        """write(path, model, sidecar) writes the weight file.
+
+        identity: what must be equal on resume besides the tokenizer and the data, such as the hash of frozen weights.
+        """
+        self.weights, self.stage, self.write = weights, stage, write
+        self.name = str(weights.relative_to(args.out_dir).with_suffix(""))
+        self.path = args.out_dir / "resume" / f"{self.name}.resume"
+        self.args, self.process, self.tokenizer = args, process, tokenizer
+        self.identity = {"tokenizer": tokenizer.sha256, **data.fingerprint(), **identity}
+
+    def restore(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | OptimizerPair, precision: Precision
+    ) -> Progress:
         """Brings everything back to where the saved run was; a fresh Progress when there is nothing to go on with."""
         state = self._load()
         if state is None:
             return Progress()
-        unwrap_model(model).load_state_dict(state["model"], strict=True)
+        trained = trained_state(model)
+        if trained.keys() != state["model"].keys():
+            raise ValueError(f"--resume: {self.path} holds other tensors than this run trains; leave --resume out")
+        model.load_state_dict(state["model"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # empty when the saved run needed none
             precision.scaler.load_state_dict(state["scaler"])
@@ -149,14 +203,22 @@ class Checkpoint:
         )
 
     def save(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision, progress: Progress
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | OptimizerPair,
+        precision: Precision,
+        progress: Progress,
+        metrics: dict,
     ) -> None:
-        """Called by every process; the first one writes."""
+        """Writes weights, sidecar (with the metrics) and resume state. Every process calls it; the first one writes."""
         rng = gather_objects(_rng_state(), self.process)
         if not self.process.is_main:
             return
+        model = unwrap_model(model)
+        about = sidecar(self.stage, model.config, self.tokenizer, self.args, progress, metrics)
+        self.write(self.weights, model, about)
         state = {
-            "model": unwrap_model(model).state_dict(),
+            "model": trained_state(model),
             "optimizer": optimizer.state_dict(),
             "scaler": precision.scaler.state_dict(),
             "progress": asdict(progress),
@@ -167,6 +229,16 @@ class Checkpoint:
             "ranks": self.process.world_size,
         }
         write_atomically(self.path, lambda file: torch.save(state, file))
+
+
+def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The part of the state dict that requires gradients."""
+    return {name: p.detach() for name, p in model.state_dict(keep_vars=True).items() if p.requires_grad}
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def result_flags(args: argparse.Namespace) -> dict:

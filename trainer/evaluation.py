@@ -3,6 +3,7 @@
 import argparse
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -70,12 +71,17 @@ class Evaluator:
         elif args.sample_prompt:
             self.prompt_ids = tokenizer.encode_prompt([{"role": "user", "content": args.sample_prompt}])
 
-    def run(self, model: nn.Module, precision: Precision, logger: Logger, step: int) -> dict[str, float]:
-        """Evaluates, logs and returns the held-out metrics; {} when there is nothing to evaluate."""
+    def run(
+        self, model: nn.Module, precision: Precision, logger: Logger, step: int, measure: Callable = evaluate
+    ) -> dict[str, float]:
+        """Evaluates, logs and returns the held-out metrics; {} when there is nothing to evaluate.
+
+        measure: what computes them, a function of evaluate's arguments.
+        """
         metrics, sample = {}, ""
         model = unwrap_model(model)
         if self.data is not None:
-            metrics = evaluate(model, self.data, precision, self.process, self.tokenizer)
+            metrics = measure(model, self.data, precision, self.process, self.tokenizer)
         if self.prompt_ids and self.process.is_main:
             sample = f"{self.prompt!r} -> {sample_text(model, self.tokenizer, precision, self.prompt_ids)!r}"
         if metrics or sample:

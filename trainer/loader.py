@@ -104,6 +104,11 @@ class PackedData:
                     yield step, micro_batches
                     step, micro_batches = step + 1, []
 
+    @property
+    def batches_in_file(self) -> int:
+        """Number of all_batches()."""
+        return len(self._batches(0, shuffle=False, accumulation_steps=1))
+
     def all_batches(self) -> Iterator[dict]:
         """This process's share of the whole file, once, in file order."""
         batches = self._batches(0, shuffle=False, accumulation_steps=1)

@@ -151,6 +151,7 @@ class Logger:
 
     def _clear_interval(self) -> None:
         self.sums = {"loss": 0.0, "steps": 0, "tokens": 0.0, "positions": 0.0, "attended": 0.0}
+        self.more: dict[str, float] = {}
         self.interval_started, self.paused = time.perf_counter(), 0.0
 
     @contextlib.contextmanager
@@ -161,9 +162,11 @@ class Logger:
         self.paused += time.perf_counter() - start
 
     def step(self, step: int, loss: float, lr: float, grad_norm: float, counts: "StepCounts", **more) -> None:
-        """One optimizer step, numbers of all processes together. `more`: further numbers to log, such as aux_loss."""
+        """One optimizer step, numbers of all processes together. `more`: further means to log, such as aux_loss."""
         for name, value in (("loss", loss), ("steps", 1), *vars(counts).items()):
             self.sums[name] += value
+        for name, value in more.items():
+            self.more[name] = self.more.get(name, 0.0) + value
         done = step + 1
         if not self.process.is_main or (done % self.args.log_interval and done != self.total_steps):
             if self.process.is_main and self.terminal:
@@ -185,14 +188,15 @@ class Logger:
             "tokens_per_second": sums["tokens"] / seconds,
             "mfu": flops / seconds / self.peak,
             "padding": 1 - sums["tokens"] / sums["positions"],
-            **more,
         }
-        aux = f", aux_loss {more['aux_loss']:.4f}" if more.get("aux_loss") else ""
+        means = {name: value / sums["steps"] for name, value in self.more.items()}
+        metrics |= means
+        shown = "".join(f", {name} {value:.4f}" for name, value in means.items() if name != "aux_loss" or value)
         self.say(
             f"Epoch:[{epoch + 1}/{self.args.epochs}]({epoch_step + 1}/{epoch_steps}) "
             f"loss:{metrics['loss']:.4f} lr:{lr:.3e} epoch_Time:{minutes:.1f}min | "
             f"{metrics['tokens_per_second']:,.0f} tokens/s, MFU {metrics['mfu']:.0%}, "
-            f"grad_norm {grad_norm:.2f}, padding {metrics['padding']:.1%}{aux}"
+            f"grad_norm {grad_norm:.2f}, padding {metrics['padding']:.1%}{shown}"
         )
         self.record({"event": "step", **metrics})
         self._clear_interval()

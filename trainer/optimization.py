@@ -7,6 +7,8 @@ import math
 import torch
 from torch import nn
 
+from trainer.distributed import Process
+
 
 def learning_rate(step: int, total_steps: int, peak_lr: float, warmup_steps: int = 0, min_ratio: float = 0.1) -> float:
     """Linear warm-up to the peak, then a cosine to min_ratio · peak (arXiv:1608.03983, eq. 5, one period).
@@ -44,6 +46,10 @@ class OptimizerPair:
     def load_state_dict(self, state: dict) -> None:
         for index, part in enumerate(self.parts):
             part.load_state_dict(state[str(index)])
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer | OptimizerPair:
@@ -119,6 +125,11 @@ def prepare_forward(model: nn.Module, args: argparse.Namespace, device: torch.de
         model.model.compile(dynamic=False)
 
 
+def backward(model: nn.Module, share: torch.Tensor, precision: Precision, process: Process) -> None:
+    """Adds the gradient of a micro-batch's share of the step's loss; the shares of all processes add up."""
+    precision.backward(share * process.world_size)  # DistributedDataParallel takes the mean over processes
+
+
 def check_finite(loss: float, step: int) -> None:
     """Stops a run whose loss is NaN or infinite, before any weight changes."""
     if not math.isfinite(loss):
@@ -143,8 +154,7 @@ def optimizer_step(
     for group in optimizer.param_groups:
         group["lr"] = lr
     precision.scaler.unscale_(optimizer)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    norm = float(nn.utils.clip_grad_norm_(trainable, grad_clip if grad_clip > 0 else math.inf))
+    norm = float(nn.utils.clip_grad_norm_(trainable(model), grad_clip if grad_clip > 0 else math.inf))
     if not math.isfinite(norm) and (not precision.scaler.is_enabled() or precision.scaler.get_scale() < 1e-4):
         raise FloatingPointError(
             f"the gradient norm is {norm}; the last saved weights and resume state are untouched. "

@@ -5,6 +5,7 @@ import torch
 from model.model_minimind import compute_dtype
 
 CHUNK = 1024  # tokens whose float32 logits are held at once
+BLOCK = 128  # on a CPU: tokens whose float32 logits stay in its cache while the softmax passes over them
 ROUNDING = 256  # on a CPU the number of tokens with a target is rounded up to a multiple of this
 
 
@@ -13,18 +14,25 @@ class _TokenCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, keep_for_backward):
+        ctx.weight_dtype, weight = weight.dtype, weight.to(hidden.dtype)
         losses = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
         probabilities = []
+        block = BLOCK if hidden.device.type == "cpu" else CHUNK
         for start in range(0, len(labels), CHUNK):
-            chunk = slice(start, start + CHUNK)
-            logits = hidden[chunk] @ weight.t()
-            targets = labels[chunk].clamp(min=0).unsqueeze(1)
-            float_logits = logits.float()
-            log_normaliser = float_logits.logsumexp(dim=-1)
-            losses[chunk] = log_normaliser - float_logits.gather(1, targets).squeeze(1)
+            logits = hidden[start : start + CHUNK] @ weight.t()
+            for first in range(0, len(logits), block):
+                part = logits[first : first + block]
+                tokens = slice(start + first, start + first + len(part))
+                target = part.gather(1, labels[tokens].clamp(min=0).unsqueeze(1)).float()
+                largest = part.amax(dim=-1, keepdim=True).float()
+                softmax = torch.softmax(part, dim=-1, dtype=torch.float32)
+                # the largest probability is exp(0) / sum_j exp(logit_j - largest): the normaliser without another pass
+                log_normaliser = largest - softmax.amax(dim=-1, keepdim=True).log()
+                losses[tokens] = (log_normaliser - target).squeeze(1)
+                if keep_for_backward:
+                    part.copy_(softmax)
             if keep_for_backward:
-                float_logits = float_logits.sub_(log_normaliser.unsqueeze(1)).exp_()
-                probabilities.append(float_logits if logits.dtype == torch.float32 else logits.copy_(float_logits))
+                probabilities.append(logits)
         ctx.save_for_backward(hidden, weight, labels, *probabilities)
         return losses.masked_fill_(labels < 0, 0.0)
 
@@ -37,11 +45,13 @@ class _TokenCrossEntropy(torch.autograd.Function):
         for index, start in enumerate(range(0, len(labels), CHUNK)):
             chunk = slice(start, start + CHUNK)
             scale = grad_losses[chunk].unsqueeze(1).to(hidden.dtype)
-            grad_logits = probabilities[index] * scale
-            grad_logits.scatter_add_(1, labels[chunk].clamp(min=0).unsqueeze(1), -scale)
+            grad_logits = probabilities[index].mul_(scale)
+            targets = labels[chunk].clamp(min=0).unsqueeze(1)
+            # not scatter_add_: on a CPU that goes through a float32 copy of everything
+            grad_logits.scatter_(1, targets, grad_logits.gather(1, targets) - scale)
             grad_hidden[chunk] = grad_logits @ weight
             grad_weight += grad_logits.t() @ hidden[chunk]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
+        return grad_hidden, grad_weight.to(ctx.weight_dtype), None, None
 
 
 def token_cross_entropy(hidden_states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -56,7 +66,7 @@ def token_cross_entropy(hidden_states: torch.Tensor, weight: torch.Tensor, label
     hidden = hidden_states.reshape(-1, hidden_states.shape[-1]).to(dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         if hidden.device.type != "cpu":
-            return _TokenCrossEntropy.apply(hidden, weight.to(dtype), flat_labels, training).view(labels.shape)
+            return _TokenCrossEntropy.apply(hidden, weight, flat_labels, training).view(labels.shape)
         # a CPU skips the logits of prompts and padding; a GPU would have to wait for their count
         targets = (flat_labels >= 0).nonzero().squeeze(1)
         count = len(targets)
@@ -64,5 +74,5 @@ def token_cross_entropy(hidden_states: torch.Tensor, weight: torch.Tensor, label
         targets = torch.cat((targets, targets[-1:].expand(-count % ROUNDING)))
         labels_of_targets = flat_labels[targets]
         labels_of_targets[count:] = -100
-        losses = _TokenCrossEntropy.apply(hidden[targets], weight.to(dtype), labels_of_targets, training)
+        losses = _TokenCrossEntropy.apply(hidden[targets], weight, labels_of_targets, training)
         return torch.zeros(len(flat_labels)).index_copy(0, targets[:count], losses[:count]).view(labels.shape)

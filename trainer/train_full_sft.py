@@ -27,15 +27,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.tokenization import ChatTokenizer
 from model.model_minimind import MiniMindForCausalLM
-from model.weights import find_weights, load_weights, save_weights, weight_path
+from model.weights import find_weights, load_weights
 from trainer.arguments import chat_command, from_root, model_config, parse_arguments, run_script, stage_parser
-from trainer.checkpoint import Checkpoint, refuse_other_weights, sidecar
+from trainer.checkpoint import Checkpoint, output_path
 from trainer.distributed import gradient_sync, start_process, stop_on_signal, stop_process, sum_over_ranks, wrap_model
 from trainer.evaluation import Evaluator
 from trainer.loader import PackedData, model_inputs
 from trainer.logger import Logger, step_counts
 from trainer.optimization import (
     Precision,
+    backward,
     build_optimizer,
     check_finite,
     learning_rate,
@@ -74,8 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     process = start_process(args)
     tokenizer = ChatTokenizer(args.tokenizer_path)
     config = model_config(args, tokenizer.vocab_size)
-    weights = weight_path(args.out_dir, "full_sft", config.hidden_size, config.use_moe)
-    refuse_other_weights(weights, config, args)
+    weights = output_path("full_sft", config, args)
     base = find_weights(args.base_weight, args.out_dir, config.hidden_size, config.use_moe)
 
     data = PackedData(args, "conversation", tokenizer, process)
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     model = MiniMindForCausalLM(config).to(process.device)
     optimizer = build_optimizer(model, args)
     precision = Precision(args.dtype, process.device)
-    checkpoint = Checkpoint(weights, args, process, {"tokenizer": tokenizer.sha256, **data.fingerprint()})
+    checkpoint = Checkpoint(weights, "full_sft", args, process, tokenizer, data)
     progress = checkpoint.restore(model, optimizer, precision)
     if progress.step == 0:
         load_weights(model, base, tokenizer.sha256)
@@ -91,26 +91,20 @@ def main(argv: list[str] | None = None) -> None:
             print(f"starting from {base}")
     prepare_forward(model, args, process.device)
     model = wrap_model(model, process)
-    logger = Logger(weights.stem, args, process, model, data, progress.step, precision)
+    logger = Logger(checkpoint.name, args, process, model, data, progress.step, precision)
     metrics = {}
-
-    def save() -> None:
-        if process.is_main:  # before the resume state: when that one is complete, so are the weights
-            save_weights(weights, model, sidecar("full_sft", config, tokenizer, args, progress, metrics))
-        checkpoint.save(model, optimizer, precision, progress)
 
     with stop_on_signal() as stop:
         for step, micro_batches in data.steps(progress.step):
             # ---- one optimizer step ----
             losses = torch.zeros(2, device=process.device)
-            for number, batch in enumerate(micro_batches, start=1):
-                with gradient_sync(model, number == len(micro_batches)):
+            for batch in micro_batches:
+                with gradient_sync(model, batch is micro_batches[-1]):
                     with precision.autocast():
                         head = functools.partial(token_cross_entropy, labels=batch["labels"])
                         output = model(**model_inputs(batch), head=head)
                         cross_entropy, aux_loss = sft_loss(output.logits, output.aux_loss, batch)
-                    # DDP takes the mean over processes, and these are shares of a sum
-                    precision.backward((cross_entropy + aux_loss) * process.world_size)
+                    backward(model, cross_entropy + aux_loss, precision, process)
                 losses += torch.stack((cross_entropy, aux_loss)).detach()
             cross_entropy, aux_loss = sum_over_ranks(losses.tolist(), process)
             check_finite(cross_entropy + aux_loss, step)
@@ -127,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
                     metrics |= evaluator.run(model, precision, logger, progress.step)
                 stopping = stop.agreed(process)
                 if stopping or progress.due(args.save_interval):
-                    save()
+                    checkpoint.save(model, optimizer, precision, progress, metrics)
             if stopping:
                 break
     logger.close(weights, progress, chat_command(args, 1))

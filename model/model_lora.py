@@ -1,0 +1,235 @@
+"""Low-rank adapters (LoRA, arXiv:2106.09685): W x + (alpha / rank) B A x with W frozen; A and B are what trains.
+
+An adapter file is a plain state dict, `{module}.lora.A.weight` (rank, in) and `{module}.lora.B.weight` (out, rank), to be
+applied as W x + B(A x): saving folds alpha / rank into B, so a reader that knows no scale is right. The original
+project's loader takes only the square layers (q_proj, o_proj) of such a file and silently ignores the rest; train with
+`--lora_targets q_proj,o_proj` what must work there.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model.weights import WeightsError, clean_key, read_state_dict, save_weights, write_atomically, write_json
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LowRank(nn.Module):
+    """scale · B A x. B starts at zero, so an adapter begins as the identity of its layer."""
+
+    def __init__(self, linear: nn.Linear, rank: int, scale: float):
+        super().__init__()
+        place = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        self.A = nn.Linear(linear.in_features, rank, bias=False, **place)
+        self.B = nn.Linear(rank, linear.out_features, bias=False, **place)
+        nn.init.normal_(self.A.weight, std=1 / math.sqrt(linear.in_features))
+        nn.init.zeros_(self.B.weight)
+        self.scale = scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        low = self.B(self.A(x))
+        return low if self.scale == 1 else low * self.scale
+
+    @torch.no_grad()
+    def delta(self) -> torch.Tensor:
+        """What it adds to the weight, (out, in) in float32."""
+        return self.scale * (self.B.weight.float() @ self.A.weight.float())
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer with an adapter. The weight is the one it was made from, not a copy."""
+
+    def __init__(self, linear: nn.Linear, rank: int, scale: float):
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight = linear.weight
+        self.lora = LowRank(linear, rank, scale)
+        self.train(linear.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight) + self.lora(x)
+
+
+def apply_lora(
+    model: nn.Module, rank: int = 8, alpha: float | None = None, targets: Iterable[str] = TARGETS
+) -> nn.Module:
+    """Adds a new adapter to every linear layer of the blocks whose name ends in one of `targets`; freezes all else.
+
+    alpha: the adapter's output is scaled by alpha / rank; None means alpha = rank. Raises ValueError for a rank below 1
+    and for targets that no layer has.
+    """
+    targets = tuple(targets)
+    if rank < 1:
+        raise ValueError(f"--lora_rank {rank}: must be at least 1")
+    layers = {name: layer for name, layer in block_linears(model) if name.rsplit(".", 1)[-1] in targets}
+    unknown = [t for t in targets if not any(name.endswith("." + t) for name in layers)]
+    if unknown or not targets:
+        there = sorted({name.rsplit(".", 1)[-1] for name, _ in block_linears(model)})
+        raise ValueError(
+            f"--lora_targets {','.join(unknown) or '(none)'}: the blocks have no such linear layer; "
+            f"they have {','.join(there)}"
+        )
+    remove_lora(model)
+    model.requires_grad_(False)
+    for name in layers:
+        _replace(model, name, LoRALinear(model.get_submodule(name), rank, (alpha or rank) / rank))
+    return model
+
+
+def remove_lora(model: nn.Module) -> None:
+    """Takes the adapter off; the base weights are as they always were."""
+    for name, layer in list(lora_layers(model)):
+        _replace(model, name, _plain(layer))
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Adds the adapter to the base weights (computed in float32) and takes it off: same outputs, a plain model."""
+    for _, layer in lora_layers(model):
+        with torch.no_grad():
+            layer.weight.copy_(layer.weight.float() + layer.lora.delta())
+    remove_lora(model)
+
+
+def lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter's tensors under the names of its file, the scale folded into B."""
+    state = {}
+    for name, layer in lora_layers(model):
+        state[f"{name}.lora.A.weight"] = layer.lora.A.weight.detach()
+        state[f"{name}.lora.B.weight"] = layer.lora.B.weight.detach() * layer.lora.scale
+    return state
+
+
+def save_lora(path: str | Path, model: nn.Module, sidecar: dict[str, Any] | None = None) -> None:
+    """Writes the adapter, and nothing of the base, in half precision."""
+    save_weights(path, lora_state_dict(model), sidecar)
+
+
+def load_lora(model: nn.Module, path: str | Path) -> nn.Module:
+    """Puts the adapter of a file on the model, in place of one that is there; ranks and targets are read off the file.
+
+    Raises WeightsError when the file is no adapter or belongs to a model of other sizes; the model is then unchanged.
+    """
+    pairs = read_lora(path)
+    layers = dict(block_linears(model))
+    for name, (a, b) in pairs.items():
+        if name not in layers:
+            raise WeightsError(
+                f"{path} has an adapter for {name}, which this model has not; it was made for a model of another "
+                "depth, or for the other of dense and mixture of experts"
+            )
+        wanted = (layers[name].out_features, layers[name].in_features)
+        if (b.shape[0], a.shape[1]) != wanted or a.shape[0] != b.shape[1]:
+            raise WeightsError(
+                f"{path} does not fit this model: its adapter of {name} maps {a.shape[1]} to {b.shape[0]} by ranks "
+                f"{a.shape[0]} and {b.shape[1]}, and the layer maps {wanted[1]} to {wanted[0]}; it was made for "
+                "another --hidden_size"
+            )
+    remove_lora(model)
+    for name, (a, b) in pairs.items():
+        layer = LoRALinear(model.get_submodule(name), rank=a.shape[0], scale=1.0)
+        with torch.no_grad():
+            layer.lora.A.weight.copy_(a)
+            layer.lora.B.weight.copy_(b)
+        _replace(model, name, layer)
+    return model
+
+
+def read_lora(path: str | Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Layer name -> (A, B) of an adapter file."""
+    state = read_state_dict(path)
+    names = {clean_key(key).removesuffix(".lora.A.weight") for key in state if key.endswith(".lora.A.weight")}
+    keys = {f"{name}.lora.{side}.weight" for name in names for side in "AB"}
+    if not names or keys != state.keys():
+        odd = sorted(keys ^ state.keys())[:3] or ["nothing"]
+        raise WeightsError(f"{path} is no adapter file (pairs of *.lora.A.weight and *.lora.B.weight); look at: {odd}")
+    return {name: (state[f"{name}.lora.A.weight"], state[f"{name}.lora.B.weight"]) for name in sorted(names)}
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def lora_path(out_dir: str | Path, lora_name: str, hidden_size: int, use_moe: bool) -> Path:
+    """out/lora/{lora_name}_{hidden_size}{_moe}.pth"""
+    return Path(out_dir) / "lora" / f"{lora_name}_{hidden_size}{'_moe' if use_moe else ''}.pth"
+
+
+def find_lora(name_or_path: str, out_dir: str | Path, hidden_size: int, use_moe: bool) -> Path:
+    """The adapter file that --lora_name means: a path, or a name in out/lora/. Older names of MoE adapters lack _moe."""
+    path = Path(name_or_path)
+    if path.suffix == ".pth":
+        candidates = [path]
+    else:
+        candidates = [lora_path(out_dir, name_or_path, hidden_size, moe) for moe in {use_moe: 0, False: 0}]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    folder = candidates[0].parent
+    found = sorted(p.name for p in folder.glob("*.pth")) if folder.is_dir() else []
+    raise WeightsError(
+        f"{candidates[0]} not found; run trainer/train_lora.py --lora_name {candidates[0].stem.rsplit('_', 1)[0]} first. "
+        f"{folder} holds: {', '.join(found) or 'no adapters'}"
+    )
+
+
+def save_peft(folder: str | Path, model: nn.Module, base_model: str = "") -> None:
+    """Writes the adapter in the layout of the peft library: adapter_config.json and adapter_model.safetensors.
+
+    It fits the dense model in Llama format, whose layers have the same names. base_model: its folder, if known.
+    """
+    from safetensors.torch import save
+
+    if any(".experts." in name or ".shared_experts." in name for name, _ in lora_layers(model)):
+        raise ValueError("the PEFT layout holds adapters of dense models; peft's MoE formats name experts otherwise")
+    ranks = {layer.lora.A.out_features for _, layer in lora_layers(model)}
+    if len(ranks) != 1:
+        raise ValueError(f"the PEFT layout takes one rank for all layers; this adapter has {sorted(ranks)}")
+    tensors = {
+        "base_model.model." + key.replace(".lora.A.", ".lora_A.").replace(".lora.B.", ".lora_B."): tensor.float().cpu()
+        for key, tensor in lora_state_dict(model).items()
+    }
+    rank = ranks.pop()
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": rank,
+        "lora_alpha": rank,  # the scale is in B already
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": sorted({name.rsplit(".", 1)[-1] for name, _ in lora_layers(model)}),
+    }
+    data = save({key: tensor.contiguous() for key, tensor in tensors.items()}, metadata={"format": "pt"})
+    write_atomically(Path(folder) / "adapter_model.safetensors", lambda file: file.write(data))
+    write_json(Path(folder) / "adapter_config.json", config)
+
+
+# --- layers ----------------------------------------------------------------------------------------------------------
+
+
+def block_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """(name, layer) of every linear layer inside the blocks, adapters' own excepted."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and ".layers." in f".{name}" and ".lora." not in name:
+            yield name, module
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
+
+
+def _plain(layer: LoRALinear) -> nn.Linear:
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    linear.weight = layer.weight
+    return linear.train(layer.training)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)

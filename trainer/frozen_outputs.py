@@ -1,0 +1,145 @@
+"""What a frozen model says about the training data: computed once, kept on disk, read while another model trains.
+
+DPO keeps the reference's log-probs of every answer here, knowledge distillation the teacher's likeliest tokens. The
+arrays are memory-mapped, so they need no memory of the training process. A folder belongs to one (model, data, settings):
+it carries a hash of these in its name, and computing it can be interrupted and taken up again.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from trainer.distributed import Process, barrier
+
+FLUSH_SECONDS = 20
+
+
+class FrozenOutputs:
+    """Arrays on disk whose first axis is divided into items, each written once.
+
+    folder/NAME.npy as `shapes` says, done.npy (items,) uint8, and complete.json once every item is there.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        identity: dict,
+        items: int,
+        shapes: dict[str, tuple[tuple[int, ...], np.dtype]],
+        process: Process,
+    ):
+        """path: where it lies, without the hash that is added to its name.
+
+        identity: all that decides the numbers. Every process calls this together.
+        """
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        self.folder = path.with_name(f"{path.name}-{digest}")
+        self.identity, self.process = identity, process
+        if process.is_main:
+            self._prepare(path, items, shapes)
+        barrier(process)
+        try:
+            self.done = np.load(self.folder / "done.npy", mmap_mode="r" if self.complete else "r+")
+            self.arrays = {
+                name: np.load(self.folder / f"{name}.npy", mmap_mode="r" if self.complete else "r+") for name in shapes
+            }
+        except OSError as error:
+            raise ValueError(
+                f"{self.folder} cannot be read ({error}); several machines need one --cache_dir"
+            ) from error
+        self.pending: list[np.ndarray] = []
+        self.flushed = time.monotonic()
+
+    @property
+    def complete(self) -> bool:
+        return (self.folder / "complete.json").exists()
+
+    def _prepare(self, path: Path, items: int, shapes: dict) -> None:
+        """Makes the files, unless they are there and whole; says what is stale."""
+        expected = {"done": ((items,), np.dtype(np.uint8)), **shapes}
+        if self.folder.exists() and not all(
+            _fits(self.folder / f"{name}.npy", shape, dtype) for name, (shape, dtype) in expected.items()
+        ):
+            print(f"{self.folder} is damaged; computing it again", flush=True)
+            shutil.rmtree(self.folder)
+        if self.folder.exists():
+            return
+        stale = [other for other in path.parent.glob(f"{path.name}-*") if (other / "complete.json").exists()]
+        if stale:
+            print(f"{stale[0]} belongs to other weights, data or settings; computing anew", flush=True)
+        building = self.folder.with_name(f".{self.folder.name}.tmp")
+        shutil.rmtree(building, ignore_errors=True)
+        size = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in expected.values())
+        try:
+            building.mkdir(parents=True)
+            free = shutil.disk_usage(building).free
+            if free < size:  # the files are sparse at first: a full disk would show itself only in the middle
+                raise OSError(f"it takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+            for name, (shape, dtype) in expected.items():
+                np.lib.format.open_memmap(building / f"{name}.npy", "w+", dtype, shape).flush()
+            building.rename(self.folder)
+        except OSError as error:
+            shutil.rmtree(building, ignore_errors=True)
+            raise ValueError(f"cannot write {self.folder}: {error}; choose another --cache_dir") from error
+
+    def missing(self, items: np.ndarray) -> np.ndarray:
+        """Which of these items are not there yet: a boolean for each."""
+        return self.done[items] == 0
+
+    def write(self, items: np.ndarray, rows: np.ndarray, **values: np.ndarray) -> None:
+        """values[name] go to `rows` of the array of that name; with them `items` are done."""
+        for name, value in values.items():
+            self.arrays[name][rows] = value
+        self.pending.append(items)
+        if time.monotonic() - self.flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """An item counts as done only when its values are on disk."""
+        for array in self.arrays.values():
+            array.flush()
+        for items in self.pending:
+            self.done[items] = 1
+        self.done.flush()
+        self.pending, self.flushed = [], time.monotonic()
+
+    def finish(self) -> None:
+        """Every process calls this when it has written its share."""
+        if self.complete:
+            return
+        self.flush()
+        barrier(self.process)
+        if not self.done.all():
+            raise ValueError(
+                f"{self.folder} lacks what other machines computed: --cache_dir must lie on a disk that all share"
+            )
+        if self.process.is_main:
+            text = json.dumps(self.identity, indent=2, ensure_ascii=False, default=str)
+            (self.folder / "complete.json").write_text(text, encoding="utf-8")
+        barrier(self.process)
+
+
+def _fits(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> bool:
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError):
+        return False
+    return array.shape == tuple(shape) and array.dtype == dtype
+
+
+def counted(batches: Iterable[dict], total: int, title: str, process: Process) -> Iterable[dict]:
+    """The batches, with a line every 20 seconds that says how far they are."""
+    started = last = time.monotonic()
+    for number, batch in enumerate(batches, start=1):
+        yield batch
+        now = time.monotonic()
+        if process.is_main and now - last > FLUSH_SECONDS:
+            rest = (now - started) / number * (total - number)
+            print(f"{title}: {number / total:.0%}, {rest / 60:.1f} min left", flush=True)
+            last = now

@@ -1,0 +1,230 @@
+"""Direct preference optimisation (DPO, arXiv:2305.18290): answers that people chose become likelier than rejected ones.
+
+    loss = -log sigmoid(beta * ((logpi_c - logpi_r) - (logref_c - logref_r))) + aux        (eq. 7), mean over pairs
+
+logpi_c and logpi_r are the log-probs of the chosen and of the rejected answer under the model, logref the same under the
+frozen reference: summed over the answer's tokens (--logp sum, the paper's), or averaged (--logp mean). With label
+smoothing e a share e of the pairs counts as labelled the wrong way round: (1 - e) * loss(margin) + e * loss(-margin).
+aux is the load-balancing loss of a mixture of experts, as in train_pretrain.py.
+
+The reference's log-probs do not change, so they are computed once and kept on disk: training holds one model.
+
+Reads   {"chosen": [turns], "rejected": [turns]} a line (--data_path, default dataset/dpo.jsonl),
+        out/full_sft_{hidden_size}{_moe}.pth (--base_weight; also the reference, unless --reference_weight names another)
+Writes  out/rlhf_{hidden_size}{_moe}.pth and a .json beside it, out/resume/, out/logs/, log-probs in out/token_cache/
+
+    python train_dpo.py
+    torchrun --nproc_per_node 8 train_dpo.py
+"""
+
+import functools
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dataset.tokenization import ChatTokenizer
+from model.model_minimind import MiniMindForCausalLM
+from model.weights import find_weights, load_model, load_weights
+from trainer.arguments import chat_command, from_root, model_config, parse_arguments, run_script, stage_parser
+from trainer.checkpoint import Checkpoint, file_sha256, output_path
+from trainer.distributed import gradient_sync, start_process, stop_on_signal, stop_process, sum_over_ranks, wrap_model
+from trainer.evaluation import Evaluator
+from trainer.frozen_outputs import FrozenOutputs, counted
+from trainer.loader import PackedData, model_inputs
+from trainer.logger import Logger, step_counts
+from trainer.optimization import (
+    Precision,
+    backward,
+    build_optimizer,
+    check_finite,
+    learning_rate,
+    optimizer_step,
+    prepare_forward,
+)
+from trainer.token_losses import token_cross_entropy
+
+METRICS = ("loss", "reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected", "kl")
+
+
+def parse(argv: list[str] | None):
+    parser = stage_parser(
+        __doc__,
+        data_path=from_root("dataset/dpo.jsonl"),
+        epochs=2,
+        batch_size=4,
+        accumulation_steps=1,
+        learning_rate=1e-6,
+        max_seq_len=1024,
+    )
+    add = parser.add_argument
+    add(
+        "--beta", type=float, default=0.1, help="how strongly the model is held to the reference (default: %(default)s)"
+    )
+    add("--logp", choices=("sum", "mean"), default="sum", help="an answer's log-prob: of all its tokens, or per token")
+    add("--label_smoothing", type=float, default=0.0, help="share of pairs taken as mislabelled (default: %(default)s)")
+    add("--base_weight", default="full_sft", help="stage or .pth file to start from (default: %(default)s)")
+    add("--reference_weight", help="stage or .pth file of the reference (default: that of --base_weight)")
+    return parse_arguments(
+        parser,
+        argv,
+        beta=(lambda beta: 0 < beta < float("inf"), "above 0"),
+        label_smoothing=(lambda share: 0 <= share < 0.5, "at least 0 and below 0.5"),
+    )
+
+
+def dpo_loss(
+    policy: torch.Tensor, reference: torch.Tensor, beta: float, label_smoothing: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of each pair and its reward margin, both (pairs,); a reward is beta * (logpi - logref), in nats.
+
+    policy, reference (pairs, 2): log-probs of the chosen and the rejected answer.
+    """
+    rewards = beta * (policy - reference)
+    margin = rewards[:, 0] - rewards[:, 1]
+    loss = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+    return loss, margin
+
+
+def answer_log_probs(token_losses: torch.Tensor, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed log-probs and token counts of the answers, each (pairs, 2): chosen, rejected.
+
+    token_losses (rows, seq): minus the log-prob of each target, 0 elsewhere. Documents 2p and 2p + 1 are pair p's.
+    """
+    documents = 2 * len(batch["pair_ids"])
+    numbers = batch["document_ids"].flatten().long()
+    numbers = torch.where(numbers < 0, documents, numbers)  # padding goes to an extra place
+    sums = token_losses.new_zeros(documents + 1).index_add(0, numbers, -token_losses.flatten())
+    counts = token_losses.new_zeros(documents + 1).index_add(0, numbers, (batch["labels"] >= 0).flatten().float())
+    return sums[:documents].view(-1, 2), counts[:documents].view(-1, 2)
+
+
+def preference_loss(
+    token_losses: torch.Tensor, batch: dict, reference: FrozenOutputs, args
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed DPO loss of the micro-batch's pairs, and the sums of METRICS over them."""
+    policy, counts = answer_log_probs(token_losses, batch)
+    pairs = batch["pair_ids"].cpu().numpy()
+    frozen = torch.from_numpy(np.array(reference.arrays["log_probs"][pairs])).to(policy.device)
+    drift = (policy.detach() - frozen) / counts
+    if args.logp == "mean":
+        policy, frozen = policy / counts, frozen / counts
+    loss, margin = dpo_loss(policy, frozen, args.beta, args.label_smoothing)
+    correct = (margin > 0).float() + 0.5 * (margin == 0)
+    # the mean of log(pi / ref) per token, over the data's answers in place of samples of the model's own
+    metrics = (loss, margin, correct, policy[:, 0], policy[:, 1], drift.mean(dim=1))
+    return loss.sum(), torch.stack([metric.detach().sum() for metric in metrics])
+
+
+@torch.no_grad()
+def reference_log_probs(path: Path, data: PackedData, tokenizer, precision: Precision, process) -> FrozenOutputs:
+    """Log-probs of all answers of a file under the reference, (pairs, 2), from disk as far as they are there."""
+    identity = {
+        "weights": file_sha256(path), "data": data.fingerprint(), "precision": precision.name,
+        "max_seq_len": data.args.max_seq_len,
+    }  # fmt: skip
+    shapes = {"log_probs": ((data.plan.num_rows, 2), np.float32)}
+    place = data.args.cache_dir / f"{data.path.stem}-reference"
+    outputs = FrozenOutputs(place, identity, data.plan.num_rows, shapes, process)
+    if outputs.complete:
+        return outputs
+    model = load_model(path, tokenizer.sha256)[0].to(process.device)
+    for batch in counted(data.all_batches(), data.batches_in_file, f"log-probs of {path.name}", process):
+        pairs = batch["pair_ids"].cpu().numpy()
+        if len(pairs) and outputs.missing(pairs).any():
+            with precision.autocast():
+                head = functools.partial(token_cross_entropy, labels=batch["labels"])
+                log_probs, _ = answer_log_probs(model(**model_inputs(batch), head=head).logits, batch)
+            outputs.write(pairs, pairs, log_probs=log_probs.cpu().numpy())
+    outputs.finish()
+    return outputs
+
+
+@torch.no_grad()
+def evaluate_pairs(model, data, precision, process, tokenizer, reference: FrozenOutputs, args) -> dict[str, float]:
+    """METRICS over a held-out file."""
+    sums, pairs = torch.zeros(len(METRICS), dtype=torch.float64), 0
+    model.eval()
+    for batch in data.all_batches():
+        with precision.autocast():
+            head = functools.partial(token_cross_entropy, labels=batch["labels"])
+            sums += preference_loss(model(**model_inputs(batch), head=head).logits, batch, reference, args)[1].cpu()
+        pairs += len(batch["pair_ids"])
+    model.train()
+    *sums, pairs = sum_over_ranks([*sums.tolist(), pairs], process)
+    return {f"valid_{name}": value / pairs for name, value in zip(METRICS, sums, strict=True)}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    process = start_process(args)
+    tokenizer = ChatTokenizer(args.tokenizer_path)
+    config = model_config(args, tokenizer.vocab_size)
+    weights = output_path("rlhf", config, args)
+    base = find_weights(args.base_weight, args.out_dir, config.hidden_size, config.use_moe)
+    frozen = find_weights(args.reference_weight or str(base), args.out_dir, config.hidden_size, config.use_moe)
+
+    data = PackedData(args, "preference", tokenizer, process)
+    evaluator = Evaluator(args, "preference", tokenizer, process)
+    precision = Precision(args.dtype, process.device)
+    reference = reference_log_probs(frozen, data, tokenizer, precision, process)
+    measure = None
+    if evaluator.data:
+        held_out = reference_log_probs(frozen, evaluator.data, tokenizer, precision, process)
+        measure = functools.partial(evaluate_pairs, reference=held_out, args=args)
+    model = MiniMindForCausalLM(config).to(process.device)
+    optimizer = build_optimizer(model, args)
+    checkpoint = Checkpoint(weights, "rlhf", args, process, tokenizer, data, reference=file_sha256(frozen))
+    progress = checkpoint.restore(model, optimizer, precision)
+    if progress.step == 0:
+        load_weights(model, base, tokenizer.sha256)
+        if process.is_main:
+            print(f"starting from {base}")
+    prepare_forward(model, args, process.device)
+    model = wrap_model(model, process)
+    logger = Logger(checkpoint.name, args, process, model, data, progress.step, precision)
+    metrics = {}
+
+    with stop_on_signal() as stop:
+        for step, micro_batches in data.steps(progress.step):
+            # ---- one optimizer step ----
+            sums = torch.zeros(len(METRICS) + 1, device=process.device)
+            for batch in micro_batches:
+                with gradient_sync(model, batch is micro_batches[-1]):
+                    with precision.autocast():
+                        head = functools.partial(token_cross_entropy, labels=batch["labels"])
+                        output = model(**model_inputs(batch), head=head)
+                        loss, shown = preference_loss(output.logits, batch, reference, args)
+                        loss = loss / batch["step_pairs"]
+                        aux_loss = output.aux_loss * batch["num_documents"] / batch["step_documents"]
+                    backward(model, loss + aux_loss, precision, process)
+                sums += torch.cat((shown / batch["step_pairs"], aux_loss.detach().view(1)))
+            loss, *shown, aux_loss = sum_over_ranks(sums.tolist(), process)
+            check_finite(loss + aux_loss, step)
+            lr = learning_rate(step, data.total_steps, args.learning_rate, args.warmup_iters, args.min_lr_ratio)
+            grad_norm = optimizer_step(model, optimizer, precision, lr, args.grad_clip)
+            # ----------------------------
+            counts = step_counts(micro_batches, process)
+            progress.advance(counts, data.total_steps)
+            metrics["loss"] = loss
+            more = dict(zip(METRICS[1:], shown, strict=True))
+            logger.step(step, loss, lr, grad_norm, counts, **more, aux_loss=aux_loss)
+
+            with logger.clock_stopped():
+                if progress.due(args.eval_interval):
+                    metrics |= evaluator.run(model, precision, logger, progress.step, measure)
+                stopping = stop.agreed(process)
+                if stopping or progress.due(args.save_interval):
+                    checkpoint.save(model, optimizer, precision, progress, metrics)
+            if stopping:
+                break
+    logger.close(weights, progress, chat_command(args, 2))
+    stop_process(stop, progress.complete)
+
+
+if __name__ == "__main__":
+    run_script(main)

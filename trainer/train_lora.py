@@ -1,0 +1,164 @@
+"""LoRA (arXiv:2106.09685): small adapters learn, all other weights stay frozen.
+
+    y = W x + (alpha / rank) B A x        loss = sum(w * CE) / sum(w) + aux
+
+A (rank, in) and B (out, rank) are trained, B from zero; W is frozen. w is 1 on the assistant's content and the
+<|im_end|> that ends it, else 0; CE is the cross-entropy of the next token in nats. Both sums run over the whole step. aux
+is the load-balancing loss of a mixture of experts, as in train_pretrain.py; its router is frozen too.
+
+Reads   {"conversations": [{"role": ..., "content": ...}, ...]} a line (--data_path, default
+        dataset/lora_medical.jsonl), out/full_sft_{hidden_size}{_moe}.pth (--base_weight)
+Writes  out/lora/{lora_name}_{hidden_size}{_moe}.pth and a .json beside it, out/resume/, out/logs/
+
+    python train_lora.py --lora_name lora_medical
+    torchrun --nproc_per_node 8 train_lora.py --lora_name lora_medical
+"""
+
+import functools
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dataset.tokenization import ChatTokenizer
+from model.model_lora import TARGETS, apply_lora, lora_path, save_lora, save_peft
+from model.model_minimind import MiniMindForCausalLM
+from model.weights import find_weights, load_weights
+from trainer.arguments import (
+    add_boolean,
+    chat_command,
+    from_root,
+    model_config,
+    parse_arguments,
+    run_script,
+    stage_parser,
+)
+from trainer.checkpoint import Checkpoint, file_sha256, refuse_other_adapter
+from trainer.distributed import (
+    gradient_sync,
+    start_process,
+    stop_on_signal,
+    stop_process,
+    sum_over_ranks,
+    unwrap_model,
+    wrap_model,
+)
+from trainer.evaluation import Evaluator
+from trainer.loader import PackedData, model_inputs
+from trainer.logger import Logger, step_counts
+from trainer.optimization import (
+    Precision,
+    backward,
+    build_optimizer,
+    check_finite,
+    learning_rate,
+    optimizer_step,
+    prepare_forward,
+    trainable,
+)
+from trainer.token_losses import token_cross_entropy
+
+
+def parse(argv: list[str] | None):
+    parser = stage_parser(
+        __doc__,
+        data_path=from_root("dataset/lora_medical.jsonl"),
+        epochs=10,
+        batch_size=32,
+        accumulation_steps=1,
+        learning_rate=1e-4,
+        max_seq_len=512,
+        weight_decay=0.0,
+    )
+    add = parser.add_argument
+    add("--lora_name", default="lora_medical", help="name of the adapter's file (default: %(default)s)")
+    add("--lora_rank", type=int, default=8, help="columns of A and rows of B (default: %(default)s)")
+    add("--lora_alpha", type=float, help="the adapter is scaled by alpha / rank (default: the rank)")
+    add("--lora_targets", default=",".join(TARGETS), help="linear layers that get an adapter (default: %(default)s)")
+    add("--base_weight", default="full_sft", help="stage or .pth file to adapt (default: %(default)s)")
+    add_boolean(parser, "--save_peft", False, "also write the adapter for the peft library: out/lora/NAME_peft/")
+    return parse_arguments(
+        parser,
+        argv,
+        lora_rank=(lambda rank: rank >= 1, "at least 1"),
+        lora_alpha=(lambda alpha: alpha > 0, "above 0"),
+        lora_name=(lambda name: name and not set(name) & set("/\\."), "a plain name, without / or ."),
+    )
+
+
+def lora_loss(token_losses: torch.Tensor, aux_loss: torch.Tensor, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """This micro-batch's share of the optimizer step's cross-entropy per answer token and of its balance loss, in nats.
+
+    token_losses (rows, seq), 0 outside the answers; aux_loss, the mean over the micro-batch's conversations.
+    """
+    return token_losses.sum() / batch["step_targets"], aux_loss * batch["num_documents"] / batch["step_documents"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    process = start_process(args)
+    tokenizer = ChatTokenizer(args.tokenizer_path)
+    config = model_config(args, tokenizer.vocab_size)
+    weights = lora_path(args.out_dir, args.lora_name, config.hidden_size, config.use_moe)
+    base = find_weights(args.base_weight, args.out_dir, config.hidden_size, config.use_moe)
+
+    data = PackedData(args, "conversation", tokenizer, process)
+    evaluator = Evaluator(args, "conversation", tokenizer, process)
+    model = MiniMindForCausalLM(config).to(process.device)
+    load_weights(model, base, tokenizer.sha256)
+    refuse_other_adapter(weights, model, args)
+    apply_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets.split(","))
+    if process.is_main:
+        trained, total = (sum(p.numel() for p in part) for part in (trainable(model), model.parameters()))
+        print(f"adapting {base}: {trained:,} of {total:,} parameters train ({trained / total:.2%})")
+    optimizer = build_optimizer(model, args)
+    precision = Precision(args.dtype, process.device)
+    checkpoint = Checkpoint(
+        weights, f"lora/{args.lora_name}", args, process, tokenizer, data, write=save_lora, base=file_sha256(base)
+    )
+    progress = checkpoint.restore(model, optimizer, precision)
+    prepare_forward(model, args, process.device)
+    model = wrap_model(model, process)
+    logger = Logger(checkpoint.name, args, process, model, data, progress.step, precision)
+    metrics = {}
+
+    with stop_on_signal() as stop:
+        for step, micro_batches in data.steps(progress.step):
+            # ---- one optimizer step ----
+            losses = torch.zeros(2, device=process.device)
+            for batch in micro_batches:
+                with gradient_sync(model, batch is micro_batches[-1]):
+                    with precision.autocast():
+                        head = functools.partial(token_cross_entropy, labels=batch["labels"])
+                        output = model(**model_inputs(batch), head=head)
+                        cross_entropy, aux_loss = lora_loss(output.logits, output.aux_loss, batch)
+                    backward(model, cross_entropy + aux_loss, precision, process)
+                losses += torch.stack((cross_entropy, aux_loss)).detach()
+            cross_entropy, aux_loss = sum_over_ranks(losses.tolist(), process)
+            check_finite(cross_entropy + aux_loss, step)
+            lr = learning_rate(step, data.total_steps, args.learning_rate, args.warmup_iters, args.min_lr_ratio)
+            grad_norm = optimizer_step(model, optimizer, precision, lr, args.grad_clip)
+            # ----------------------------
+            counts = step_counts(micro_batches, process)
+            progress.advance(counts, data.total_steps)
+            metrics["loss"] = cross_entropy
+            logger.step(step, cross_entropy, lr, grad_norm, counts, aux_loss=aux_loss)
+
+            with logger.clock_stopped():
+                if progress.due(args.eval_interval):
+                    metrics |= evaluator.run(model, precision, logger, progress.step)
+                stopping = stop.agreed(process)
+                if stopping or progress.due(args.save_interval):
+                    checkpoint.save(model, optimizer, precision, progress, metrics)
+            if stopping:
+                break
+    if args.save_peft and process.is_main:
+        save_peft(weights.with_name(f"{weights.stem}_peft"), unwrap_model(model))
+    logger.close(weights, progress, chat_command(args, 1, "--lora_name", args.lora_name))
+    stop_process(stop, progress.complete)
+
+
+if __name__ == "__main__":
+    run_script(main)
