@@ -412,6 +412,7 @@ class PackedBatches(_Batches):
     cu_seqlens int32 (batch_size * (max_segments_per_row + 1) + 1,): borders of the documents in the flattened rows, a
         row's padding counting as one; the end is repeated, so that the shape never changes
     max_seqlen; target_tokens, real_tokens, num_documents: of the micro-batch
+    row_ids int64 (rows,): rows of the plan, in 0..plan.num_rows - 1; fewer than batch_size in a ragged last step
     step_targets, step_documents, step_rows: of the whole optimizer step, all micro-batches of all ranks
     Where the last step has too few rows, the rest of the rows is padding.
     """
@@ -424,7 +425,7 @@ class PackedBatches(_Batches):
         start, length, place = self._segments(rows)
         num_borders = self.batch_size * (self.plan.max_segments_per_row + 1) + 1
         batch = self._lay_out(start, length, place, np.arange(len(start)), self.batch_size, num_borders)
-        return batch | totals
+        return batch | totals | {"row_ids": torch.from_numpy(rows.astype(np.int64))}
 
 
 class PreferenceBatches(_Batches):

@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, arXiv:2106.09685): W x + (alpha / rank) B A x with W frozen; A and B are what trains.
 
-An adapter file is a plain state dict, `{module}.lora.A.weight` (rank, in) and `{module}.lora.B.weight` (out, rank), to be
-applied as W x + B(A x): saving folds alpha / rank into B, so a reader that knows no scale is right. The original
+An adapter file is a plain state dict, `{module}.lora.A.weight` (rank, in) and `{module}.lora.B.weight` (out, rank), to
+be applied as W x + B(A x): saving folds alpha / rank into B, so a reader that knows no scale is right. The original
 project's loader takes only the square layers (q_proj, o_proj) of such a file and silently ignores the rest; train with
 `--lora_targets q_proj,o_proj` what must work there.
 """
@@ -159,7 +159,7 @@ def lora_path(out_dir: str | Path, lora_name: str, hidden_size: int, use_moe: bo
 
 
 def find_lora(name_or_path: str, out_dir: str | Path, hidden_size: int, use_moe: bool) -> Path:
-    """The adapter file that --lora_name means: a path, or a name in out/lora/. Older names of MoE adapters lack _moe."""
+    """The adapter file that --lora_name means: a path, or a name in out/lora/. Old names of MoE adapters lack _moe."""
     path = Path(name_or_path)
     if path.suffix == ".pth":
         candidates = [path]
@@ -171,7 +171,7 @@ def find_lora(name_or_path: str, out_dir: str | Path, hidden_size: int, use_moe:
     folder = candidates[0].parent
     found = sorted(p.name for p in folder.glob("*.pth")) if folder.is_dir() else []
     raise WeightsError(
-        f"{candidates[0]} not found; run trainer/train_lora.py --lora_name {candidates[0].stem.rsplit('_', 1)[0]} first. "
+        f"{candidates[0]} not found; run trainer/train_lora.py with this --lora_name first. "
         f"{folder} holds: {', '.join(found) or 'no adapters'}"
     )
 

@@ -1,8 +1,8 @@
 """What a frozen model says about the training data: computed once, kept on disk, read while another model trains.
 
 DPO keeps the reference's log-probs of every answer here, knowledge distillation the teacher's likeliest tokens. The
-arrays are memory-mapped, so they need no memory of the training process. A folder belongs to one (model, data, settings):
-it carries a hash of these in its name, and computing it can be interrupted and taken up again.
+arrays are memory-mapped, so they take no memory of the training process. A folder belongs to one (model, data,
+settings): a hash of these is part of its name. Computing it can be interrupted and taken up again.
 """
 
 import hashlib

@@ -1,5 +1,7 @@
 """Per-token cross-entropy straight from hidden states: the float32 logits exist for one chunk of tokens at a time."""
 
+from collections.abc import Callable
+
 import torch
 
 from model.model_minimind import compute_dtype
@@ -76,3 +78,50 @@ def token_cross_entropy(hidden_states: torch.Tensor, weight: torch.Tensor, label
         labels_of_targets[count:] = -100
         losses = _TokenCrossEntropy.apply(hidden[targets], weight, labels_of_targets, training)
         return torch.zeros(len(flat_labels)).index_copy(0, targets[:count], losses[:count]).view(labels.shape)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Takes the gradient of each chunk's logits right after its loss, so logits never outlive their chunk."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, loss_of_logits, losses, with_gradient):
+        weight_in_dtype = weight.to(hidden.dtype)
+        grad_hidden = torch.empty_like(hidden) if with_gradient else None
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if with_gradient else None
+        sums = torch.zeros(losses, device=hidden.device)
+        for start in range(0, len(hidden), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            with torch.set_grad_enabled(with_gradient):
+                logits = (hidden[chunk].detach() @ weight_in_dtype.detach().t()).requires_grad_(with_gradient)
+                parts = loss_of_logits(logits.float(), chunk)
+                total = parts[0]
+            sums += parts.detach()
+            if with_gradient:
+                (grad_logits,) = torch.autograd.grad(total, logits)
+                grad_hidden[chunk] = grad_logits @ weight_in_dtype
+                grad_weight += grad_logits.t() @ hidden[chunk]
+        if with_gradient:
+            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        return sums
+
+    @staticmethod
+    def backward(ctx, grad_sums):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad_sums[0].to(grad_hidden.dtype), grad_weight * grad_sums[0], None, None, None
+
+
+def chunked_loss(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    loss_of_logits: Callable[[torch.Tensor, slice], torch.Tensor],
+    losses: int,
+) -> torch.Tensor:
+    """Sums over tokens of losses that need whole distributions; logits of CHUNK tokens are in memory at a time.
+
+    hidden_states (tokens, hidden), weight (vocab, hidden). loss_of_logits(float32 logits (chunk, vocab), which tokens
+    of hidden_states they are) -> sums over these tokens (losses,). Returns the totals (losses,); only the first has a
+    gradient. The gradient is computed in the forward pass: backward scales it by what flows into the first total.
+    """
+    hidden = hidden_states.to(compute_dtype(hidden_states))
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _ChunkedLoss.apply(hidden, weight, loss_of_logits, losses, torch.is_grad_enabled())

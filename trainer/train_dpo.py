@@ -1,8 +1,8 @@
 """Direct preference optimisation (DPO, arXiv:2305.18290): answers that people chose become likelier than rejected ones.
 
-    loss = -log sigmoid(beta * ((logpi_c - logpi_r) - (logref_c - logref_r))) + aux        (eq. 7), mean over pairs
+    loss = -log sigmoid(beta * ((logpi_c - logpi_r) - (logref_c - logref_r))) + aux        (eq. 7; the mean over pairs)
 
-logpi_c and logpi_r are the log-probs of the chosen and of the rejected answer under the model, logref the same under the
+logpi_c and logpi_r are the log-probs of the chosen and the rejected answer under the model, logref the same under the
 frozen reference: summed over the answer's tokens (--logp sum, the paper's), or averaged (--logp mean). With label
 smoothing e a share e of the pairs counts as labelled the wrong way round: (1 - e) * loss(margin) + e * loss(-margin).
 aux is the load-balancing loss of a mixture of experts, as in train_pretrain.py.
@@ -10,7 +10,7 @@ aux is the load-balancing loss of a mixture of experts, as in train_pretrain.py.
 The reference's log-probs do not change, so they are computed once and kept on disk: training holds one model.
 
 Reads   {"chosen": [turns], "rejected": [turns]} a line (--data_path, default dataset/dpo.jsonl),
-        out/full_sft_{hidden_size}{_moe}.pth (--base_weight; also the reference, unless --reference_weight names another)
+        out/full_sft_{hidden_size}{_moe}.pth (--base_weight; the reference too, unless --reference_weight is given)
 Writes  out/rlhf_{hidden_size}{_moe}.pth and a .json beside it, out/resume/, out/logs/, log-probs in out/token_cache/
 
     python train_dpo.py
@@ -29,12 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.tokenization import ChatTokenizer
 from model.model_minimind import MiniMindForCausalLM
-from model.weights import find_weights, load_model, load_weights
+from model.weights import find_weights, load_weights
 from trainer.arguments import chat_command, from_root, model_config, parse_arguments, run_script, stage_parser
 from trainer.checkpoint import Checkpoint, file_sha256, output_path
 from trainer.distributed import gradient_sync, start_process, stop_on_signal, stop_process, sum_over_ranks, wrap_model
 from trainer.evaluation import Evaluator
-from trainer.frozen_outputs import FrozenOutputs, counted
 from trainer.loader import PackedData, model_inputs
 from trainer.logger import Logger, step_counts
 from trainer.optimization import (
@@ -46,6 +45,7 @@ from trainer.optimization import (
     optimizer_step,
     prepare_forward,
 )
+from trainer.reference import answer_log_probs, reference_log_probs
 from trainer.token_losses import token_cross_entropy
 
 METRICS = ("loss", "reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected", "kl")
@@ -62,9 +62,7 @@ def parse(argv: list[str] | None):
         max_seq_len=1024,
     )
     add = parser.add_argument
-    add(
-        "--beta", type=float, default=0.1, help="how strongly the model is held to the reference (default: %(default)s)"
-    )
+    add("--beta", type=float, default=0.1, help="how strongly the reference holds the model (default: %(default)s)")
     add("--logp", choices=("sum", "mean"), default="sum", help="an answer's log-prob: of all its tokens, or per token")
     add("--label_smoothing", type=float, default=0.0, help="share of pairs taken as mislabelled (default: %(default)s)")
     add("--base_weight", default="full_sft", help="stage or .pth file to start from (default: %(default)s)")
@@ -90,26 +88,13 @@ def dpo_loss(
     return loss, margin
 
 
-def answer_log_probs(token_losses: torch.Tensor, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed log-probs and token counts of the answers, each (pairs, 2): chosen, rejected.
-
-    token_losses (rows, seq): minus the log-prob of each target, 0 elsewhere. Documents 2p and 2p + 1 are pair p's.
-    """
-    documents = 2 * len(batch["pair_ids"])
-    numbers = batch["document_ids"].flatten().long()
-    numbers = torch.where(numbers < 0, documents, numbers)  # padding goes to an extra place
-    sums = token_losses.new_zeros(documents + 1).index_add(0, numbers, -token_losses.flatten())
-    counts = token_losses.new_zeros(documents + 1).index_add(0, numbers, (batch["labels"] >= 0).flatten().float())
-    return sums[:documents].view(-1, 2), counts[:documents].view(-1, 2)
-
-
 def preference_loss(
-    token_losses: torch.Tensor, batch: dict, reference: FrozenOutputs, args
+    token_losses: torch.Tensor, batch: dict, reference: np.ndarray, args
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed DPO loss of the micro-batch's pairs, and the sums of METRICS over them."""
     policy, counts = answer_log_probs(token_losses, batch)
     pairs = batch["pair_ids"].cpu().numpy()
-    frozen = torch.from_numpy(np.array(reference.arrays["log_probs"][pairs])).to(policy.device)
+    frozen = torch.from_numpy(np.array(reference[pairs])).to(policy.device)
     drift = (policy.detach() - frozen) / counts
     if args.logp == "mean":
         policy, frozen = policy / counts, frozen / counts
@@ -121,31 +106,7 @@ def preference_loss(
 
 
 @torch.no_grad()
-def reference_log_probs(path: Path, data: PackedData, tokenizer, precision: Precision, process) -> FrozenOutputs:
-    """Log-probs of all answers of a file under the reference, (pairs, 2), from disk as far as they are there."""
-    identity = {
-        "weights": file_sha256(path), "data": data.fingerprint(), "precision": precision.name,
-        "max_seq_len": data.args.max_seq_len,
-    }  # fmt: skip
-    shapes = {"log_probs": ((data.plan.num_rows, 2), np.float32)}
-    place = data.args.cache_dir / f"{data.path.stem}-reference"
-    outputs = FrozenOutputs(place, identity, data.plan.num_rows, shapes, process)
-    if outputs.complete:
-        return outputs
-    model = load_model(path, tokenizer.sha256)[0].to(process.device)
-    for batch in counted(data.all_batches(), data.batches_in_file, f"log-probs of {path.name}", process):
-        pairs = batch["pair_ids"].cpu().numpy()
-        if len(pairs) and outputs.missing(pairs).any():
-            with precision.autocast():
-                head = functools.partial(token_cross_entropy, labels=batch["labels"])
-                log_probs, _ = answer_log_probs(model(**model_inputs(batch), head=head).logits, batch)
-            outputs.write(pairs, pairs, log_probs=log_probs.cpu().numpy())
-    outputs.finish()
-    return outputs
-
-
-@torch.no_grad()
-def evaluate_pairs(model, data, precision, process, tokenizer, reference: FrozenOutputs, args) -> dict[str, float]:
+def evaluate_pairs(model, data, precision, process, tokenizer, reference: np.ndarray, args) -> dict[str, float]:
     """METRICS over a held-out file."""
     sums, pairs = torch.zeros(len(METRICS), dtype=torch.float64), 0
     model.eval()

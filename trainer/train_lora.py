@@ -3,8 +3,8 @@
     y = W x + (alpha / rank) B A x        loss = sum(w * CE) / sum(w) + aux
 
 A (rank, in) and B (out, rank) are trained, B from zero; W is frozen. w is 1 on the assistant's content and the
-<|im_end|> that ends it, else 0; CE is the cross-entropy of the next token in nats. Both sums run over the whole step. aux
-is the load-balancing loss of a mixture of experts, as in train_pretrain.py; its router is frozen too.
+<|im_end|> that ends it, else 0; CE is the cross-entropy of the next token in nats. Both sums run over the optimizer
+step. aux is the load-balancing loss of a mixture of experts, as in train_pretrain.py; its router is frozen too.
 
 Reads   {"conversations": [{"role": ..., "content": ...}, ...]} a line (--data_path, default
         dataset/lora_medical.jsonl), out/full_sft_{hidden_size}{_moe}.pth (--base_weight)

@@ -1,0 +1,55 @@
+"""Log-probs of answers, and those of DPO's frozen reference: computed once, kept on disk."""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dataset.tokenization import ChatTokenizer
+from model.weights import load_model
+from trainer.checkpoint import file_sha256
+from trainer.distributed import Process
+from trainer.frozen_outputs import FrozenOutputs, counted
+from trainer.loader import PackedData, model_inputs
+from trainer.optimization import Precision
+from trainer.token_losses import token_cross_entropy
+
+
+def answer_log_probs(token_losses: torch.Tensor, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed log-probs and token counts of the answers, each (pairs, 2): chosen, rejected.
+
+    token_losses (rows, seq): minus the log-prob of each target, 0 elsewhere. Documents 2p and 2p + 1 are pair p's.
+    """
+    documents = 2 * len(batch["pair_ids"])
+    numbers = batch["document_ids"].flatten().long()
+    numbers = torch.where(numbers < 0, documents, numbers)  # padding goes to an extra place
+    sums = token_losses.new_zeros(documents + 1).index_add(0, numbers, -token_losses.flatten())
+    counts = token_losses.new_zeros(documents + 1).index_add(0, numbers, (batch["labels"] >= 0).flatten().float())
+    return sums[:documents].view(-1, 2), counts[:documents].view(-1, 2)
+
+
+@torch.no_grad()
+def reference_log_probs(
+    path: Path, data: PackedData, tokenizer: ChatTokenizer, precision: Precision, process: Process
+) -> np.ndarray:
+    """Log-probs of all answers of a file under the reference, (pairs, 2), from disk as far as they are there."""
+    identity = {
+        "weights": file_sha256(path), "data": data.fingerprint(), "precision": precision.name,
+        "max_seq_len": data.args.max_seq_len,
+    }  # fmt: skip
+    shapes = {"log_probs": ((data.plan.num_rows, 2), np.float32)}
+    place = data.args.cache_dir / f"{data.path.stem}-reference"
+    outputs = FrozenOutputs(place, identity, data.plan.num_rows, shapes, process)
+    if outputs.complete:
+        return outputs.arrays["log_probs"]
+    model = load_model(path, tokenizer.sha256)[0].to(process.device)
+    for batch in counted(data.all_batches(), data.batches_in_file, f"log-probs of {path.name}", process):
+        pairs = batch["pair_ids"].cpu().numpy()
+        if len(pairs) and outputs.missing(pairs).any():
+            with precision.autocast():
+                head = functools.partial(token_cross_entropy, labels=batch["labels"])
+                log_probs, _ = answer_log_probs(model(**model_inputs(batch), head=head).logits, batch)
+            outputs.write(pairs, pairs, log_probs=log_probs.cpu().numpy())
+    outputs.finish()
+    return outputs.arrays["log_probs"]

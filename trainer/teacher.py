@@ -1,0 +1,94 @@
+"""The teacher of knowledge distillation: its log-probs at the targets of a batch, computed or read from disk."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from dataset.tokenization import ChatTokenizer
+from model.weights import load_model
+from trainer.checkpoint import file_sha256
+from trainer.distributed import Process
+from trainer.frozen_outputs import FrozenOutputs, counted
+from trainer.loader import PackedData, model_inputs
+from trainer.optimization import Precision, prepare_forward
+from trainer.token_losses import CHUNK
+
+
+class Teacher:
+    """Log-probs of the teacher at the targets of a batch: from the model, or from what it said once."""
+
+    def __init__(
+        self, path: Path, args: argparse.Namespace, tokenizer: ChatTokenizer, precision: Precision, process: Process
+    ):
+        self.path, self.args, self.precision, self.process = path, args, precision, process
+        self.model, _ = load_model(path, tokenizer.sha256)
+        layers, vocab = self.model.config.num_hidden_layers, self.model.config.vocab_size
+        if args.teacher_num_hidden_layers not in (None, layers):
+            raise ValueError(
+                f"--teacher_num_hidden_layers {args.teacher_num_hidden_layers}: {path} has {layers}; leave it out"
+            )
+        if vocab != tokenizer.vocab_size:
+            raise ValueError(
+                f"the teacher {path} has {vocab} token ids, the student {tokenizer.vocab_size}: both must use one "
+                "tokenizer, for the distributions are compared token by token"
+            )
+        self.model.to(process.device, precision.dtype).requires_grad_(False)
+        prepare_forward(self.model, args, process.device)
+        self.kept = None
+
+    @torch.no_grad()
+    def log_probs(self, batch: dict, targets: torch.Tensor) -> Callable[[slice], tuple]:
+        """A function: which of the targets -> (log-probs, token ids or None), as distillation_loss takes them."""
+        if self.kept:
+            place = self._places(batch)
+            ids, values = (torch.from_numpy(self.kept.arrays[name][place]) for name in ("token_ids", "log_probs"))
+            ids, values = ids.to(targets.device, torch.int64), values.to(targets.device, torch.float32)
+            return lambda chunk: (values[chunk], ids[chunk])
+        hidden = self.model.model(**model_inputs(batch)).last_hidden_state.flatten(0, 1)[targets]
+        weight, temperature = self.model.lm_head.weight, self.args.temperature
+        return lambda chunk: (F.log_softmax((hidden[chunk] @ weight.t()).float() / temperature, dim=-1), None)
+
+    def keep(self, data: PackedData, k: int) -> None:
+        """Computes the k likeliest tokens at every target of the file, as far as they are not on disk, and frees the
+        model."""
+        identity = {
+            "weights": file_sha256(self.path), "data": data.fingerprint(), "precision": self.precision.name,
+            "max_seq_len": self.args.max_seq_len, "temperature": self.args.temperature, "k": k,
+        }  # fmt: skip
+        self.ends = np.cumsum(data.plan.row_targets, dtype=np.int64)
+        targets = int(self.ends[-1])
+        shapes = {"token_ids": ((targets, k), np.uint16), "log_probs": ((targets, k), np.float16)}
+        place = self.args.cache_dir / f"{data.path.stem}-teacher"
+        kept = FrozenOutputs(place, identity, data.plan.num_rows, shapes, self.process)
+        if not kept.complete:
+            title = f"likeliest tokens of {self.path.name}"
+            for batch in counted(data.all_batches(), data.batches_in_file, title, self.process):
+                rows = batch["row_ids"].cpu().numpy()
+                if not (len(rows) and kept.missing(rows).any()):
+                    continue
+                with self.precision.autocast():
+                    log_probs = self.log_probs(batch, target_places(batch))
+                    chunks = [
+                        log_probs(slice(start, start + CHUNK))[0].topk(k)
+                        for start in range(0, batch["target_tokens"], CHUNK)
+                    ]
+                values, ids = (torch.cat(part).cpu().numpy() for part in zip(*chunks, strict=True))
+                kept.write(rows, self._places(batch), token_ids=ids, log_probs=values)
+            kept.finish()
+        self.kept, self.model = kept, None
+
+    def _places(self, batch: dict) -> np.ndarray:
+        """Where the targets of a batch lie in the arrays on disk."""
+        rows = batch["row_ids"].cpu().numpy()
+        starts = np.where(rows > 0, self.ends[rows - 1], 0)
+        spans = [np.arange(start, end) for start, end in zip(starts, self.ends[rows], strict=True)]
+        return np.concatenate(spans) if spans else np.empty(0, np.int64)
+
+
+def target_places(batch: dict) -> torch.Tensor:
+    """Indices of the targets in the flattened rows; their number is known, so a GPU is not waited for."""
+    return (batch["labels"].flatten() >= 0).nonzero_static(size=batch["target_tokens"]).squeeze(1)

@@ -1,0 +1,153 @@
+"""Reason distillation: the model learns from a reasoning model's answers to think first, then answer.
+
+    loss = sum(w * CE) / sum(m) + aux
+
+m is 1 on the assistant's content and the <|im_end|> that ends it, else 0. w is m, but --tag_weight (10) on the tags
+<think> </think> <answer> </answer> in the assistant's content: few tokens that decide the form of an answer. CE is the
+cross-entropy of the next token in nats; both sums run over the whole optimizer step. aux is the load-balancing loss of
+a mixture of experts, as in train_pretrain.py.
+
+Reads   {"conversations": [...]} a line, answers as <think>...</think><answer>...</answer> (--data_path, default
+        dataset/r1_mix_1024.jsonl), out/rlhf_{hidden_size}{_moe}.pth (--base_weight)
+Writes  out/reason_{hidden_size}{_moe}.pth and a .json beside it, out/resume/, out/logs/
+
+    python train_distill_reason.py
+    torchrun --nproc_per_node 8 train_distill_reason.py
+"""
+
+import functools
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dataset.tokenization import ChatTokenizer
+from model.model_minimind import MiniMindForCausalLM
+from model.weights import find_weights, load_weights
+from trainer.arguments import chat_command, from_root, model_config, parse_arguments, run_script, stage_parser
+from trainer.checkpoint import Checkpoint, output_path
+from trainer.distributed import gradient_sync, start_process, stop_on_signal, stop_process, sum_over_ranks, wrap_model
+from trainer.evaluation import Evaluator
+from trainer.loader import PackedData, model_inputs
+from trainer.logger import Logger, step_counts
+from trainer.optimization import (
+    Precision,
+    backward,
+    build_optimizer,
+    check_finite,
+    learning_rate,
+    optimizer_step,
+    prepare_forward,
+)
+from trainer.token_losses import token_cross_entropy
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+def parse(argv: list[str] | None):
+    parser = stage_parser(
+        __doc__,
+        data_path=from_root("dataset/r1_mix_1024.jsonl"),
+        epochs=1,
+        batch_size=8,
+        accumulation_steps=1,
+        learning_rate=1e-6,
+        max_seq_len=1024,
+    )
+    add = parser.add_argument
+    add("--tag_weight", type=float, default=10.0, help="weight of a tag's loss (default: %(default)s)")
+    add("--base_weight", default="rlhf", help="stage or .pth file to start from (default: %(default)s)")
+    return parse_arguments(parser, argv, tag_weight=(lambda weight: 0 <= weight < float("inf"), "0 or more"))
+
+
+def target_weights(labels: torch.Tensor, tags: list[list[int]], tag_weight: float) -> torch.Tensor:
+    """Loss weight of every position: tag_weight where the target belongs to a tag, 1 on other targets, else 0.
+
+    labels (rows, seq), -100 outside the assistant's content. tags: the ids of each tag; a tag of several ids counts
+    only where all of them stand in order.
+    """
+    weights = (labels >= 0).float()
+    for ids in tags:
+        starts = labels.shape[1] - len(ids) + 1
+        found = torch.stack([labels[:, i : starts + i] == token for i, token in enumerate(ids)]).all(dim=0)
+        for i in range(len(ids)):
+            weights[:, i : starts + i][found] = tag_weight
+    return weights
+
+
+def reason_loss(
+    token_losses: torch.Tensor, weights: torch.Tensor, aux_loss: torch.Tensor, batch: dict
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """This micro-batch's share of the optimizer step's weighted cross-entropy and of its balance loss, in nats.
+
+    token_losses and weights (rows, seq), 0 outside answers; aux_loss, the mean over the micro-batch's conversations.
+    The denominator counts answer tokens without weights.
+    """
+    cross_entropy = (token_losses * weights).sum() / batch["step_targets"]
+    return cross_entropy, aux_loss * batch["num_documents"] / batch["step_documents"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    process = start_process(args)
+    tokenizer = ChatTokenizer(args.tokenizer_path)
+    config = model_config(args, tokenizer.vocab_size)
+    weights = output_path("reason", config, args)
+    base = find_weights(args.base_weight, args.out_dir, config.hidden_size, config.use_moe)
+    tags = tokenizer.encode_contents(list(TAGS))
+
+    data = PackedData(args, "conversation", tokenizer, process)
+    evaluator = Evaluator(args, "conversation", tokenizer, process)
+    model = MiniMindForCausalLM(config).to(process.device)
+    optimizer = build_optimizer(model, args)
+    precision = Precision(args.dtype, process.device)
+    checkpoint = Checkpoint(weights, "reason", args, process, tokenizer, data)
+    progress = checkpoint.restore(model, optimizer, precision)
+    if progress.step == 0:
+        load_weights(model, base, tokenizer.sha256)
+        if process.is_main:
+            print(f"starting from {base}")
+    prepare_forward(model, args, process.device)
+    model = wrap_model(model, process)
+    logger = Logger(checkpoint.name, args, process, model, data, progress.step, precision)
+    metrics = {}
+
+    with stop_on_signal() as stop:
+        for step, micro_batches in data.steps(progress.step):
+            # ---- one optimizer step ----
+            losses = torch.zeros(2, device=process.device)
+            for batch in micro_batches:
+                with gradient_sync(model, batch is micro_batches[-1]):
+                    with precision.autocast():
+                        head = functools.partial(token_cross_entropy, labels=batch["labels"])
+                        output = model(**model_inputs(batch), head=head)
+                        tag_weights = target_weights(batch["labels"], tags, args.tag_weight)
+                        cross_entropy, aux_loss = reason_loss(output.logits, tag_weights, output.aux_loss, batch)
+                    backward(model, cross_entropy + aux_loss, precision, process)
+                losses += torch.stack((cross_entropy, aux_loss)).detach()
+            cross_entropy, aux_loss = sum_over_ranks(losses.tolist(), process)
+            check_finite(cross_entropy + aux_loss, step)
+            lr = learning_rate(step, data.total_steps, args.learning_rate, args.warmup_iters, args.min_lr_ratio)
+            grad_norm = optimizer_step(model, optimizer, precision, lr, args.grad_clip)
+            # ----------------------------
+            counts = step_counts(micro_batches, process)
+            progress.advance(counts, data.total_steps)
+            metrics["loss"] = cross_entropy
+            logger.step(step, cross_entropy, lr, grad_norm, counts, aux_loss=aux_loss)
+
+            with logger.clock_stopped():
+                if progress.due(args.eval_interval):
+                    metrics |= evaluator.run(model, precision, logger, progress.step)
+                stopping = stop.agreed(process)
+                if stopping or progress.due(args.save_interval):
+                    checkpoint.save(model, optimizer, precision, progress, metrics)
+            if stopping:
+                break
+    logger.close(weights, progress, chat_command(args, 3))
+    stop_process(stop, progress.complete)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,195 @@
+"""Knowledge distillation: a small model learns the distributions of a large one, token by token (white box).
+
+    loss = alpha * CE + (1 - alpha) * T^2 * KL(teacher_T || student_T) + aux        (arXiv:1503.02531, section 2)
+
+CE is the cross-entropy of the next token, KL the divergence between the distributions softmax(logits / T), in nats;
+both are means over the assistant's content and the <|im_end|> that ends it, over the whole optimizer step. T^2 keeps
+the size of the gradient when T changes. aux is the load-balancing loss of a mixture of experts.
+
+Logits exist for a chunk of tokens at a time. With --cache_teacher K the teacher's K likeliest tokens are computed once
+and kept on disk, and it is not in memory while the student trains; all other tokens then count as one.
+
+Reads   {"conversations": [{"role": ..., "content": ...}, ...]} a line (--data_path, default dataset/sft_512.jsonl),
+        out/full_sft_{hidden_size}{_moe}.pth of the student (--base_weight) and of the teacher (--teacher_weight)
+Writes  out/full_dist_{hidden_size}{_moe}.pth and a .json beside it, out/resume/, out/logs/
+
+    python train_distillation.py
+    torchrun --nproc_per_node 8 train_distillation.py
+"""
+
+import functools
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dataset.tokenization import ChatTokenizer
+from model.model_minimind import MiniMindForCausalLM
+from model.weights import find_weights, load_weights
+from trainer.arguments import (
+    add_boolean,
+    chat_command,
+    from_root,
+    model_config,
+    parse_arguments,
+    run_script,
+    stage_parser,
+)
+from trainer.checkpoint import Checkpoint, file_sha256, output_path
+from trainer.distributed import gradient_sync, start_process, stop_on_signal, stop_process, sum_over_ranks, wrap_model
+from trainer.evaluation import Evaluator
+from trainer.loader import PackedData, model_inputs
+from trainer.logger import Logger, step_counts
+from trainer.optimization import (
+    Precision,
+    backward,
+    build_optimizer,
+    check_finite,
+    learning_rate,
+    optimizer_step,
+    prepare_forward,
+)
+from trainer.teacher import Teacher, target_places
+from trainer.token_losses import chunked_loss
+
+CACHE_HELP = "keep the teacher's K likeliest tokens on disk, 4 K bytes a target, and train without it (0: no)"
+
+
+def parse(argv: list[str] | None):
+    parser = stage_parser(
+        __doc__,
+        data_path=from_root("dataset/sft_512.jsonl"),
+        epochs=6,
+        batch_size=32,
+        accumulation_steps=1,
+        learning_rate=5e-6,
+        max_seq_len=512,
+    )
+    add = parser.add_argument
+    add("--alpha", type=float, default=0.5, help="share of the cross-entropy, 0 to 1 (default: %(default)s)")
+    add("--temperature", type=float, default=2.0, help="T of both distributions (default: %(default)s)")
+    add("--base_weight", default="full_sft", help="student: stage or .pth file to start from (default: %(default)s)")
+    add("--teacher_weight", default="full_sft", help="teacher: stage or .pth file (default: %(default)s)")
+    add("--teacher_hidden_size", type=int, default=768, help="chooses the teacher's file (default: %(default)s)")
+    add("--teacher_num_hidden_layers", type=int, help="read from the file (16 layers: 104M); checked if given")
+    add_boolean(parser, "--teacher_use_moe", False, "the teacher is a mixture of experts")
+    add("--cache_teacher", type=int, default=0, metavar="K", help=CACHE_HELP)
+    return parse_arguments(
+        parser,
+        argv,
+        alpha=(lambda alpha: 0 <= alpha <= 1, "between 0 and 1"),
+        temperature=(lambda temperature: 0 < temperature < float("inf"), "above 0"),
+        cache_teacher=(lambda k: 0 <= k < 6400, "0 or more and smaller than the vocabulary"),
+    )
+
+
+def distillation_loss(
+    student_logits: torch.Tensor,
+    labels: torch.Tensor,
+    teacher_log_probs: torch.Tensor,
+    alpha: float,
+    temperature: float,
+    token_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Sums over tokens in nats: (the loss, cross-entropy, KL divergence).
+
+    student_logits (tokens, vocab), labels (tokens,). teacher_log_probs (tokens, vocab): log softmax(teacher logits / T);
+    with token_ids (tokens, K) those of the K likeliest tokens: the rest of the vocabulary then counts as one.
+    """
+    cross_entropy = F.cross_entropy(student_logits, labels, reduction="sum")
+    log_probs = F.log_softmax(student_logits / temperature, dim=-1)
+    if token_ids is not None:
+        log_probs, teacher_log_probs = with_rest(log_probs.gather(1, token_ids)), with_rest(teacher_log_probs)
+    divergence = F.kl_div(log_probs, teacher_log_probs, log_target=True, reduction="sum")
+    loss = alpha * cross_entropy + (1 - alpha) * temperature**2 * divergence
+    return torch.stack((loss, cross_entropy, divergence))
+
+
+def with_rest(log_probs: torch.Tensor) -> torch.Tensor:
+    """(tokens, K) log-probs and that of all other tokens together, (tokens, K + 1)."""
+    known = log_probs.exp().sum(dim=-1, keepdim=True).clamp(max=1 - 1e-6)
+    return torch.cat((log_probs, torch.log1p(-known)), dim=-1)
+
+
+def distillation_head(hidden: torch.Tensor, weight: torch.Tensor, batch: dict, teacher: Teacher, args) -> torch.Tensor:
+    """The student's head and loss, a chunk of targets at a time: sums of (loss, cross-entropy, KL)."""
+    targets = target_places(batch)
+    labels = batch["labels"].flatten()[targets]
+    teacher_log_probs = teacher.log_probs(batch, targets)
+
+    def loss_of_logits(logits: torch.Tensor, chunk: slice) -> torch.Tensor:
+        log_probs, token_ids = teacher_log_probs(chunk)
+        return distillation_loss(logits, labels[chunk], log_probs, args.alpha, args.temperature, token_ids)
+
+    return chunked_loss(hidden.flatten(0, 1)[targets], weight, loss_of_logits, losses=3)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    process = start_process(args)
+    tokenizer = ChatTokenizer(args.tokenizer_path)
+    config = model_config(args, tokenizer.vocab_size)
+    weights = output_path("full_dist", config, args)
+    base = find_weights(args.base_weight, args.out_dir, config.hidden_size, config.use_moe)
+    teacher_path = find_weights(args.teacher_weight, args.out_dir, args.teacher_hidden_size, args.teacher_use_moe)
+
+    data = PackedData(args, "conversation", tokenizer, process)
+    evaluator = Evaluator(args, "conversation", tokenizer, process)
+    precision = Precision(args.dtype, process.device)
+    teacher = Teacher(teacher_path, args, tokenizer, precision, process)
+    if args.cache_teacher:
+        teacher.keep(data, args.cache_teacher)
+    model = MiniMindForCausalLM(config).to(process.device)
+    optimizer = build_optimizer(model, args)
+    checkpoint = Checkpoint(weights, "full_dist", args, process, tokenizer, data, teacher=file_sha256(teacher_path))
+    progress = checkpoint.restore(model, optimizer, precision)
+    if progress.step == 0:
+        load_weights(model, base, tokenizer.sha256)
+        if process.is_main:
+            print(f"student {base}, teacher {teacher_path}")
+    prepare_forward(model, args, process.device)
+    model = wrap_model(model, process)
+    logger = Logger(checkpoint.name, args, process, model, data, progress.step, precision)
+    metrics = {}
+
+    with stop_on_signal() as stop:
+        for step, micro_batches in data.steps(progress.step):
+            # ---- one optimizer step ----
+            sums = torch.zeros(4, device=process.device)
+            for batch in micro_batches:
+                with gradient_sync(model, batch is micro_batches[-1]):
+                    with precision.autocast():
+                        head = functools.partial(distillation_head, batch=batch, teacher=teacher, args=args)
+                        output = model(**model_inputs(batch), head=head)
+                        losses = output.logits / batch["step_targets"]
+                        aux_loss = output.aux_loss * batch["num_documents"] / batch["step_documents"]
+                    backward(model, losses[0] + aux_loss, precision, process)
+                sums += torch.cat((losses, aux_loss.view(1))).detach()
+            loss, cross_entropy, divergence, aux_loss = sum_over_ranks(sums.tolist(), process)
+            check_finite(loss + aux_loss, step)
+            lr = learning_rate(step, data.total_steps, args.learning_rate, args.warmup_iters, args.min_lr_ratio)
+            grad_norm = optimizer_step(model, optimizer, precision, lr, args.grad_clip)
+            # ----------------------------
+            counts = step_counts(micro_batches, process)
+            progress.advance(counts, data.total_steps)
+            metrics["loss"] = loss
+            more = {"ce": cross_entropy, "kl": divergence, "aux_loss": aux_loss}
+            logger.step(step, loss, lr, grad_norm, counts, **more)
+
+            with logger.clock_stopped():
+                if progress.due(args.eval_interval):
+                    metrics |= evaluator.run(model, precision, logger, progress.step)
+                stopping = stop.agreed(process)
+                if stopping or progress.due(args.save_interval):
+                    checkpoint.save(model, optimizer, precision, progress, metrics)
+            if stopping:
+                break
+    logger.close(weights, progress, chat_command(args, 4))
+    stop_process(stop, progress.complete)
+
+
+if __name__ == "__main__":
+    run_script(main)
