@@ -48,7 +48,13 @@ class ChatTokenizer:
         self.is_byte_level = decoder.get("type") == "ByteLevel"
         self._newline = self.encode_contents(["\n"])[0]
         self._headers = dict(zip(ROLES, self.encode_contents([f"{role}\n" for role in ROLES]), strict=True))
-        self._default_system = self._turn("system", self.encode_contents([DEFAULT_SYSTEM])[0])
+        self._openings = {role: [self.bos_id, *header] for role, header in self._headers.items()}
+        self._closing = [self.eos_id, *self._newline]
+        self._default_system = [
+            *self._openings["system"],
+            *self.encode_contents([DEFAULT_SYSTEM])[0],
+            *self._closing,
+        ]
 
     def __reduce__(self):
         return ChatTokenizer, (self._file,)
@@ -94,21 +100,24 @@ class ChatTokenizer:
 
     # A content is encoded apart from its header. Together, the header's "\n" and a content that opens with a newline
     # would merge, and an answer's ids would not be the ones that a model, continuing the header, can produce.
-    def _turn(self, role: str, content: list[int]) -> list[int]:
-        return [self.bos_id, *self._headers[role], *content, self.eos_id, *self._newline]
-
     def _assemble(self, turns: list[dict], contents: Iterable[list[int]]) -> tuple[list[int], list[int]]:
         opened = bool(turns) and turns[0]["role"] == "system"
-        ids = [] if opened else list(self._default_system)
+        ids = [] if opened else self._default_system.copy()
         mask = [0] * len(ids)
+        after = [0] * len(self._newline)
         for turn, content in zip(turns, contents, strict=False):  # contents runs on into the next conversation
             role = turn["role"]
-            if role not in self._headers:
+            opening = self._openings.get(role)
+            if opening is None:
                 raise ValueError(f"unknown role {role!r}; a turn's role is one of {', '.join(ROLES)}")
-            ids += self._turn(role, content)
-            spoken = len(content) + 1  # the content and its eos
-            before = 1 + len(self._headers[role])
-            mask += [0] * before + [int(role == "assistant")] * spoken + [0] * len(self._newline)
+            ids += opening
+            ids += content
+            ids += self._closing
+            if role == "assistant":
+                mask += [0] * (len(ids) - len(mask) - len(content) - len(self._closing))
+                mask += [1] * (len(content) + 1)  # the content and its eos
+                mask += after
+        mask += [0] * (len(ids) - len(mask))
         return ids, mask
 
     def _read_tokenizer(self, raw: bytes) -> Tokenizer:
