@@ -2,6 +2,7 @@
 
     python eval_model.py                          full_sft weights: out/full_sft_512.pth
     python eval_model.py --model_mode 0           0 pretrain, 1 full_sft, 2 rlhf (DPO), 3 reason, 4 full_dist
+    python eval_model.py --lora_name lora_medical an adapter on top: out/lora/lora_medical_512.pth
     python eval_model.py --load 1                 a folder in Hugging Face format: MiniMind2/, or --hf_path FOLDER
     python eval_model.py --prompt "你好"          answers once; only the answer goes to stdout
     python eval_model.py < prompts.txt            one prompt a line
@@ -26,12 +27,14 @@ import torch
 
 from dataset.tokenization import ChatTokenizer, StreamDecoder
 from model.generation import KVCache, SamplingParams, new_cache, stream
+from model.model_lora import find_lora, load_lora, lora_layers, remove_lora
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import WeightsError, load_model, missing_message, weight_path
 
 ROOT = Path(__file__).resolve().parent
 STAGE_OF_MODE = {0: "pretrain", 1: "full_sft", 2: "rlhf", 3: "reason", 4: "full_dist"}
 PRETRAIN, REASON = 0, 3
+LORA_COMMAND = re.compile(r"\s*/lora(?:\s+(\S.*?))?\s*")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 TEST_PROMPTS = [
@@ -73,7 +76,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--hf_path", default=str(ROOT / "MiniMind2"), help="folder in Hugging Face format, for --load 1")
     add("--trust_remote_code", type=boolean, nargs="?", const=True, default=False, help="run the folder's own code")
     add("--tokenizer_path", default=None, help="folder of the tokenizer; default: --hf_path's own, else model/")
-    add("--lora_name", default="None", help="adapter to apply")
+    add("--lora_name", default="None", help="adapter to apply: a name in OUT_DIR/lora/, or a .pth file")
     add("--hidden_size", type=int, default=None, help="chooses between files; default: the only one there, or 512")
     add("--num_hidden_layers", type=int, default=None, help="read from the weights; checked against them if given")
     add("--use_moe", type=boolean, nargs="?", const=True, default=None, help="chooses between files")
@@ -93,8 +96,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--history_cnt is {args.history_cnt}, and must be even: questions with their answers")
     if args.max_seq_len < 2:
         parser.error(f"--max_seq_len is {args.max_seq_len}, and must be at least 2")
-    if args.lora_name != "None":
-        parser.error(f"--lora_name {args.lora_name}: there are no adapters yet; they arrive with trainer/train_lora.py")
     try:
         sampling_params(args, stop_ids=())
     except ValueError as error:
@@ -116,6 +117,15 @@ def sampling_params(args: argparse.Namespace, stop_ids: tuple[int, ...]) -> Samp
 
 def note(text: str, end: str = "\n") -> None:
     print(text, end=end, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def noted_warnings() -> Iterator[None]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        note(f"warning: {warning.message}")
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
@@ -200,7 +210,21 @@ def load(args: argparse.Namespace) -> tuple[torch.nn.Module, ChatTokenizer, str]
             f"{tokenizer.path} has {tokenizer.vocab_size} token ids, and {source} {model.config.vocab_size}; "
             "name the tokenizer that the weights were trained with by --tokenizer_path"
         )
-    return model.to(device), tokenizer, str(source)
+    model.to(device)
+    name = switch_lora(model, tokenizer, args, args.lora_name)
+    return model, tokenizer, f"{source} with {name}" if name else str(source)
+
+
+def switch_lora(model: torch.nn.Module, tokenizer: ChatTokenizer, args: argparse.Namespace, lora_name: str) -> str:
+    """Puts an adapter on the model in place of the one that is there, or takes that off for "None"; the base weights
+    stay where they are. Returns the adapter's file, or "". After a WeightsError the model is as it was."""
+    if lora_name.lower() == "none":
+        remove_lora(model)
+        return ""
+    use_moe = bool(getattr(model.config, "use_moe", False))
+    path = find_lora(lora_name, args.out_dir, model.config.hidden_size, use_moe)
+    load_lora(model, path, tokenizer.sha256)
+    return str(path)
 
 
 def check_sizes(args: argparse.Namespace, config, source: Path) -> None:
@@ -225,9 +249,12 @@ def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
 
 def describe(model: torch.nn.Module, source: str) -> str:
     config, parameter = model.config, next(model.parameters())
+    adapter = sum(p.numel() for _, layer in lora_layers(model) for p in layer.lora.parameters())
+    count = f"{(sum(p.numel() for p in model.parameters()) - adapter) / 1e6:.2f}M"
+    count += f" + {adapter / 1e6:.2f}M" if adapter else ""
     kind = f"MoE of {config.n_routed_experts} experts" if getattr(config, "use_moe", False) else "dense"
     return (
-        f"{source}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters "
+        f"{source}: {count} parameters "
         f"({kind}, hidden_size {config.hidden_size}, {config.num_hidden_layers} layers), "
         f"{str(parameter.dtype).removeprefix('torch.')} on {parameter.device}"
     )
@@ -301,6 +328,15 @@ class Conversation:
         if dropped:
             note(f"the conversation exceeds --max_seq_len {self.context_length}: left out {dropped} old messages")
         return ids
+
+    def switch_lora(self, lora_name: str | None) -> None:
+        """Goes on with another adapter, or with none. What was said stays; what the cache holds of it does not."""
+        if lora_name is None:
+            raise ValueError("which adapter? /lora NAME, or /lora none")
+        with noted_warnings():
+            name = switch_lora(self.model, self.tokenizer, self.args, lora_name)
+        self.cache.truncate(0)
+        note(f"now with {name}" if name else "now without an adapter")
 
     def answer(self, prompt: str) -> bool:
         """Writes the answer to stdout while it is made and keeps it; False when Ctrl-C ended it."""
@@ -409,11 +445,16 @@ def converse(args: argparse.Namespace, conversation: Conversation) -> int:
     prompts = TEST_BEGINNINGS if args.model_mode == PRETRAIN else TEST_PROMPTS
     if not automatic:
         note("An empty line ends the conversation, Ctrl-C an answer. 空行结束对话，Ctrl-C 中止回答。")
+        note("/lora NAME puts on an adapter, /lora none takes it off. /lora 名称 切换 LoRA，/lora none 取消。")
     # whoever types a question at the menu wants it answered
     first = [] if choice in ("0", "1") else [choice]
     for prompt in prompts if automatic else itertools.chain(first, read_lines("👶: ")):
-        note(f"👶: {prompt}\n🤖: " if automatic else "🤖: ", end="")
+        command = LORA_COMMAND.fullmatch(prompt)
         try:
+            if command and not automatic:
+                conversation.switch_lora(command[1])
+                continue
+            note(f"👶: {prompt}\n🤖: " if automatic else "🤖: ", end="")
             conversation.answer(prompt)
         except ValueError as error:  # a prompt that is too long is no reason to lose the conversation
             note(str(error))
@@ -427,11 +468,8 @@ def main(argv: list[str] | None = None) -> int:
             file.reconfigure(encoding="utf-8", errors="replace")
     args = parse_args(argv)
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        with noted_warnings():
             model, tokenizer, source = load(args)
-        for warning in caught:
-            note(f"warning: {warning.message}")
         note(describe(model, source))
         return converse(args, Conversation(model, tokenizer, args))
     except ValueError as error:

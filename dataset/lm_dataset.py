@@ -53,6 +53,10 @@ def parse_record(kind: str, line: str) -> str | list[dict] | tuple[list[dict], l
             raise RecordError(f'"{name}" has no assistant turn: there is nothing to learn')
         if not any(turn["role"] == "assistant" for turn in turns[shared:]):
             raise RecordError(f'"{name}" has no assistant turn of its own: chosen and rejected hold the same answers')
+    if not shared or chosen[shared]["role"] != "assistant" or rejected[shared]["role"] != "assistant":
+        raise RecordError(
+            f"chosen and rejected differ before their answers, in turn {shared + 1}: both must answer the same prompt"
+        )
     return chosen, rejected
 
 

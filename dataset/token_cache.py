@@ -12,6 +12,7 @@ neither torch nor transformers.
 """
 
 import errno
+import functools
 import gc
 import hashlib
 import itertools
@@ -49,6 +50,7 @@ class TokenCache:
     tokens (meta["tokens"],) uint16, mask the same in uint8 or None, offsets (documents + 1,) int64: memory maps.
     meta: kind, documents, tokens, bytes (UTF-8 bytes of the text that is a target), records, skipped_lines,
     first_skipped (messages), data_path, data_bytes, tokenizer_sha256, vocab_size, format_version.
+    contents_sha256: of tokens, mask and offsets, wherever the data file lies.
     """
 
     def __init__(self, folder: str | Path):
@@ -59,12 +61,28 @@ class TokenCache:
         self.mask = None if self.kind == "pretrain" else self._map("mask.bin", np.uint8, self.meta["tokens"])
         self.offsets = self._map("offsets.bin", np.int64, self.meta["documents"] + 1)
 
+    @functools.cached_property
+    def contents_sha256(self) -> str:
+        if "contents_sha256" in self.meta:
+            return self.meta["contents_sha256"]
+        names = ["tokens", "offsets", *(() if self.mask is None else ("mask",))]  # a cache from before it was kept
+        digests = {}
+        for name in names:
+            with open(self.folder / f"{name}.bin", "rb") as file:
+                digests[name] = hashlib.file_digest(file, "sha256")
+        return _joined(digests)
+
     def _map(self, name: str, dtype: type, count: int) -> np.memmap:
         # A file shorter than this is a ValueError of mmap.
         return np.memmap(self.folder / name, dtype, mode="r", shape=(count,))
 
     def __reduce__(self):
         return TokenCache, (self.folder,)
+
+
+def _joined(digests: dict) -> str:
+    """One hash for those of several files."""
+    return hashlib.sha256("".join(digests[name].hexdigest() for name in sorted(digests)).encode()).hexdigest()
 
 
 def open_token_cache(
@@ -154,7 +172,13 @@ class _Builder:
                 name: stack.enter_context(open(folder / f"{name}.bin", "wb"))
                 for name in ("tokens", "offsets", *(() if self.kind == "pretrain" else ("mask",)))
             }
-            np.zeros(1, np.int64).tofile(files["offsets"])
+            digests = {name: hashlib.sha256() for name in files}
+
+            def write(name: str, array: np.ndarray) -> None:
+                write_array(files[name], array)
+                digests[name].update(np.ascontiguousarray(array))
+
+            write("offsets", np.zeros(1, np.int64))
             progress = stack.enter_context(
                 Progress(f"tokenizing {self.data_path.name}", self.ranges[-1][1], "B", self.show_progress)
             )
@@ -168,10 +192,10 @@ class _Builder:
                 records += result["records"]
                 target_bytes += result["target_bytes"]
                 if result["lengths"] is not None:
-                    write_array(files["tokens"], result["tokens"])
-                    write_array(files["offsets"], tokens + np.cumsum(result["lengths"], dtype=np.int64))
+                    write("tokens", result["tokens"])
+                    write("offsets", tokens + np.cumsum(result["lengths"], dtype=np.int64))
                     if "mask" in files:
-                        write_array(files["mask"], result["mask"])
+                        write("mask", result["mask"])
                     documents += len(result["lengths"])
                     tokens += len(result["tokens"])
                 # A bad line ends the run, but people want to know all of them: the rest is only looked at.
@@ -198,6 +222,7 @@ class _Builder:
             "skipped_lines": skipped,
             "first_skipped": first_skipped,
             "vocab_size": self.tokenizer.vocab_size,
+            "contents_sha256": _joined(digests),
         }
         (folder / "meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=False), encoding="utf-8")
 

@@ -7,6 +7,7 @@ project's loader takes only the square layers (q_proj, o_proj) of such a file an
 """
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.weights import WeightsError, clean_key, read_state_dict, save_weights, write_atomically, write_json
+from model.model_minimind import MiniMindConfig
+from model.weights import (
+    WeightsError,
+    check_tokenizer,
+    clean_key,
+    read_sidecar,
+    read_state_dict,
+    save_weights,
+    write_atomically,
+    write_json,
+)
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -43,16 +54,16 @@ class LowRank(nn.Module):
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with an adapter. The weight is the one it was made from, not a copy."""
+    """A linear layer with an adapter. Weight and bias are those it was made from, not copies."""
 
     def __init__(self, linear: nn.Linear, rank: int, scale: float):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        self.weight = linear.weight
+        self.weight, self.bias = linear.weight, linear.bias
         self.lora = LowRank(linear, rank, scale)
         self.train(linear.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight) + self.lora(x)
+        return F.linear(x, self.weight, self.bias) + self.lora(x)
 
 
 def apply_lora(
@@ -109,12 +120,15 @@ def save_lora(path: str | Path, model: nn.Module, sidecar: dict[str, Any] | None
     save_weights(path, lora_state_dict(model), sidecar)
 
 
-def load_lora(model: nn.Module, path: str | Path) -> nn.Module:
+def load_lora(model: nn.Module, path: str | Path, tokenizer_sha256: str | None = None) -> nn.Module:
     """Puts the adapter of a file on the model, in place of one that is there; ranks and targets are read off the file.
 
-    Raises WeightsError when the file is no adapter or belongs to a model of other sizes; the model is then unchanged.
+    tokenizer_sha256: hash of the tokenizer in use, checked as in load_weights. Raises WeightsError when the file is no
+    adapter or belongs to a tokenizer or to a model of other sizes; the model is then unchanged.
     """
-    pairs = read_lora(path)
+    pairs, sidecar = read_lora(path), read_sidecar(path)
+    check_tokenizer(path, sidecar, tokenizer_sha256)
+    _check_depth(model, pairs, sidecar, path)
     layers = dict(block_linears(model))
     for name, (a, b) in pairs.items():
         if name not in layers:
@@ -137,6 +151,20 @@ def load_lora(model: nn.Module, path: str | Path) -> nn.Module:
             layer.lora.B.weight.copy_(b)
         _replace(model, name, layer)
     return model
+
+
+def _check_depth(model: nn.Module, layers: Iterable[str], sidecar: dict | None, path: str | Path) -> None:
+    """An adapter of a shallower model would fit the first layers of this one, and mean nothing there."""
+    here, config = model.config.num_hidden_layers, (sidecar or {}).get("config")
+    if isinstance(config, dict):
+        there = config.get("num_hidden_layers", MiniMindConfig().num_hidden_layers)
+        if there != here:
+            raise WeightsError(
+                f"{path} was made for a model of {there} layers, this one has {here}; name its base weights, or train "
+                "an adapter for these with another --lora_name"
+            )
+    elif sum(any(f".layers.{index}." in name for name in layers) for index in range(here)) < here:
+        warnings.warn(f"{path} adapts only some of this model's {here} layers; was it made for it?", stacklevel=3)
 
 
 def read_lora(path: str | Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -226,7 +254,7 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 
 def _plain(layer: LoRALinear) -> nn.Linear:
     linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    linear.weight = layer.weight
+    linear.weight, linear.bias = layer.weight, layer.bias
     return linear.train(layer.training)
 
 

@@ -4,6 +4,7 @@ A weight file is a plain state dict of half-precision tensors and nothing else. 
 that says what the weights are (configuration, stage, tokenizer, losses); it is used when present and never required.
 """
 
+import glob
 import json
 import os
 import tempfile
@@ -63,6 +64,8 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], None]) -> Non
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # what a killed process left behind
+            stale.unlink(missing_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         with os.fdopen(descriptor, "wb") as file:
             write(file)
@@ -231,6 +234,7 @@ def load_weights(model: nn.Module, path: str | Path, tokenizer_sha256: str | Non
     sidecar = read_sidecar(path)
     check_tokenizer(path, sidecar, tokenizer_sha256)
     _check_shapes(model, state, path)
+    _check_heads(model, sidecar, path)
     model.load_state_dict(state, strict=True)
     return sidecar
 
@@ -242,7 +246,8 @@ def load_model(
     state = read_state_dict(path)
     sidecar = read_sidecar(path)
     check_tokenizer(path, sidecar, tokenizer_sha256)
-    model = MiniMindForCausalLM(config_from_state_dict(state, sidecar))
+    with torch.random.fork_rng(devices=[]):  # a run draws the same numbers whether a frozen model was loaded or not
+        model = MiniMindForCausalLM(config_from_state_dict(state, sidecar))
     _check_shapes(model, state, path)
     model.load_state_dict(state, strict=True)
     return model.eval(), sidecar
@@ -263,6 +268,16 @@ def check_tokenizer(path: str | Path, sidecar: dict | None, tokenizer_sha256: st
         raise WeightsError(
             f"{path} was trained with the tokenizer {known[:12]}…, and this run uses {tokenizer_sha256[:12]}…; "
             "name the one it was trained with by --tokenizer_path FOLDER"
+        )
+
+
+def _check_heads(model: nn.Module, sidecar: dict | None, path: str | Path) -> None:
+    """Another division of the same matrices into heads is another model, which no tensor shows."""
+    there = (sidecar or {}).get("config", {}).get("num_attention_heads")
+    here = getattr(getattr(model, "config", None), "num_attention_heads", None)
+    if None not in (there, here) and there != here:
+        raise WeightsError(
+            f"{path} does not fit this model: --num_attention_heads is {here} here and {there} in the file's sidecar"
         )
 
 

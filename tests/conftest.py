@@ -13,7 +13,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -21,6 +22,8 @@ import pytest
 import torch
 
 from dataset.tokenization import ChatTokenizer
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.weights import save_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = "the sky was grey and an old king read by his fire 今天 天气 很好 我们 去 公园 看 花 and then it rained".split()
@@ -78,8 +81,141 @@ def write_conversations(path: Path, count: int = 40, longest: int = 20, exchange
     return write_jsonl(path, records)
 
 
+def write_reasoning(path: Path, count: int = 40, longest: int = 8, seed: int = 0) -> Path:
+    """Answers of a thought and a conclusion; some questions name a tag too."""
+    rng = random.Random(seed)
+    records = []
+    for number in range(count):
+        answer = f"<think>\n{sentence(rng, longest)}\n</think>\n<answer>\n{sentence(rng, longest)}\n</answer>"
+        question = sentence(rng, 5) + (" <think>" if number % 4 == 0 else "")
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        records.append({"conversations": turns})
+    return write_jsonl(path, records)
+
+
+def write_preferences(path: Path, count: int = 40, longest: int = 12, seed: int = 0) -> Path:
+    """Pairs after a prompt of one question or two."""
+    rng = random.Random(seed)
+    records = []
+    for number in range(count):
+        prompt = [{"role": "user", "content": sentence(rng, 5)}]
+        if number % 5 == 0:
+            prompt += [{"role": "assistant", "content": sentence(rng, 3)}, {"role": "user", "content": "and then"}]
+        # an end of its own, so that no two answers are equal
+        answers = [sentence(rng, longest) + end for end in (" 花", " and it rained")]
+        records.append(
+            {
+                side: [*prompt, {"role": "assistant", "content": answer}]
+                for side, answer in zip(("chosen", "rejected"), answers, strict=True)
+            }
+        )
+    return write_jsonl(path, records)
+
+
 def write_data(kind: str, path: Path, **sizes) -> Path:
-    return {"pretrain": write_texts, "conversation": write_conversations}[kind](path, **sizes)
+    writers = {
+        "pretrain": write_texts,
+        "conversation": write_conversations,
+        "reasoning": write_reasoning,
+        "preference": write_preferences,
+    }
+    return writers[kind](path, **sizes)
+
+
+# --- stages ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A training script, what it reads, and what its weight file is called."""
+
+    script: str
+    data: str  # kind of records, as write_data knows them
+    stem: str  # weight file in the output folder, without the size
+    base: str = ""  # stem of the weights that it starts from
+
+    def name(self, use_moe: bool = False, hidden_size: int = 32) -> str:
+        """What the weight file, the log and the resume state are called."""
+        return f"{self.stem}_{hidden_size}{'_moe' if use_moe else ''}"
+
+
+PRETRAIN = Stage("train_pretrain", "pretrain", "pretrain")
+FULL_SFT = Stage("train_full_sft", "conversation", "full_sft", "pretrain")
+LORA = Stage("train_lora", "conversation", "lora/lora_medical", "full_sft")
+DPO = Stage("train_dpo", "preference", "rlhf", "full_sft")
+REASON = Stage("train_distill_reason", "reasoning", "reason", "rlhf")
+DISTILLATION = Stage("train_distillation", "conversation", "full_dist", "full_sft")
+STAGES = (PRETRAIN, FULL_SFT, LORA, DPO, REASON, DISTILLATION)
+# records that fill 33 to 39 rows (preferences: pairs): five optimizer steps of eight, the last one ragged
+FIVE_STEPS = {"pretrain": 48, "conversation": 64, "reasoning": 75, "preference": 37}
+ROW = {"pretrain": 64}  # else 128: most rows then hold more than one conversation
+
+
+def each_stage(*default: Stage, without: tuple[Stage, ...] = ()) -> pytest.MarkDecorator:
+    """A test of every stage: all of them by default, or these, and the others with the long tests."""
+    stages = [stage for stage in STAGES if stage not in without]
+    long = [stage for stage in stages if default and stage not in default]
+    marked = [pytest.param(s, id=s.script, marks=pytest.mark.full if s in long else ()) for s in stages]
+    return pytest.mark.parametrize("stage", marked)
+
+
+def sharp_model(
+    use_moe: bool = False,
+    hidden_size: int = 32,
+    num_hidden_layers: int = 2,
+    seed: int = 0,
+    scale: float = 6.0,
+    **fields,
+) -> MiniMindForCausalLM:
+    """Weights larger than at the start of training: attention and routing are far from uniform."""
+    torch.manual_seed(seed)
+    config = MiniMindConfig(
+        hidden_size=hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        use_moe=use_moe,
+    )
+    model = MiniMindForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(1.0 if "norm" in name else scale)
+    return model
+
+
+def write_weights(path: Path, tokenizer: ChatTokenizer, **fields) -> Path:
+    """A weight file with a sidecar, as if a run had ended with it: sharp_model(**fields)."""
+    model = sharp_model(**fields)
+    save_weights(path, model, {"config": model.config.to_diff_dict(), "tokenizer_sha256": tokenizer.sha256})
+    return path
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory, tokenizer) -> Callable[..., dict]:
+    """inputs(stage, use_moe=False): flags that name data for five steps and the weights that a stage starts from.
+
+    DPO's reference is another model than the one that it starts from; the teacher of distillation is a larger one.
+    """
+    folder = tmp_path_factory.mktemp("inputs")
+
+    def weights(name: str, **fields) -> Path:
+        path = folder / f"{name}{'_moe' if fields.get('use_moe') else ''}.pth"
+        return path if path.exists() else write_weights(path, tokenizer, scale=3.0, **fields)
+
+    def flags(stage: Stage, use_moe: bool = False) -> dict:
+        data = folder / f"{stage.data}.jsonl"
+        values = {"use_moe": use_moe, "data_path": data, "max_seq_len": ROW.get(stage.data, 128)}
+        if not data.exists():
+            write_data(stage.data, data, count=FIVE_STEPS[stage.data])
+        if stage.base:
+            values["base_weight"] = weights("base", use_moe=use_moe)
+        if stage is DPO:
+            values["reference_weight"] = weights("reference", use_moe=use_moe, seed=1)
+        if stage is DISTILLATION:
+            values["teacher_weight"] = weights("teacher", use_moe=use_moe, seed=2, hidden_size=48, num_hidden_layers=3)
+        return values
+
+    return flags
 
 
 @pytest.fixture(scope="session")
@@ -103,8 +239,8 @@ def other_tokenizer(tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory) -> Path:
-    """Fills 36 to 39 rows of 64: five optimizer steps of eight rows, the last one ragged."""
-    return write_texts(tmp_path_factory.mktemp("data") / "texts.jsonl", 50)
+    """Fills 39 rows of 64: five optimizer steps of eight rows, the last one ragged."""
+    return write_texts(tmp_path_factory.mktemp("data") / "texts.jsonl", 48)
 
 
 @pytest.fixture(scope="session")
@@ -238,7 +374,7 @@ class Launcher:
     def __init__(self, folder: Path):
         self.folder, self.children = folder, []
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["trainer.train_pretrain", "trainer.train_full_sft"])
+        self.context.set_forkserver_preload([f"trainer.{stage.script}" for stage in STAGES])
         before = dict(os.environ)
         os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         try:

@@ -2,6 +2,10 @@
 
 import ast
 import importlib
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -212,3 +216,59 @@ def test_an_out_dir_that_cannot_be_written_is_found_before_training(train, tmp_p
         with pytest.raises(ValueError, match="out") as caught:
             train("train_pretrain", tiny_flags(blocked, texts, **flags))
         assert str(blocked) in str(caught.value)
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+def torchrun(*flags: str, script: str = "train_pretrain.py", seconds: int = 120) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, cwd=ROOT / "trainer", env=environment, capture_output=True, text=True, timeout=seconds
+    )
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("flags, said", [({"epochs": 0}, "--epochs 0"), ({"data_path": "nowhere.jsonl"}, "nowhere")])
+def test_a_mistake_is_told_once_by_two_processes(tmp_path, texts, flags, said):
+    done = torchrun(*tiny_flags(tmp_path, **{"data_path": texts} | flags))
+    assert done.returncode == 1
+    assert done.stderr.count("error: ") == 1 and said in done.stderr
+
+
+def wrong_in_the_second_process(module) -> None:
+    start_process = module.start_process
+
+    def start(args):
+        process = start_process(args)
+        if not process.is_main:
+            raise ValueError("this machine lacks the data")
+        return process
+
+    module.start_process = start
+
+
+def dies_in_the_third_step(module) -> None:
+    optimizer_step, calls = module.optimizer_step, []
+
+    def step(*arguments):
+        calls.append(1)
+        if len(calls) == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return optimizer_step(*arguments)
+
+    module.optimizer_step = step
+
+
+@pytest.mark.parametrize("patch", [wrong_in_the_second_process, dies_in_the_third_step])
+def test_one_process_of_two_takes_the_other_with_it(launcher, tmp_path, texts, patch):
+    """Within a minute, with messages: also where no launcher ends the others."""
+    children = launcher.start_ranks(2, "train_pretrain", tiny_flags(tmp_path, texts), patches=[patch])
+    statuses = [child.wait(60) for child in children]
+    first, second = (child.output for child in children)
+    assert statuses == [1, 1 if patch is wrong_in_the_second_process else -signal.SIGKILL], first + second
+    assert "error: another process of this job has ended" in first and "--resume" in first
+    assert "Traceback" not in first + second
+    if patch is wrong_in_the_second_process:
+        assert "error: process 1: this machine lacks the data" in second

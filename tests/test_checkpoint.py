@@ -1,25 +1,35 @@
 """Resuming: a run that was killed at any instant ends as if it had never stopped, and never goes on as another run."""
 
+import importlib
 import json
 import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import (
+    DISTILLATION,
+    DPO,
+    LORA,
+    PRETRAIN,
+    REASON,
+    STAGES,
     assert_identical,
+    each_stage,
     read_log,
     read_resume,
     relative_error,
     tiny_flags,
-    write_conversations,
     write_texts,
+    write_weights,
 )
 
 from model.model_minimind import MiniMindConfig
 from model.weights import WeightsError, save_weights
+from trainer import frozen_outputs
 from trainer.arguments import FREE_ON_RESUME, parse_arguments, stage_parser
 from trainer.checkpoint import refuse_other_weights, result_flags
 
@@ -33,7 +43,7 @@ def noisy_slow_steps(module) -> None:
     def step(model, *arguments):
         time.sleep(0.02)
         noise = random.random() + numpy.random.rand() + numpy.random.randn()
-        for parameter in model.parameters():
+        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
             parameter.grad.add_(torch.randn_like(parameter), alpha=1e-3 * noise)
         return optimizer_step(model, *arguments)
 
@@ -56,26 +66,39 @@ def killed_at_step_4(module) -> None:
     killed_at_step(4, module)
 
 
+def replace_write(module, make) -> None:
+    """Every weight file is then written by make(the stage's own function)."""
+
+    class Checkpoint(module.Checkpoint):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            self.write = make(self.write)
+
+    module.Checkpoint = Checkpoint
+
+
 def killed_before_the_last_save_of_weights(module) -> None:
-    save_weights = module.save_weights
+    def make(write):
+        def save(path, model, sidecar):
+            if sidecar["progress"]["complete"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(path, model, sidecar)
 
-    def save(path, model, sidecar):
-        if sidecar["progress"]["complete"]:
-            os.kill(os.getpid(), signal.SIGKILL)
-        save_weights(path, model, sidecar)
+        return save
 
-    module.save_weights = save
+    replace_write(module, make)
 
 
 def killed_after_the_last_save_of_weights(module) -> None:
-    save_weights = module.save_weights
+    def make(write):
+        def save(path, model, sidecar):
+            write(path, model, sidecar)
+            if sidecar["progress"]["complete"]:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    def save(path, model, sidecar):
-        save_weights(path, model, sidecar)
-        if sidecar["progress"]["complete"]:
-            os.kill(os.getpid(), signal.SIGKILL)
+        return save
 
-    module.save_weights = save
+    replace_write(module, make)
 
 
 def assert_same_end(ours, theirs, name: str = "pretrain_32") -> None:
@@ -90,7 +113,7 @@ def interrupted(launcher, script, flags, stops, patches) -> None:
     """Starts with --resume again and again, stopped by these signals, and then lets it run to the end."""
     for number, delay in stops:
         child = launcher.start(script, [*flags, "--resume"], patches=patches)
-        child.wait_for("parameters")
+        child.wait_for("M parameters,")
         time.sleep(delay)
         child.signal(number)
         # it may be through already, or not in its loop yet, where SIGTERM kills
@@ -116,40 +139,54 @@ def test_killed_runs_end_bit_identical(launcher, tmp_path, texts):
     check_interrupted(launcher, tmp_path, "train_pretrain", stops, data_path=texts, epochs=2)
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(
-    "script, use_moe, optimizer",
-    [("train_pretrain", False, "adamw"), ("train_pretrain", True, "muon")]
-    + [("train_full_sft", False, "muon"), ("train_full_sft", True, "adamw")],
+    "stage, use_moe",
+    [
+        pytest.param(LORA, False, id="train_lora"),
+        pytest.param(DPO, False, id="train_dpo"),
+        pytest.param(REASON, False, id="train_distill_reason", marks=pytest.mark.full),
+        pytest.param(DISTILLATION, True, id="train_distillation-moe"),
+    ],
 )
-def test_runs_killed_ten_times_end_bit_identical(launcher, tmp_path, texts, script, use_moe, optimizer):
-    suffix = "_32_moe" if use_moe else "_32"
-    flags = {"data_path": texts, "epochs": 8, "use_moe": use_moe, "batch_size": 2, "accumulation_steps": 2}
-    flags["optimizer"] = optimizer
-    if script == "train_full_sft":
-        launcher.run("train_pretrain", tiny_flags(tmp_path / "base", texts, max_steps=3, use_moe=use_moe))
-        data = write_conversations(tmp_path / "chats.jsonl", 40)
-        flags |= {"data_path": data, "base_weight": tmp_path / "base" / f"pretrain{suffix}.pth"}
-    name = script.removeprefix("train_") + suffix
+def test_a_killed_run_of_every_stage_ends_bit_identical(launcher, tmp_path, inputs, stage, use_moe):
+    """Killed at the fourth step, two after the last save."""
+    flags = inputs(stage, use_moe) | {"save_interval": 2}
+    if stage is DISTILLATION:
+        flags["cache_teacher"] = 20
+    launcher.run(stage.script, tiny_flags(tmp_path / "whole", **flags), patches=[noisy_slow_steps])
+    line = tiny_flags(tmp_path / "parts", **flags)
+    child = launcher.start(stage.script, line, patches=[noisy_slow_steps, killed_at_step_4])
+    assert child.wait() == -signal.SIGKILL, child.output
+    printed = launcher.run(stage.script, [*line, "--resume"], patches=[noisy_slow_steps])
+    assert "stands at step 2; going on" in printed
+    assert_same_end(tmp_path / "parts", tmp_path / "whole", stage.name(use_moe))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("use_moe, optimizer", [(False, "muon"), (True, "adamw")])
+@each_stage()
+def test_runs_killed_ten_times_end_bit_identical(launcher, tmp_path, inputs, stage, use_moe, optimizer):
+    flags = inputs(stage, use_moe) | {"epochs": 8, "batch_size": 2, "accumulation_steps": 2, "optimizer": optimizer}
     stops = random_stops(10)
     print(stops)
-    check_interrupted(launcher, tmp_path, script, stops, name, **flags)
+    check_interrupted(launcher, tmp_path, stage.script, stops, stage.name(use_moe), **flags)
 
 
 @pytest.mark.full
-def test_two_processes_killed_end_bit_identical(launcher, tmp_path, texts):
-    flags = {"epochs": 3, "batch_size": 2, "save_interval": 1, "resume": True}
-    launcher.run("train_pretrain", tiny_flags(tmp_path / "whole", texts, **flags), 2)
-    line = tiny_flags(tmp_path / "parts", texts, **flags)
+@each_stage()
+def test_two_processes_killed_end_bit_identical(launcher, tmp_path, inputs, stage):
+    flags = inputs(stage) | {"epochs": 3, "batch_size": 2, "save_interval": 1, "resume": True}
+    launcher.run(stage.script, tiny_flags(tmp_path / "whole", **flags), 2)
+    line = tiny_flags(tmp_path / "parts", **flags)
     for delay in (0.05, 0.2, 0.1):
-        children = launcher.start_ranks(2, "train_pretrain", line)
-        children[0].wait_for("parameters")
+        children = launcher.start_ranks(2, stage.script, line)
+        children[0].wait_for("M parameters,")
         time.sleep(delay)
         for child in children:
             child.signal(signal.SIGKILL)
             child.wait()
-    launcher.run("train_pretrain", line, 2)
-    assert_same_end(tmp_path / "parts", tmp_path / "whole")
+    launcher.run(stage.script, line, 2)
+    assert_same_end(tmp_path / "parts", tmp_path / "whole", stage.name())
 
 
 @pytest.mark.full
@@ -165,32 +202,110 @@ def two_threads(module) -> None:
 
 
 @pytest.mark.parametrize("moment", [killed_before_the_last_save_of_weights, killed_after_the_last_save_of_weights])
-def test_killed_between_the_two_files_of_the_last_save(launcher, tmp_path, texts, moment):
+@each_stage(PRETRAIN)
+def test_killed_between_the_two_files_of_the_last_save(launcher, tmp_path, inputs, stage, moment):
     """Whichever was written first, the weight file must be the finished one in the end."""
-    flags = tiny_flags(tmp_path / "parts", texts, save_interval=4)
-    assert launcher.start("train_pretrain", flags, patches=[moment]).wait() == -signal.SIGKILL
-    launcher.run("train_pretrain", [*flags, "--resume"])
-    launcher.run("train_pretrain", tiny_flags(tmp_path / "whole", texts))
-    assert_same_end(tmp_path / "parts", tmp_path / "whole")
-    assert json.loads((tmp_path / "parts" / "pretrain_32.json").read_text())["progress"]["complete"] is True
+    flags = inputs(stage)
+    line = tiny_flags(tmp_path / "parts", **flags, save_interval=4)
+    assert launcher.start(stage.script, line, patches=[moment]).wait() == -signal.SIGKILL
+    launcher.run(stage.script, [*line, "--resume"])
+    launcher.run(stage.script, tiny_flags(tmp_path / "whole", **flags))
+    assert_same_end(tmp_path / "parts", tmp_path / "whole", stage.name())
+    sidecar = json.loads((tmp_path / "parts" / f"{stage.name()}.json").read_text())
+    assert sidecar["progress"]["complete"] is True
 
 
-def test_resumed_on_another_number_of_processes(launcher, tmp_path, texts):
+@each_stage(PRETRAIN)
+def test_resumed_on_another_number_of_processes(launcher, tmp_path, inputs, stage):
     """accumulation_steps gives way, so that the global batch stays as it was."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    sizes = {"batch_size": 2, "accumulation_steps": 4, "save_interval": 1}
-    launcher.run("train_pretrain", tiny_flags(whole, texts, **sizes))
-    flags = tiny_flags(parts, texts, **sizes)
-    assert launcher.start("train_pretrain", flags, patches=[killed_at_step_4]).wait() == -signal.SIGKILL
-    printed = launcher.run("train_pretrain", [*flags, "--resume"], 2)
+    whole, parts, name = tmp_path / "whole", tmp_path / "parts", stage.name()
+    flags = inputs(stage) | {"batch_size": 2, "accumulation_steps": 4, "save_interval": 1}
+    launcher.run(stage.script, tiny_flags(whole, **flags))
+    line = tiny_flags(parts, **flags)
+    assert launcher.start(stage.script, line, patches=[killed_at_step_4]).wait() == -signal.SIGKILL
+    printed = launcher.run(stage.script, [*line, "--resume"], 2)
     assert "stands at step 3; going on" in printed and "1 -> 2 processes; accumulation_steps is now 2" in printed
-    assert relative_error(read_resume(parts)["model"], read_resume(whole)["model"]) < 1e-5
-    ours, theirs = (read_resume(folder)["optimizer"]["state"] for folder in (parts, whole))
-    for name in ("exp_avg", "exp_avg_sq"):
-        moments = [{str(key): state[name] for key, state in states.items()} for states in (ours, theirs)]
+    assert relative_error(read_resume(parts, name)["model"], read_resume(whole, name)["model"]) < 1e-5
+    ours, theirs = (read_resume(folder, name)["optimizer"]["state"] for folder in (parts, whole))
+    for moment in ("exp_avg", "exp_avg_sq"):
+        moments = [{str(key): state[moment] for key, state in states.items()} for states in (ours, theirs)]
         assert relative_error(*moments) < 1e-5
-    for line, expected in zip(read_log(parts)[-2:], read_log(whole)[-2:], strict=True):
+    for line, expected in zip(read_log(parts, name)[-2:], read_log(whole, name)[-2:], strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+# --- stopped before training starts ----------------------------------------------------------------------------------
+
+FROZEN_PASSES = pytest.mark.parametrize(
+    "stage, flags",
+    [pytest.param(DPO, {}, id="reference"), pytest.param(DISTILLATION, {"cache_teacher": 20}, id="teacher")],
+)
+
+
+def flush_every_batch(module) -> None:
+    """What a frozen model says is on disk, and reported, after every batch instead of every 20 seconds."""
+    frozen_outputs.FLUSH_SECONDS = -1
+
+
+def slow_frozen_batches(module) -> None:
+    flush_every_batch(module)
+    write = frozen_outputs.FrozenOutputs.write
+    frozen_outputs.FrozenOutputs.write = lambda *arguments, **arrays: time.sleep(0.05) or write(*arguments, **arrays)
+
+
+def print_frozen_batches(module) -> None:
+    write = frozen_outputs.FrozenOutputs.write
+    frozen_outputs.FrozenOutputs.write = lambda *arguments, **arrays: print("batch") or write(*arguments, **arrays)
+
+
+def killed_after_three_frozen_batches(module) -> None:
+    flush_every_batch(module)
+    write, calls = frozen_outputs.FrozenOutputs.write, []
+
+    def counted(*arguments, **arrays):
+        write(*arguments, **arrays)
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    frozen_outputs.FrozenOutputs.write = counted
+
+
+@FROZEN_PASSES
+def test_killed_while_the_frozen_model_is_asked(launcher, tmp_path, inputs, stage, flags):
+    """With --resume the run starts from the beginning, and asks only what is not on disk; it ends bit-identical."""
+    flags = inputs(stage) | flags
+    line = tiny_flags(tmp_path / "parts", **flags)
+    child = launcher.start(stage.script, line, patches=[killed_after_three_frozen_batches])
+    assert child.wait() == -signal.SIGKILL, child.output
+    assert not list((tmp_path / "parts").rglob("*.pth"))
+    printed = launcher.run(stage.script, [*line, "--resume"], patches=[print_frozen_batches])
+    assert "nothing is saved" in printed and "from the beginning" in printed
+    whole = launcher.run(stage.script, tiny_flags(tmp_path / "whole", **flags), patches=[print_frozen_batches])
+    assert printed.count("batch\n") == whole.count("batch\n") - 3 > 0
+    assert_same_end(tmp_path / "parts", tmp_path / "whole", stage.name())
+
+
+@pytest.mark.parametrize(
+    "stage, flags, number",
+    [
+        pytest.param(DPO, {}, signal.SIGINT, id="reference-SIGINT"),
+        pytest.param(DISTILLATION, {"cache_teacher": 20}, signal.SIGTERM, id="teacher-SIGTERM"),
+    ],
+)
+def test_a_signal_while_the_frozen_model_is_asked(launcher, tmp_path, inputs, stage, flags, number):
+    """It ends at once, with a bad status; nothing but what is kept of the frozen model is there to go on with."""
+    line = tiny_flags(tmp_path, **inputs(stage) | flags)
+    child = launcher.start(stage.script, line, patches=[slow_frozen_batches])
+    child.wait_for("min left")
+    child.signal(number)
+    assert child.wait() in (-signal.SIGTERM, 128 + signal.SIGINT) and "Traceback" not in child.output
+    assert {path.name for path in tmp_path.iterdir()} == {"token_cache"}
+    printed = launcher.run(stage.script, [*line, "--resume"], patches=[print_frozen_batches])
+    assert 0 < printed.count("batch\n") < 10 and "is ready" in printed
+
+
+# --- what may change on resume, and what may not ---------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -201,15 +316,23 @@ def finished(train, tmp_path, texts):
 
 
 def contents(folder) -> dict:
-    files = [*folder.glob("*.pth"), *folder.glob("*.json"), *folder.glob("resume/*")]
-    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+    files = [path for path in folder.rglob("*") if path.suffix in (".pth", ".json", ".resume", ".npy", ".safetensors")]
+    return {path.relative_to(folder): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
-def test_a_complete_run_says_so_and_leaves_its_files_alone(train, tmp_path, finished, capsys):
+@each_stage()
+def test_a_complete_run_says_so_and_leaves_its_files_alone(train, tmp_path, inputs, stage, capsys):
+    flags = inputs(stage) | {"max_steps": 2}
+    if stage is DISTILLATION:
+        flags["cache_teacher"] = 5
+    train(stage.script, tiny_flags(tmp_path, **flags))
     before = contents(tmp_path)
-    assert len(before) == 3
-    train("train_pretrain", finished())
-    assert "complete" in capsys.readouterr().out
+    own = {f"{stage.name()}.pth", f"{stage.name()}.json", f"resume/{stage.name()}.resume"}
+    assert own <= {str(path) for path in before}
+    capsys.readouterr()
+    train(stage.script, tiny_flags(tmp_path, **flags, resume=True))
+    printed = capsys.readouterr().out
+    assert "stands at step 2; the run is complete; nothing to do" in printed and "Epoch" not in printed
     assert contents(tmp_path) == before
 
 
@@ -236,11 +359,11 @@ def test_nothing_saved_yet(train, tmp_path, texts, capsys):
 
 
 def test_without_resume_a_run_starts_anew_and_says_what_it_replaces(train, tmp_path, texts, finished, capsys):
-    before = contents(tmp_path)["pretrain_32.pth"][0]
+    before = contents(tmp_path)[Path("pretrain_32.pth")][0]
     train("train_pretrain", finished(resume=False, seed=7))
     printed = capsys.readouterr().out
     assert "pretrain_32.resume" in printed and "replace" in printed
-    assert contents(tmp_path)["pretrain_32.pth"][0] != before
+    assert contents(tmp_path)[Path("pretrain_32.pth")][0] != before
 
 
 def test_flags_that_change_the_result_are_listed_all(train, tmp_path, finished):
@@ -264,12 +387,56 @@ def test_every_flag_that_changes_the_result_is_compared(train, finished, name, v
         train("train_pretrain", finished(**{name: value}))
 
 
+@pytest.mark.parametrize(
+    "stage, changes",
+    [
+        pytest.param(LORA, {"lora_rank": 4, "lora_alpha": 2.0, "lora_targets": "q_proj"}, id="train_lora"),
+        pytest.param(DPO, {"beta": 0.2, "logp": "mean", "label_smoothing": 0.1}, id="train_dpo"),
+        pytest.param(REASON, {"tag_weight": 3.0}, id="train_distill_reason"),
+        pytest.param(DISTILLATION, {"alpha": 0.2, "temperature": 1.0, "cache_teacher": 3}, id="train_distillation"),
+    ],
+)
+def test_flags_of_a_stage_are_compared_too(train, tmp_path, inputs, stage, changes):
+    flags = inputs(stage) | {"max_steps": 1}
+    train(stage.script, tiny_flags(tmp_path, **flags))
+    before = {path: content for path, content in contents(tmp_path).items() if "token_cache" not in path.parts}
+    with pytest.raises(ValueError) as caught:
+        train(stage.script, tiny_flags(tmp_path, **flags | changes, resume=True))
+    for name, value in changes.items():
+        assert f"--{name} was" in str(caught.value) and f"is {value}" in str(caught.value)
+    assert before.items() <= contents(tmp_path).items()
+
+
+@pytest.mark.parametrize(
+    "stage, flag, said",
+    [
+        (LORA, "base_weight", "base"),
+        (DPO, "reference_weight", "reference"),
+        (DISTILLATION, "teacher_weight", "teacher"),
+    ],
+)
+def test_other_frozen_weights_are_refused(train, tmp_path, inputs, tokenizer, stage, flag, said):
+    """Also under the same name."""
+    frozen = write_weights(tmp_path / "frozen.pth", tokenizer, seed=5)
+    line = tiny_flags(tmp_path, **inputs(stage) | {"max_steps": 1, flag: frozen})
+    train(stage.script, line)
+    write_weights(frozen, tokenizer, seed=6)
+    with pytest.raises(ValueError, match=f"would not be the run.*{said} was [0-9a-f]+, is [0-9a-f]+"):
+        train(stage.script, [*line, "--resume"])
+
+
 def test_every_flag_is_either_free_or_compared():
     """A new flag counts as one that changes the result until it is named as free."""
-    args = parse_arguments(stage_parser(""), ["--data_path=x"])
-    paths = {"data_path", "valid_path", "tokenizer_path", "out_dir", "cache_dir"}
-    assert vars(args).keys() - result_flags(args).keys() - paths <= FREE_ON_RESUME
-    assert FREE_ON_RESUME <= vars(args).keys(), "names of flags that do not exist"
+    unset = ["--lora_alpha=1", "--reference_weight=x.pth", "--teacher_num_hidden_layers=1"]  # no value by default
+    flags = set()
+    for stage in STAGES:
+        parse = importlib.import_module(f"trainer.{stage.script}").parse
+        known = vars(parse(["--data_path=x"])).keys()
+        args = parse(["--data_path=x", *[flag for flag in unset if flag[2:].split("=")[0] in known]])
+        paths = {"data_path", "valid_path", "tokenizer_path", "out_dir", "cache_dir"}
+        assert vars(args).keys() - result_flags(args).keys() - paths <= FREE_ON_RESUME
+        flags |= vars(args).keys()
+    assert FREE_ON_RESUME <= flags, "names of flags that do not exist"
 
 
 def test_what_does_not_change_the_result_may_change(launcher, tmp_path, texts):
@@ -298,7 +465,7 @@ def test_data_of_the_same_size_is_told_apart(train, tmp_path, texts, finished):
     lines = texts.read_text("utf-8").splitlines(keepends=True)
     other = tmp_path / "other.jsonl"
     other.write_text("".join(lines[1:] + lines[:1]), encoding="utf-8")
-    with pytest.raises(ValueError, match="first_tokens was"):
+    with pytest.raises(ValueError, match="contents was"):
         train("train_pretrain", finished(data_path=other))
 
 
@@ -386,9 +553,9 @@ def test_a_file_that_is_no_weight_file_is_kept_too(tmp_path):
 
 
 def test_another_depth_is_not_replaced(train, tmp_path, texts, finished):
-    before = contents(tmp_path)["pretrain_32.pth"]
+    before = contents(tmp_path)[Path("pretrain_32.pth")]
     with pytest.raises(ValueError, match="num_hidden_layers 2 there, 1 here.*--overwrite"):
         train("train_pretrain", finished(resume=False, num_hidden_layers=1))
-    assert contents(tmp_path)["pretrain_32.pth"] == before
+    assert contents(tmp_path)[Path("pretrain_32.pth")] == before
     train("train_pretrain", finished(resume=False, num_hidden_layers=1, overwrite=True))
-    assert contents(tmp_path)["pretrain_32.pth"] != before
+    assert contents(tmp_path)[Path("pretrain_32.pth")] != before

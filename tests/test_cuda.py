@@ -1,14 +1,31 @@
 """What only a GPU can run: the packed attention kernel, compiling, grouped experts, float16 with a scaler."""
 
 import functools
+import importlib
 import json
 
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import (
+    DISTILLATION,
+    DPO,
+    LORA,
+    REASON,
+    assert_identical,
+    read_log,
+    read_resume,
+    sharp_model,
+    tiny_flags,
+    write_data,
+    write_weights,
+)
 
+from model.model_lora import apply_lora, lora_layers, merge_lora
 from model.model_minimind import HAS_VARLEN, AttentionPlan, MiniMindConfig, MiniMindForCausalLM
 from trainer import train_full_sft, train_pretrain
-from trainer.token_losses import token_cross_entropy
+from trainer.teacher import target_places
+from trainer.token_losses import chunked_loss, token_cross_entropy
 
 pytestmark = [
     pytest.mark.gpu,
@@ -107,3 +124,135 @@ def test_pretrain_and_sft_on_the_gpu_compiled(tmp_path, dtype, use_moe):
     losses = [record["loss"] for record in map(json.loads, log) if record["event"] == "step"]
     assert losses[-1] < losses[0]
     assert (tmp_path / f"full_sft_128{suffix}.pth").exists()
+
+
+# --- LoRA, DPO, reason distillation, knowledge distillation ----------------------------------------------------------
+
+
+@pytest.fixture
+def stage_flags(tmp_path, tokenizer):
+    """stage_flags(stage, use_moe): data and the weights that a stage starts from; sizes that all kernels take."""
+
+    def flags(stage, use_moe: bool) -> dict:
+        sizes = {"use_moe": use_moe, "hidden_size": 128, "scale": 1.0}
+        values = {"hidden_size": 128, "max_seq_len": 128, "use_moe": use_moe, "accumulation_steps": 2, "epochs": 2}
+        values["data_path"] = write_data(stage.data, tmp_path / "data.jsonl", count=60)
+        values["base_weight"] = write_weights(tmp_path / "base.pth", tokenizer, **sizes)
+        if stage is DPO:
+            values["reference_weight"] = write_weights(tmp_path / "reference.pth", tokenizer, seed=1, **sizes)
+        if stage is DISTILLATION:
+            values["teacher_weight"] = write_weights(tmp_path / "teacher.pth", tokenizer, seed=2, **sizes)
+        return values
+
+    return flags
+
+
+def run(stage, out_dir, **flags) -> list[dict]:
+    """The stage's main in this process; what it logged of every step."""
+    importlib.import_module(f"trainer.{stage.script}").main(tiny_flags(out_dir, **flags))
+    return read_log(out_dir, stage.name(flags["use_moe"], 128))
+
+
+NEW_STAGES = pytest.mark.parametrize("stage", [LORA, DPO, REASON, DISTILLATION], ids=lambda stage: stage.script)
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+@NEW_STAGES
+def test_first_step_of_a_stage_on_the_gpu_equals_the_cpu(tmp_path, stage_flags, stage, use_moe):
+    flags = stage_flags(stage, use_moe) | {"max_steps": 1, "compile": False}
+    cpu, gpu = (run(stage, tmp_path / device, **flags, device=device)[0] for device in ("cpu", "cuda"))
+    # products of float32 matrices are TF32 on a GPU; a pair whose margin is near 0 may change sides
+    names = {"event", "step", "epoch", "lr", "tokens_per_second", "mfu", "padding", "reward_accuracy"}
+    for name in cpu.keys() - names:
+        assert gpu[name] == pytest.approx(cpu[name], rel=0.05 if name == "grad_norm" else 5e-3, abs=2e-2), name
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("use_moe", [False, True])
+@NEW_STAGES
+def test_a_stage_on_the_gpu_compiled(tmp_path, stage_flags, stage, use_moe, dtype):
+    rate = {DPO: 1e-4}.get(stage, 2e-3)
+    flags = stage_flags(stage, use_moe) | {"dtype": dtype, "device": "cuda", "learning_rate": rate}
+    losses = [record["loss"] for record in run(stage, tmp_path / "out", **flags)]
+    assert losses[-1] < losses[0]
+    state = torch.load(tmp_path / "out" / f"{stage.name(use_moe, 128)}.pth", weights_only=True)
+    assert not any("_orig_mod" in key for key in state)
+    assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+def test_a_stage_resumed_on_the_gpu_goes_on_where_it_was(tmp_path, stage_flags):
+    flags = stage_flags(LORA, False) | {"dtype": "bfloat16", "device": "cuda", "compile": False, "save_interval": 1}
+    run(LORA, tmp_path, **flags)
+    before = read_resume(tmp_path, LORA.name(False, 128))
+    run(LORA, tmp_path, **flags, resume=True)
+    assert_identical(read_resume(tmp_path, LORA.name(False, 128)), before)
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_distillation_from_what_the_teacher_said_once(tmp_path, stage_flags, use_moe):
+    """All tokens but one are kept: the same loss as with the teacher in memory, up to the float16 on disk."""
+    flags = stage_flags(DISTILLATION, use_moe) | {"device": "cuda", "compile": False, "max_steps": 2}
+    live, kept = (run(DISTILLATION, tmp_path / str(k), **flags, cache_teacher=k) for k in (0, 6399))
+    for ours, theirs in zip(kept, live, strict=True):
+        for name in ("loss", "ce", "kl"):
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-2, abs=1e-3), name
+
+
+def test_places_of_targets_are_found_without_waiting_for_the_gpu():
+    labels = torch.full((2, 64), -100, device="cuda")
+    labels[0, 3:9], labels[1, 60:] = 5, 7
+    batch = {"labels": labels, "target_tokens": 10}
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        places = target_places(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert places.tolist() == [*range(3, 9), *range(124, 128)]
+
+
+def test_chunked_loss_on_the_gpu_equals_full_logits():
+    torch.manual_seed(0)
+    hidden = torch.randn(2500, 64, device="cuda", requires_grad=True)  # three chunks, the last one ragged
+    weight = (0.2 * torch.randn(500, 64, device="cuda")).requires_grad_()
+    labels = torch.randint(500, (2500,), device="cuda")
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        loss = chunked_loss(
+            hidden, weight, lambda logits, c: F.cross_entropy(logits, labels[c], reduction="sum").view(1), losses=1
+        )[0]
+        ours = torch.autograd.grad(loss, (hidden, weight))
+        full = F.cross_entropy(hidden @ weight.t(), labels, reduction="sum")
+        theirs = torch.autograd.grad(full, (hidden, weight))
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    assert float(loss) == pytest.approx(float(full), rel=1e-5)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+def test_adapters_of_experts_take_part_in_bfloat16(monkeypatch):
+    """The grouped product knows no adapters, so a layer with them goes expert by expert; merged, it is used again."""
+    model = sharp_model(use_moe=True, hidden_size=128, scale=1.0).cuda()
+    batch = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in packed_batch().items()}
+
+    def outputs():
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            return model.model(**batch).last_hidden_state.float()
+
+    calls, grouped_mm = [], F.grouped_mm
+    monkeypatch.setattr(F, "grouped_mm", lambda *a, **k: calls.append(1) or grouped_mm(*a, **k))
+    plain = outputs()
+    assert calls, "the grouped product is used without adapters"
+    apply_lora(model, rank=8)
+    for _, layer in lora_layers(model):
+        torch.nn.init.normal_(layer.lora.B.weight, std=0.05)
+    calls.clear()
+    adapted = outputs()
+    assert not calls
+    merge_lora(model)
+    merged = outputs()
+    assert calls
+    assert (adapted - merged).norm() <= 0.05 * merged.norm()
+    assert (adapted - plain).norm() >= 0.2 * plain.norm(), "the adapter does something"

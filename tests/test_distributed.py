@@ -7,7 +7,20 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, read_log, read_resume, relative_error, tiny_flags, write_conversations
+from conftest import (
+    DISTILLATION,
+    DPO,
+    LORA,
+    PRETRAIN,
+    REASON,
+    ROOT,
+    each_stage,
+    read_log,
+    read_resume,
+    relative_error,
+    tiny_flags,
+    write_data,
+)
 
 from trainer.distributed import Process, StopRequest, gather_objects, stop_on_signal, sum_over_ranks
 
@@ -22,7 +35,8 @@ def keep_gradients(module) -> None:
 
     def keep(model, *arguments):
         inner = getattr(model, "module", model)
-        steps.append({name: parameter.grad.clone() for name, parameter in inner.named_parameters()})
+        trained = [(name, p) for name, p in inner.named_parameters() if p.requires_grad]
+        steps.append({name: parameter.grad.clone() for name, parameter in trained})
         if os.environ.get("RANK", "0") == "0":
             torch.save(steps, os.environ["GRADIENTS"])
         return optimizer_step(model, *arguments)
@@ -30,28 +44,32 @@ def keep_gradients(module) -> None:
     module.optimizer_step = keep
 
 
-def split_run(launcher, out_dir, data, split, script="train_pretrain", **flags):
+def split_run(launcher, out_dir, stage, split, **flags):
     """Gradients of all steps, the final float32 weights, and the log of a run."""
     batch_size, accumulation_steps, world_size = split
-    line = tiny_flags(out_dir, data, batch_size=batch_size, accumulation_steps=accumulation_steps, **flags)
+    line = tiny_flags(out_dir, batch_size=batch_size, accumulation_steps=accumulation_steps, **flags)
     gradients = out_dir.with_suffix(".gradients")
-    launcher.run(script, line, world_size, env={"GRADIENTS": str(gradients)}, patches=[keep_gradients])
-    name = script.removeprefix("train_") + ("_32_moe" if flags.get("use_moe") else "_32")
+    launcher.run(stage.script, line, world_size, env={"GRADIENTS": str(gradients)}, patches=[keep_gradients])
+    name = stage.name(flags.get("use_moe", False))
     return torch.load(gradients), read_resume(out_dir, name)["model"], read_log(out_dir, name)
 
 
-def check_split(launcher, folder, data, split, whole, tolerance, **flags):
+def check_split(launcher, folder, stage, split, whole, tolerance, **flags):
     """The gradients of the first step to 1e-6; everything after it to a tolerance in relative norm."""
-    gradients, weights, log = split_run(launcher, folder / "-".join(map(str, split)), data, split, **flags)
+    gradients, weights, log = split_run(launcher, folder / "-".join(map(str, split)), stage, split, **flags)
     expected_gradients, expected_weights, expected_log = whole
     assert len(gradients) == len(expected_gradients) == 5
     for step, (ours, theirs) in enumerate(zip(gradients, expected_gradients, strict=True)):
         # later gradients are taken at weights that differ by rounding
         assert relative_error(ours, theirs) < (1e-6 if step == 0 else tolerance), f"gradients of step {step}"
     assert relative_error(weights, expected_weights) < tolerance
+    # how fast, and how a micro-batch of pairs was laid out, may differ
+    names = expected_log[0].keys() - {"event", "tokens_per_second", "mfu", "padding"}
     for ours, theirs in zip(log, expected_log, strict=True):
-        for name in ("loss", "aux_loss", "grad_norm"):
-            assert ours[name] == pytest.approx(theirs[name], rel=max(1e-5, tolerance), abs=1e-9), name
+        for name in names - {"step", "epoch", "lr"}:
+            # margins of log-probs are near 0, the log-probs are not
+            relative, absolute = max(1e-5, tolerance), max(1e-6, tolerance / 10)
+            assert ours[name] == pytest.approx(theirs[name], rel=relative, abs=absolute), name
         for name in ("step", "epoch", "lr"):
             assert ours[name] == theirs[name]
 
@@ -59,42 +77,50 @@ def check_split(launcher, folder, data, split, whole, tolerance, **flags):
 @pytest.mark.parametrize("use_moe", [False, True])
 def test_a_global_batch_may_be_split_in_any_way(launcher, tmp_path, texts, use_moe):
     """Five steps, the last one ragged. Plain gradient descent shows every gradient in the weights."""
-    flags = {"optimizer": "sgd", "learning_rate": 0.3, "use_moe": use_moe}
-    whole = split_run(launcher, tmp_path / "whole", texts, WHOLE, **flags)
+    flags = {"data_path": texts, "optimizer": "sgd", "learning_rate": 0.3, "use_moe": use_moe}
+    whole = split_run(launcher, tmp_path / "whole", PRETRAIN, WHOLE, **flags)
     for split in (ACCUMULATED, RANKS):
-        check_split(launcher, tmp_path, texts, split, whole, 1e-6, **flags)
+        check_split(launcher, tmp_path, PRETRAIN, split, whole, 1e-6, **flags)
+
+
+@pytest.mark.parametrize(
+    "stage, use_moe",
+    [
+        pytest.param(LORA, True, id="train_lora-moe"),
+        pytest.param(DPO, False, id="train_dpo"),
+        pytest.param(REASON, False, id="train_distill_reason", marks=pytest.mark.full),
+        pytest.param(DISTILLATION, True, id="train_distillation-moe"),
+    ],
+)
+def test_two_processes_train_as_one(launcher, tmp_path, inputs, stage, use_moe):
+    """Five steps of AdamW, the last one ragged, accumulated too."""
+    flags = inputs(stage, use_moe) | {"learning_rate": 1e-3}
+    whole = split_run(launcher, tmp_path / "whole", stage, WHOLE, **flags)
+    check_split(launcher, tmp_path, stage, RANKS, whole, 1e-5, **flags)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("use_moe", [False, True])
-@pytest.mark.parametrize("script", ["train_pretrain", "train_full_sft"])
+@each_stage()
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
-def test_every_stage_may_be_split_in_any_way(launcher, tmp_path, texts, script, optimizer, use_moe):
+def test_every_stage_may_be_split_in_any_way(launcher, tmp_path, inputs, stage, optimizer, use_moe):
     # torch's Muon orthogonalises in bfloat16, which makes more of a difference in rounding
-    rate, tolerance = {"sgd": (0.3, 1e-6), "adamw": (1e-3, 1e-5), "muon": (1e-3, 1e-3)}[optimizer]
-    flags = {"optimizer": optimizer, "learning_rate": rate, "use_moe": use_moe, "script": script}
-    data = texts
-    if script == "train_full_sft":
-        base = tmp_path / "base"
-        launcher.run("train_pretrain", tiny_flags(base, texts, max_steps=3, use_moe=use_moe))
-        flags["base_weight"] = base / ("pretrain_32_moe.pth" if use_moe else "pretrain_32.pth")
-        flags |= {"max_steps": 5, "epochs": 9}
-        data = write_conversations(tmp_path / "chats.jsonl", 45)
-    whole = split_run(launcher, tmp_path / "whole", data, WHOLE, **flags)
+    rate, tolerance = {"sgd": (0.03, 2e-6), "adamw": (1e-3, 1e-5), "muon": (1e-3, 5e-3)}[optimizer]
+    flags = inputs(stage, use_moe) | {"optimizer": optimizer, "learning_rate": rate}
+    whole = split_run(launcher, tmp_path / "whole", stage, WHOLE, **flags)
     for split in (ACCUMULATED, RANKS, (1, 8, 1), (4, 2, 1), (4, 1, 2), (1, 4, 2)):
-        check_split(launcher, tmp_path, data, split, whole, tolerance, **flags)
+        check_split(launcher, tmp_path, stage, split, whole, tolerance, **flags)
 
 
-def test_more_processes_than_rows(launcher, tmp_path):
-    """Ranks without a row in a step still take part in it."""
-    data = write_conversations(tmp_path / "chats.jsonl", 3, longest=4)
-    base = tmp_path / "base"
-    texts = tmp_path / "texts.jsonl"
-    texts.write_text('{"text": "a text of one line"}\n')
-    output = launcher.run("train_pretrain", tiny_flags(base, texts, use_moe=True), 2)
-    assert "(1/1)" in output
-    flags = tiny_flags(tmp_path / "sft", data, use_moe=True, base_weight=base / "pretrain_32_moe.pth")
-    assert "(1/1)" in launcher.run("train_full_sft", flags, 2)
+@each_stage(PRETRAIN, LORA, DPO, DISTILLATION)
+def test_more_processes_than_rows(launcher, tmp_path, inputs, stage):
+    """Processes without a row in a step still take part in it, and experts without a token."""
+    data = write_data(stage.data, tmp_path / "data.jsonl", count=1, longest=3)
+    flags = inputs(stage, use_moe=True) | {"data_path": data, "valid_path": data}
+    if stage is DISTILLATION:
+        flags["cache_teacher"] = 5
+    printed = launcher.run(stage.script, tiny_flags(tmp_path / "out", **flags), 2)
+    assert "(1/1)" in printed and "held out" in printed
 
 
 @pytest.mark.full

@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import eval_model
 from dataset.tokenization import ChatTokenizer
 from model.generation import SamplingParams, stream
+from model.model_lora import apply_lora, load_lora, lora_layers, lora_path, merge_lora, save_lora
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import load_model, save_weights, weight_path
 
@@ -65,6 +66,7 @@ def run(monkeypatch, capsys):
 
     def run_main(*flags, stdin: str = "") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()  # what saving a model printed before: some libraries do on import
         try:
             status = eval_model.main([*map(str, flags)])
         except SystemExit as stop:  # argparse
@@ -490,13 +492,149 @@ def test_hugging_face_folder_with_a_tensor_missing(run, tmp_path):
     assert status == 1 and "do not fit its config.json" in stderr and "up_proj" in stderr
 
 
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+
+def save_adapter(out_dir: Path, name: str, use_moe: bool = False, sidecar: dict | None = None, **sizes) -> Path:
+    """Random, and large enough to change every answer."""
+    torch.manual_seed(sum(map(ord, name)))
+    sizes = {"hidden_size": 32, "use_moe": use_moe} | SIZES | sizes
+    model = apply_lora(MiniMindForCausalLM(MiniMindConfig(**sizes)), rank=4)
+    with torch.no_grad():
+        for _, layer in lora_layers(model):
+            layer.lora.B.weight.normal_(std=0.5)
+    path = lora_path(out_dir, name, sizes["hidden_size"], use_moe)
+    save_lora(path, model, {"tokenizer_sha256": TOKENIZER.sha256} if sidecar is None else sidecar)
+    return path
+
+
+@pytest.fixture
+def adapters(out_dir, tmp_path) -> Path:
+    """A folder with the weights of all stages and two adapters."""
+    folder = tmp_path / "out"
+    shutil.copytree(out_dir, folder)
+    for name in ("first", "second"):
+        save_adapter(folder, name)
+    return folder
+
+
+def adapted_answer(path: Path, lora: Path | None, ids: list[int]) -> str:
+    """What the weights with the adapter merged into them answer; no cache from before, no switching."""
+    model, _ = load_model(path)
+    if lora is not None:
+        merge_lora(load_lora(model, lora))
+    params = SamplingParams(temperature=0, max_new_tokens=12, stop_ids=(TOKENIZER.eos_id, TOKENIZER.pad_id))
+    return TOKENIZER.decode(list(stream(model, ids, params)))
+
+
+@pytest.mark.parametrize("mode", eval_model.STAGE_OF_MODE)
+def test_an_adapter_goes_on_the_weights_of_any_stage(run, adapters, mode):
+    path = weight_path(adapters, eval_model.STAGE_OF_MODE[mode], 32, False)
+    lora = adapters / "lora" / "first_32.pth"
+    ids = continued_ids("天空") if mode == 0 else chat_ids("天空")
+    flags = ["--out_dir", adapters, *GREEDY, "--model_mode", mode, "--prompt", "天空"]
+    status, stdout, stderr = run(*flags, "--lora_name", "first")
+    assert status == 0, stderr
+    expected = adapted_answer(path, lora, ids)
+    assert stdout == (expected.strip() if mode == 3 else expected) + "\n" != run(*flags)[1]
+    assert f"{path} with {lora}: 0.23M + 0.01M parameters (dense" in stderr
+    assert run(*flags, "--lora_name", lora)[1] == stdout
+
+
+def test_an_adapter_of_a_mixture_of_experts_under_its_old_name(run, tmp_path):
+    path = save_tiny(tmp_path, "full_sft", use_moe=True)
+    lora = save_adapter(tmp_path, "first", use_moe=True)
+    expected = adapted_answer(path, lora, chat_ids("天空"))
+    flags = ["--out_dir", tmp_path, *GREEDY, "--prompt", "天空", "--lora_name", "first"]
+    assert run(*flags)[1] == expected + "\n"
+    lora.rename(tmp_path / "lora" / "first_32.pth")
+    lora.with_suffix(".json").unlink()
+    status, stdout, stderr = run(*flags)
+    assert status == 0 and stdout == expected + "\n"
+    assert re.search(r"warning: .*first_32.pth has no sidecar that names its tokenizer", stderr)
+
+
+def test_adapters_that_cannot_be_used(run, adapters):
+    def said(name) -> str:
+        status, stdout, stderr = run("--out_dir", adapters, "--prompt", "hi", "--lora_name", name)
+        assert status == 1 and stdout == "" and "Traceback" not in stderr
+        return stderr
+
+    assert re.search(
+        r"error: .*third_32.pth not found; run .*train_lora.py.*holds: first_32.pth, second_32", said("third")
+    )
+    save_adapter(adapters, "wide", hidden_size=64).rename(adapters / "lora" / "wide_32.pth")
+    assert re.search(r"error: .*wide_32.pth does not fit this model: .*--hidden_size", said("wide"))
+    save_adapter(adapters, "deep", num_hidden_layers=3)
+    assert re.search(r"error: .*deep_32.pth has an adapter for model.layers.2.*another depth", said("deep"))
+    save_adapter(adapters, "foreign", sidecar={"tokenizer_sha256": "ab" * 32})
+    assert re.search(r"error: .*foreign_32.pth was trained with the tokenizer abab.*--tokenizer_path", said("foreign"))
+    assert "is no adapter file" in said(weight_path(adapters, "pretrain", 32, False))
+
+
+@pytest.mark.parametrize("name", ["None", "none"])
+def test_lora_none_is_the_default(run, out_dir, name):
+    flags = ["--out_dir", out_dir, *GREEDY, "--prompt", "hi"]
+    status, stdout, stderr = run(*flags, "--lora_name", name)
+    assert status == 0 and stdout == run(*flags)[1] and " with " not in stderr
+
+
+def test_switching_adapters_in_a_conversation(run, adapters, monkeypatch):
+    """Weights are loaded once; each answer is that of the adapter of the moment, with nothing left in the cache from
+    the one before; a name that does not exist changes nothing."""
+
+    class Typed(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(io, "StringIO", Typed)
+    loaded = []
+    monkeypatch.setattr(eval_model, "load_model", lambda *rest: (loaded.append(1), load_model(*rest))[1])
+    commands = ["/lora first", "天空", "/lora third", "/lora", "天空", " /lora  second ", "天空", "/lora None", "天空"]
+    lines = ["1", "天空", *commands]
+    flags = ["--out_dir", adapters, *GREEDY, "--history_cnt", "20"]
+    status, stdout, stderr = run(*flags, stdin="\n".join(lines) + "\n")
+    assert status == 0 and len(loaded) == 1
+    path = weight_path(adapters, "full_sft", 32, False)
+    said, expected = [], []
+    for name in (None, "first", "first", "second", None):
+        lora = adapters / "lora" / f"{name}_32.pth" if name else None
+        answer = adapted_answer(path, lora, chat_ids(*said, "天空"))
+        said += ["天空", answer]
+        expected.append(answer)
+    assert stdout == "".join(answer + "\n" for answer in expected) and len(set(expected)) == 5
+    assert "/lora NAME puts on an adapter" in stderr
+    notes = re.findall(r"now with .*|third_32.pth not found|which adapter\?|now without an adapter", stderr)
+    assert [note.split("/")[-1] for note in notes] == [
+        "first_32.pth", "third_32.pth not found", "which adapter?", "second_32.pth", "now without an adapter",
+    ]  # fmt: skip
+
+
+def test_an_adapter_on_a_llama_folder(run, tmp_path):
+    save_llama(tmp_path)
+    config = LlamaConfig.from_pretrained(tmp_path)
+    torch.manual_seed(0)
+    model = apply_lora(LlamaForCausalLM(config), rank=4)
+    with torch.no_grad():
+        for _, layer in lora_layers(model):
+            layer.lora.B.weight.normal_(std=0.5)
+    lora = lora_path(tmp_path, "first", 32, False)
+    save_lora(lora, model, {"tokenizer_sha256": TOKENIZER.sha256})
+    flags = ["--load", 1, "--hf_path", tmp_path, "--out_dir", tmp_path, *GREEDY, "--prompt", "天空"]
+    plain = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    merge_lora(load_lora(plain, lora))
+    ids = torch.tensor([chat_ids("天空")])
+    generated = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    expected = TOKENIZER.decode(generated[0, ids.shape[1] :].tolist()) + "\n"
+    assert run(*flags, "--lora_name", "first")[1] == expected != run(*flags)[1]
+
+
 # --- flags -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--lora_name", "lora_medical"], "--lora_name lora_medical.*train_lora.py"),
         (["--history_cnt", "3"], "--history_cnt is 3, and must be even"),
         (["--history_cnt", "-2"], "--history_cnt is -2"),
         (["--temperature", "-1"], "--temperature is -1"),
@@ -517,7 +655,3 @@ def test_wrong_flags(run, flags, message):
 def test_wrong_device(run, out_dir, device):
     status, _, stderr = run("--out_dir", out_dir, "--device", device, "--prompt", "hi")
     assert status == 1 and f"--device {device} cannot be used here" in stderr
-
-
-def test_lora_none_is_the_default(run, out_dir):
-    assert run("--out_dir", out_dir, *GREEDY, "--lora_name", "None", "--prompt", "hi")[0] == 0

@@ -1,12 +1,15 @@
 """Who may import whom, and what must not be needed for training."""
 
 import ast
+import itertools
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_python
+from conftest import ROOT, STAGES, run_python
 
 FOLDERS = ("model", "dataset", "trainer", "scripts", "benchmarks", "tests")
+SHARED_LINES = 53  # of SFT and LoRA, and the most: a new helper should lower it, no change should raise it
 HEAVY = ("wandb", "deepspeed", "streamlit", "fastapi", "uvicorn", "openai")
 
 
@@ -82,6 +85,30 @@ def test_stages_never_import_each_other():
     allowed = ("model.", "dataset.", "trainer.")
     wrong = [(p.name, name) for p, name in imports_of(stages) if is_stage(name) or not name.startswith(allowed)]
     assert not wrong
+
+
+def test_every_stage_has_its_script():
+    assert {path.stem for path in modules("trainer") if path.stem.startswith("train_")} == {s.script for s in STAGES}
+
+
+def code_lines(path: Path) -> Counter:
+    """What a script says: its lines without imports, docstrings, comments and mere brackets."""
+    text = path.read_text("utf-8")
+    nodes = list(ast.walk(ast.parse(text)))
+    left_out = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    documented = [node for node in nodes if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef)]
+    left_out += [node.body[0] for node in documented if ast.get_docstring(node)]
+    numbers = {number for node in left_out for number in range(node.lineno, node.end_lineno + 1)}
+    lines = (line.strip() for number, line in enumerate(text.splitlines(), start=1) if number not in numbers)
+    return Counter(line for line in lines if any(map(str.isalnum, line)) and not line.startswith("#"))
+
+
+def test_two_stages_share_only_one_line_calls_of_helpers():
+    """What a stage means stands in its script; what all stages do is a line that calls a helper."""
+    lines = {stage.script: code_lines(ROOT / "trainer" / f"{stage.script}.py") for stage in STAGES}
+    shared = {pair: lines[pair[0]] & lines[pair[1]] for pair in itertools.combinations(lines, 2)}
+    worst = max(shared, key=lambda pair: shared[pair].total())
+    assert shared[worst].total() <= SHARED_LINES, (worst, sorted(shared[worst].elements()))
 
 
 def test_chat_and_scripts_import_no_stage():

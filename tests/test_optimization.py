@@ -42,7 +42,7 @@ def test_schedule_never_exceeds_the_peak(total, warmup):
 
 def flags(**changes) -> SimpleNamespace:
     defaults = {"optimizer": "adamw", "learning_rate": 1e-2, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95}
-    return SimpleNamespace(**defaults | {"gradient_checkpointing": False, "compile": None} | changes)
+    return SimpleNamespace(**defaults | {"gradient_checkpointing": False, "compile": None, "zero_stage": 0} | changes)
 
 
 def tiny_model(**fields) -> MiniMindForCausalLM:
@@ -118,6 +118,27 @@ def test_a_restored_optimizer_goes_on_as_if_nothing_had_been(name, tmp_path):
             optimizer_step(model, optimizer, precision, 1e-2, grad_clip=1.0)
     assert_identical(models[1].state_dict(), models[0].state_dict())
     assert_identical(optimizers[1].state_dict(), optimizers[0].state_dict())
+
+
+def test_frozen_weights_cost_no_gradient_of_their_own():
+    """Counted by torch: 6 operations per trained number and token, 4 per frozen one (the first layers need less)."""
+    from trainer.logger import count_parameters, flops_per_token
+
+    model = tiny_model()
+    total = sum(p.numel() for p in model.parameters())
+    assert count_parameters(model) == (total, 0) and flops_per_token(model.config, total) == 6 * total
+    model.requires_grad_(False)
+    model.lm_head.weight.requires_grad_(True)
+    trained = model.lm_head.weight.numel()
+    assert count_parameters(model) == (total, total - trained)
+    assert flops_per_token(model.config, total, total - trained) == 6 * trained + 4 * (total - trained)
+    moe = tiny_model(use_moe=True)
+    total, _ = count_parameters(moe)
+    expert = sum(p.numel() for p in moe.model.layers[0].mlp.experts[0].parameters())
+    active = total - 2 * 2 * expert  # two of four experts in each of two layers
+    assert flops_per_token(moe.config, total) == 6 * active
+    adapters = 1000
+    assert flops_per_token(moe.config, total + adapters, total) == 4 * active + 6 * adapters
 
 
 def linear_with_gradient(gradient: float) -> tuple[nn.Linear, torch.optim.Optimizer]:

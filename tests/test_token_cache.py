@@ -376,3 +376,22 @@ def test_building_leaves_the_threads_setting_of_the_tokenizers_library_alone(tmp
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     build(write(tmp_path / "data.jsonl", make_records("pretrain", 2)))
     assert "TOKENIZERS_PARALLELISM" not in os.environ
+
+
+def test_contents_are_told_apart_wherever_the_file_lies(tmp_path, tokenizer):
+    """A copy has the same hash, another target late in the file has not; old caches get theirs from their files."""
+
+    def turns(role: str) -> str:
+        return json.dumps({"conversations": [{"role": "user", "content": "a"}, {"role": role, "content": "b"}]}) + "\n"
+
+    hashes = []
+    for name, text in (("a", turns("assistant") * 9), ("copy", turns("assistant") * 9), ("b", turns("assistant") * 8)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(text if name != "b" else text + turns("assistant").replace('"b"', '"c"'))
+        cache = open_token_cache(path, tokenizer, "conversation", cache_dir=tmp_path / "cache", show_progress=False)
+        hashes.append(cache.contents_sha256)
+    assert hashes[0] == hashes[1] != hashes[2]
+    meta = json.loads((cache.folder / "meta.json").read_text())
+    del meta["contents_sha256"]
+    (cache.folder / "meta.json").write_text(json.dumps(meta))
+    assert TokenCache(cache.folder).contents_sha256 == hashes[2]

@@ -12,38 +12,37 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (
+    DISTILLATION,
+    DPO,
+    FULL_SFT,
+    LORA,
+    PRETRAIN,
+    REASON,
     ROOT,
     assert_identical,
+    each_stage,
     read_log,
     read_resume,
     relative_error,
     run_python,
+    sharp_model,
     tiny_flags,
     write_conversations,
+    write_data,
     write_jsonl,
     write_texts,
 )
 
 from dataset.packing import PackedBatches, build_plan
 from dataset.token_cache import open_token_cache
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.weights import load_weights, read_sidecar, sidecar_path
+from model.model_lora import apply_lora
+from model.model_minimind import MiniMindConfig
+from model.weights import load_model, load_weights, read_sidecar, sidecar_path
 from trainer import train_full_sft, train_pretrain
 from trainer.loader import model_inputs
 from trainer.token_losses import token_cross_entropy
 
 # --- losses ----------------------------------------------------------------------------------------------------------
-
-
-def sharp_model(use_moe: bool) -> MiniMindForCausalLM:
-    """Weights larger than at the start of training: attention and routing are far from uniform."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model = MiniMindForCausalLM(MiniMindConfig(**sizes, use_moe=use_moe))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.mul_(1.0 if "norm" in name else 6.0)
-    return model
 
 
 def pretrain_documents(path, tokenizer, row: int) -> list[tuple[list[int], list[int]]]:
@@ -66,6 +65,29 @@ def conversation_documents(path, tokenizer, row: int) -> list[tuple[list[int], l
         assert len(labels) <= row
         documents.append((ids[:-1], labels))
     return documents
+
+
+def preference_documents(path, tokenizer, row: int) -> list[tuple[list[int], list[int]]]:
+    """(inputs, labels) of chosen, rejected, chosen, ...; targets are the answer's, not those of the prompt."""
+    documents = []
+    for line in path.read_text("utf-8").splitlines():
+        pair = json.loads(line)
+        for turns in (pair["chosen"], pair["rejected"]):
+            ids, _ = tokenizer.encode_conversation(turns)
+            prompt = len(tokenizer.encode_prompt(turns[:-1]))
+            answer = len(tokenizer.encode_contents([turns[-1]["content"]])[0]) + 1  # and its eos
+            labels = [-100] * (prompt - 1) + ids[prompt : prompt + answer]
+            documents.append((ids[:-1], labels + [-100] * (len(ids) - 1 - len(labels))))
+            assert len(ids) <= row
+    return documents
+
+
+DOCUMENTS = {
+    "pretrain": pretrain_documents,
+    "conversation": conversation_documents,
+    "reasoning": conversation_documents,
+    "preference": preference_documents,
+}
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -177,28 +199,113 @@ def layer_keys(use_moe: bool) -> set[str]:
     return attention | norms | {"mlp.gate.weight"} | {f"{owner}.{name}" for owner in owners for name in projections}
 
 
+def adapter_keys(use_moe: bool) -> set[str]:
+    """Every linear layer of a block except the router."""
+    layers = {key.removesuffix(".weight") for key in layer_keys(use_moe) if key.endswith("_proj.weight")}
+    return {f"{layer}.lora.{side}.weight" for layer in layers for side in "AB"}
+
+
 @pytest.mark.parametrize("use_moe", [False, True])
-def test_weight_file_and_sidecar(train, tmp_path, texts, tokenizer, use_moe):
-    train("train_pretrain", tiny_flags(tmp_path, texts, use_moe=use_moe))
-    name = "pretrain_32_moe" if use_moe else "pretrain_32"
+@each_stage()
+def test_what_a_run_writes(train, tmp_path, inputs, tokenizer, stage, use_moe):
+    """The files, their keys and dtypes, and what the sidecar says."""
+    flags = inputs(stage, use_moe)
+    train(stage.script, tiny_flags(tmp_path, **flags, batch_size=8))
+    name = stage.name(use_moe)
     state = torch.load(tmp_path / f"{name}.pth", weights_only=True)
-    ends = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
-    assert state.keys() == ends | {f"model.layers.{i}.{key}" for i in range(2) for key in layer_keys(use_moe)}
+    ends, layer = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}, layer_keys(use_moe)
+    if stage is LORA:
+        ends, layer = set(), adapter_keys(use_moe)
+    assert state.keys() == ends | {f"model.layers.{i}.{key}" for i in range(2) for key in layer}
     assert {tensor.dtype for tensor in state.values()} == {torch.float16}
-    assert torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"])
+    if stage is not LORA:
+        assert torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"])
 
     sidecar = read_sidecar(tmp_path / f"{name}.pth")
-    assert sidecar["stage"] == "pretrain" and sidecar["tokenizer_sha256"] == tokenizer.sha256
+    assert sidecar["stage"] == stage.stem and sidecar["tokenizer_sha256"] == tokenizer.sha256
     config = MiniMindConfig(**sidecar["config"])
     assert (config.hidden_size, config.num_hidden_layers, config.use_moe) == (32, 2, use_moe)
     assert (config.num_attention_heads, config.num_key_value_heads, config.vocab_size) == (4, 2, tokenizer.vocab_size)
-    tokens = sum(len(inputs) for inputs, _ in pretrain_documents(texts, tokenizer, 64))
-    assert sidecar["progress"] == {"step": 10, "tokens": tokens, "complete": True}
+    documents = DOCUMENTS[stage.data](flags["data_path"], tokenizer, flags["max_seq_len"])
+    tokens = sum(len(inputs) for inputs, _ in documents)
+    assert sidecar["progress"] == {"step": 5, "tokens": tokens, "complete": True}
     assert sidecar["metrics"]["loss"] == read_log(tmp_path, name)[-1]["loss"]
-    assert sidecar["flags"]["learning_rate"] == 2e-3 and sidecar["flags"]["data_path"] == str(texts)
+    assert sidecar["flags"]["learning_rate"] == 2e-3 and sidecar["flags"]["data_path"] == str(flags["data_path"])
     assert sidecar["versions"]["torch"] == torch.__version__
-    folders = {"logs", "resume", "token_cache"}
-    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.pth", f"{name}.json"} | folders
+    written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    written = {path for path in written if not path.startswith("token_cache/")}
+    assert written == {f"{name}.pth", f"{name}.json", f"logs/{name}.jsonl", f"resume/{name}.resume"}
+
+
+COMMON_METRICS = {"loss", "lr", "grad_norm", "tokens_per_second", "mfu", "padding", "aux_loss"}
+OWN_METRICS = {
+    DPO: {"reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected", "kl"},
+    DISTILLATION: {"ce", "kl"},
+}
+
+
+@each_stage()
+def test_metrics_of_every_stage(train, tmp_path, inputs, stage, capsys):
+    """Those of the log file are on the screen too."""
+    train(stage.script, tiny_flags(tmp_path, **inputs(stage), max_steps=2))
+    own = OWN_METRICS.get(stage, set())
+    records, lines = read_log(tmp_path, stage.name()), capsys.readouterr().out.splitlines()
+    lines = [line for line in lines if LINE.search(line)]
+    assert len(records) == len(lines) == 2
+    for record, line in zip(records, lines, strict=True):
+        assert record.keys() == {"event", "step", "epoch"} | COMMON_METRICS | own
+        shown = dict(re.findall(r", (\w+) (-?\d+\.\d{4})", line.split("padding")[1]))
+        assert shown.keys() == own
+        for name, value in shown.items():
+            assert float(value) == pytest.approx(record[name], abs=1e-4)
+
+
+def first_step(train, out_dir, stage, flags) -> dict:
+    """What is logged of the first step."""
+    train(stage.script, tiny_flags(out_dir, **flags, max_steps=1))
+    return read_log(out_dir, stage.name(flags["use_moe"]))[0]
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_first_losses_of_the_stages_agree(train, tmp_path, inputs, use_moe):
+    """Data, weights and batches are the same, and nothing is learnt before the first step."""
+    flags = inputs(FULL_SFT, use_moe)
+    sft = first_step(train, tmp_path, FULL_SFT, flags)
+    same = {
+        "an adapter begins as the identity": first_step(train, tmp_path, LORA, flags),
+        "tags that weigh 1": first_step(train, tmp_path, REASON, flags | {"tag_weight": 1.0}),
+        "cross-entropy alone": first_step(
+            train, tmp_path, DISTILLATION, inputs(DISTILLATION, use_moe) | flags | {"alpha": 1.0}
+        ),
+    }
+    for reason, record in same.items():
+        for name in ("loss", "aux_loss", "padding"):
+            assert record[name] == pytest.approx(sft[name], rel=1e-6), reason
+    assert (sft["aux_loss"] > 0.1) == use_moe
+
+
+def test_dpo_starts_at_its_reference(train, tmp_path, inputs):
+    """ln 2, no margin, no divergence, and neither right nor wrong."""
+    flags = {name: value for name, value in inputs(DPO).items() if name != "reference_weight"}
+    record = first_step(train, tmp_path, DPO, flags)
+    assert record["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert record["reward_margin"] == pytest.approx(0, abs=1e-5) and record["kl"] == pytest.approx(0, abs=1e-5)
+    assert record["logp_chosen"] < -10 and record["logp_rejected"] < -10
+
+
+def test_the_logged_distillation_loss_is_the_sum_of_its_parts(train, tmp_path, inputs):
+    record = first_step(train, tmp_path, DISTILLATION, inputs(DISTILLATION) | {"alpha": 0.3, "temperature": 1.5})
+    assert record["kl"] > 0.01
+    assert record["loss"] == pytest.approx(0.3 * record["ce"] + 0.7 * 1.5**2 * record["kl"], rel=1e-5)
+
+
+def test_tags_weigh_more(train, tmp_path, inputs):
+    """The loss is linear in their weight."""
+    one, ten, four = (
+        first_step(train, tmp_path / str(weight), REASON, inputs(REASON) | {"tag_weight": weight})["loss"]
+        for weight in (1.0, 10.0, 4.0)
+    )
+    assert ten > one + 1 and four == pytest.approx(one + (ten - one) / 3, rel=1e-5)
 
 
 def test_an_epoch_shorter_than_save_interval_leaves_weights(train, tmp_path, texts):
@@ -221,12 +328,27 @@ def test_workers_change_nothing(train, tmp_path, texts):
     assert_identical(read_resume(tmp_path / "0"), read_resume(tmp_path / "2"))
 
 
-def test_bfloat16_learns_as_float32_does(train, tmp_path, texts):
+@pytest.mark.parametrize("use_moe", [False, pytest.param(True, marks=pytest.mark.full)])
+@each_stage(PRETRAIN, LORA, DPO, DISTILLATION)
+def test_bfloat16_learns_as_float32_does(train, tmp_path, inputs, stage, use_moe):
+    name = stage.name(use_moe)
     for dtype in ("float32", "bfloat16"):
-        train("train_pretrain", tiny_flags(tmp_path / dtype, texts, dtype=dtype))
-    losses = [[record["loss"] for record in read_log(tmp_path / dtype)] for dtype in ("float32", "bfloat16")]
-    assert losses[1] == pytest.approx(losses[0], rel=0.01)
-    assert read_resume(tmp_path / "bfloat16")["model"]["model.norm.weight"].dtype == torch.float32
+        train(stage.script, tiny_flags(tmp_path / dtype, **inputs(stage, use_moe) | {"dtype": dtype, "batch_size": 8}))
+    losses = [[r["loss"] for r in read_log(tmp_path / dtype, name)] for dtype in ("float32", "bfloat16")]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert losses[1] != losses[0], "it is float32"
+    trained = read_resume(tmp_path / "bfloat16", name)["model"]
+    assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
+
+
+@each_stage(DPO)
+def test_float16_on_a_cpu_is_float32_and_says_so(train, tmp_path, inputs, stage, capsys):
+    for dtype in ("float32", "float16"):
+        train(stage.script, tiny_flags(tmp_path / dtype, **inputs(stage) | {"dtype": dtype, "max_steps": 2}))
+        said = "float16 training needs a GPU: training in float32 on cpu" in capsys.readouterr().out
+        assert said == (dtype == "float16")
+    ours, theirs = (read_resume(tmp_path / dtype, stage.name())["model"] for dtype in ("float16", "float32"))
+    assert_identical(ours, theirs)
 
 
 def test_from_its_own_folder_and_from_anywhere(tmp_path, texts):
@@ -247,56 +369,111 @@ def test_a_mistake_is_a_message_and_a_bad_exit_status(launcher, tmp_path, chats)
 # --- held-out data ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["pretrain", "conversation"])
-def test_held_out_loss_and_bits_per_byte(train, tmp_path, texts, chats, tokenizer, kind, capsys):
-    """Against the final weights and the held-out documents one by one; bytes are those of the text itself."""
-    flags = {"max_steps": 4, "eval_interval": 2, "sample_prompt": "the old king", "batch_size": 3}
-    valid, name, documents_of = write_texts(tmp_path / "v.jsonl", 9, seed=3), "pretrain_32", pretrain_documents
-    train("train_pretrain", tiny_flags(tmp_path, texts, **flags | {"valid_path": valid}))
-    num_bytes = sum(len(json.loads(line)["text"].encode()) for line in valid.read_text("utf-8").splitlines())
-    if kind == "conversation":
-        valid, name, documents_of = tmp_path / "c.jsonl", "full_sft_32", conversation_documents
-        write_conversations(valid, 9, longest=6, exchanges=1, seed=3)
-        train("train_full_sft", tiny_flags(tmp_path, chats, **flags | {"valid_path": valid}))
-        turns = [t for line in valid.read_text("utf-8").splitlines() for t in json.loads(line)["conversations"]]
-        num_bytes = sum(len(turn["content"].encode()) for turn in turns if turn["role"] == "assistant")
-    model = sharp_model(False).eval()
-    model.load_state_dict(read_resume(tmp_path, name)["model"])
-    nats, targets = 0.0, 0
+def trained_model(out_dir, stage, base=None):
+    """The model that a run ended with, in float32."""
+    model = sharp_model()
+    if stage is LORA:
+        load_weights(model, base)
+        apply_lora(model)
+    missing, unexpected = model.load_state_dict(read_resume(out_dir, stage.name())["model"], strict=False)
+    assert not unexpected and (stage is LORA or not missing)
+    return model.eval()
+
+
+def target_log_probs(model, documents) -> list[torch.Tensor]:
+    """The log-probs of each document's targets, the documents taken one by one."""
+    result = []
     with torch.no_grad():
-        for inputs, labels in documents_of(valid, tokenizer, 64):
-            logits = model(input_ids=torch.tensor([inputs])).logits[0]
-            nats += F.cross_entropy(logits, torch.tensor(labels), reduction="sum").item()
-            targets += sum(label >= 0 for label in labels)
-    evaluations = read_log(tmp_path, name, "evaluation")
+        for inputs, labels in documents:
+            labels = torch.tensor(labels)
+            log_probs = F.log_softmax(model(input_ids=torch.tensor([inputs])).logits[0], dim=-1)
+            result.append(log_probs.gather(1, labels.clamp(min=0)[:, None])[:, 0][labels >= 0])
+    return result
+
+
+HELD_OUT = {"max_steps": 4, "eval_interval": 2, "sample_prompt": "the old king", "batch_size": 3}
+
+
+@each_stage(PRETRAIN, FULL_SFT, LORA, without=(DPO,))
+def test_held_out_loss_and_bits_per_byte(train, tmp_path, inputs, tokenizer, stage, capsys):
+    """Against the final weights and the held-out documents one by one; bytes are those of the text itself."""
+    flags = inputs(stage)
+    valid = write_data(stage.data, tmp_path / "valid.jsonl", count=9, longest=6, seed=3)
+    train(stage.script, tiny_flags(tmp_path, **flags | HELD_OUT | {"valid_path": valid}))
+    records = [json.loads(line) for line in valid.read_text("utf-8").splitlines()]
+    texts = [record["text"] for record in records if "text" in record]
+    turns = [turn for record in records for turn in record.get("conversations", ())]
+    texts += [turn["content"] for turn in turns if turn["role"] == "assistant"]
+    num_bytes = sum(len(text.encode()) for text in texts)
+
+    model = trained_model(tmp_path, stage, flags.get("base_weight"))
+    log_probs = torch.cat(target_log_probs(model, DOCUMENTS[stage.data](valid, tokenizer, flags["max_seq_len"])))
+    loss, nats = -float(log_probs.mean()), -float(log_probs.sum())
+    evaluations = read_log(tmp_path, stage.name(), "evaluation")
     assert [record["step"] for record in evaluations] == [2, 4]
-    assert evaluations[-1]["valid_loss"] == pytest.approx(nats / targets, rel=1e-5)
+    assert evaluations[-1]["valid_loss"] == pytest.approx(loss, rel=1e-5)
     assert evaluations[-1]["bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
     assert evaluations[1]["valid_loss"] < evaluations[0]["valid_loss"]
     printed = capsys.readouterr().out
-    assert f"valid loss {nats / targets:.4f}" in printed and printed.count("sample:") == 2 * (1 + (kind != "pretrain"))
-    assert read_sidecar(tmp_path / f"{name}.pth")["metrics"]["valid_loss"] == evaluations[-1]["valid_loss"]
+    assert f"valid loss {loss:.4f}" in printed and printed.count("sample: 'the old king' -> ") == 2
+    assert read_sidecar(tmp_path / f"{stage.name()}.pth")["metrics"]["valid_loss"] == evaluations[-1]["valid_loss"]
 
 
-def test_evaluating_changes_no_weight(train, tmp_path, texts):
-    valid = write_texts(tmp_path / "valid.jsonl", 9, seed=3)
-    train("train_pretrain", tiny_flags(tmp_path / "without", texts, use_moe=True))
-    flags = {"valid_path": valid, "eval_interval": 1, "sample_prompt": "花"}
-    train("train_pretrain", tiny_flags(tmp_path / "with", texts, use_moe=True, **flags))
-    states = [read_resume(tmp_path / name, "pretrain_32_moe") for name in ("without", "with")]
+@pytest.mark.parametrize("logp", ["sum", "mean"])
+def test_held_out_preferences(train, tmp_path, inputs, tokenizer, logp, capsys):
+    """Against the final policy, the reference, and the answers one by one."""
+    flags = inputs(DPO)
+    valid = write_data("preference", tmp_path / "valid.jsonl", count=9, seed=3)
+    train(DPO.script, tiny_flags(tmp_path, **flags | HELD_OUT | {"valid_path": valid, "beta": 0.3, "logp": logp}))
+    documents = preference_documents(valid, tokenizer, flags["max_seq_len"])
+    models = trained_model(tmp_path, DPO), load_model(flags["reference_weight"])[0].eval()
+    policy, reference = (target_log_probs(model, documents) for model in models)
+    drift = torch.stack([(ours - theirs).mean() for ours, theirs in zip(policy, reference, strict=True)]).mean()
+    reduce = torch.mean if logp == "mean" else torch.sum
+    policy, reference = (torch.stack([reduce(t) for t in tokens]).view(-1, 2) for tokens in (policy, reference))
+    margin = 0.3 * (policy - reference) @ torch.tensor([1.0, -1.0])
+    expected = {
+        "valid_loss": (1 + (-margin).exp()).log().mean(),
+        "valid_reward_margin": margin.mean(),
+        "valid_reward_accuracy": (margin > 0).float().mean(),
+        "valid_logp_chosen": policy[:, 0].mean(),
+        "valid_logp_rejected": policy[:, 1].mean(),
+        "valid_kl": drift,
+    }
+    evaluations = read_log(tmp_path, DPO.name(), "evaluation")
+    assert [record["step"] for record in evaluations] == [2, 4]
+    for name, value in expected.items():
+        assert evaluations[-1][name] == pytest.approx(float(value), rel=1e-4, abs=1e-5), name
+    assert evaluations[-1].keys() == {"event", "step", "sample", *expected}
+    printed = capsys.readouterr().out
+    assert f"valid reward margin {expected['valid_reward_margin']:.4f}" in printed and printed.count("sample:") == 2
+    metrics = read_sidecar(tmp_path / f"{DPO.name()}.pth")["metrics"]
+    assert metrics["valid_reward_accuracy"] == evaluations[-1]["valid_reward_accuracy"]
+
+
+@each_stage(PRETRAIN, DPO)
+def test_evaluating_changes_no_weight(train, tmp_path, inputs, stage):
+    flags, name = inputs(stage, use_moe=True) | {"max_steps": 4}, stage.name(use_moe=True)
+    valid = write_data(stage.data, tmp_path / "valid.jsonl", count=9, seed=3)
+    train(stage.script, tiny_flags(tmp_path / "without", **flags))
+    flags |= {"valid_path": valid, "eval_interval": 1, "sample_prompt": "花"}
+    train(stage.script, tiny_flags(tmp_path / "with", **flags))
+    states = [read_resume(tmp_path / folder, name) for folder in ("without", "with")]
     assert_identical(*states)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_held_out_loss_is_the_same_on_two_processes(launcher, tmp_path, texts, dtype):
-    valid = write_texts(tmp_path / "valid.jsonl", 9, seed=3)
-    flags = {"valid_path": valid, "max_steps": 1, "learning_rate": 1e-12, "dtype": dtype}
+@each_stage(PRETRAIN, DPO)
+def test_held_out_metrics_are_the_same_on_two_processes(launcher, tmp_path, inputs, stage, dtype):
+    valid = write_data(stage.data, tmp_path / "valid.jsonl", count=9, seed=3)
+    flags = inputs(stage) | {"valid_path": valid, "max_steps": 1, "learning_rate": 1e-12, "dtype": dtype}
     for world_size in (1, 2):
-        line = tiny_flags(tmp_path / str(world_size), texts, batch_size=4 // world_size, **flags)
-        launcher.run("train_pretrain", line, world_size)
-    one, two = (read_log(tmp_path / str(n), event="evaluation")[-1] for n in (1, 2))
-    for name in ("valid_loss", "bits_per_byte"):
-        assert two[name] == pytest.approx(one[name], rel=1e-5 if dtype == "float32" else 1e-3)
+        line = tiny_flags(tmp_path / str(world_size), **flags | {"batch_size": 4 // world_size})
+        launcher.run(stage.script, line, world_size)
+    one, two = (read_log(tmp_path / str(n), stage.name(), "evaluation")[-1] for n in (1, 2))
+    assert one.keys() == two.keys()
+    for name in one.keys() - {"event", "step", "sample"}:
+        assert two[name] == pytest.approx(one[name], rel=1e-5 if dtype == "float32" else 5e-3, abs=1e-5), name
 
 
 # --- SFT starts from pretrained weights ------------------------------------------------------------------------------

@@ -122,6 +122,15 @@ def test_wrapper_prefixes_are_stripped(tmp_path):
 # --- written whole or not at all -------------------------------------------------------------------------------------
 
 
+def test_what_a_killed_process_left_half_written_goes_with_the_next_save(tmp_path):
+    """Of the same file only."""
+    stale, other = tmp_path / ".pretrain_64.pth.abc.tmp", tmp_path / ".pretrain_64_moe.pth.abc.tmp"
+    stale.write_bytes(b"half")
+    other.write_bytes(b"half")
+    save_weights(tmp_path / "pretrain_64.pth", tiny_model())
+    assert not stale.exists() and other.exists()
+
+
 def test_failure_while_writing_keeps_the_previous_file(tmp_path, monkeypatch):
     path = tmp_path / "pretrain_64.pth"
     save_weights(path, tiny_model(), {"stage": "pretrain"})
@@ -324,3 +333,15 @@ def test_json_is_written_beside_and_renamed(tmp_path, monkeypatch):
         weights.write_json(tmp_path / "a.json", {"n": 2})
     assert json.loads((tmp_path / "a.json").read_text()) == {"n": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_another_number_of_heads_is_told_by_the_sidecar(tmp_path):
+    """The tensors have the same shapes, but mean another model."""
+    path = tmp_path / "w.pth"
+    model = tiny_model()
+    heads = model.config.num_attention_heads
+    save_weights(path, model, {"config": {"num_attention_heads": 2 * heads}})
+    with pytest.raises(WeightsError, match=f"--num_attention_heads is {heads} here and {2 * heads} in the file"):
+        load_weights(tiny_model(), path)
+    save_weights(path, model, {"config": {"num_attention_heads": heads}})
+    load_weights(tiny_model(), path)

@@ -3,21 +3,31 @@
 import argparse
 import os
 import shlex
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.distributed import DistError
 
 from model.model_minimind import MiniMindConfig
+from trainer.tracking import tracking_mistakes
+from trainer.zero import zero_mistakes
 
 ROOT = Path(__file__).resolve().parents[1]
+
+LATER_SECONDS = 3  # how long other processes leave it to the first one to show an error
+# what gloo says when a process at the other end is gone
+LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
 
 # flags that may change between the parts of a resumed run; a change of any other would change its result
 FREE_ON_RESUME = {
     "resume", "log_interval", "save_interval", "eval_interval", "num_workers", "use_wandb", "wandb_project", "out_dir",
     "cache_dir", "device", "ddp", "local_rank", "valid_path", "sample_prompt", "compile", "overwrite", "batch_size",
     "accumulation_steps", "gradient_checkpointing", "save_peft",
+    "deepspeed_config",
 }  # fmt: skip
 
 
@@ -109,6 +119,14 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
     add_boolean(
         parser, "--gradient_checkpointing", False, "recompute activations in the backward pass: less memory, more time"
     )
+    group(
+        "--zero_stage",
+        type=int,
+        choices=(0, 1, 2, 3),
+        default=0,
+        help="DeepSpeed: divide optimizer state (1), gradients too (2), weights too (3) among processes (default: 0)",
+    )
+    group("--deepspeed_config", type=Path, metavar="FILE", help="JSON settings of DeepSpeed over ours, for experts")
     add_boolean(parser, "--use_wandb", False, "log to Weights & Biases too")
     add("--wandb_project", default="MiniMind")
     add_boolean(parser, "--ddp", None, "accepted because old commands pass it; torchrun alone decides")
@@ -173,6 +191,7 @@ def parse_arguments(
             )
     except RuntimeError:
         mistakes.append(f"--device {args.device}: not a device; use cpu, cuda or cuda:N")
+    mistakes += zero_mistakes(args) + tracking_mistakes(args)
     if mistakes:
         raise ValueError("; ".join(mistakes))
     args.cache_dir = args.cache_dir or args.out_dir / "token_cache"
@@ -196,8 +215,28 @@ def chat_command(args: argparse.Namespace, model_mode: int, *more: str) -> str:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's main; a mistake of the user's is shown as a message, not as a traceback."""
+    """Runs a script's main; a mistake of the user's is shown as a message, not as a traceback.
+
+    Among several processes the first one shows what all of them found; another one speaks when it is still there after
+    a while, for a launcher ends it together with the first.
+    """
     try:
         main()
     except (ValueError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+        message = str(error)
+    except RuntimeError as error:
+        if not isinstance(error, DistError) and not any(sign in str(error) for sign in LOST_PROCESS):
+            raise
+        message = (
+            "another process of this job has ended, and this one cannot go on alone; what it said stands above, if it "
+            f"could say something. Start again with --resume to go on from the last save ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]})"
+        )
+    except KeyboardInterrupt:  # before the loop that answers it by saving: there is nothing to save yet
+        sys.exit(128 + signal.SIGINT)
+    else:
+        return
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        time.sleep(LATER_SECONDS)
+    sys.exit(f"error: process {rank}: {message}" if rank else f"error: {message}")

@@ -6,6 +6,8 @@ Each file is replaced atomically, the resume state last: when that one is comple
 import argparse
 import hashlib
 import random
+import secrets
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -27,10 +29,11 @@ from model.weights import (
     write_atomically,
 )
 from trainer.arguments import FREE_ON_RESUME
-from trainer.distributed import Process, gather_objects, unwrap_model
+from trainer.distributed import Process, barrier, gather_objects, unwrap_model, whole_weights
 from trainer.loader import PackedData
 from trainer.logger import Progress, versions
 from trainer.optimization import OptimizerPair, Precision
+from trainer.zero import load_shards, save_shards, zero_stage
 
 
 def sidecar(
@@ -98,7 +101,9 @@ def refuse_other_adapter(path: Path, model: nn.Module, args: argparse.Namespace)
 class Checkpoint:
     """Saves and restores one run: float32 weights, optimizer, scaler, data position and all RNG states.
 
-    Only what is trained goes into the resume state; frozen weights come from the file they were loaded from.
+    Only what is trained goes into the resume state; frozen weights come from the file they were loaded from. Under ZeRO
+    every process writes its shard of weights and optimizer state into a new folder, NAME.shards/TAG/; the resume state
+    names that folder, so replacing it switches to the new shards at once. Older folders are removed after that.
     """
 
     def __init__(
@@ -119,21 +124,28 @@ class Checkpoint:
         self.weights, self.stage, self.write = weights, stage, write
         self.name = str(weights.relative_to(args.out_dir).with_suffix(""))
         self.path = args.out_dir / "resume" / f"{self.name}.resume"
+        self.shards = self.path.with_suffix(".shards")
         self.args, self.process, self.tokenizer = args, process, tokenizer
         self.identity = {"tokenizer": tokenizer.sha256, **data.fingerprint(), **identity}
 
     def restore(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | OptimizerPair, precision: Precision
     ) -> Progress:
-        """Brings everything back to where the saved run was; a fresh Progress when there is nothing to go on with."""
+        """Brings everything back to where the saved run was; a fresh Progress when there is nothing to go on with.
+
+        model and optimizer: as wrap_model returns them.
+        """
         state = self._load()
         if state is None:
             return Progress()
-        trained = trained_state(model)
-        if trained.keys() != state["model"].keys():
-            raise ValueError(f"--resume: {self.path} holds other tensors than this run trains; leave --resume out")
-        model.load_state_dict(state["model"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
+        if state["shards"]:
+            load_shards(model, self.shards / state["shards"])
+        else:
+            plain = unwrap_model(model)
+            if trained_state(plain).keys() != state["model"].keys():
+                raise ValueError(f"--resume: {self.path} holds other tensors than this run trains; leave --resume out")
+            plain.load_state_dict(state["model"], strict=False)
+            optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # empty when the saved run needed none
             precision.scaler.load_state_dict(state["scaler"])
         if len(state["rng"]) == self.process.world_size:
@@ -181,6 +193,11 @@ class Checkpoint:
                 f"--resume: this would not be the run that was saved in {self.path}: {'; '.join(changed)}. "
                 "Give the old values, or leave --resume out to start anew"
             )
+        if state["shards"] and ranks != self.process.world_size:
+            raise ValueError(
+                f"--resume: {self.path} was saved under ZeRO by {ranks} process{'es' * (ranks > 1)}, each with its own "
+                f"shard, and now there are {self.process.world_size}; start as many as then"
+            )
         self._keep_global_batch(state["global_batch"], ranks)
         return state
 
@@ -210,25 +227,38 @@ class Checkpoint:
         progress: Progress,
         metrics: dict,
     ) -> None:
-        """Writes weights, sidecar (with the metrics) and resume state. Every process calls it; the first one writes."""
+        """Writes weights, sidecar (with the metrics) and resume state. Every process calls it; the first one writes,
+        under ZeRO each its shard."""
         rng = gather_objects(_rng_state(), self.process)
-        if not self.process.is_main:
-            return
-        model = unwrap_model(model)
-        about = sidecar(self.stage, model.config, self.tokenizer, self.args, progress, metrics)
-        self.write(self.weights, model, about)
-        state = {
-            "model": trained_state(model),
-            "optimizer": optimizer.state_dict(),
-            "scaler": precision.scaler.state_dict(),
-            "progress": asdict(progress),
-            "rng": rng,
-            "flags": result_flags(self.args),
-            "identity": self.identity,
-            "global_batch": self.args.batch_size * self.args.accumulation_steps * self.process.world_size,
-            "ranks": self.process.world_size,
-        }
-        write_atomically(self.path, lambda file: torch.save(state, file))
+        tag = ""
+        if zero_stage(model):
+            # a name of its own: shards of an earlier run that stopped at this step are not to be written over
+            tag = gather_objects(f"step-{progress.step}-{secrets.token_hex(4)}", self.process)[0]
+            save_shards(model, self.shards / tag)
+            barrier(self.process)
+        with whole_weights(model) as plain:
+            if self.process.is_main:
+                about = sidecar(self.stage, plain.config, self.tokenizer, self.args, progress, metrics)
+                self.write(self.weights, plain, about)
+                state = {
+                    "model": {} if tag else trained_state(plain),
+                    "optimizer": {} if tag else optimizer.state_dict(),
+                    "shards": tag,
+                    "scaler": precision.scaler.state_dict(),
+                    "progress": asdict(progress),
+                    "rng": rng,
+                    "flags": result_flags(self.args),
+                    "identity": self.identity,
+                    "global_batch": self.args.batch_size * self.args.accumulation_steps * self.process.world_size,
+                    "ranks": self.process.world_size,
+                }
+                write_atomically(self.path, lambda file: torch.save(state, file))
+        if self.process.is_main and self.shards.exists():
+            for folder in self.shards.iterdir():
+                if folder.name != tag:
+                    shutil.rmtree(folder, ignore_errors=True)
+            if not tag:
+                self.shards.rmdir()
 
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from dataset.tokenization import ChatTokenizer
 from model.generation import SamplingParams, stream
-from trainer.distributed import Process, sum_over_ranks, unwrap_model
+from trainer.distributed import Process, sum_over_ranks, unwrap_model, whole_weights
 from trainer.loader import PackedData, model_inputs
 from trainer.logger import Logger
 from trainer.optimization import Precision
@@ -79,11 +79,12 @@ class Evaluator:
         measure: what computes them, a function of evaluate's arguments.
         """
         metrics, sample = {}, ""
-        model = unwrap_model(model)
         if self.data is not None:
-            metrics = measure(model, self.data, precision, self.process, self.tokenizer)
-        if self.prompt_ids and self.process.is_main:
-            sample = f"{self.prompt!r} -> {sample_text(model, self.tokenizer, precision, self.prompt_ids)!r}"
+            metrics = measure(unwrap_model(model), self.data, precision, self.process, self.tokenizer)
+        if self.prompt_ids:
+            with whole_weights(model) as plain:
+                if self.process.is_main:
+                    sample = f"{self.prompt!r} -> {sample_text(plain, self.tokenizer, precision, self.prompt_ids)!r}"
         if metrics or sample:
             logger.evaluation(step, metrics, sample)
         return metrics

@@ -128,7 +128,7 @@ class FrozenOutputs:
 def _fits(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> bool:
     try:
         array = np.load(path, mmap_mode="r")
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):  # numpy raises the last for an empty file
         return False
     return array.shape == tuple(shape) and array.dtype == dtype
 

@@ -1,7 +1,6 @@
 """From a jsonl file to the micro-batches of this process: token cache, packing plan, loader, transfer to the device."""
 
 import argparse
-import hashlib
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,12 @@ from dataset.tokenization import ChatTokenizer
 from trainer.distributed import Process
 
 MODEL_INPUTS = ("input_ids", "position_ids", "document_ids", "cu_seqlens", "max_seqlen")
+
+
+def plural(count: int, noun: str) -> str:
+    """1 process, 1,024 processes"""
+    ending = "es" if noun.endswith(("s", "ch")) else "s"
+    return f"{count:,} {noun}{ending * (count != 1)}"
 
 
 class PackedData:
@@ -43,8 +48,8 @@ class PackedData:
 
     def fingerprint(self) -> dict:
         """What must be the same when a run is resumed: the tokens, wherever the file lies."""
-        probe = hashlib.sha256(self.cache.tokens[: 1 << 20].tobytes()).hexdigest()[:16]
-        return {name: int(self.cache.meta[name]) for name in ("documents", "tokens")} | {"first_tokens": probe}
+        sizes = {name: int(self.cache.meta[name]) for name in ("documents", "tokens")}
+        return sizes | {"contents": self.cache.contents_sha256[:16]}
 
     def describe(self) -> str:
         stats = self.plan.stats
@@ -58,9 +63,10 @@ class PackedData:
             )
             if stats.get(name, 0)
         ]
+        filled = "; ".join([f"{self.plan.fill:.1%} filled", *notes])
         return (
-            f"{self.path}: {stats['documents']:,} documents, {stats['positions']:,} tokens in {self.plan.num_rows:,} "
-            f"rows of {self.plan.max_seq_len} ({self.plan.fill:.1%} filled{''.join('; ' + note for note in notes)})"
+            f"{self.path}: {plural(stats['documents'], 'document')}, {plural(stats['positions'], 'token')} in "
+            f"{plural(self.plan.num_rows, 'row')} of {self.plan.max_seq_len} ({filled})"
         )
 
     def _batches(self, epoch: int, shuffle: bool = True, accumulation_steps: int | None = None):

@@ -16,24 +16,33 @@ from torch import nn
 
 from model.model_minimind import MiniMindConfig
 from trainer.distributed import Process, sum_over_ranks, unwrap_model
-from trainer.loader import PackedData
+from trainer.loader import PackedData, plural
 from trainer.optimization import Precision
+from trainer.tracking import Tracker
 
 
-def flops_per_token(config: MiniMindConfig, parameters: int) -> float:
+def flops_per_token(config: MiniMindConfig, parameters: int, frozen: int = 0) -> float:
     """Floating-point operations of forward and backward per token in the weights: 6 per active parameter.
 
-    A routed expert that a token does not visit costs nothing. The embedding is tied to the head and counts once.
+    frozen: how many of the parameters are not trained; they need no gradient of their own and cost 4. A routed expert
+    that a token does not visit costs nothing. The embedding is tied to the head and counts once.
     """
+    idle = 0
     if config.use_moe:
         idle = config.n_routed_experts - config.num_experts_per_tok
-        parameters -= config.num_hidden_layers * idle * 3 * config.hidden_size * config.intermediate_size
-    return 6 * parameters
+        idle *= config.num_hidden_layers * 3 * config.hidden_size * config.intermediate_size
+    return 6 * (parameters - idle) - 2 * (frozen - idle if frozen else 0)
 
 
 def attention_flops(config: MiniMindConfig, positions_seen: int) -> float:
     """Forward and backward of causal attention: 12 · hidden · layers for every (token, position it sees) pair."""
     return 12 * config.hidden_size * config.num_hidden_layers * positions_seen
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Numbers in all weights, and in those that are frozen."""
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]  # ZeRO-3 empties them
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if not trained)
 
 
 def matmul_flops_per_second(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
@@ -102,9 +111,9 @@ class Logger:
     ):
         self.args, self.process = args, process
         self.config = unwrap_model(model).config
-        self.parameters = sum(p.numel() for p in model.parameters())
+        self.parameters, self.frozen = count_parameters(model)
         self.first_step, self.total_steps, self.steps_per_epoch = first_step, data.total_steps, data.steps_per_epoch
-        self.file, self.wandb_run, self.bar_shown = None, None, False
+        self.file, self.tracker, self.bar_shown = None, None, False
         self.terminal = process.is_main and sys.stderr.isatty()
         self.peak = matmul_flops_per_second(process.device, precision.dtype) * process.world_size
         if process.is_main:
@@ -125,27 +134,27 @@ class Logger:
         start = {"event": "start", "run": name, "time": time.time(), "first_step": self.first_step}
         self.record(start | {"total_steps": self.total_steps, "flags": flags, "versions": versions()})
         if args.use_wandb:
-            import wandb
-
             run_name = (
                 f"MiniMind-{name}-Epoch-{args.epochs}-BatchSize-{args.batch_size}-LearningRate-{args.learning_rate}"
             )
-            self.wandb_run = wandb.init(project=args.wandb_project, name=run_name, config=flags)
+            self.tracker = Tracker(args, run_name, flags)
 
     def _introduce(self, data: PackedData, precision: Precision) -> None:
         """What is about to happen, in four lines."""
         args, config = self.args, self.config
         kind = "mixture of experts" if config.use_moe else "dense"
         rows = args.batch_size * args.accumulation_steps * self.process.world_size
-        size = f"{config.num_hidden_layers} layers of {config.hidden_size}"
+        size = f"{plural(config.num_hidden_layers, 'layer')} of {config.hidden_size}"
         self.say(f"{self.parameters / 1e6:.2f}M parameters, {kind}, {size}")
         self.say(data.describe())
         self.say(
-            f"{self.total_steps:,} steps of {rows} rows ({args.batch_size} × {args.accumulation_steps} micro-batches × "
-            f"{self.process.world_size} processes) on {self.process.device} in {precision.name}"
+            f"{plural(self.total_steps, 'step')} of {plural(rows, 'row')} ({args.batch_size} × "
+            f"{plural(args.accumulation_steps, 'micro-batch')} × {plural(self.process.world_size, 'process')}) "
+            f"on {self.process.device} in {precision.name}"
         )
         if data.plan.num_rows < rows:
-            self.say(f"note: one step takes {rows} rows; for so little data lower --batch_size or --accumulation_steps")
+            advice = "for so little data lower --batch_size or --accumulation_steps"
+            self.say(f"note: one step takes {plural(rows, 'row')}; {advice}")
         if precision.notice:
             self.say(f"note: {precision.notice}")
 
@@ -173,9 +182,8 @@ class Logger:
                 self._draw_bar(done, loss)
             return
         sums, seconds = self.sums, max(time.perf_counter() - self.interval_started - self.paused, 1e-9)
-        flops = flops_per_token(self.config, self.parameters) * sums["tokens"] + attention_flops(
-            self.config, sums["attended"]
-        )
+        flops = flops_per_token(self.config, self.parameters, self.frozen) * sums["tokens"]
+        flops += attention_flops(self.config, sums["attended"])
         epoch, epoch_step = divmod(step, self.steps_per_epoch)
         epoch_steps = min(self.steps_per_epoch, self.total_steps - epoch * self.steps_per_epoch)
         minutes = seconds / sums["steps"] * (epoch_steps - epoch_step - 1) / 60
@@ -227,15 +235,15 @@ class Logger:
             print(text, flush=True)
 
     def record(self, content: dict) -> None:
-        """One JSON line in out/logs/, and the numbers of it to wandb."""
+        """One JSON line in out/logs/, and the same to wandb."""
         if self.file is None:
             return
         self.file.write(json.dumps(content, ensure_ascii=False) + "\n")
         self.file.flush()
-        if self.wandb_run is not None and content["event"] in ("step", "evaluation"):
-            numbers = {k: v for k, v in content.items() if isinstance(v, int | float) and k != "step"}
+        if self.tracker and content["event"] in ("step", "evaluation"):
             prefix = "valid/" if content["event"] == "evaluation" else ""
-            self.wandb_run.log({prefix + name: value for name, value in numbers.items()}, step=content["step"])
+            values = {prefix + k: v for k, v in content.items() if k not in ("event", "step") and v != ""}
+            self.tracker.log(values, content["step"])
 
     def close(self, weights: Path, progress: Progress, next_command: str) -> None:
         """Says what the run left behind and what comes next."""
@@ -245,8 +253,8 @@ class Logger:
             self.say(f"stopped after step {progress.step}; saved {weights}. To go on: the same command with --resume")
         if self.file is not None:
             self.file.close()
-        if self.wandb_run is not None:
-            self.wandb_run.finish()
+        if self.tracker:
+            self.tracker.finish(progress.complete, weights=str(weights), steps=progress.step, tokens=progress.tokens)
 
 
 def versions() -> dict[str, str]:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from trainer.distributed import Process
+from trainer.zero import zero_stage
 
 
 def learning_rate(step: int, total_steps: int, peak_lr: float, warmup_steps: int = 0, min_ratio: float = 0.1) -> float:
@@ -69,14 +70,15 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.O
     groups = [group for group in groups if group["params"]]
     if args.optimizer == "sgd":
         return torch.optim.SGD([dict(group, weight_decay=0.0) for group in groups], lr=args.learning_rate)
-    fused = named[0][1].device.type in ("cpu", "cuda")
-    adamw = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(args.beta1, args.beta2), eps=1e-8, fused=fused)
-    if not inside:
-        return adamw
-    muon = torch.optim.Muon(
-        inside, lr=args.learning_rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
-    return OptimizerPair(muon, adamw)
+    parts = []
+    if inside:
+        options = {"weight_decay": args.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+        parts.append(torch.optim.Muon(inside, lr=args.learning_rate, **options))
+    if groups:  # adapters lie inside the blocks, all of them
+        options = {"betas": (args.beta1, args.beta2), "eps": 1e-8}
+        fused = named[0][1].device.type in ("cpu", "cuda")
+        parts.append(torch.optim.AdamW(groups, lr=args.learning_rate, fused=fused, **options))
+    return parts[0] if len(parts) == 1 else OptimizerPair(*parts)
 
 
 def usable_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -116,18 +118,24 @@ class Precision:
 def prepare_forward(model: nn.Module, args: argparse.Namespace, device: torch.device) -> None:
     """Gradient checkpointing and torch.compile as the flags say; compiling is on by default with CUDA.
 
+    ZeRO-3 swaps weights in and out around every layer, which breaks compiled graphs apart: off there by default.
     It happens in place: parameter names stay as they are. Where it fails, torch says so and the model runs as it is.
     """
     if args.gradient_checkpointing:
         model.model.gradient_checkpointing = True
-    if args.compile if args.compile is not None else device.type == "cuda":
+    by_default = device.type == "cuda" and args.zero_stage < 3
+    if by_default if args.compile is None else args.compile:
         torch._dynamo.config.suppress_errors = True
         model.model.compile(dynamic=False)
 
 
 def backward(model: nn.Module, share: torch.Tensor, precision: Precision, process: Process) -> None:
     """Adds the gradient of a micro-batch's share of the step's loss; the shares of all processes add up."""
-    precision.backward(share * process.world_size)  # DistributedDataParallel takes the mean over processes
+    loss = share * process.world_size  # DistributedDataParallel and DeepSpeed take the mean over processes
+    if zero_stage(model):
+        model.backward(loss, scale_wrt_gas=False)
+    else:
+        precision.backward(loss)
 
 
 def check_finite(loss: float, step: int) -> None:
@@ -137,6 +145,13 @@ def check_finite(loss: float, step: int) -> None:
             f"the loss is {loss} at step {step + 1}; the last saved weights and resume state are untouched. "
             "Lower --learning_rate, or raise --warmup_iters, or train with --dtype float32"
         )
+
+
+def not_finite(norm: float) -> str:
+    return (
+        f"the gradient norm is {norm}; the last saved weights and resume state are untouched. "
+        "Lower --learning_rate, or raise --warmup_iters, or train with --dtype float32"
+    )
 
 
 def optimizer_step(
@@ -149,17 +164,20 @@ def optimizer_step(
     """Clips, steps and clears the gradients; returns the gradient norm before clipping.
 
     Raises FloatingPointError when the gradient is not finite, before any weight changes. Under float16 the scaler
-    skips such a step and lowers its scale instead.
+    skips such a step and lowers its scale instead. Under ZeRO the engine does all this, clipping as --grad_clip says.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
+    if zero_stage(model):
+        model.step()
+        norm = float(model.get_global_grad_norm())
+        if not math.isfinite(norm) and not model.fp16_enabled():
+            raise FloatingPointError(not_finite(norm))
+        return norm
     precision.scaler.unscale_(optimizer)
     norm = float(nn.utils.clip_grad_norm_(trainable(model), grad_clip if grad_clip > 0 else math.inf))
     if not math.isfinite(norm) and (not precision.scaler.is_enabled() or precision.scaler.get_scale() < 1e-4):
-        raise FloatingPointError(
-            f"the gradient norm is {norm}; the last saved weights and resume state are untouched. "
-            "Lower --learning_rate, or raise --warmup_iters, or train with --dtype float32"
-        )
+        raise FloatingPointError(not_finite(norm))
     precision.scaler.step(optimizer)
     precision.scaler.update()
     optimizer.zero_grad(set_to_none=True)

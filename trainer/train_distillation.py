@@ -96,8 +96,8 @@ def distillation_loss(
 ) -> torch.Tensor:
     """Sums over tokens in nats: (the loss, cross-entropy, KL divergence).
 
-    student_logits (tokens, vocab), labels (tokens,). teacher_log_probs (tokens, vocab): log softmax(teacher logits / T);
-    with token_ids (tokens, K) those of the K likeliest tokens: the rest of the vocabulary then counts as one.
+    student_logits (tokens, vocab), labels (tokens,). teacher_log_probs (tokens, vocab): log softmax(teacher logits
+    / T); with token_ids (tokens, K) those of the K likeliest tokens: the rest of the vocabulary then counts as one.
     """
     cross_entropy = F.cross_entropy(student_logits, labels, reduction="sum")
     log_probs = F.log_softmax(student_logits / temperature, dim=-1)
@@ -143,15 +143,14 @@ def main(argv: list[str] | None = None) -> None:
     if args.cache_teacher:
         teacher.keep(data, args.cache_teacher)
     model = MiniMindForCausalLM(config).to(process.device)
+    load_weights(model, base, tokenizer.sha256)
     optimizer = build_optimizer(model, args)
+    prepare_forward(model, args, process.device)
+    model, optimizer = wrap_model(model, optimizer, precision.dtype, args, process)
     checkpoint = Checkpoint(weights, "full_dist", args, process, tokenizer, data, teacher=file_sha256(teacher_path))
     progress = checkpoint.restore(model, optimizer, precision)
-    if progress.step == 0:
-        load_weights(model, base, tokenizer.sha256)
-        if process.is_main:
-            print(f"student {base}, teacher {teacher_path}")
-    prepare_forward(model, args, process.device)
-    model = wrap_model(model, process)
+    if progress.step == 0 and process.is_main:
+        print(f"student {base}, teacher {teacher_path}")
     logger = Logger(checkpoint.name, args, process, model, data, progress.step, precision)
     metrics = {}
 

@@ -138,15 +138,14 @@ def main(argv: list[str] | None = None) -> None:
         held_out = reference_log_probs(frozen, evaluator.data, tokenizer, precision, process)
         measure = functools.partial(evaluate_pairs, reference=held_out, args=args)
     model = MiniMindForCausalLM(config).to(process.device)
+    load_weights(model, base, tokenizer.sha256)
     optimizer = build_optimizer(model, args)
+    prepare_forward(model, args, process.device)
+    model, optimizer = wrap_model(model, optimizer, precision.dtype, args, process)
     checkpoint = Checkpoint(weights, "rlhf", args, process, tokenizer, data, reference=file_sha256(frozen))
     progress = checkpoint.restore(model, optimizer, precision)
-    if progress.step == 0:
-        load_weights(model, base, tokenizer.sha256)
-        if process.is_main:
-            print(f"starting from {base}")
-    prepare_forward(model, args, process.device)
-    model = wrap_model(model, process)
+    if progress.step == 0 and process.is_main:
+        print(f"starting from {base}")
     logger = Logger(checkpoint.name, args, process, model, data, progress.step, precision)
     metrics = {}
 

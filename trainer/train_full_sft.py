@@ -81,16 +81,15 @@ def main(argv: list[str] | None = None) -> None:
     data = PackedData(args, "conversation", tokenizer, process)
     evaluator = Evaluator(args, "conversation", tokenizer, process)
     model = MiniMindForCausalLM(config).to(process.device)
+    load_weights(model, base, tokenizer.sha256)
     optimizer = build_optimizer(model, args)
     precision = Precision(args.dtype, process.device)
+    prepare_forward(model, args, process.device)
+    model, optimizer = wrap_model(model, optimizer, precision.dtype, args, process)
     checkpoint = Checkpoint(weights, "full_sft", args, process, tokenizer, data)
     progress = checkpoint.restore(model, optimizer, precision)
-    if progress.step == 0:
-        load_weights(model, base, tokenizer.sha256)
-        if process.is_main:
-            print(f"starting from {base}")
-    prepare_forward(model, args, process.device)
-    model = wrap_model(model, process)
+    if progress.step == 0 and process.is_main:
+        print(f"starting from {base}")
     logger = Logger(checkpoint.name, args, process, model, data, progress.step, precision)
     metrics = {}
 

@@ -42,7 +42,7 @@ from trainer.distributed import (
     stop_on_signal,
     stop_process,
     sum_over_ranks,
-    unwrap_model,
+    whole_weights,
     wrap_model,
 )
 from trainer.evaluation import Evaluator
@@ -59,6 +59,8 @@ from trainer.optimization import (
     trainable,
 )
 from trainer.token_losses import token_cross_entropy
+
+PLAIN_NAME = 'a plain name, without / or ., and not "none", which stands for no adapter in eval_model.py'
 
 
 def parse(argv: list[str] | None):
@@ -84,7 +86,7 @@ def parse(argv: list[str] | None):
         argv,
         lora_rank=(lambda rank: rank >= 1, "at least 1"),
         lora_alpha=(lambda alpha: alpha > 0, "above 0"),
-        lora_name=(lambda name: name and not set(name) & set("/\\."), "a plain name, without / or ."),
+        lora_name=(lambda name: name.strip().lower() not in ("", "none") and not set(name) & set("/\\."), PLAIN_NAME),
     )
 
 
@@ -115,12 +117,12 @@ def main(argv: list[str] | None = None) -> None:
         print(f"adapting {base}: {trained:,} of {total:,} parameters train ({trained / total:.2%})")
     optimizer = build_optimizer(model, args)
     precision = Precision(args.dtype, process.device)
+    prepare_forward(model, args, process.device)
+    model, optimizer = wrap_model(model, optimizer, precision.dtype, args, process)
     checkpoint = Checkpoint(
         weights, f"lora/{args.lora_name}", args, process, tokenizer, data, write=save_lora, base=file_sha256(base)
     )
     progress = checkpoint.restore(model, optimizer, precision)
-    prepare_forward(model, args, process.device)
-    model = wrap_model(model, process)
     logger = Logger(checkpoint.name, args, process, model, data, progress.step, precision)
     metrics = {}
 
@@ -154,8 +156,10 @@ def main(argv: list[str] | None = None) -> None:
                     checkpoint.save(model, optimizer, precision, progress, metrics)
             if stopping:
                 break
-    if args.save_peft and process.is_main:
-        save_peft(weights.with_name(f"{weights.stem}_peft"), unwrap_model(model))
+    if args.save_peft:
+        with whole_weights(model) as plain:
+            if process.is_main:
+                save_peft(weights.with_name(f"{weights.stem}_peft"), plain)
     logger.close(weights, progress, chat_command(args, 1, "--lora_name", args.lora_name))
     stop_process(stop, progress.complete)
 

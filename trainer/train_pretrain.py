@@ -73,10 +73,10 @@ def main(argv: list[str] | None = None) -> None:
     model = MiniMindForCausalLM(config).to(process.device)
     optimizer = build_optimizer(model, args)
     precision = Precision(args.dtype, process.device)
+    prepare_forward(model, args, process.device)
+    model, optimizer = wrap_model(model, optimizer, precision.dtype, args, process)
     checkpoint = Checkpoint(weights, "pretrain", args, process, tokenizer, data)
     progress = checkpoint.restore(model, optimizer, precision)
-    prepare_forward(model, args, process.device)
-    model = wrap_model(model, process)
     logger = Logger(checkpoint.name, args, process, model, data, progress.step, precision)
     metrics = {}
 

@@ -1,0 +1,427 @@
+"""Whether a stage did what it is for: measured on given weights and held-out files, printed as a table.
+
+    python benchmarks/stage_quality.py identity --weight full_sft --lora_name lora_identity \\
+        --train_path dataset/lora_identity.jsonl --data_path SFT.jsonl
+    python benchmarks/stage_quality.py loss --weight full_sft --lora_name lora_medical --data_path HELD_OUT.jsonl
+    python benchmarks/stage_quality.py preferences --weight rlhf --reference full_sft --data_path PAIRS.jsonl
+    python benchmarks/stage_quality.py reasoning --weight reason --data_path HELD_OUT.jsonl
+
+identity     asks who the model is, in wordings that --train_path does not hold, and questions about other things;
+             counts the answers that hold the name
+loss         loss in nats per answer token, and bits per byte
+preferences  how often the chosen answer wins: by the reward beta * (logpi - logref), by the log-prob of either model,
+             and by a rule that takes the longer answer; apart for pairs whose chosen answer is longer or shorter
+reasoning    how many answers are <think>…</think><answer>…</answer>, both parts non-empty, and ended
+
+A weight is a stage or a .pth file. With --lora_name the weights alone are measured too, as the row before. --json FILE
+appends what was measured as one line. Log-probs are computed in --dtype, answers in float32.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from dataset.lm_dataset import RecordError, parse_record
+from dataset.tokenization import ChatTokenizer
+from model.generation import SamplingParams, generate_batch
+from model.model_lora import find_lora, load_lora
+from model.weights import find_weights, load_model
+from trainer.arguments import add_boolean, run_script
+from trainer.distributed import Process, keep_freed_memory
+from trainer.evaluation import evaluate
+from trainer.loader import PackedData, model_inputs
+from trainer.optimization import Precision
+from trainer.reference import answer_log_probs
+from trainer.token_losses import token_cross_entropy
+
+TEMPERATURES = (0.0, 0.7)
+# questions of a file about other things that are about the model after all
+ABOUT_THE_MODEL = re.compile(r"你是谁|你叫什么|你的名字|介绍.{0,4}你自己|who are you|your name|yourself", re.IGNORECASE)
+REASONED = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
+TAG = re.compile(r"</?(?:think|answer)>")
+# columns that are shares of something
+SHARES = {"with name", "with name by mistake", "worse by", "well-formed", "empty", "ended"}
+SHARES |= {"all", "chosen longer", "chosen shorter"}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    measures = parser.add_subparsers(dest="measure", required=True)
+
+    def measure(name: str, *, lora: bool, prompts: int, max_new_tokens: int, max_seq_len: int) -> Callable:
+        add = measures.add_parser(name, allow_abbrev=False).add_argument
+        add("--weight", required=True, help="stage or .pth file")
+        if lora:
+            add("--lora_name", help="adapter on top: a name in OUT_DIR/lora/, or a .pth file")
+        add("--data_path", type=Path, required=True, help="held-out jsonl file")
+        add("--out_dir", type=Path, default=ROOT / "out", help="where stages' weights lie (default: out/)")
+        add("--hidden_size", type=int, default=512, help="chooses the file of a stage (default: %(default)s)")
+        add_boolean(measures.choices[name], "--use_moe", False, "chooses the file of a stage")
+        add("--tokenizer_path", type=Path, default=ROOT / "model")
+        add("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+        add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of log-probs and losses")
+        add("--json", type=Path, help="append the numbers to this file as one line of JSON")
+        if max_seq_len:
+            add("--max_seq_len", type=int, default=max_seq_len, help="as in training (default: %(default)s)")
+            add("--cache_dir", type=Path, help="tokenised data (default: OUT_DIR/token_cache)")
+            add("--batch_size", type=int, default=8, help="rows or pairs at once (default: %(default)s)")
+        if prompts:
+            add("--prompts", type=int, default=prompts, help="questions of the file asked (default: %(default)s)")
+            add("--max_new_tokens", type=int, default=max_new_tokens, help="longest answer (default: %(default)s)")
+            add("--seed", type=int, default=0, help="of the answers at a temperature")
+            add("--examples", type=int, default=3, help="answers to print (default: %(default)s)")
+        return add
+
+    add = measure("identity", lora=True, prompts=200, max_new_tokens=96, max_seq_len=0)
+    add("--name", default="MiniMind", help="the name to count, in any case (default: %(default)s)")
+    add("--questions", type=Path, default=Path(__file__).with_name("identity_questions.txt"), help="a wording a line")
+    add("--train_path", type=Path, required=True, help="what the adapter was trained on: must hold no wording asked")
+    measure("loss", lora=True, prompts=0, max_new_tokens=0, max_seq_len=512)
+    add = measure("preferences", lora=False, prompts=50, max_new_tokens=256, max_seq_len=1024)
+    add("--reference", required=True, help="stage or .pth file that the training started from")
+    add("--beta", type=float, default=0.1, help="of the reward (default: %(default)s)")
+    measure("reasoning", lora=True, prompts=200, max_new_tokens=1024, max_seq_len=0)
+
+    args = parser.parse_args(argv)
+    mistakes = [
+        f"--{flag} {value}: must be {wanted}"
+        for flag, low, wanted in (
+            ("prompts", 0, "0 or more"), ("max_new_tokens", 1, "at least 1"), ("max_seq_len", 2, "at least 2"),
+            ("batch_size", 1, "at least 1"), ("beta", 1e-12, "above 0"), ("examples", 0, "0 or more"),
+        )
+        if (value := getattr(args, flag, low)) < low
+    ]  # fmt: skip
+    if mistakes:
+        raise ValueError("; ".join(mistakes))
+    # what PackedData reads besides
+    args.cache_dir = getattr(args, "cache_dir", None) or args.out_dir / "token_cache"
+    args.skip_bad_lines, args.num_workers, args.accumulation_steps = False, 0, 1
+    args.seed = getattr(args, "seed", 0)
+    return args
+
+
+# --- models, questions, answers --------------------------------------------------------------------------------------
+
+
+def load(name: str, args: argparse.Namespace, tokenizer: ChatTokenizer) -> tuple[torch.nn.Module, Path]:
+    """(model in float32 and eval mode, its file)."""
+    path = find_weights(name, args.out_dir, args.hidden_size, args.use_moe)
+    model, _ = load_model(path, tokenizer.sha256)
+    return model.to(args.device).float(), path
+
+
+def contenders(args: argparse.Namespace, tokenizer: ChatTokenizer) -> Iterator[tuple[str, torch.nn.Module]]:
+    """(title, model): the weights alone, then the same model with the adapter on, if one is named."""
+    model, path = load(args.weight, args, tokenizer)
+    yield path.stem, model
+    if args.lora_name:
+        adapter = find_lora(args.lora_name, args.out_dir, model.config.hidden_size, model.config.use_moe)
+        yield f"{path.stem} + {adapter.stem}", load_lora(model, adapter)
+
+
+def read_records(path: Path, kind: str) -> Iterator[tuple]:
+    """The records of a file as parse_record gives them. ValueError names the file and the line that is wrong."""
+    if not path.is_file():
+        raise ValueError(f"{path} not found; name a jsonl file")
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield parse_record(kind, line)
+            except RecordError as error:
+                raise ValueError(f"{path}:{number}: {error}") from error
+
+
+def first_prompt(turns: list[dict]) -> list[dict]:
+    """What the first answer of a conversation answers."""
+    return list(itertools.takewhile(lambda turn: turn["role"] != "assistant", turns))
+
+
+def shared_prompt(pair: tuple[list[dict], list[dict]]) -> list[dict]:
+    """The turns that both sides of a preference begin with."""
+    same = itertools.takewhile(lambda turns: turns[0] == turns[1], zip(*pair, strict=False))
+    return [turn for turn, _ in same]
+
+
+def answers(
+    model: torch.nn.Module, tokenizer: ChatTokenizer, prompts: list[list[dict]], args, temperature: float = 0.0
+) -> list[list[int]]:
+    """Ids of the answer to each prompt; ended ones end in eos."""
+    stop_ids = (tokenizer.eos_id,)
+    params = SamplingParams(temperature, max_new_tokens=args.max_new_tokens, stop_ids=stop_ids, seed=args.seed)
+    return generate_batch(model, [tokenizer.encode_prompt(turns) for turns in prompts], params)
+
+
+def lengths(generated: list[list[int]], tokenizer: ChatTokenizer) -> dict[str, float]:
+    """Mean tokens of answers, eos not counted, and the share that ended by themselves."""
+    ended = [ids[-1] == tokenizer.eos_id for ids in generated]
+    sizes = [len(ids) - end for ids, end in zip(generated, ended, strict=True)]
+    return {"mean_tokens": fmean(sizes), "empty": sizes.count(0) / len(sizes), "ended": fmean(ended)}
+
+
+# --- identity --------------------------------------------------------------------------------------------------------
+
+
+def core(question: str) -> str:
+    """A wording without case, spaces and punctuation: what makes two wordings the same one."""
+    return re.sub(r"[\W_]", "", question).lower()
+
+
+def read_questions(path: Path, train_path: Path) -> list[str]:
+    """The wordings of a file. ValueError: there are none, or training data holds one of them."""
+    if not path.is_file():
+        raise ValueError(f"{path} not found; --questions takes a text file with a wording on each line")
+    questions = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not questions:
+        raise ValueError(f"{path} holds no question")
+    trained = {
+        core(turn["content"])
+        for turns in read_records(train_path, "conversation")
+        for turn in turns
+        if turn["role"] == "user"
+    }
+    known = [question for question in questions if core(question) in trained]
+    if known:
+        raise ValueError(
+            f"{train_path} holds {len(known)} of the wordings of {path}, so they show nothing: {known[:5]}"
+        )
+    return questions
+
+
+def unrelated_questions(path: Path, name: str, count: int) -> list[str]:
+    """First questions of a file's conversations, those left out that are about the model or hold its name."""
+    questions = []
+    for turns in read_records(path, "conversation"):
+        first = turns[0]["content"] if turns[0]["role"] == "user" else ""
+        named = any(name.lower() in turn["content"].lower() for turn in turns)
+        if first and not named and not ABOUT_THE_MODEL.search(first):
+            questions.append(first)
+        if len(questions) == count:
+            break
+    if not questions:
+        raise ValueError(f"{path} has no conversation that a user opens about something else than the model")
+    return questions
+
+
+def identity(args: argparse.Namespace, tokenizer: ChatTokenizer) -> list[dict]:
+    own = read_questions(args.questions, args.train_path)
+    other = unrelated_questions(args.data_path, args.name, args.prompts)
+    rows = []
+    for title, model in contenders(args, tokenizer):
+        asked = answers(model, tokenizer, [[{"role": "user", "content": q}] for q in own + other], args)
+        texts = [tokenizer.decode(ids) for ids in asked]
+        named = [args.name.lower() in text.lower() for text in texts]
+        mine, others = named[: len(own)], named[len(own) :]
+        rows.append({
+            "weights": title, "asked who": len(own), "with name": fmean(mine), "asked otherwise": len(other),
+            "with name by mistake": fmean(others),
+        })  # fmt: skip
+        wrong = [i for i, has in enumerate(named) if has != (i < len(own))]
+        show_examples(f"{title}: wrong", [((own + other)[i], texts[i]) for i in wrong], args.examples)
+    return rows
+
+
+# --- loss ------------------------------------------------------------------------------------------------------------
+
+
+def loss(args: argparse.Namespace, tokenizer: ChatTokenizer) -> list[dict]:
+    process, precision = alone(args), Precision(args.dtype, torch.device(args.device))
+    data = PackedData(args, "conversation", tokenizer, process)
+    rows = []
+    for title, model in contenders(args, tokenizer):
+        measured = evaluate(model, data, precision, process, tokenizer)
+        worse = measured["valid_loss"] / rows[0]["loss"] - 1 if rows else 0.0
+        rows.append({
+            "weights": title, "loss": measured["valid_loss"], "bits per byte": measured["bits_per_byte"],
+            "answer tokens": data.plan.stats["targets"], "worse by": worse,
+        })  # fmt: skip
+    return rows
+
+
+# --- preferences -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def pair_log_probs(model: torch.nn.Module, data: PackedData, precision: Precision) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs of all answers of a file, summed over their tokens, and the tokens' number; each (pairs, 2)."""
+    log_probs = torch.zeros(data.plan.num_rows, 2, dtype=torch.float64)
+    counts = torch.zeros(data.plan.num_rows, 2, dtype=torch.float64)
+    for batch in data.all_batches():
+        with precision.autocast():
+            head = functools.partial(token_cross_entropy, labels=batch["labels"])
+            sums, tokens = answer_log_probs(model(**model_inputs(batch), head=head).logits, batch)
+        pairs = batch["pair_ids"].cpu()
+        log_probs[pairs], counts[pairs] = sums.double().cpu(), tokens.double().cpu()
+    return log_probs, counts
+
+
+def answer_lengths(data: PackedData) -> torch.Tensor:
+    """Tokens of each pair's answers before they were cut to the row, (pairs, 2)."""
+    offsets = np.asarray(data.cache.offsets)
+    documents = np.searchsorted(offsets, np.asarray(data.plan.segment_start), "right") - 1
+    before = np.concatenate(([0], np.cumsum(data.cache.mask, dtype=np.int64)))
+    return torch.from_numpy(before[offsets[documents + 1]] - before[offsets[documents]]).view(-1, 2)
+
+
+def accuracy(scores: torch.Tensor, group: torch.Tensor) -> float | None:
+    """Share of a group's pairs whose chosen answer scores higher, a tie is half; None if empty. scores (pairs, 2)."""
+    wins = (scores[:, 0] > scores[:, 1]).double() + 0.5 * (scores[:, 0] == scores[:, 1]).double()
+    return float(wins[group].mean()) if group.any() else None
+
+
+def preference_rows(
+    policy: torch.Tensor, reference: torch.Tensor, counts: torch.Tensor, full_lengths: torch.Tensor, beta: float
+) -> list[dict]:
+    """One row for each way to say which answer of a pair is the chosen one. All (pairs, 2)."""
+    longer = full_lengths[:, 0] > full_lengths[:, 1]
+    shorter = full_lengths[:, 0] < full_lengths[:, 1]
+    groups = {"all": torch.ones_like(longer), "chosen longer": longer, "chosen shorter": shorter}
+    ways = {
+        "reward (policy against reference)": beta * (policy - reference),
+        "reward per token": beta * (policy - reference) / counts,
+        "the longer answer": full_lengths.double(),
+        "log-prob under the policy": policy,
+        "log-prob per token under the policy": policy / counts,
+        "log-prob under the reference": reference,
+        "log-prob per token under the reference": reference / counts,
+    }
+    rows = [{"accuracy by": "(pairs)"} | {name: int(group.sum()) for name, group in groups.items()}]
+    for way, scores in ways.items():
+        rows.append({"accuracy by": way} | {name: accuracy(scores, group) for name, group in groups.items()})
+    return rows
+
+
+def preferences(args: argparse.Namespace, tokenizer: ChatTokenizer) -> list[dict]:
+    precision = Precision(args.dtype, torch.device(args.device))
+    data = PackedData(args, "preference", tokenizer, alone(args))
+    models = {name: load(name, args, tokenizer) for name in dict.fromkeys((args.weight, args.reference))}
+    measured = {name: pair_log_probs(model, data, precision) for name, (model, _) in models.items()}
+    policy, counts = measured[args.weight]
+    reference, _ = measured[args.reference]
+    rows = preference_rows(policy, reference, counts, answer_lengths(data), args.beta)
+    margin = args.beta * ((policy - reference)[:, 0] - (policy - reference)[:, 1])
+    drift = ((policy - reference) / counts).mean(dim=0)
+    rows.append({
+        "reward margin": float(margin.mean()), "dpo loss": float(-torch.nn.functional.logsigmoid(margin).mean()),
+        "log(pi / ref) per token, chosen": float(drift[0]), "rejected": float(drift[1]),
+    })  # fmt: skip
+    prompts = [shared_prompt(p) for p in itertools.islice(read_records(args.data_path, "preference"), args.prompts)]
+    prompts = [turns for turns in prompts if turns and turns[-1]["role"] == "user"]
+    for temperature in TEMPERATURES if prompts else ():
+        for name in dict.fromkeys((args.reference, args.weight)):
+            model, path = models[name]
+            generated = answers(model, tokenizer, prompts, args, temperature)
+            rows.append(
+                {"answers of": path.stem, "temperature": temperature, "prompts": len(prompts)}
+                | lengths(generated, tokenizer)
+            )
+            shown = [
+                (turns[-1]["content"], tokenizer.decode(ids)) for turns, ids in zip(prompts, generated, strict=True)
+            ]
+            show_examples(f"{path.stem}, temperature {temperature:g}", shown, args.examples)
+    return rows
+
+
+# --- reasoning -------------------------------------------------------------------------------------------------------
+
+
+def fault_of(text: str, ended: bool) -> str:
+    """What is wrong with the form of a reasoned answer, "" when nothing is."""
+    if not ended:
+        return "not ended"
+    match = REASONED.fullmatch(text)
+    if not match or any(TAG.search(part) for part in match.groups()):
+        return "tags missing or in disorder"
+    return "" if all(part.strip() for part in match.groups()) else "empty part"
+
+
+def reasoning(args: argparse.Namespace, tokenizer: ChatTokenizer) -> list[dict]:
+    records = itertools.islice(read_records(args.data_path, "conversation"), args.prompts)
+    prompts = [turns for turns in map(first_prompt, records) if turns and turns[-1]["role"] == "user"]
+    if not prompts:
+        raise ValueError(f"{args.data_path} has no conversation that a user opens, or --prompts is 0")
+    rows = []
+    for title, model in contenders(args, tokenizer):
+        for temperature in TEMPERATURES:
+            generated = answers(model, tokenizer, prompts, args, temperature)
+            texts = [tokenizer.decode(ids) for ids in generated]
+            faults = [fault_of(text, ids[-1] == tokenizer.eos_id) for text, ids in zip(texts, generated, strict=True)]
+            counts = Counter(faults)
+            rows.append(
+                {"weights": title, "temperature": temperature, "prompts": len(prompts)}
+                | {"well-formed": counts[""] / len(faults)}
+                | {fault: counts[fault] for fault in ("not ended", "tags missing or in disorder", "empty part")}
+                | lengths(generated, tokenizer)
+            )
+            wrong = [(prompts[i][-1]["content"], texts[i]) for i, fault in enumerate(faults) if fault]
+            show_examples(f"{title}, temperature {temperature:g}: not well-formed", wrong, args.examples)
+    return rows
+
+
+# --- output ----------------------------------------------------------------------------------------------------------
+
+
+def alone(args: argparse.Namespace) -> Process:
+    return Process(rank=0, local_rank=0, world_size=1, device=torch.device(args.device))
+
+
+def show_examples(title: str, pairs: list[tuple[str, str]], count: int) -> None:
+    def line(text: str, longest: int) -> str:
+        text = " ".join(text.split())
+        return text if len(text) <= longest else text[:longest] + "…"
+
+    if pairs and count:
+        print(f"{title}, {min(count, len(pairs))} of {len(pairs)}:")
+    for question, answer in pairs[:count]:
+        print(f"  {line(question, 60)}  ->  {line(answer, 100)!r}")
+
+
+def print_rows(rows: list[dict]) -> None:
+    """A table for each run of rows with the same columns."""
+    for columns, table in itertools.groupby(rows, key=tuple):
+        cells = [list(columns), *([shown(name, value) for name, value in row.items()] for row in table)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        print()
+        for first, *others in cells:
+            right = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+            print("  ".join((first.ljust(widths[0]), *right)))
+
+
+def shown(name: str, value: str | float | None) -> str:
+    if isinstance(value, float):
+        return f"{value:.1%}" if name in SHARES else f"{value:.4f}"
+    return "-" if value is None else str(value)
+
+
+MEASURES = {"identity": identity, "loss": loss, "preferences": preferences, "reasoning": reasoning}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    keep_freed_memory()
+    torch.manual_seed(args.seed)
+    tokenizer = ChatTokenizer(args.tokenizer_path)
+    rows = MEASURES[args.measure](args, tokenizer)
+    print(f"\n{args.measure}: {args.data_path.name}, torch {torch.__version__}, {args.device}")
+    print_rows(rows)
+    if args.json:
+        flags = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
+        record = {"measure": args.measure, "flags": flags, "torch": torch.__version__, "rows": rows}
+        with args.json.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,668 @@
+"""LoRA, DPO and knowledge distillation on this machine, each beside the way it is usually done.
+
+  dpo   pairs per second of a DPO step beside TRL's DPOTrainer, which runs as people run it (`trainer.train()`): with a
+        reference model in memory, its default, and with log-probs of the reference computed beforehand
+  lora  useful tokens (no padding) per second of a LoRA step beside peft, each conversation a row of a batch padded to
+        its longest: as many conversations as ours has rows, and about as many tokens as ours has
+  kd    memory of a distillation step above the models, beside the step that holds the logits of both models for all
+        tokens in float32; on a CPU resident memory, on a GPU allocated memory
+
+The peers train transformers' LlamaForCausalLM of the same size from the same weights, on the same records in the same
+order, under bfloat16 autocast, with a fused AdamW and without gradient checkpointing. Every contender is a process of
+its own; they are timed in turn, round by round, and a ratio is that of the same round, the median over rounds.
+
+    python benchmarks/stage_throughput.py [--what dpo|lora|kd] [--data_path FILE.jsonl] [--rounds 3]
+
+Needs trl and peft (requirements-dev.txt). Without --data_path the records are those of dataset/sample/sft.jsonl, which
+are short: pairs of an answer and the answer to another question, conversations as they are.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import functools
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import resource
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from dataset.lm_dataset import parse_record
+from dataset.tokenization import ChatTokenizer
+from model.model_lora import TARGETS, apply_lora
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.weights import save_weights
+from trainer.arguments import add_boolean, run_script
+from trainer.distributed import Process, keep_freed_memory
+from trainer.loader import PackedData, model_inputs
+from trainer.optimization import Precision, build_optimizer, optimizer_step, prepare_forward
+from trainer.reference import answer_log_probs, reference_log_probs
+from trainer.teacher import target_places
+from trainer.token_losses import chunked_loss, token_cross_entropy
+
+BETA, RANK, LEARNING_RATE = 0.1, 8, 1e-6
+ALPHA, TEMPERATURE = 0.5, 2.0
+EPOCHS = 2  # of train_dpo.py's default: the reference is asked once for all of them
+WARM_STEPS = 2
+StepDone = Callable[[int], None]
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--what", choices=("dpo", "lora", "kd", "all"), default="all")
+    add("--data_path", type=Path, help="pairs for dpo, conversations for lora and kd (default: from dataset/sample/)")
+    add("--hidden_size", type=int, default=512)
+    add("--num_hidden_layers", type=int, default=8)
+    add("--num_attention_heads", type=int, default=8)
+    add("--num_key_value_heads", type=int, default=2)
+    add("--teacher_hidden_size", type=int, default=768)
+    add("--teacher_num_hidden_layers", type=int, default=16)
+    add("--batch_size", type=int, help="pairs (default: 4) or rows (default: lora 8, kd 32) in a step")
+    add("--max_seq_len", type=int, help="default: 1024 for dpo, else 512")
+    add_boolean(parser, "--gradient_checkpointing", False, "for kd: recompute activations, in both contenders")
+    add("--rounds", type=int, default=3)
+    add("--steps", type=int, default=3, help="optimizer steps per contender and round (default: %(default)s)")
+    add("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    add("--json", type=Path, help="append the numbers to this file, one line of JSON for each part")
+    args = parser.parse_args(argv)
+    for flag in ("rounds", "steps"):
+        if getattr(args, flag) < 1:
+            raise ValueError(f"--{flag} {getattr(args, flag)}: must be at least 1")
+    if args.gradient_checkpointing and args.what != "kd":
+        raise ValueError("--gradient_checkpointing is for --what kd alone; the others are compared without")
+    if args.data_path and args.what == "all":
+        raise ValueError("--data_path: choose one of dpo, lora and kd with --what; they take different records")
+    if args.data_path and not args.data_path.is_file():
+        raise ValueError(f"--data_path {args.data_path}: not found")
+    return args
+
+
+# --- what all contenders share ---------------------------------------------------------------------------------------
+
+
+def settings(args: argparse.Namespace, folder: Path, data_path: Path, what: str) -> argparse.Namespace:
+    """The flags that the trainer's helpers read, as a stage script would have them."""
+    return argparse.Namespace(
+        **vars(args)
+        | {
+            "batch_size": args.batch_size or {"dpo": 4, "lora": 8, "kd": 32}[what],
+            "max_seq_len": args.max_seq_len or (1024 if what == "dpo" else 512),
+            "folder": folder, "data_path": data_path, "weights": folder / f"{what}.pth",
+            "cache_dir": folder / "token_cache", "skip_bad_lines": False, "num_workers": None, "accumulation_steps": 1,
+            "seed": 1337, "dtype": "bfloat16", "optimizer": "adamw", "learning_rate": LEARNING_RATE, "beta1": 0.9,
+            "beta2": 0.95, "weight_decay": 0.0, "grad_clip": 1.0, "compile": None,
+            "threads": torch.get_num_threads(),
+        }
+    )  # fmt: skip
+
+
+def config_of(args: argparse.Namespace, tokenizer: ChatTokenizer, **other) -> MiniMindConfig:
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    return MiniMindConfig(vocab_size=tokenizer.vocab_size, **{name: getattr(args, name) for name in names} | other)
+
+
+def process_of(args: argparse.Namespace) -> Process:
+    return Process(rank=0, local_rank=0, world_size=1, device=torch.device(args.device))
+
+
+def llama(args: argparse.Namespace, tokenizer: ChatTokenizer) -> nn.Module:
+    """transformers' Llama with the weights that ours starts from."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = config_of(args, tokenizer)
+    names = (
+        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+        "vocab_size", "rms_norm_eps", "rope_theta", "max_position_embeddings",
+    )  # fmt: skip
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            **{name: getattr(config, name) for name in names},
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_id,
+            bos_token_id=tokenizer.bos_id,
+            eos_token_id=tokenizer.eos_id,
+        )
+    )
+    model.load_state_dict(torch.load(args.weights, weights_only=True))
+    return model
+
+
+def ours(args: argparse.Namespace, tokenizer: ChatTokenizer) -> MiniMindForCausalLM:
+    model = MiniMindForCausalLM(config_of(args, tokenizer))
+    model.load_state_dict(torch.load(args.weights, weights_only=True))
+    return model.to(args.device).train()
+
+
+def make_weights(args: argparse.Namespace, tokenizer: ChatTokenizer) -> None:
+    torch.manual_seed(0)
+    save_weights(args.weights, MiniMindForCausalLM(config_of(args, tokenizer)), {"tokenizer_sha256": tokenizer.sha256})
+
+
+def endless(make_iterator: Callable[[], Iterator]) -> Iterator:
+    while True:
+        yield from make_iterator()
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+# --- contenders: each trains until step_done, called with a step's pairs or tokens, raises EndOfTurns -----------------
+
+
+class EndOfTurns(Exception):
+    """The last round is over."""
+
+
+def dpo_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: StepDone) -> None:
+    """train_dpo.py's step: packed pairs, the reference's log-probs read from disk."""
+    process, precision = process_of(args), Precision(args.dtype, torch.device(args.device))
+    data = PackedData(args, "preference", tokenizer, process)
+    reference = reference_log_probs(args.weights, data, tokenizer, precision, process)
+    model = ours(args, tokenizer)
+    optimizer = build_optimizer(model, args)
+    prepare_forward(model, args, process.device)
+    for batch in endless(data.all_batches):
+        with precision.autocast():
+            head = functools.partial(token_cross_entropy, labels=batch["labels"])
+            policy, _ = answer_log_probs(model(**model_inputs(batch), head=head).logits, batch)
+            frozen = torch.from_numpy(np.array(reference[batch["pair_ids"].cpu().numpy()])).to(policy.device)
+            margin = BETA * ((policy - frozen)[:, 0] - (policy - frozen)[:, 1])
+            loss = -F.logsigmoid(margin).sum() / batch["step_pairs"]
+        loss.backward()
+        optimizer_step(model, optimizer, precision, LEARNING_RATE, args.grad_clip)
+        step_done(len(margin))
+
+
+def reference_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: StepDone) -> None:
+    """What train_dpo.py does once before it trains: the reference's log-probs of a batch."""
+    process, precision = process_of(args), Precision(args.dtype, torch.device(args.device))
+    data = PackedData(args, "preference", tokenizer, process)
+    model = ours(args, tokenizer).eval()
+    with torch.no_grad():
+        for batch in endless(data.all_batches):
+            with precision.autocast():
+                head = functools.partial(token_cross_entropy, labels=batch["labels"])
+                log_probs, _ = answer_log_probs(model(**model_inputs(batch), head=head).logits, batch)
+            step_done(len(log_probs))
+
+
+def trl_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: StepDone, precompute: bool) -> None:
+    """TRL's trainer with its own loop."""
+    os.environ |= {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    from datasets import Dataset, disable_progress_bars
+    from transformers import AutoTokenizer, TrainerCallback
+    from transformers.utils import logging
+    from trl import DPOConfig, DPOTrainer
+
+    disable_progress_bars()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+    class OneStep(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            step_done(args.batch_size)
+
+    pairs = [parse_record("preference", line) for line in args.data_path.read_text("utf-8").splitlines()]
+    records = [{"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]} for chosen, rejected in pairs]
+    on_cpu = args.device == "cpu"
+    options = DPOConfig(
+        output_dir=str(args.folder / "trl"),
+        per_device_train_batch_size=args.batch_size,
+        max_length=args.max_seq_len + 1,  # ours counts inputs, without the last label
+        beta=BETA,
+        learning_rate=LEARNING_RATE,
+        max_grad_norm=args.grad_clip,
+        lr_scheduler_type="constant",
+        num_train_epochs=1000,
+        bf16=True,
+        use_cpu=on_cpu,
+        gradient_checkpointing=False,
+        precompute_ref_log_probs=precompute,
+        optim="adamw_torch_fused",
+        train_sampling_strategy="sequential",
+        dataloader_drop_last=True,
+        dataloader_pin_memory=not on_cpu,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = DPOTrainer(
+        model=llama(args, tokenizer),
+        ref_model=None if precompute else llama(args, tokenizer),
+        args=options,
+        train_dataset=Dataset.from_list(records),
+        processing_class=AutoTokenizer.from_pretrained(tokenizer.path),
+        callbacks=[OneStep()],
+    )
+    assert not trainer.model.is_gradient_checkpointing  # TRL's default is on
+    trainer.train()
+
+
+def lora_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: StepDone) -> None:
+    """train_lora.py's step on rows packed with conversations."""
+    process, precision = process_of(args), Precision(args.dtype, torch.device(args.device))
+    data = PackedData(args, "conversation", tokenizer, process)
+    model = apply_lora(ours(args, tokenizer), RANK)
+    optimizer = build_optimizer(model, args)
+    prepare_forward(model, args, process.device)
+    for batch in endless(data.all_batches):
+        with precision.autocast():
+            head = functools.partial(token_cross_entropy, labels=batch["labels"])
+            loss = model(**model_inputs(batch), head=head).logits.sum() / batch["step_targets"]
+        loss.backward()
+        optimizer_step(model, optimizer, precision, LEARNING_RATE, args.grad_clip)
+        step_done(batch["real_tokens"])
+
+
+def peft_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: StepDone, equal_tokens: bool) -> None:
+    """peft on the same model, batches padded to their longest conversation, labels on the answers."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(
+        llama(args, tokenizer),
+        LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=list(TARGETS), task_type="CAUSAL_LM"),
+    )
+    model = model.to(args.device).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+    data = PackedData(args, "conversation", tokenizer, process_of(args))  # for its token ids alone
+    cache, offsets = data.cache, np.asarray(data.cache.offsets)
+    per_batch = args.batch_size
+    if equal_tokens:
+        per_batch = max(round(per_batch * data.plan.stats["segments"] / data.plan.num_rows), 1)
+
+    def padded_batches() -> Iterator[dict]:
+        for first in range(0, len(offsets) - per_batch, per_batch):
+            documents = [
+                slice(start, min(end, start + args.max_seq_len + 1))
+                for start, end in zip(offsets[first : first + per_batch], offsets[first + 1 :], strict=False)
+            ]
+            ids = [torch.from_numpy(cache.tokens[document].astype(np.int64)) for document in documents]
+            masks = [torch.from_numpy(cache.mask[document].astype(bool)) for document in documents]
+            labels = [tokens.masked_fill(~mask, -100) for tokens, mask in zip(ids, masks, strict=True)]
+            pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)
+            yield {
+                "input_ids": pad(ids, padding_value=tokenizer.pad_id),
+                "labels": pad(labels, padding_value=-100),
+                "attention_mask": pad([torch.ones_like(tokens) for tokens in ids]),
+            }
+
+    for batch in endless(padded_batches):
+        batch = {name: tensor.to(args.device, non_blocking=True) for name, tensor in batch.items()}
+        with torch.autocast(args.device.split(":")[0], torch.bfloat16):
+            loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, args.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step_done(int(batch["attention_mask"].sum()) - len(batch["input_ids"]))  # inputs, as ours counts them
+
+
+# --- contenders in processes -----------------------------------------------------------------------------------------
+
+
+class Turns:
+    """The contender's side of the pipe: counts steps, and waits between rounds."""
+
+    def __init__(self, connection, args: argparse.Namespace):
+        self.connection, self.args = connection, args
+        self.steps_left, self.done, self.started = WARM_STEPS, 0, time.perf_counter()
+
+    def step_done(self, amount: int) -> None:
+        self.done += amount
+        self.steps_left -= 1
+        if self.steps_left == 0:
+            synchronize(self.args.device)
+            self.connection.send((self.done, time.perf_counter() - self.started))
+            self.steps_left, self.done = self.connection.recv(), 0
+            if not self.steps_left:
+                raise EndOfTurns
+            self.started = time.perf_counter()
+
+
+CONTENDERS = {
+    "ours": dpo_steps,
+    "ours, log-probs of the reference": reference_steps,
+    "TRL, reference in memory": functools.partial(trl_steps, precompute=False),
+    "TRL, log-probs beforehand": functools.partial(trl_steps, precompute=True),
+    "ours, packed rows": lora_steps,
+    "peft, as many rows": functools.partial(peft_steps, equal_tokens=False),
+    "peft, as many tokens": functools.partial(peft_steps, equal_tokens=True),
+}
+
+
+def contend(connection, name: str, args: argparse.Namespace) -> None:
+    """A process: two steps to warm up, then rounds as the other side asks for them."""
+    torch.set_num_threads(args.threads)
+    os.environ["HF_HOME"] = str(args.folder / "hf")
+    try:
+        keep_freed_memory()
+        CONTENDERS[name](args, ChatTokenizer(ROOT / "model"), step_done=Turns(connection, args).step_done)
+    except EndOfTurns:
+        return
+    except Exception:
+        connection.send(traceback.format_exc())
+
+
+def measure_rounds(names: list[str], args: argparse.Namespace) -> dict[str, list[float]]:
+    """What each contender does per second, a number for each round."""
+    context = multiprocessing.get_context("spawn")
+    connections, children = {}, []
+    for name in names:
+        connections[name], other = context.Pipe()
+        children.append(context.Process(target=contend, args=(other, name, args), daemon=True))
+        children[-1].start()
+        other.close()
+        _, seconds = receive(name, connections[name])  # one after the other, so that no one is disturbed
+        print(f"{name}: warm after {seconds:.0f} s", flush=True)
+    rates = {name: [] for name in names}
+    for _ in range(args.rounds):
+        for name, connection in connections.items():
+            connection.send(args.steps)
+            done, seconds = receive(name, connection)
+            rates[name].append(done / seconds)
+    for connection in connections.values():
+        connection.send(0)
+    for child in children:
+        child.join(30)
+    return rates
+
+
+def receive(name: str, connection) -> tuple[int, float]:
+    try:
+        message = connection.recv()
+    except EOFError:
+        message = "its process ended"
+    if isinstance(message, str):
+        raise ValueError(f"{name} failed:\n{message}")
+    return message
+
+
+# --- knowledge distillation: memory ----------------------------------------------------------------------------------
+
+
+def chunked_step(student, teacher, batch: dict) -> torch.Tensor:
+    """train_distillation.py's: targets only, a chunk of them at a time."""
+    targets = target_places(batch)
+    labels = batch["labels"].flatten()[targets]
+    with torch.no_grad():
+        hidden = teacher.model(**model_inputs(batch)).last_hidden_state.flatten(0, 1)[targets]
+    teacher_weight = teacher.lm_head.weight
+
+    def loss_of_logits(logits: torch.Tensor, chunk: slice) -> torch.Tensor:
+        with torch.no_grad():
+            teacher_log_probs = F.log_softmax((hidden[chunk] @ teacher_weight.t()).float() / TEMPERATURE, dim=-1)
+        cross_entropy = F.cross_entropy(logits, labels[chunk], reduction="sum")
+        log_probs = F.log_softmax(logits / TEMPERATURE, dim=-1)
+        divergence = F.kl_div(log_probs, teacher_log_probs, log_target=True, reduction="sum")
+        return (ALPHA * cross_entropy + (1 - ALPHA) * TEMPERATURE**2 * divergence).unsqueeze(0)
+
+    def head(student_hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return chunked_loss(student_hidden.flatten(0, 1)[targets], weight, loss_of_logits, losses=1)
+
+    return student(**model_inputs(batch), head=head).logits[0] / batch["step_targets"]
+
+
+def full_logits_step(student, teacher, batch: dict) -> torch.Tensor:
+    """The straightforward one: float32 logits of both models and both losses for every position, then the mask."""
+    with torch.no_grad():
+        teacher_logits = teacher(**model_inputs(batch)).logits.float()
+        teacher_probabilities = F.softmax(teacher_logits / TEMPERATURE, dim=-1)
+    logits = student(**model_inputs(batch)).logits.float()
+    cross_entropy = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
+    log_probs = F.log_softmax(logits / TEMPERATURE, dim=-1)
+    divergences = F.kl_div(log_probs, teacher_probabilities, reduction="none").sum(dim=-1)
+    divergence = divergences[batch["labels"] >= 0].sum()
+    return (ALPHA * cross_entropy + (1 - ALPHA) * TEMPERATURE**2 * divergence) / batch["step_targets"]
+
+
+class Memory:
+    """Memory of this process in bytes: now, and at its highest since the last reset."""
+
+    def __init__(self, device: str):
+        self.cuda = device.startswith("cuda")
+
+    def now(self) -> int:
+        """What has been freed is given back to the system first."""
+        if self.cuda:
+            return torch.cuda.memory_allocated()
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        return _status("VmRSS") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
+
+    def reset(self) -> None:
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            return
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def peak(self) -> int:
+        if self.cuda:
+            return torch.cuda.max_memory_allocated()
+        return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
+
+
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+
+
+def _status(name: str) -> int:
+    """A line of /proc/self/status in bytes; 0 where there is none."""
+    with contextlib.suppress(OSError):
+        found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text("ascii"), re.MULTILINE)
+        return int(found[1]) * 1024 if found else 0
+    return 0
+
+
+KD_STEPS = {
+    "ours, a chunk of targets at a time": chunked_step,
+    "logits of both models for all tokens": full_logits_step,
+}
+
+
+def measure_memory(connection, name: str, args: argparse.Namespace) -> None:
+    """A process: sends (peak in bytes above weights and optimizer state, the same above the weights alone, loss).
+
+    The teacher is held in bfloat16 and the student in float32, as train_distillation.py does.
+    """
+    torch.set_num_threads(args.threads)
+    try:
+        tokenizer = ChatTokenizer(ROOT / "model")
+        precision, memory = Precision(args.dtype, torch.device(args.device)), Memory(args.device)
+        data = PackedData(args, "conversation", tokenizer, process_of(args))
+        torch.manual_seed(0)
+        size = {"hidden_size": args.teacher_hidden_size, "num_hidden_layers": args.teacher_num_hidden_layers}
+        with torch.device(args.device):
+            torch.set_default_dtype(precision.dtype)  # no float32 copy that would leave free pages behind
+            teacher = MiniMindForCausalLM(config_of(args, tokenizer, **size)).eval().requires_grad_(False)
+            torch.set_default_dtype(torch.float32)
+        student = ours(args, tokenizer)
+        optimizer = build_optimizer(student, args)
+        prepare_forward(student, args, torch.device(args.device))
+
+        def step(batch: dict) -> float:
+            with precision.autocast():
+                loss = KD_STEPS[name](student, teacher, batch)
+            loss.backward()
+            optimizer_step(student, optimizer, precision, LEARNING_RATE, args.grad_clip)
+            return float(loss.detach())
+
+        # a step on one short row makes the optimizer's state, and imports what torch imports late
+        short = argparse.Namespace(**vars(args) | {"batch_size": 1, "max_seq_len": 32})
+        step(next(PackedData(short, "conversation", tokenizer, process_of(args)).all_batches()))
+        keep_freed_memory()
+        state, moments = memory.now(), 2 * 4 * sum(p.numel() for p in student.parameters())
+        memory.reset()
+        for _, batch in zip(range(args.steps), endless(data.all_batches), strict=False):
+            loss = step(batch)
+        peak = memory.peak()
+        connection.send((peak - state, peak - state + moments, loss))
+    except Exception:
+        connection.send(traceback.format_exc())
+
+
+def in_fresh_process(name: str, args: argparse.Namespace) -> tuple:
+    context = multiprocessing.get_context("spawn")
+    connection, other = context.Pipe()
+    child = context.Process(target=measure_memory, args=(other, name, args), daemon=True)
+    child.start()
+    other.close()
+    result = receive(name, connection)
+    child.join(30)
+    return result
+
+
+# --- the parts -------------------------------------------------------------------------------------------------------
+
+
+def sample_pairs(path: Path, source: Path, count: int = 2000) -> Path:
+    """Preferences from conversations: the chosen answer is the record's, the rejected one answers another question."""
+    rng = random.Random(0)
+    turns = [parse_record("conversation", line) for line in source.read_text("utf-8").splitlines()]
+    exchanges = [record[:2] for record in turns if [turn["role"] for turn in record[:2]] == ["user", "assistant"]]
+    with path.open("w", encoding="utf-8") as file:
+        for question, answer in exchanges[:count]:
+            other = rng.choice(exchanges)[1]
+            if other != answer:
+                pair = {"chosen": [question, answer], "rejected": [question, other]}
+                file.write(json.dumps(pair, ensure_ascii=False) + "\n")
+    return path
+
+
+def shuffled_copy(path: Path, source: Path, kind: str, args: argparse.Namespace) -> Path:
+    """The records in a random order, so that a few steps see what is typical.
+
+    Of pairs only as many as are trained on, for TRL asks the reference about all; and such as every contender takes.
+    """
+    lines = [line for line in source.read_text("utf-8").splitlines() if line.strip()]
+    random.Random(1).shuffle(lines)
+    if kind == "preference":
+        tokenizer, kept = ChatTokenizer(ROOT / "model"), []
+        for line in lines:
+            chosen, rejected = parse_record(kind, line)
+            prompt = len(tokenizer.encode_prompt(chosen[:-1]))
+            if chosen[:-1] == rejected[:-1] and chosen[-1]["role"] == "assistant" and prompt < args.max_seq_len:
+                kept.append(line)
+        lines = kept[: args.batch_size * (WARM_STEPS + args.rounds * args.steps)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def print_rates(rates: dict[str, list[float]], first: str, unit: str) -> dict:
+    table = {}
+    print(f"{'':36}{unit:>16}  {'ours is faster by':>18}")
+    for name, rounds in rates.items():
+        ratio = statistics.median(a / b for a, b in zip(rates[first], rounds, strict=True))
+        table[name] = {"rate": statistics.median(rounds), "ratio": ratio, "rounds": rounds}
+        print(f"{name:36}{statistics.median(rounds):16,.2f}  {ratio:17.2f}×")
+    return table
+
+
+def compare_dpo(args: argparse.Namespace) -> dict:
+    names = list(CONTENDERS)[:4]
+    rates = measure_rounds(names, args)
+    asked = rates.pop("ours, log-probs of the reference")
+    # a pair is trained on EPOCHS times and the reference asked once
+    whole = [1 / (1 / step + 1 / (EPOCHS * once)) for step, once in zip(rates["ours"], asked, strict=True)]
+    rates = {"ours": rates.pop("ours"), f"ours, reference of {EPOCHS} epochs included": whole} | rates
+    print(f"\nDPO, {args.batch_size} pairs a step, at most {args.max_seq_len} tokens, {args.data_path.name}")
+    return print_rates(rates, "ours", "pairs/s")
+
+
+def compare_lora(args: argparse.Namespace) -> dict:
+    rates = measure_rounds(list(CONTENDERS)[4:], args)
+    print(f"\nLoRA, rank {RANK}, {args.batch_size} rows of {args.max_seq_len}, {args.data_path.name}")
+    return print_rates(rates, "ours, packed rows", "useful tokens/s")
+
+
+def compare_kd(args: argparse.Namespace) -> dict:
+    table = {name: in_fresh_process(name, args) for name in KD_STEPS}
+    print(
+        f"\nKD, student {args.hidden_size}×{args.num_hidden_layers}, teacher {args.teacher_hidden_size}×"
+        f"{args.teacher_num_hidden_layers}, {args.batch_size} rows of {args.max_seq_len}, {args.data_path.name}"
+        f"{', gradient checkpointing' if args.gradient_checkpointing else ''}"
+    )
+    ours, full = table.values()
+    print(f"{'peak memory in MB':40}{'ours':>10}{'full logits':>13}{'ratio':>8}")
+    for row, title in enumerate(("above weights and optimizer state", "above the weights of both models")):
+        print(f"{title:40}{ours[row] / 1e6:10,.0f}{full[row] / 1e6:13,.0f}{ours[row] / full[row]:8.2f}")
+    print(f"{'loss of the last step':40}{ours[2]:10.4f}{full[2]:13.4f}")
+    if not math.isclose(ours[2], full[2], rel_tol=1e-2):
+        raise ValueError(f"the two steps do not compute the same loss: {ours[2]} and {full[2]}")
+    return {name: dict(zip(("step", "training", "loss"), values, strict=True)) for name, values in table.items()}
+
+
+PARTS = {"dpo": compare_dpo, "lora": compare_lora, "kd": compare_kd}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    tokenizer = ChatTokenizer(ROOT / "model")
+    for what in PARTS if args.what == "all" else (args.what,):
+        with tempfile.TemporaryDirectory(prefix="stage_throughput_") as name:
+            folder = Path(name)
+            source = args.data_path or ROOT / "dataset/sample/sft.jsonl"
+            if what == "dpo" and not args.data_path:
+                source = sample_pairs(folder / "pairs.jsonl", source)
+            (folder / "data").mkdir()
+            part = settings(args, folder, folder / "data" / source.name, what)
+            shuffled_copy(part.data_path, source, "preference" if what == "dpo" else "conversation", part)
+            make_weights(part, tokenizer)
+            table = PARTS[what](part)
+        if args.json:
+            flags = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
+            record = {
+                "what": what,
+                "flags": flags,
+                "machine": machine(args.device),
+                "versions": versions(),
+                "table": table,
+            }
+            with args.json.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+    print(f"\n{machine(args.device)}, {', '.join(f'{name} {version}' for name, version in versions().items())}")
+
+
+def machine(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE)
+        if found:
+            return f"{found[1]}, {torch.get_num_threads()} threads"
+    return f"{device}, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in ("torch", "transformers", "trl", "peft"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+if __name__ == "__main__":
+    run_script(main)

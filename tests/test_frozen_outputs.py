@@ -1,0 +1,272 @@
+"""What a frozen model said, kept on disk: computed once, by all processes together, and never believed when stale."""
+
+import functools
+import os
+import shutil
+import signal
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_identical, read_log, read_resume, tiny_flags, write_jsonl
+
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.weights import save_weights
+from trainer import frozen_outputs
+from trainer.distributed import Process
+from trainer.frozen_outputs import FrozenOutputs
+
+CPU = Process(0, 0, 1, torch.device("cpu"))
+SHAPES = {"values": ((12, 2), np.float32)}
+ITEMS = 6  # of two rows each
+
+
+def open_outputs(tmp_path: Path, identity: dict | None = None) -> FrozenOutputs:
+    return FrozenOutputs(tmp_path / "outputs", identity or {"weights": "a"}, ITEMS, SHAPES, CPU)
+
+
+def fill(outputs: FrozenOutputs, items, sign: int = 1) -> list[int]:
+    """Writes what is missing of some items; returns which were."""
+    computed = [item for item in items if outputs.missing(np.array([item]))[0]]
+    for item in computed:
+        rows = np.array([2 * item, 2 * item + 1])
+        outputs.write(np.array([item]), rows, values=np.full((2, 2), sign * (item + 1), np.float32))
+    return computed
+
+
+EXPECTED = np.repeat(np.arange(1, ITEMS + 1, dtype=np.float32), 2)[:, None].repeat(2, axis=1)
+
+
+# --- the store -------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_written_is_read_again(tmp_path, capsys):
+    outputs = open_outputs(tmp_path)
+    assert not outputs.complete and fill(outputs, range(ITEMS)) == list(range(ITEMS))
+    outputs.finish()
+    again = open_outputs(tmp_path)
+    assert again.complete and again.folder == outputs.folder
+    assert np.array_equal(again.arrays["values"], EXPECTED) and again.arrays["values"].dtype == np.float32
+    with pytest.raises(ValueError, match="read-only"):
+        again.arrays["values"][0] = 0
+    assert not capsys.readouterr().out
+
+
+def test_an_interrupted_computation_is_taken_up_again(tmp_path, monkeypatch):
+    """Items count as done once they are flushed; what was written after that is computed again."""
+    outputs = open_outputs(tmp_path)
+    fill(outputs, [0, 3])
+    outputs.flush()
+    fill(outputs, [4])
+    del outputs  # killed
+    again = open_outputs(tmp_path)
+    assert not again.complete and again.missing(np.arange(ITEMS)).tolist() == [False, True, True, False, True, True]
+    assert fill(again, range(ITEMS)) == [1, 2, 4, 5]
+    again.finish()
+    assert np.array_equal(open_outputs(tmp_path).arrays["values"], EXPECTED)
+
+    monkeypatch.setattr(frozen_outputs, "FLUSH_SECONDS", -1)  # by itself, now and then
+    other = open_outputs(tmp_path, {"weights": "b"})
+    fill(other, [2])
+    assert open_outputs(tmp_path, {"weights": "b"}).missing(np.arange(ITEMS)).sum() == ITEMS - 1
+
+
+def test_it_is_not_complete_while_an_item_is_missing(tmp_path):
+    outputs = open_outputs(tmp_path)
+    fill(outputs, range(ITEMS - 1))
+    with pytest.raises(ValueError, match="lacks what other machines computed: --cache_dir"):
+        outputs.finish()
+    assert not open_outputs(tmp_path).complete
+
+
+def test_other_weights_data_or_settings_are_computed_anew(tmp_path, capsys):
+    outputs = open_outputs(tmp_path, {"weights": "a", "k": 5})
+    fill(outputs, range(ITEMS))
+    outputs.finish()
+    for identity in ({"weights": "b", "k": 5}, {"weights": "a", "k": 6}):
+        other = open_outputs(tmp_path, identity)
+        assert not other.complete and other.missing(np.arange(ITEMS)).all()
+        said = capsys.readouterr().out
+        assert f"{outputs.folder} belongs to other weights, data or settings; computing anew" in said
+    assert open_outputs(tmp_path, {"k": 5, "weights": "a"}).complete, "the first ones are still there"
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 4)
+
+
+def other_shape(path: Path) -> None:
+    np.save(path, np.load(path)[:-1])
+
+
+DAMAGE = {
+    "cut": cut,
+    "empty": lambda path: path.write_bytes(b""),
+    "other shape": other_shape,
+    "no array": lambda path: path.write_bytes(b"x" * 400),
+    "gone": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("name", ["values", "done"])
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_files_are_computed_again(tmp_path, capsys, damage, name):
+    outputs = open_outputs(tmp_path)
+    fill(outputs, range(ITEMS))
+    outputs.finish()
+    damage(outputs.folder / f"{name}.npy")
+    again = open_outputs(tmp_path)
+    assert f"{outputs.folder} is damaged; computing it again" in capsys.readouterr().out
+    assert not again.complete and fill(again, range(ITEMS)) == list(range(ITEMS))
+    again.finish()
+    assert np.array_equal(open_outputs(tmp_path).arrays["values"], EXPECTED)
+
+
+def test_a_full_disk_is_told_before_hours_of_work(tmp_path, monkeypatch):
+    """The files are sparse: without the question beforehand the disk would be full in the middle of the work."""
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 50, 50))
+    with pytest.raises(ValueError, match=r"cannot write .*outputs-\w+: .*are free; choose another --cache_dir"):
+        open_outputs(tmp_path)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="cannot write .*; choose another --cache_dir"):
+        open_outputs(tmp_path / "file")
+
+
+# --- as DPO and distillation use it ----------------------------------------------------------------------------------
+
+
+def save_model(path: Path, tokenizer, hidden_size: int = 32) -> Path:
+    torch.manual_seed(hidden_size)
+    config = MiniMindConfig(
+        hidden_size=hidden_size, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=tokenizer.vocab_size,
+    )  # fmt: skip
+    save_weights(
+        path, MiniMindForCausalLM(config), {"config": config.to_diff_dict(), "tokenizer_sha256": tokenizer.sha256}
+    )
+    return path
+
+
+@pytest.fixture
+def pairs(tmp_path) -> Path:
+    answers = ["the sky", "was grey", "an old king", "his fire", "and then it rained"]
+    records = [
+        {
+            side: [{"role": "user", "content": f"天气 {n}"}, {"role": "assistant", "content": answers[(n + m) % 5]}]
+            for m, side in enumerate(("chosen", "rejected"))
+        }
+        for n in range(14)
+    ]
+    return write_jsonl(tmp_path / "pairs.jsonl", records)
+
+
+def tell_what_is_computed(module) -> None:
+    """Prints a line for every batch that the frozen model sees and flushes after each."""
+    frozen_outputs.FLUSH_SECONDS = -1
+    write = FrozenOutputs.write
+
+    def told(self, items, rows, **values):
+        write(self, items, rows, **values)
+        print(f"computed {items.tolist()}", flush=True)
+
+    FrozenOutputs.write = told
+
+
+def stop_at_the_third_batch(module) -> None:
+    """Waits for the kill after two batches have been written."""
+    tell_what_is_computed(module)
+    write, calls = FrozenOutputs.write, []
+
+    def waits(self, *arguments, **values):
+        calls.append(1)
+        if len(calls) == 3:
+            print("waiting", flush=True)
+            signal.pause()
+        write(self, *arguments, **values)
+
+    FrozenOutputs.write = waits
+
+
+def computed(output: str) -> list[list[int]]:
+    lines = [line.removeprefix("computed ") for line in output.splitlines() if line.startswith("computed ")]
+    return [[int(item) for item in line.strip("[]").split(",")] for line in lines]
+
+
+def test_a_killed_run_computes_only_what_is_missing(launcher, train, tmp_path, pairs, tokenizer):
+    """SIGKILL among the reference's log-probs; then the same command: the same training as without it."""
+    base = save_model(tmp_path / "base.pth", tokenizer)
+    flags = functools.partial(tiny_flags, data_path=pairs, base_weight=base, batch_size=3, max_steps=2)
+    child = launcher.start("train_dpo", flags(tmp_path / "killed"), patches=[stop_at_the_third_batch])
+    child.wait_for("waiting")
+    child.signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL and computed(child.output) == [[0, 1, 2], [3, 4, 5]]
+    output = launcher.run("train_dpo", flags(tmp_path / "killed"), patches=[tell_what_is_computed])
+    assert computed(output) == [[6, 7, 8], [9, 10, 11], [12, 13]]
+    train("train_dpo", flags(tmp_path / "whole"))
+    states = [read_resume(tmp_path / name, "rlhf_32") for name in ("killed", "whole")]
+    assert_identical(*states)
+    output = launcher.run("train_dpo", flags(tmp_path / "killed"), patches=[tell_what_is_computed])
+    assert computed(output) == []
+
+
+@pytest.mark.parametrize("stage", ["dpo", pytest.param("distillation", marks=pytest.mark.full)])
+def test_two_processes_share_the_work(launcher, tmp_path, pairs, chats, tokenizer, stage):
+    """Each computes its part, both read the whole; training is that of one process."""
+    base = save_model(tmp_path / "base.pth", tokenizer)
+    script, name, data, flags = "train_dpo", "rlhf_32", pairs, {}
+    if stage == "distillation":
+        wide = save_model(tmp_path / "wide.pth", tokenizer, 64)
+        script, name, data, flags = "train_distillation", "full_dist_32", chats, {"teacher_weight": wide}
+        flags["cache_teacher"] = 20
+    arrays, losses = [], []
+    for world_size in (1, 2):
+        out = tmp_path / str(world_size)
+        line = tiny_flags(out, data, base_weight=base, batch_size=4 // world_size, max_steps=3, **flags)
+        if world_size == 1:
+            children = [launcher.start(script, line, patches=[tell_what_is_computed])]
+        else:
+            children = launcher.start_ranks(2, script, line, patches=[tell_what_is_computed])
+        assert [child.wait() for child in children] == [0] * world_size, [child.output for child in children]
+        shares = [sorted(sum(computed(child.output), [])) for child in children]
+        items = sorted(sum(shares, []))
+        assert items == list(range(len(items))) and len(items) >= 14, "each item once"
+        if world_size == 2:
+            assert abs(len(shares[0]) - len(shares[1])) <= 2
+        (folder,) = (out / "token_cache").glob("*-[rt]e[fa]*-*")
+        arrays.append({path.stem: np.load(path) for path in folder.glob("*.npy")})
+        losses.append([record["loss"] for record in read_log(out, name)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and len(losses[0]) == 3
+    for key, one in arrays[0].items():
+        if key == "token_ids":  # ties may fall either way
+            assert float((one == arrays[1][key]).mean()) > 0.99
+        else:
+            np.testing.assert_allclose(arrays[1][key], one, rtol=1e-3 if one.dtype == np.float16 else 1e-5)
+
+
+def test_the_reference_and_the_teacher_of_other_settings_are_other_files(train, tmp_path, pairs, chats, tokenizer):
+    """Everything that decides the numbers is part of their name."""
+    base = save_model(tmp_path / "base.pth", tokenizer)
+    wide = save_model(tmp_path / "wide.pth", tokenizer, 64)
+    cache = tmp_path / "cache"
+    flags = {"base_weight": base, "max_steps": 1, "cache_dir": cache}
+
+    def folders(stem: str) -> int:
+        return len(list(cache.glob(f"{stem}-*")))
+
+    for change in ({}, {"max_seq_len": 48}, {"reference_weight": wide}, {"dtype": "bfloat16"}):
+        before = folders("pairs-reference")
+        train("train_dpo", tiny_flags(tmp_path / "a", pairs, **flags | change))
+        assert folders("pairs-reference") == before + 1, change
+    flags |= {"teacher_weight": wide, "cache_teacher": 4}
+    for change in ({}, {"temperature": 3.0}, {"cache_teacher": 5}, {"teacher_weight": base}):
+        before = folders("chats-teacher")
+        train("train_distillation", tiny_flags(tmp_path / "b", chats, **flags | change))
+        assert folders("chats-teacher") == before + 1, change
+    before = folders("chats-teacher")
+    train("train_distillation", tiny_flags(tmp_path / "b", chats, **flags | {"alpha": 0.1, "batch_size": 2}))
+    assert folders("chats-teacher") == before, "these change nothing in what the teacher says"
