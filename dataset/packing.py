@@ -431,8 +431,10 @@ class PackedBatches(_Batches):
 class PreferenceBatches(_Batches):
     """Pairs of chosen and rejected; batch_size counts pairs. Items are as those of PackedBatches, but:
 
-    there are as many rows as the documents of the micro-batch need; documents 2p and 2p + 1 are chosen and rejected
-    of its p-th pair, in any place; cu_seqlens is (4 * batch_size + 1,)
+    there are as many rows as the documents of the micro-batch need, rounded up to a multiple of row_multiple (for a
+    compiled model, which is compiled for each shape that occurs)
+    documents 2p and 2p + 1 are chosen and rejected of the p-th pair, in any place
+    cu_seqlens is (4 * batch_size + row_multiple,)
     pair_ids int64 (pairs,): rows of the plan, in 0..plan.num_rows - 1; fewer than batch_size in a ragged last step
     step_pairs instead of step_rows
     """
@@ -440,14 +442,19 @@ class PreferenceBatches(_Batches):
     kinds = ("preference",)
     counted = "step_pairs"
 
+    def __init__(self, cache: TokenCache, plan: PackingPlan, *, row_multiple: int = 1, **options):
+        super().__init__(cache, plan, **options)
+        self.row_multiple = row_multiple
+
     def __getitem__(self, index: int) -> dict:
         rows, totals = self._rows_and_totals(index)
         start, length, _ = self._segments(rows)
-        num_borders = 4 * self.batch_size + 1
+        num_borders = 4 * self.batch_size + self.row_multiple
         if len(rows):
             row = best_fit(length, self.plan.max_seq_len)
             order = np.argsort(row, kind="stable")
-            batch = self._lay_out(start[order], length[order], row[order], order, int(row.max()) + 1, num_borders)
+            num_rows = -(-(int(row.max()) + 1) // self.row_multiple) * self.row_multiple
+            batch = self._lay_out(start[order], length[order], row[order], order, num_rows, num_borders)
         else:
-            batch = self._lay_out(start, length, start, start, 1, num_borders)
+            batch = self._lay_out(start, length, start, start, self.row_multiple, num_borders)
         return batch | totals | {"pair_ids": torch.from_numpy(rows.astype(np.int64))}

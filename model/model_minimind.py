@@ -372,6 +372,22 @@ class Attention(nn.Module):
 # --- feed-forward ----------------------------------------------------------------------------------------------------
 
 
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) · up for eager CPU training. Keeps its two inputs for the backward pass and computes silu(gate) again:
+    a quarter less memory in the feed-forward."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        return grad_gate, F.silu(gate).mul_(grad)
+
+
 class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) · up(x))."""
 
@@ -382,7 +398,10 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if x.device.type == "cpu" and gate.requires_grad:
+            return self.down_proj(SwiGLU.apply(gate, up))
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Router(nn.Module):

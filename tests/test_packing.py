@@ -510,3 +510,21 @@ def test_memory_does_not_grow_with_the_data(tmp_path):
         run = subprocess.run([sys.executable, "-c", code, str(folder)], check=True, capture_output=True, text=True)
         grown.append(int(run.stdout))
     assert grown[1] - grown[0] < 50e6, grown
+
+
+def test_rows_of_pairs_come_in_few_shapes_where_asked(tmp_path):
+    """Padding rows change nothing: the same documents, targets and pairs as without them."""
+    cache = make_cache(tmp_path / "cache", "preference", random_pairs(40))
+    plan = build_plan(cache, 32, show_progress=False)
+    exact, rounded = (PreferenceBatches(cache, plan, batch_size=4, row_multiple=multiple) for multiple in (1, 4))
+    shapes = set()
+    for ours, theirs in zip(map(rounded.__getitem__, range(len(rounded))), exact, strict=False):
+        rows = len(theirs["input_ids"])
+        shapes.add(len(ours["input_ids"]))
+        for name in ("input_ids", "labels", "position_ids", "document_ids"):
+            assert torch.equal(ours[name][:rows], theirs[name])
+        assert (ours["document_ids"][rows:] == -1).all() and (ours["labels"][rows:] == -100).all()
+        borders = ours["cu_seqlens"].unique()
+        assert borders[-1] == ours["input_ids"].numel() and len(ours["cu_seqlens"]) >= len(borders)
+        assert torch.equal(ours["pair_ids"], theirs["pair_ids"])
+    assert shapes <= {4, 8}

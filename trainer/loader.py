@@ -70,10 +70,13 @@ class PackedData:
         )
 
     def _batches(self, epoch: int, shuffle: bool = True, accumulation_steps: int | None = None):
-        args = self.args
+        args, options = self.args, {}
+        if self.batches_class is PreferenceBatches and self.process.device.type == "cuda":
+            options = {"row_multiple": args.batch_size}  # two shapes to compile
         return self.batches_class(
             self.cache,
             self.plan,
+            **options,
             batch_size=args.batch_size,
             accumulation_steps=accumulation_steps or args.accumulation_steps,
             world_size=self.process.world_size,

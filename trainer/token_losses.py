@@ -8,6 +8,7 @@ from model.model_minimind import compute_dtype
 
 CHUNK = 1024  # tokens whose float32 logits are held at once
 BLOCK = 128  # on a CPU: tokens whose float32 logits stay in its cache while the softmax passes over them
+DISTRIBUTIONS = 512  # the same where a loss holds several float32 distributions of each token
 ROUNDING = 256  # on a CPU the number of tokens with a target is rounded up to a multiple of this
 
 
@@ -43,7 +44,9 @@ class _TokenCrossEntropy(torch.autograd.Function):
         hidden, weight, labels, *probabilities = ctx.saved_tensors
         grad_losses = grad_losses.masked_fill(labels < 0, 0.0)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:  # not with a frozen head
+            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for index, start in enumerate(range(0, len(labels), CHUNK)):
             chunk = slice(start, start + CHUNK)
             scale = grad_losses[chunk].unsqueeze(1).to(hidden.dtype)
@@ -52,8 +55,9 @@ class _TokenCrossEntropy(torch.autograd.Function):
             # not scatter_add_: on a CPU that goes through a float32 copy of everything
             grad_logits.scatter_(1, targets, grad_logits.gather(1, targets) - scale)
             grad_hidden[chunk] = grad_logits @ weight
-            grad_weight += grad_logits.t() @ hidden[chunk]
-        return grad_hidden, grad_weight.to(ctx.weight_dtype), None, None
+            if grad_weight is not None:
+                grad_weight += grad_logits.t() @ hidden[chunk]
+        return grad_hidden, grad_weight if grad_weight is None else grad_weight.to(ctx.weight_dtype), None, None
 
 
 def token_cross_entropy(hidden_states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -85,29 +89,32 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, loss_of_logits, losses, with_gradient):
-        weight_in_dtype = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if with_gradient else None
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if with_gradient else None
+        grad_weight = None
+        if with_gradient and ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        weight_dtype, weight = weight.dtype, weight.to(hidden.dtype)
         sums = torch.zeros(losses, device=hidden.device)
-        for start in range(0, len(hidden), CHUNK):
-            chunk = slice(start, start + CHUNK)
+        for start in range(0, len(hidden), DISTRIBUTIONS):
+            chunk = slice(start, start + DISTRIBUTIONS)
             with torch.set_grad_enabled(with_gradient):
-                logits = (hidden[chunk].detach() @ weight_in_dtype.detach().t()).requires_grad_(with_gradient)
+                logits = (hidden[chunk].detach() @ weight.detach().t()).requires_grad_(with_gradient)
                 parts = loss_of_logits(logits.float(), chunk)
                 total = parts[0]
             sums += parts.detach()
             if with_gradient:
                 (grad_logits,) = torch.autograd.grad(total, logits)
-                grad_hidden[chunk] = grad_logits @ weight_in_dtype
+                grad_hidden[chunk] = grad_logits @ weight
+            if grad_weight is not None:
                 grad_weight += grad_logits.t() @ hidden[chunk]
-        if with_gradient:
-            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        ctx.save_for_backward(grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight_dtype))
         return sums
 
     @staticmethod
     def backward(ctx, grad_sums):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_sums[0].to(grad_hidden.dtype), grad_weight * grad_sums[0], None, None, None
+        grad_weight = grad_weight if grad_weight is None else grad_weight * grad_sums[0]
+        return grad_hidden * grad_sums[0].to(grad_hidden.dtype), grad_weight, None, None, None
 
 
 def chunked_loss(
@@ -116,7 +123,7 @@ def chunked_loss(
     loss_of_logits: Callable[[torch.Tensor, slice], torch.Tensor],
     losses: int,
 ) -> torch.Tensor:
-    """Sums over tokens of losses that need whole distributions; logits of CHUNK tokens are in memory at a time.
+    """Sums over tokens of losses that need whole distributions; logits of DISTRIBUTIONS tokens are in memory at once.
 
     hidden_states (tokens, hidden), weight (vocab, hidden). loss_of_logits(float32 logits (chunk, vocab), which tokens
     of hidden_states they are) -> sums over these tokens (losses,). Returns the totals (losses,); only the first has a
