@@ -26,7 +26,7 @@ LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "Broken
 FREE_ON_RESUME = {
     "resume", "log_interval", "save_interval", "eval_interval", "num_workers", "use_wandb", "wandb_project", "out_dir",
     "cache_dir", "device", "ddp", "local_rank", "valid_path", "sample_prompt", "compile", "overwrite", "batch_size",
-    "accumulation_steps", "gradient_checkpointing", "save_peft",
+    "accumulation_steps", "gradient_checkpointing", "save_peft", "base_weight", "reference_weight", "teacher_weight",
     "deepspeed_config",
 }  # fmt: skip
 

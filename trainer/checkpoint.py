@@ -138,8 +138,8 @@ class Checkpoint:
         state = self._load()
         if state is None:
             return Progress()
-        if state["shards"]:
-            load_shards(model, self.shards / state["shards"])
+        if state.get("shards"):
+            load_shards(model, self.shards / state.get("shards"))
         else:
             plain = unwrap_model(model)
             if trained_state(plain).keys() != state["model"].keys():
@@ -193,7 +193,7 @@ class Checkpoint:
                 f"--resume: this would not be the run that was saved in {self.path}: {'; '.join(changed)}. "
                 "Give the old values, or leave --resume out to start anew"
             )
-        if state["shards"] and ranks != self.process.world_size:
+        if state.get("shards") and ranks != self.process.world_size:
             raise ValueError(
                 f"--resume: {self.path} was saved under ZeRO by {ranks} process{'es' * (ranks > 1)}, each with its own "
                 f"shard, and now there are {self.process.world_size}; start as many as then"
