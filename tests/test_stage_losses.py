@@ -635,7 +635,7 @@ def test_training_from_the_kept_teacher_is_training_from_the_live_one(train, mon
 
 
 def test_the_teacher_on_disk_holds_the_likeliest_tokens_of_every_target(tmp_path, tokenizer, chats, monkeypatch):
-    monkeypatch.setattr(teacher_module, "DISTRIBUTIONS", 7)
+    monkeypatch.setattr(token_losses, "DISTRIBUTIONS", 7)
     path = save_stage(tmp_path, "full_sft", tokenizer, sharp_model(seed=1))
     args = train_distillation.parse(
         tiny_flags(tmp_path, chats, max_steps=1, batch_size=3, temperature=3, teacher_hidden_size=32)

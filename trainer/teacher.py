@@ -15,7 +15,7 @@ from trainer.distributed import Process
 from trainer.frozen_outputs import FrozenOutputs, counted
 from trainer.loader import PackedData, model_inputs
 from trainer.optimization import Precision, prepare_forward
-from trainer.token_losses import DISTRIBUTIONS
+from trainer.token_losses import even_chunks
 
 
 class Teacher:
@@ -72,10 +72,7 @@ class Teacher:
                     continue
                 with self.precision.autocast():
                     log_probs = self.log_probs(batch, target_places(batch))
-                    chunks = [
-                        log_probs(slice(start, start + DISTRIBUTIONS))[0].topk(k)
-                        for start in range(0, batch["target_tokens"], DISTRIBUTIONS)
-                    ]
+                    chunks = [log_probs(chunk)[0].topk(k) for chunk in even_chunks(batch["target_tokens"])]
                 values, ids = (torch.cat(part).cpu().numpy() for part in zip(*chunks, strict=True))
                 kept.write(rows, self._places(batch), token_ids=ids, log_probs=values)
             kept.finish()

@@ -1,6 +1,6 @@
 """Per-token cross-entropy straight from hidden states: the float32 logits exist for one chunk of tokens at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -84,6 +84,17 @@ def token_cross_entropy(hidden_states: torch.Tensor, weight: torch.Tensor, label
         return torch.zeros(len(flat_labels)).index_copy(0, targets[:count], losses[:count]).view(labels.shape)
 
 
+def even_chunks(count: int) -> Iterator[slice]:
+    """Slices that cover `count` tokens: of DISTRIBUTIONS, then of ever smaller powers of two. Blocks of few distinct
+    sizes come and go; arbitrary ones would fragment the allocator's memory."""
+    start, size = 0, DISTRIBUTIONS
+    while start < count:
+        while size > count - start and size > 16:
+            size //= 2
+        yield slice(start, min(start + size, count))
+        start += size
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """Takes the gradient of each chunk's logits right after its loss, so logits never outlive their chunk."""
 
@@ -95,8 +106,7 @@ class _ChunkedLoss(torch.autograd.Function):
             grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         weight_dtype, weight = weight.dtype, weight.to(hidden.dtype)
         sums = torch.zeros(losses, device=hidden.device)
-        for start in range(0, len(hidden), DISTRIBUTIONS):
-            chunk = slice(start, start + DISTRIBUTIONS)
+        for chunk in even_chunks(len(hidden)):
             with torch.set_grad_enabled(with_gradient):
                 logits = (hidden[chunk].detach() @ weight.detach().t()).requires_grad_(with_gradient)
                 parts = loss_of_logits(logits.float(), chunk)
