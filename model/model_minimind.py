@@ -458,7 +458,14 @@ class MoEFeedForward(nn.Module):
         else:
             # an expert that got no token still takes part, with an empty slice: its gradient is zero, not missing
             slices = inputs.split(counts.tolist())
-            outputs = torch.cat([expert(part) for expert, part in zip(self.experts, slices, strict=True)])
+            # in CPU training sizes are rounded up: blocks of ever other sizes would fragment the allocator's memory
+            multiple = 128 if self.training and not x.is_cuda else 1
+            outputs = torch.cat(
+                [
+                    expert(F.pad(part, (0, 0, 0, -len(part) % multiple)))[: len(part)]
+                    for expert, part in zip(self.experts, slices, strict=True)
+                ]
+            )
         outputs = outputs * weights.flatten()[order].unsqueeze(-1).to(outputs.dtype)
         return torch.zeros_like(x, dtype=outputs.dtype).index_add_(0, token, outputs)
 
