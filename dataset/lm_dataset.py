@@ -11,6 +11,12 @@ import json
 from dataset.tokenization import ROLES
 
 KINDS = ("pretrain", "conversation", "preference")
+# what a line of each kind looks like
+FORMS = {
+    "pretrain": '{"text": "…"}',
+    "conversation": '{"conversations": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}',
+    "preference": '{"chosen": [turns], "rejected": [turns]}',
+}
 
 
 class RecordError(ValueError):

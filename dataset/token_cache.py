@@ -34,7 +34,7 @@ from queue import SimpleQueue
 import numpy as np
 from filelock import FileLock, Timeout
 
-from dataset.lm_dataset import RecordError, check_kind, count_target_bytes, parse_record, tokenize_records
+from dataset.lm_dataset import FORMS, RecordError, check_kind, count_target_bytes, parse_record, tokenize_records
 from dataset.tokenization import ChatTokenizer
 
 FORMAT_VERSION = 1
@@ -144,6 +144,9 @@ def open_token_cache(
 class _Builder:
     """Reads one jsonl file and writes its cache into a folder."""
 
+    def _wanted(self) -> str:
+        return f"No line is what is wanted here, which is: {FORMS[self.kind]}. Is this the file that you meant?"
+
     def __init__(
         self,
         data_path: Path,
@@ -206,11 +209,12 @@ class _Builder:
             raise ValueError(
                 f"{skipped:,} bad line{'s' * (skipped > 1)} in {self.data_path}:\n  "
                 + "\n  ".join(first_skipped)
-                + f"{more}\nCorrect them, or leave them out with --skip_bad_lines."
+                + f"{more}\n"
+                + ("Correct them, or leave them out with --skip_bad_lines." if records else self._wanted())
             )
         if not records:
             detail = f": all {skipped:,} lines are bad. The first:\n  " + "\n  ".join(first_skipped) if skipped else ""
-            raise ValueError(f"{self.data_path} holds no record{detail}")
+            raise ValueError(f"{self.data_path} holds no record{detail}\n{self._wanted()}")
         stat = _checked_stat(self.data_path)
         if (stat.st_size, stat.st_mtime_ns) != (self.identity["data_bytes"], self.identity["data_mtime_ns"]):
             raise ValueError(f"{self.data_path} changed while it was read; start again when nothing writes to it")

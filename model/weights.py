@@ -39,15 +39,20 @@ def weight_path(out_dir: str | Path, stage: str, hidden_size: int, use_moe: bool
     return Path(out_dir) / f"{stage}_{hidden_size}{'_moe' if use_moe else ''}.pth"
 
 
-def find_weights(stage_or_path: str, out_dir: str | Path, hidden_size: int, use_moe: bool) -> Path:
-    """The weight file that a flag names: a stage, whose file lies in out_dir, or a path. It must exist."""
+def find_weights(
+    stage_or_path: str, out_dir: str | Path, hidden_size: int, use_moe: bool, size_flag: str = "--hidden_size"
+) -> Path:
+    """The weight file that a flag names: a stage, whose file lies in out_dir, or a path. It must exist.
+
+    size_flag: the flag that chose hidden_size, for the message.
+    """
     path = Path(stage_or_path)
     if stage_or_path in STAGES:
         path = weight_path(out_dir, stage_or_path, hidden_size, use_moe)
     elif path.suffix != ".pth":
         raise WeightsError(f"{stage_or_path} is neither a .pth file nor a stage; the stages are {', '.join(STAGES)}")
     if not path.is_file():
-        raise WeightsError(missing_message(path))
+        raise WeightsError(missing_message(path, size_flag))
     return path
 
 
@@ -184,10 +189,10 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     return {clean_key(key): tensor for key, tensor in state.items()}
 
 
-def missing_message(path: Path) -> str:
+def missing_message(path: Path, size_flag: str = "--hidden_size") -> str:
     """What is missing, which script makes it, and what is there instead."""
     stage = max((name for name in STAGES if path.name.startswith(name + "_")), key=len, default=None)
-    hint = f"; run trainer/{STAGES[stage]} first, or name another size with --hidden_size" if stage else ""
+    hint = f"; run trainer/{STAGES[stage]} first, or name another size with {size_flag}" if stage else ""
     if path.is_dir():
         return f"{path} is a folder, not a weight file{hint}"
     found = sorted(p.name for p in path.parent.glob("*.pth")) if path.parent.is_dir() else []

@@ -151,7 +151,11 @@ def check_flags(script: Path, words: list[str]) -> None:
     assert parser is not None or not words, f"{script.name} takes no flags"
     if parser is None:
         return
-    undeclared = {word.split("=")[0] for word in words if word.startswith("--")} - declared_flags(script)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            assert words and words[0] in action.choices, f"{script.name} has no {words[:1]}"
+            parser, words = action.choices[words[0]], words[1:]
+    undeclared = {word.split("=")[0] for word in words if word.startswith("--")} - set(parser._option_string_actions)
     assert not undeclared, f"{script.name} declares no {undeclared}"
 
     def refuse(message):

@@ -19,6 +19,7 @@ import functools
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -53,7 +54,7 @@ def parse(argv: list[str] | None):
         epochs=1,
         batch_size=8,
         accumulation_steps=1,
-        learning_rate=1e-6,
+        learning_rate=5e-4,
         max_seq_len=1024,
     )
     add = parser.add_argument
@@ -99,6 +100,10 @@ def main(argv: list[str] | None = None) -> None:
     tags = tokenizer.encode_contents(list(TAGS))
 
     data = PackedData(args, "conversation", tokenizer, process)
+    seen = set(np.unique(data.cache.tokens[: 1 << 22]).tolist())
+    missing = [tag for tag, ids in zip(TAGS, tags, strict=True) if not seen.issuperset(ids)]
+    if missing and process.is_main:
+        print(f"note: {args.data_path} holds no {' '.join(missing)}; nothing in it teaches to think first")
     evaluator = Evaluator(args, "conversation", tokenizer, process)
     model = MiniMindForCausalLM(config).to(process.device)
     load_weights(model, base, tokenizer.sha256)

@@ -65,12 +65,12 @@ def parse(argv: list[str] | None):
         epochs=6,
         batch_size=32,
         accumulation_steps=1,
-        learning_rate=5e-6,
+        learning_rate=5e-4,
         max_seq_len=512,
     )
     add = parser.add_argument
-    add("--alpha", type=float, default=0.5, help="share of the cross-entropy, 0 to 1 (default: %(default)s)")
-    add("--temperature", type=float, default=2.0, help="T of both distributions (default: %(default)s)")
+    add("--alpha", type=float, default=0.0, help="share of the cross-entropy, 0 to 1 (default: %(default)s)")
+    add("--temperature", type=float, default=1.0, help="T of both distributions (default: %(default)s)")
     add("--base_weight", default="full_sft", help="student: stage or .pth file to start from (default: %(default)s)")
     add("--teacher_weight", default="full_sft", help="teacher: stage or .pth file (default: %(default)s)")
     add("--teacher_hidden_size", type=int, default=768, help="chooses the teacher's file (default: %(default)s)")
@@ -134,7 +134,9 @@ def main(argv: list[str] | None = None) -> None:
     config = model_config(args, tokenizer.vocab_size)
     weights = output_path("full_dist", config, args)
     base = find_weights(args.base_weight, args.out_dir, config.hidden_size, config.use_moe)
-    teacher_path = find_weights(args.teacher_weight, args.out_dir, args.teacher_hidden_size, args.teacher_use_moe)
+    teacher_path = find_weights(
+        args.teacher_weight, args.out_dir, args.teacher_hidden_size, args.teacher_use_moe, "--teacher_hidden_size"
+    )
 
     data = PackedData(args, "conversation", tokenizer, process)
     evaluator = Evaluator(args, "conversation", tokenizer, process)
