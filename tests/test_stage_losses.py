@@ -498,7 +498,10 @@ def test_packed_loss_is_that_of_the_documents_one_by_one(tmp_path, tokenizer, st
 
         def loss_of(batch):
             if stage == "distillation":
-                head = functools.partial(train_distillation.distillation_head, batch=batch, teacher=teacher, args=args)
+                log_probs = teacher.log_probs(batch, teacher_module.target_places(batch))
+                head = functools.partial(
+                    train_distillation.distillation_head, batch=batch, teacher_log_probs=log_probs, args=args
+                )
                 output = model(**model_inputs(batch), head=head)
                 return output.logits[0] / batch["step_targets"], output.aux_loss
             head = functools.partial(token_cross_entropy, labels=batch["labels"])

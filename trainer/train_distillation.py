@@ -19,6 +19,7 @@ Writes  out/full_dist_{hidden_size}{_moe}.pth and a .json beside it, out/resume/
 
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -114,11 +115,15 @@ def with_rest(log_probs: torch.Tensor) -> torch.Tensor:
     return torch.cat((log_probs, torch.log1p(-known)), dim=-1)
 
 
-def distillation_head(hidden: torch.Tensor, weight: torch.Tensor, batch: dict, teacher: Teacher, args) -> torch.Tensor:
-    """The student's head and loss, a chunk of targets at a time: sums of (loss, cross-entropy, KL)."""
+def distillation_head(
+    hidden: torch.Tensor, weight: torch.Tensor, batch: dict, teacher_log_probs: Callable, args
+) -> torch.Tensor:
+    """The student's head and loss, a chunk of targets at a time: sums of (loss, cross-entropy, KL).
+
+    teacher_log_probs: what Teacher.log_probs gives for the targets of the batch.
+    """
     targets = target_places(batch)
     labels = batch["labels"].flatten()[targets]
-    teacher_log_probs = teacher.log_probs(batch, targets)
 
     def loss_of_logits(logits: torch.Tensor, chunk: slice) -> torch.Tensor:
         log_probs, token_ids = teacher_log_probs(chunk)
@@ -163,7 +168,9 @@ def main(argv: list[str] | None = None) -> None:
             for batch in micro_batches:
                 with gradient_sync(model, batch is micro_batches[-1]):
                     with precision.autocast():
-                        head = functools.partial(distillation_head, batch=batch, teacher=teacher, args=args)
+                        # the teacher first: what its forward needs is gone before the student's activations pile up
+                        log_probs = teacher.log_probs(batch, target_places(batch))
+                        head = functools.partial(distillation_head, batch=batch, teacher_log_probs=log_probs, args=args)
                         output = model(**model_inputs(batch), head=head)
                         losses = output.logits / batch["step_targets"]
                         aux_loss = output.aux_loss * batch["num_documents"] / batch["step_documents"]
