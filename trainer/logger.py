@@ -118,7 +118,8 @@ class Logger:
         self.peak = matmul_flops_per_second(process.device, precision.dtype) * process.world_size
         if process.is_main:
             self._open(name)
-            self._introduce(data, precision)
+            if first_step < self.total_steps:  # else a complete run was resumed, and nothing is about to happen
+                self._introduce(data, precision)
         self.started = time.perf_counter()
         self._clear_interval()
 
