@@ -393,7 +393,7 @@ def test_every_flag_that_changes_the_result_is_compared(train, finished, name, v
         pytest.param(LORA, {"lora_rank": 4, "lora_alpha": 2.0, "lora_targets": "q_proj"}, id="train_lora"),
         pytest.param(DPO, {"beta": 0.2, "logp": "mean", "label_smoothing": 0.1}, id="train_dpo"),
         pytest.param(REASON, {"tag_weight": 3.0}, id="train_distill_reason"),
-        pytest.param(DISTILLATION, {"alpha": 0.2, "temperature": 1.0, "cache_teacher": 3}, id="train_distillation"),
+        pytest.param(DISTILLATION, {"alpha": 0.2, "temperature": 3.0, "cache_teacher": 3}, id="train_distillation"),
     ],
 )
 def test_flags_of_a_stage_are_compared_too(train, tmp_path, inputs, stage, changes):
