@@ -129,14 +129,20 @@ class Checkpoint:
         self.identity = {"tokenizer": tokenizer.sha256, **data.fingerprint(), **identity}
 
     def restore(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer | OptimizerPair, precision: Precision
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | OptimizerPair,
+        precision: Precision,
+        fresh: str = "",
     ) -> Progress:
         """Brings everything back to where the saved run was; a fresh Progress when there is nothing to go on with.
 
-        model and optimizer: as wrap_model returns them.
+        model and optimizer: as wrap_model returns them. fresh: what to say when the run starts from the beginning.
         """
         state = self._load()
         if state is None:
+            if fresh and self.process.is_main:
+                print(fresh)
             return Progress()
         if state.get("shards"):
             load_shards(model, self.shards / state.get("shards"))

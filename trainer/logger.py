@@ -85,11 +85,13 @@ class Progress:
     tokens: int = 0  # real tokens seen by all processes
     complete: bool = False
 
-    def advance(self, counts: StepCounts, total_steps: int) -> None:
-        """Another optimizer step is done."""
+    def advance(self, micro_batches: list[dict], total_steps: int, process: Process) -> StepCounts:
+        """Another optimizer step is done; returns what it took, all processes together."""
+        counts = step_counts(micro_batches, process)
         self.step += 1
         self.tokens += int(counts.tokens)
         self.complete = self.step >= total_steps
+        return counts
 
     def due(self, interval: int) -> bool:
         """Every `interval` steps and after the last one."""

@@ -43,7 +43,7 @@ from trainer.checkpoint import Checkpoint, file_sha256, output_path
 from trainer.distributed import gradient_sync, start_process, stop_on_signal, stop_process, sum_over_ranks, wrap_model
 from trainer.evaluation import Evaluator
 from trainer.loader import PackedData, model_inputs
-from trainer.logger import Logger, step_counts
+from trainer.logger import Logger
 from trainer.optimization import (
     Precision,
     backward,
@@ -155,9 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     prepare_forward(model, args, process.device)
     model, optimizer = wrap_model(model, optimizer, precision.dtype, args, process)
     checkpoint = Checkpoint(weights, "full_dist", args, process, tokenizer, data, teacher=file_sha256(teacher_path))
-    progress = checkpoint.restore(model, optimizer, precision)
-    if progress.step == 0 and process.is_main:
-        print(f"student {base}, teacher {teacher_path}")
+    progress = checkpoint.restore(model, optimizer, precision, fresh=f"student {base}, teacher {teacher_path}")
     logger = Logger(checkpoint.name, args, process, model, data, progress.step, precision)
     metrics = {}
 
@@ -181,8 +179,7 @@ def main(argv: list[str] | None = None) -> None:
             lr = learning_rate(step, data.total_steps, args.learning_rate, args.warmup_iters, args.min_lr_ratio)
             grad_norm = optimizer_step(model, optimizer, precision, lr, args.grad_clip)
             # ----------------------------
-            counts = step_counts(micro_batches, process)
-            progress.advance(counts, data.total_steps)
+            counts = progress.advance(micro_batches, data.total_steps, process)
             metrics["loss"] = loss
             more = {"ce": cross_entropy, "kl": divergence, "aux_loss": aux_loss}
             logger.step(step, loss, lr, grad_norm, counts, **more)

@@ -35,7 +35,7 @@ from trainer.checkpoint import Checkpoint, file_sha256, output_path
 from trainer.distributed import gradient_sync, start_process, stop_on_signal, stop_process, sum_over_ranks, wrap_model
 from trainer.evaluation import Evaluator
 from trainer.loader import PackedData, model_inputs
-from trainer.logger import Logger, step_counts
+from trainer.logger import Logger
 from trainer.optimization import (
     Precision,
     backward,
@@ -143,9 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     prepare_forward(model, args, process.device)
     model, optimizer = wrap_model(model, optimizer, precision.dtype, args, process)
     checkpoint = Checkpoint(weights, "rlhf", args, process, tokenizer, data, reference=file_sha256(frozen))
-    progress = checkpoint.restore(model, optimizer, precision)
-    if progress.step == 0 and process.is_main:
-        print(f"starting from {base}")
+    progress = checkpoint.restore(model, optimizer, precision, fresh=f"starting from {base}")
     logger = Logger(checkpoint.name, args, process, model, data, progress.step, precision)
     metrics = {}
 
@@ -168,8 +166,7 @@ def main(argv: list[str] | None = None) -> None:
             lr = learning_rate(step, data.total_steps, args.learning_rate, args.warmup_iters, args.min_lr_ratio)
             grad_norm = optimizer_step(model, optimizer, precision, lr, args.grad_clip)
             # ----------------------------
-            counts = step_counts(micro_batches, process)
-            progress.advance(counts, data.total_steps)
+            counts = progress.advance(micro_batches, data.total_steps, process)
             metrics["loss"] = loss
             more = dict(zip(METRICS[1:], shown, strict=True))
             logger.step(step, loss, lr, grad_norm, counts, **more, aux_loss=aux_loss)

@@ -47,7 +47,7 @@ from trainer.distributed import (
 )
 from trainer.evaluation import Evaluator
 from trainer.loader import PackedData, model_inputs
-from trainer.logger import Logger, step_counts
+from trainer.logger import Logger
 from trainer.optimization import (
     Precision,
     backward,
@@ -143,8 +143,7 @@ def main(argv: list[str] | None = None) -> None:
             lr = learning_rate(step, data.total_steps, args.learning_rate, args.warmup_iters, args.min_lr_ratio)
             grad_norm = optimizer_step(model, optimizer, precision, lr, args.grad_clip)
             # ----------------------------
-            counts = step_counts(micro_batches, process)
-            progress.advance(counts, data.total_steps)
+            counts = progress.advance(micro_batches, data.total_steps, process)
             metrics["loss"] = cross_entropy
             logger.step(step, cross_entropy, lr, grad_norm, counts, aux_loss=aux_loss)
 
