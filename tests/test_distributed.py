@@ -59,16 +59,19 @@ def check_split(launcher, folder, stage, split, whole, tolerance, **flags):
     gradients, weights, log = split_run(launcher, folder / "-".join(map(str, split)), stage, split, **flags)
     expected_gradients, expected_weights, expected_log = whole
     assert len(gradients) == len(expected_gradients) == 5
+    # later gradients and losses are taken at weights that differ by rounding; where that is the bfloat16 of Muon, a
+    # token near the border between two experts may go to the other one
+    later = 5e-2 if flags.get("optimizer") == "muon" and flags.get("use_moe") else tolerance
     for step, (ours, theirs) in enumerate(zip(gradients, expected_gradients, strict=True)):
-        # later gradients are taken at weights that differ by rounding
-        assert relative_error(ours, theirs) < (1e-6 if step == 0 else tolerance), f"gradients of step {step}"
+        assert relative_error(ours, theirs) < (1e-6 if step == 0 else later), f"gradients of step {step}"
     assert relative_error(weights, expected_weights) < tolerance
     # how fast, and how a micro-batch of pairs was laid out, may differ
     names = expected_log[0].keys() - {"event", "tokens_per_second", "mfu", "padding"}
     for ours, theirs in zip(log, expected_log, strict=True):
         for name in names - {"step", "epoch", "lr"}:
-            # margins of log-probs are near 0, the log-probs are not
-            relative, absolute = max(1e-5, tolerance), max(1e-6, tolerance / 10)
+            # margins are near 0, but differences of float32 log-probs, which are not
+            size = abs(theirs.get("logp_chosen", 0.0))
+            relative, absolute = max(1e-5, later), max(1e-6, later / 10, 1e-7 * size)
             assert ours[name] == pytest.approx(theirs[name], rel=relative, abs=absolute), name
         for name in ("step", "epoch", "lr"):
             assert ours[name] == theirs[name]
