@@ -160,6 +160,11 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
 
 
+def trains_eagerly_on_cpu(x: torch.Tensor) -> bool:
+    """Where functions written by hand save passes over memory; a compiler fuses the plain ones by itself."""
+    return x.device.type == "cpu" and x.requires_grad and not torch.compiler.is_compiling()
+
+
 # --- rotary positions ------------------------------------------------------------------------------------------------
 
 
@@ -203,7 +208,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     x (batch, seq, heads, head_dim), cos and sin (batch, seq, head_dim / 2). float32 inside, x's dtype outside.
     """
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    if x.device.type == "cpu" and x.requires_grad:
+    if trains_eagerly_on_cpu(x):
         return Rotation.apply(x, cos, sin)
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
@@ -399,7 +404,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if x.device.type == "cpu" and gate.requires_grad:
+        if trains_eagerly_on_cpu(gate):
             return self.down_proj(SwiGLU.apply(gate, up))
         return self.down_proj(F.silu(gate) * up)
 

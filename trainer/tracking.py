@@ -41,7 +41,11 @@ class Tracker:
             try:
                 args.out_dir.mkdir(parents=True, exist_ok=True)
                 self.run = wandb.init(
-                    project=args.wandb_project, name=name, config=config, dir=str(args.out_dir), mode=mode
+                    project=args.wandb_project,
+                    name=name,
+                    config=config,
+                    dir=os.environ.get("WANDB_DIR") or str(args.out_dir),
+                    mode=mode,
                 )
                 return
             except Exception as error:  # wandb raises many kinds here
