@@ -10,6 +10,7 @@ import torch
 from conftest import (
     DISTILLATION,
     DPO,
+    FULL_SFT,
     LORA,
     PRETRAIN,
     REASON,
@@ -61,7 +62,7 @@ def check_split(launcher, folder, stage, split, whole, tolerance, **flags):
     assert len(gradients) == len(expected_gradients) == 5
     # later gradients and losses are taken at weights that differ by rounding; where that is the bfloat16 of Muon, a
     # token near the border between two experts may go to the other one
-    later = 5e-2 if flags.get("optimizer") == "muon" and flags.get("use_moe") else tolerance
+    later = 5e-2 if (stage, flags.get("optimizer"), flags.get("use_moe")) == (DPO, "muon", True) else tolerance
     for step, (ours, theirs) in enumerate(zip(gradients, expected_gradients, strict=True)):
         assert relative_error(ours, theirs) < (1e-6 if step == 0 else later), f"gradients of step {step}"
     assert relative_error(weights, expected_weights) < tolerance
@@ -108,7 +109,12 @@ def test_two_processes_train_as_one(launcher, tmp_path, inputs, stage, use_moe):
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 def test_every_stage_may_be_split_in_any_way(launcher, tmp_path, inputs, stage, optimizer, use_moe):
     # torch's Muon orthogonalises in bfloat16, which makes more of a difference in rounding
-    rate, tolerance = {"sgd": (0.03, 2e-6), "adamw": (1e-3, 1e-5), "muon": (1e-3, 5e-3)}[optimizer]
+    rate, tolerance = {"sgd": (0.03, 1e-6), "adamw": (1e-3, 1e-5), "muon": (1e-3, 1e-3)}[optimizer]
+    plain = stage in (PRETRAIN, FULL_SFT)  # elsewhere small losses, and differences of them: more of them is rounding
+    if optimizer == "sgd" and not plain:
+        tolerance = 2e-6
+    if optimizer == "muon" and (use_moe or not plain):
+        tolerance = 5e-3
     flags = inputs(stage, use_moe) | {"optimizer": optimizer, "learning_rate": rate}
     whole = split_run(launcher, tmp_path / "whole", stage, WHOLE, **flags)
     for split in (ACCUMULATED, RANKS, (1, 8, 1), (4, 2, 1), (4, 1, 2), (1, 4, 2)):
