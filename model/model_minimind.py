@@ -11,6 +11,7 @@ kv_heads = key/value heads; group = heads // kv_heads; head_dim = hidden // head
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -226,28 +227,28 @@ class TiledAttention(torch.autograd.Function):
     kernel does not reach the rate of the matrix library.
 
     query (kv_heads, tokens, group, head_dim), already scaled by 1/sqrt(head_dim); key and value (kv_heads, tokens,
-    head_dim).
+    head_dim). recompute: the backward pass computes the probabilities again, to the same bits, instead of keeping them.
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, tiles):
+    def forward(ctx, query, key, value, tiles, recompute):
         kv_heads, tokens, group, head_dim = query.shape
         query = query.reshape(kv_heads, tokens * group, head_dim)
         out = torch.empty_like(query)
         probabilities = []
-        for start, end, first_key, bias in tiles:
-            scores = torch.bmm(query[:, start * group : end * group], key[:, first_key:end].transpose(1, 2))
-            scores.view(kv_heads, end - start, group, end - first_key).add_(bias)
-            weights = torch.softmax(scores, dim=-1)
+        for tile in tiles:
+            start, end, first_key, _ = tile
+            weights = TiledAttention.probabilities(query, key, tile, group)
             out[:, start * group : end * group] = torch.bmm(weights, value[:, first_key:end])
-            probabilities.append(weights)
+            if not recompute:
+                probabilities.append(weights)
         ctx.save_for_backward(query, key, value, out, *probabilities)
         ctx.tiles, ctx.group = tiles, group
         return out.view(kv_heads, tokens, group, head_dim)
 
     @staticmethod
     def backward(ctx, grad_out):
-        query, key, value, out, *probabilities = ctx.saved_tensors
+        query, key, value, out, *kept = ctx.saved_tensors
         group = ctx.group
         grad_out = grad_out.reshape(query.shape)
         # softmax backward needs sum_j p_ij dp_ij, which equals dout_i · out_i
@@ -255,7 +256,9 @@ class TiledAttention(torch.autograd.Function):
         grad_query = torch.empty_like(query)
         grad_key = torch.zeros_like(key, dtype=torch.float32)
         grad_value = torch.zeros_like(value, dtype=torch.float32)
-        for (start, end, first_key, _), weights in zip(ctx.tiles, probabilities, strict=True):
+        for number, tile in enumerate(ctx.tiles):
+            start, end, first_key, _ = tile
+            weights = kept[number] if kept else TiledAttention.probabilities(query, key, tile, group)
             rows, columns = slice(start * group, end * group), slice(first_key, end)
             grad_value[:, columns] += torch.bmm(weights.transpose(1, 2), grad_out[:, rows])
             grad_scores = torch.bmm(grad_out[:, rows], value[:, columns].transpose(1, 2))
@@ -263,7 +266,14 @@ class TiledAttention(torch.autograd.Function):
             grad_query[:, rows] = torch.bmm(grad_scores, key[:, columns])
             grad_key[:, columns] += torch.bmm(grad_scores.transpose(1, 2), query[:, rows])
         grad_query = grad_query.view(query.shape[0], -1, group, query.shape[2])
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
+
+    @staticmethod
+    def probabilities(query, key, tile, group):
+        start, end, first_key, bias = tile
+        scores = torch.bmm(query[:, start * group : end * group], key[:, first_key:end].transpose(1, 2))
+        scores.view(len(key), end - start, group, end - first_key).add_(bias)
+        return torch.softmax(scores, dim=-1)
 
 
 def attention_tiles(cu_seqlens: torch.Tensor, dtype: torch.dtype, tile: int = 128, rounding: int = 64) -> list[tuple]:
@@ -344,6 +354,7 @@ class Attention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.recompute = False  # see MiniMindForCausalLM.recompute_activations
         self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
@@ -357,7 +368,7 @@ class Attention(nn.Module):
         if plan.kind == "tiles":
             query = query.view(batch * seq, self.kv_heads, -1, self.head_dim).transpose(0, 1) * self.head_dim**-0.5
             key, value = (t.reshape(batch * seq, self.kv_heads, -1).transpose(0, 1) for t in (key, value))
-            out = TiledAttention.apply(query, key, value, plan.tiles).transpose(0, 1)
+            out = TiledAttention.apply(query, key, value, plan.tiles, self.recompute).transpose(0, 1)
         elif plan.kind == "varlen":
             query, key, value = (t.flatten(0, 1) for t in (query, key, value))
             borders, longest = plan.cu_seqlens, plan.max_seqlen
@@ -398,15 +409,34 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: MiniMindConfig):
         super().__init__()
+        self.recompute = False  # see MiniMindForCausalLM.recompute_activations
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if trains_eagerly_on_cpu(gate):
-            return self.down_proj(SwiGLU.apply(gate, up))
-        return self.down_proj(F.silu(gate) * up)
+        if not trains_eagerly_on_cpu(gate):
+            return self.down_proj(F.silu(gate) * up)
+        product = SwiGLU.apply(gate, up)
+        if not self.recompute:
+            return self.down_proj(product)
+        with recomputed(product, lambda: F.silu(gate.detach()).mul_(up.detach())):
+            return self.down_proj(product)
+
+
+def recomputed(tensor: torch.Tensor, compute: Callable[[], torch.Tensor]) -> torch.autograd.graph.saved_tensors_hooks:
+    """A context in which autograd keeps, in place of this tensor, how it is computed again."""
+    storage, shape = tensor.data_ptr(), tensor.shape
+
+    def pack(saved: torch.Tensor) -> torch.Tensor | torch.Size:
+        same = saved.data_ptr() == storage and saved.numel() == shape.numel() and saved.is_contiguous()
+        return saved.shape if same else saved
+
+    def unpack(kept: torch.Tensor | torch.Size) -> torch.Tensor:
+        return kept if isinstance(kept, torch.Tensor) else compute().view(kept)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 class Router(nn.Module):
@@ -659,6 +689,13 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
+
+    def recompute_activations(self, enable: bool = True) -> None:
+        """Keeps a third less for the backward pass of CPU training, which computes attention probabilities and the
+        products of SwiGLU again, to the same bits. CUDA's kernels and compiler do so by themselves."""
+        for module in self.modules():
+            if isinstance(module, (Attention, FeedForward)):
+                module.recompute = enable
 
     def forward(
         self,

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from model.model_minimind import AttentionPlan, DocumentIndex, MiniMindConfig, MiniMindForCausalLM
+from model.model_minimind import AttentionPlan, DocumentIndex, MiniMindConfig, MiniMindForCausalLM, recomputed
 
 COMPAT = Path(__file__).parent / "compat"
 VOCAB = 97
@@ -425,6 +426,59 @@ def test_gradient_checkpointing_changes_nothing(use_moe):
     torch.testing.assert_close(again, loss, rtol=1e-6, atol=0)
     for parameter, gradient in gradients.items():
         torch.testing.assert_close(recomputed[parameter], gradient, rtol=1e-5, atol=1e-7)
+
+
+@both_kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputing_activations_changes_no_bit_of_a_gradient_and_keeps_less(use_moe, dtype):
+    model = tiny_model(use_moe=use_moe).train()
+    _, batch, labels = pack("longer_than_tiles")
+
+    def run():
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            outputs = model(**batch)
+        return F.cross_entropy(outputs.logits.flatten(0, 1).float(), labels.flatten()) + outputs.aux_loss, None
+
+    def kept_bytes():
+        """What autograd holds after a forward: each storage once, parameters not counted."""
+        kept = {p.data_ptr(): 0 for p in model.parameters()}
+
+        def count(tensor):
+            kept.setdefault(tensor.data_ptr(), tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss, _ = run()
+        del loss
+        return sum(kept.values())
+
+    loss, _, gradients = loss_and_gradients(model, run)
+    before = kept_bytes()
+    model.recompute_activations()
+    again, _, recomputed = loss_and_gradients(model, run)
+    assert torch.equal(again, loss)
+    for parameter, gradient in gradients.items():
+        assert torch.equal(recomputed[parameter], gradient), parameter
+    assert kept_bytes() < 0.8 * before
+    model.recompute_activations(False)
+    assert kept_bytes() == before
+
+
+def test_a_recomputed_tensor_is_not_kept():
+    gate, up = (torch.randn(6, 8, requires_grad=True) for _ in range(2))
+    linear = torch.nn.Linear(8, 4, bias=False)
+    expected = torch.autograd.grad(linear(gate * up).square().sum(), (gate, up, linear.weight))
+    product = gate * up
+    with recomputed(product, lambda: calls.append(1) or (gate * up).detach()):
+        out = linear(product)
+    calls, gone = [], weakref.ref(product)
+    del product
+    assert gone() is None
+    for gradient, wanted in zip(
+        torch.autograd.grad(out.square().sum(), (gate, up, linear.weight)), expected, strict=True
+    ):
+        assert torch.equal(gradient, wanted)
+    assert calls == [1]
 
 
 # --- save_pretrained and from_pretrained -----------------------------------------------------------------------------

@@ -153,6 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     load_weights(model, base, tokenizer.sha256)
     optimizer = build_optimizer(model, args)
     prepare_forward(model, args, process.device)
+    model.recompute_activations(not args.gradient_checkpointing)  # memory is what two models are short of
     model, optimizer = wrap_model(model, optimizer, precision.dtype, args, process)
     checkpoint = Checkpoint(weights, "full_dist", args, process, tokenizer, data, teacher=file_sha256(teacher_path))
     progress = checkpoint.restore(model, optimizer, precision, fresh=f"student {base}, teacher {teacher_path}")
