@@ -10,7 +10,7 @@ identity     asks who the model is, in wordings that --train_path does not hold,
              counts the answers that hold the name
 loss         loss in nats per answer token, and bits per byte
 preferences  how often the chosen answer wins: by the reward beta * (logpi - logref), by the log-prob of either model,
-             and by a rule that takes the longer answer; apart for pairs whose chosen answer is longer or shorter
+             and by a rule that takes the longer answer; apart for pairs whose chosen answer is longer, shorter or neither
 reasoning    how many answers are <think>…</think><answer>…</answer>, both parts non-empty, and ended
 
 A weight is a stage or a .pth file. With --lora_name the weights alone are measured too, as the row before. --json FILE
@@ -54,7 +54,7 @@ REASONED = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re
 TAG = re.compile(r"</?(?:think|answer)>")
 # columns that are shares of something
 SHARES = {"with name", "with name by mistake", "worse by", "well-formed", "empty", "ended"}
-SHARES |= {"all", "chosen longer", "chosen shorter"}
+SHARES |= {"all", "chosen longer", "chosen shorter", "same length"}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -225,7 +225,7 @@ def identity(args: argparse.Namespace, tokenizer: ChatTokenizer) -> list[dict]:
         named = [args.name.lower() in text.lower() for text in texts]
         mine, others = named[: len(own)], named[len(own) :]
         rows.append({
-            "weights": title, "asked who": len(own), "with name": fmean(mine), "asked otherwise": len(other),
+            "weights": title, "name": args.name, "asked who": len(own), "with name": fmean(mine), "asked otherwise": len(other),
             "with name by mistake": fmean(others),
         })  # fmt: skip
         wrong = [i for i, has in enumerate(named) if has != (i < len(own))]
@@ -288,6 +288,7 @@ def preference_rows(
     longer = full_lengths[:, 0] > full_lengths[:, 1]
     shorter = full_lengths[:, 0] < full_lengths[:, 1]
     groups = {"all": torch.ones_like(longer), "chosen longer": longer, "chosen shorter": shorter}
+    groups["same length"] = ~longer & ~shorter
     ways = {
         "reward (policy against reference)": beta * (policy - reference),
         "reward per token": beta * (policy - reference) / counts,

@@ -156,15 +156,15 @@ def test_accuracies_by_hand():
     rows = {
         row.pop("accuracy by"): row for row in stage_quality.preference_rows(policy, reference, lengths, lengths, 0.1)
     }
-    assert rows["(pairs)"] == {"all": 4, "chosen longer": 2, "chosen shorter": 1}
+    assert rows["(pairs)"] == {"all": 4, "chosen longer": 2, "chosen shorter": 1, "same length": 1}
     # margins of the rewards: 1, 1, 0 (a tie), -3, times beta
-    expected = {"all": 2.5 / 4, "chosen longer": 1.0, "chosen shorter": 0.0}
+    expected = {"all": 2.5 / 4, "chosen longer": 1.0, "chosen shorter": 0.0, "same length": 0.5}
     assert rows["reward (policy against reference)"] == pytest.approx(expected)
-    assert rows["the longer answer"] == pytest.approx({"all": 2.5 / 4, "chosen longer": 1.0, "chosen shorter": 0.0})
-    by_policy = {"all": 2.5 / 4, "chosen longer": 0.5, "chosen shorter": 1.0}
+    assert rows["the longer answer"] == pytest.approx(expected)
+    by_policy = {"all": 2.5 / 4, "chosen longer": 0.5, "chosen shorter": 1.0, "same length": 0.5}
     assert rows["log-prob under the policy"] == pytest.approx(by_policy)
     # per token: -1 > -3; -1 = -1; tie; -4 > -5
-    per_token = {"all": 3 / 4, "chosen longer": 0.75, "chosen shorter": 1.0}
+    per_token = {"all": 3 / 4, "chosen longer": 0.75, "chosen shorter": 1.0, "same length": 0.5}
     assert rows["log-prob per token under the policy"] == pytest.approx(per_token)
     assert stage_quality.accuracy(policy, torch.zeros(4, dtype=torch.bool)) is None
 
@@ -193,7 +193,8 @@ def test_a_policy_that_is_its_reference_has_no_reward(folder, tmp_path, pairs, c
     by = {row["accuracy by"]: row for row in rows if "accuracy by" in row}
     margins = next(row for row in rows if "reward margin" in row)
     assert by["reward (policy against reference)"]["all"] == 0.5
-    assert by["(pairs)"]["all"] == 7 and by["(pairs)"]["chosen longer"] + by["(pairs)"]["chosen shorter"] == 7
+    assert by["(pairs)"]["all"] == 7
+    assert sum(by["(pairs)"][group] for group in ("chosen longer", "chosen shorter", "same length")) == 7
     assert margins["dpo loss"] == pytest.approx(math.log(2)) and margins["reward margin"] == 0
     lengths = [row for row in rows if "answers of" in row]
     assert [row["temperature"] for row in lengths] == [0.0, 0.7]
