@@ -10,7 +10,7 @@ identity     asks who the model is, in wordings that --train_path does not hold,
              counts the answers that hold the name
 loss         loss in nats per answer token, and bits per byte
 preferences  how often the chosen answer wins: by the reward beta * (logpi - logref), by the log-prob of either model,
-             and by a rule that takes the longer answer; apart for pairs whose chosen answer is longer, shorter or neither
+             and by a rule that takes the longer answer; apart by which answer is longer
 reasoning    how many answers are <think>…</think><answer>…</answer>, both parts non-empty, and ended
 
 A weight is a stage or a .pth file. With --lora_name the weights alone are measured too, as the row before. --json FILE
@@ -225,8 +225,8 @@ def identity(args: argparse.Namespace, tokenizer: ChatTokenizer) -> list[dict]:
         named = [args.name.lower() in text.lower() for text in texts]
         mine, others = named[: len(own)], named[len(own) :]
         rows.append({
-            "weights": title, "name": args.name, "asked who": len(own), "with name": fmean(mine), "asked otherwise": len(other),
-            "with name by mistake": fmean(others),
+            "weights": title, "name": args.name, "asked who": len(own), "with name": fmean(mine),
+            "asked otherwise": len(other), "with name by mistake": fmean(others),
         })  # fmt: skip
         wrong = [i for i, has in enumerate(named) if has != (i < len(own))]
         show_examples(f"{title}: wrong", [((own + other)[i], texts[i]) for i in wrong], args.examples)

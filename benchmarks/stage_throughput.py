@@ -19,7 +19,6 @@ are short: pairs of an answer and the answer to another question, conversations 
 
 import argparse
 import contextlib
-import ctypes
 import functools
 import json
 import math
@@ -27,7 +26,6 @@ import multiprocessing
 import os
 import random
 import re
-import resource
 import statistics
 import sys
 import tempfile
@@ -50,6 +48,7 @@ from model.model_lora import TARGETS, apply_lora
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import save_weights
 from trainer.arguments import add_boolean, run_script
+from trainer.cost import Memory
 from trainer.distributed import Process, keep_freed_memory
 from trainer.loader import PackedData, model_inputs
 from trainer.optimization import Precision, build_optimizer, optimizer_step, prepare_forward
@@ -435,44 +434,6 @@ def full_logits_step(student, teacher, batch: dict) -> torch.Tensor:
     divergences = F.kl_div(log_probs, teacher_probabilities, reduction="none").sum(dim=-1)
     divergence = divergences[batch["labels"] >= 0].sum()
     return (ALPHA * cross_entropy + (1 - ALPHA) * TEMPERATURE**2 * divergence) / batch["step_targets"]
-
-
-class Memory:
-    """Memory of this process in bytes: now, and at its highest since the last reset."""
-
-    def __init__(self, device: str):
-        self.cuda = device.startswith("cuda")
-
-    def now(self) -> int:
-        """What has been freed is given back to the system first."""
-        if self.cuda:
-            return torch.cuda.memory_allocated()
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-        return _status("VmRSS") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
-
-    def reset(self) -> None:
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-            return
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-
-    def peak(self) -> int:
-        if self.cuda:
-            return torch.cuda.max_memory_allocated()
-        return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
-
-
-RSS_UNIT = 1 if sys.platform == "darwin" else 1024
-
-
-def _status(name: str) -> int:
-    """A line of /proc/self/status in bytes; 0 where there is none."""
-    with contextlib.suppress(OSError):
-        found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text("ascii"), re.MULTILINE)
-        return int(found[1]) * 1024 if found else 0
-    return 0
 
 
 OURS = "ours, a chunk of targets at a time"

@@ -35,9 +35,9 @@ from dataset.packing import PackedBatches, build_plan
 from dataset.token_cache import open_token_cache
 from dataset.tokenization import ChatTokenizer
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from trainer.cost import attention_flops, flops_per_token, matmul_flops_per_second
 from trainer.distributed import keep_freed_memory
 from trainer.loader import model_inputs
-from trainer.logger import attention_flops, flops_per_token, matmul_flops_per_second
 from trainer.token_losses import token_cross_entropy
 
 SEQ = 512

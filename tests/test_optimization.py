@@ -122,7 +122,7 @@ def test_a_restored_optimizer_goes_on_as_if_nothing_had_been(name, tmp_path):
 
 def test_frozen_weights_cost_no_gradient_of_their_own():
     """Counted by torch: 6 operations per trained number and token, 4 per frozen one (the first layers need less)."""
-    from trainer.logger import count_parameters, flops_per_token
+    from trainer.cost import count_parameters, flops_per_token
 
     model = tiny_model()
     total = sum(p.numel() for p in model.parameters())

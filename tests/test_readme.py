@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from model.model_minimind import MiniMindConfig
-from trainer.logger import flops_per_token
+from trainer.cost import flops_per_token
 
 ROOT = Path(__file__).resolve().parents[1]
 README, README_ZH = "README.md", "README_zh.md"

@@ -27,7 +27,7 @@ FREE_ON_RESUME = {
     "resume", "log_interval", "save_interval", "eval_interval", "num_workers", "use_wandb", "wandb_project", "out_dir",
     "cache_dir", "device", "ddp", "local_rank", "valid_path", "sample_prompt", "compile", "overwrite", "batch_size",
     "accumulation_steps", "gradient_checkpointing", "save_peft", "base_weight", "reference_weight", "teacher_weight",
-    "deepspeed_config",
+    "deepspeed_config", "estimate", "price_per_hour",
 }  # fmt: skip
 
 
@@ -114,6 +114,8 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
     group("--save_interval", type=int, default=100, help="optimizer steps between saves (default: %(default)s)")
     group("--eval_interval", type=int, default=500, help="optimizer steps between evaluations (default: %(default)s)")
     group("--sample_prompt", default="", help="a text that the model continues at every evaluation")
+    add_boolean(parser, "--estimate", False, "time a few steps, print what the run will take, save nothing")
+    group("--price_per_hour", type=float, help="of this machine in dollars, for --estimate")
     add_boolean(parser, "--resume", False, "go on from the last saved state of this run")
     add_boolean(parser, "--compile", None, "torch.compile (default: on with CUDA, off on a CPU)")
     add_boolean(
@@ -170,7 +172,7 @@ def parse_arguments(
     for flag in ("epochs", "batch_size", "accumulation_steps", "log_interval", "save_interval", "eval_interval"):
         expect(flag, lambda v: v >= 1, "at least 1")
     expect("max_seq_len", lambda v: v >= 2, "at least 2")
-    for flag in ("warmup_iters", "max_steps", "num_workers", "weight_decay", "grad_clip", "seed"):
+    for flag in ("warmup_iters", "max_steps", "num_workers", "weight_decay", "grad_clip", "seed", "price_per_hour"):
         expect(flag, lambda v: v >= 0, "0 or more")
     expect("learning_rate", lambda v: 0 < v < float("inf"), "a number above 0")
     expect("min_lr_ratio", lambda v: 0 <= v <= 1, "between 0 and 1")
@@ -195,6 +197,10 @@ def parse_arguments(
     if mistakes:
         raise ValueError("; ".join(mistakes))
     args.cache_dir = args.cache_dir or args.out_dir / "token_cache"
+    if args.estimate:  # the steps and nothing else
+        args.resume = args.use_wandb = False
+        args.valid_path, args.sample_prompt = None, ""
+        args.log_interval = args.save_interval = args.eval_interval = sys.maxsize
     return args
 
 

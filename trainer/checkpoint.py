@@ -167,6 +167,8 @@ class Checkpoint:
 
         On another number of processes accumulation_steps is set so that the global batch stays the same.
         """
+        if self.args.estimate:
+            return None
         if not self.args.resume:
             if self.path.exists() and self.process.is_main:
                 print(f"{self.path} holds the state of an earlier run; this one will replace it (--resume would go on)")
@@ -235,6 +237,8 @@ class Checkpoint:
     ) -> None:
         """Writes weights, sidecar (with the metrics) and resume state. Every process calls it; the first one writes,
         under ZeRO each its shard."""
+        if self.args.estimate:
+            return
         rng = gather_objects(_rng_state(), self.process)
         tag = ""
         if zero_stage(model):

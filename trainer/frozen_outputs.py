@@ -10,12 +10,13 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from trainer.distributed import Process, barrier
+from trainer.loader import CALIBRATION_STEPS, PackedData
 
 FLUSH_SECONDS = 20
 
@@ -109,11 +110,13 @@ class FrozenOutputs:
         self.done.flush()
         self.pending, self.flushed = [], time.monotonic()
 
-    def finish(self) -> None:
-        """Every process calls this when it has written its share."""
+    def finish(self, whole: bool = True) -> None:
+        """Every process calls this when it has written its share, or, not whole, a part of it."""
         if self.complete:
             return
         self.flush()
+        if not whole:
+            return
         barrier(self.process)
         if not self.done.all():
             raise ValueError(
@@ -133,11 +136,19 @@ def _fits(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> bool:
     return array.shape == tuple(shape) and array.dtype == dtype
 
 
-def counted(batches: Iterable[dict], total: int, title: str, process: Process) -> Iterable[dict]:
-    """The batches, with a line every 20 seconds that says how far they are."""
+def counted(data: PackedData, title: str) -> Iterator[dict]:
+    """All batches of a file, with a line every 20 seconds that says how far they are.
+
+    For --estimate some of them: what all would take is noted in data.passes.
+    """
+    process, total = data.process, data.batches_in_file
+    enough = CALIBRATION_STEPS[process.device.type == "cuda"] if data.args.estimate else total
     started = last = time.monotonic()
-    for number, batch in enumerate(batches, start=1):
+    for number, batch in enumerate(data.all_batches(), start=1):
         yield batch
+        if number == enough < total:
+            data.passes[title] = (time.monotonic() - started) / number * total
+            return
         now = time.monotonic()
         if process.is_main and now - last > FLUSH_SECONDS:
             rest = (now - started) / number * (total - number)

@@ -14,50 +14,12 @@ import torch
 import transformers
 from torch import nn
 
-from model.model_minimind import MiniMindConfig
+from trainer.cost import Memory, attention_flops, count_parameters, flops_per_token, matmul_flops_per_second
 from trainer.distributed import Process, sum_over_ranks, unwrap_model
+from trainer.estimate import Calibration, compared
 from trainer.loader import PackedData, plural
 from trainer.optimization import Precision
 from trainer.tracking import Tracker
-
-
-def flops_per_token(config: MiniMindConfig, parameters: int, frozen: int = 0) -> float:
-    """Floating-point operations of forward and backward per token in the weights: 6 per active parameter.
-
-    frozen: how many of the parameters are not trained; they need no gradient of their own and cost 4. A routed expert
-    that a token does not visit costs nothing. The embedding is tied to the head and counts once.
-    """
-    idle = 0
-    if config.use_moe:
-        idle = config.n_routed_experts - config.num_experts_per_tok
-        idle *= config.num_hidden_layers * 3 * config.hidden_size * config.intermediate_size
-    return 6 * (parameters - idle) - 2 * (frozen - idle if frozen else 0)
-
-
-def attention_flops(config: MiniMindConfig, positions_seen: int) -> float:
-    """Forward and backward of causal attention: 12 · hidden · layers for every (token, position it sees) pair."""
-    return 12 * config.hidden_size * config.num_hidden_layers * positions_seen
-
-
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Numbers in all weights, and in those that are frozen."""
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]  # ZeRO-3 empties them
-    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if not trained)
-
-
-def matmul_flops_per_second(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
-    """The best rate of a large square matrix product on this device: what MFU is measured against."""
-    size = size or (8192 if device.type == "cuda" else 2048)
-    own_generator = torch.Generator(device)  # the run's random numbers are not to depend on this
-    a = torch.randn(size, size, device=device, generator=own_generator).to(dtype)
-    best = float("inf")
-    for _ in range(4):  # the first warms up
-        start = time.perf_counter()
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
 
 
 @dataclass
@@ -110,19 +72,27 @@ class Logger:
         data: PackedData,
         first_step: int,
         precision: Precision,
+        teacher: nn.Module | None = None,
     ):
-        self.args, self.process = args, process
+        """teacher: a frozen model whose forward is part of every step; its operations count in MFU."""
+        self.name, self.args, self.process = name, args, process
         self.config = unwrap_model(model).config
         self.parameters, self.frozen = count_parameters(model)
         self.first_step, self.total_steps, self.steps_per_epoch = first_step, data.total_steps, data.steps_per_epoch
         self.file, self.tracker, self.bar_shown = None, None, False
         self.terminal = process.is_main and sys.stderr.isatty()
+        self.flops_per_token = flops_per_token(self.config, self.parameters, self.frozen)
+        if teacher is not None:
+            self.flops_per_token += flops_per_token(teacher.config, count_parameters(teacher)[0]) / 3
         self.peak = matmul_flops_per_second(process.device, precision.dtype) * process.world_size
-        if process.is_main:
+        self.calibration = Calibration(args, process, model, data, name) if args.estimate else None
+        if process.is_main and not args.estimate:
             self._open(name)
             if first_step < self.total_steps:  # else a complete run was resumed, and nothing is about to happen
                 self._introduce(data, precision)
-        self.started = time.perf_counter()
+        self.memory = Memory(process.device)
+        self.memory.reset()
+        self.started, self.not_training = time.perf_counter(), 0.0
         self._clear_interval()
 
     def _open(self, name: str) -> None:
@@ -172,9 +142,12 @@ class Logger:
         start = time.perf_counter()
         yield
         self.paused += time.perf_counter() - start
+        self.not_training += time.perf_counter() - start
 
     def step(self, step: int, loss: float, lr: float, grad_norm: float, counts: "StepCounts", **more) -> None:
         """One optimizer step, numbers of all processes together. `more`: further means to log, such as aux_loss."""
+        if self.calibration:
+            self.calibration.step_done(self._flops(counts.tokens, counts.attended), counts.tokens)
         for name, value in (("loss", loss), ("steps", 1), *vars(counts).items()):
             self.sums[name] += value
         for name, value in more.items():
@@ -185,8 +158,7 @@ class Logger:
                 self._draw_bar(done, loss)
             return
         sums, seconds = self.sums, max(time.perf_counter() - self.interval_started - self.paused, 1e-9)
-        flops = flops_per_token(self.config, self.parameters, self.frozen) * sums["tokens"]
-        flops += attention_flops(self.config, sums["attended"])
+        flops = self._flops(sums["tokens"], sums["attended"])
         epoch, epoch_step = divmod(step, self.steps_per_epoch)
         epoch_steps = min(self.steps_per_epoch, self.total_steps - epoch * self.steps_per_epoch)
         minutes = seconds / sums["steps"] * (epoch_steps - epoch_step - 1) / 60
@@ -211,6 +183,9 @@ class Logger:
         )
         self.record({"event": "step", **metrics})
         self._clear_interval()
+
+    def _flops(self, tokens: float, attended: float) -> float:
+        return self.flops_per_token * tokens + attention_flops(self.config, attended)
 
     def _draw_bar(self, done: int, loss: float) -> None:
         seconds = (time.perf_counter() - self.started) / (done - self.first_step) * (self.total_steps - done)
@@ -250,6 +225,16 @@ class Logger:
 
     def close(self, weights: Path, progress: Progress, next_command: str) -> None:
         """Says what the run left behind and what comes next."""
+        if self.calibration:
+            progress.complete = True  # all that was asked for
+            if self.process.is_main:
+                self.say(self.calibration.report(self.config, self.parameters, self.frozen))
+            return
+        if progress.complete and self.first_step == 0 and self.process.is_main:
+            seconds = time.perf_counter() - self.started - self.not_training
+            estimate = Path(self.args.out_dir) / "logs" / f"{self.name}.estimate.json"
+            if off := compared(estimate, self.args, self.process, seconds, self.memory.peak()):
+                self.say(off)
         if progress.complete:
             self.say(f"{weights} is ready; next: {next_command}")
         else:

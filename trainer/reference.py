@@ -44,12 +44,12 @@ def reference_log_probs(
     if outputs.complete:
         return outputs.arrays["log_probs"]
     model = load_model(path, tokenizer.sha256)[0].to(process.device)
-    for batch in counted(data.all_batches(), data.batches_in_file, f"log-probs of {path.name}", process):
+    for batch in counted(data, f"log-probs of {path.name}"):
         pairs = batch["pair_ids"].cpu().numpy()
         if len(pairs) and outputs.missing(pairs).any():
             with precision.autocast():
                 head = functools.partial(token_cross_entropy, labels=batch["labels"])
                 log_probs, _ = answer_log_probs(model(**model_inputs(batch), head=head).logits, batch)
             outputs.write(pairs, pairs, log_probs=log_probs.cpu().numpy())
-    outputs.finish()
+    outputs.finish(whole=not data.passes)
     return outputs.arrays["log_probs"]

@@ -65,8 +65,7 @@ class Teacher:
         place = self.args.cache_dir / f"{data.path.stem}-teacher"
         kept = FrozenOutputs(place, identity, data.plan.num_rows, shapes, self.process)
         if not kept.complete:
-            title = f"likeliest tokens of {self.path.name}"
-            for batch in counted(data.all_batches(), data.batches_in_file, title, self.process):
+            for batch in counted(data, f"likeliest tokens of {self.path.name}"):
                 rows = batch["row_ids"].cpu().numpy()
                 if not (len(rows) and kept.missing(rows).any()):
                     continue
@@ -75,7 +74,7 @@ class Teacher:
                     chunks = [log_probs(chunk)[0].topk(k) for chunk in even_chunks(batch["target_tokens"])]
                 values, ids = (torch.cat(part).cpu().numpy() for part in zip(*chunks, strict=True))
                 kept.write(rows, self._places(batch), token_ids=ids, log_probs=values)
-            kept.finish()
+            kept.finish(whole=not data.passes)
         self.kept, self.model = kept, None
 
     def _places(self, batch: dict) -> np.ndarray:

@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     model, optimizer = wrap_model(model, optimizer, precision.dtype, args, process)
     checkpoint = Checkpoint(weights, "full_dist", args, process, tokenizer, data, teacher=file_sha256(teacher_path))
     progress = checkpoint.restore(model, optimizer, precision, fresh=f"student {base}, teacher {teacher_path}")
-    logger = Logger(checkpoint.name, args, process, model, data, progress.step, precision)
+    logger = Logger(checkpoint.name, args, process, model, data, progress.step, precision, teacher.model)
     metrics = {}
 
     with stop_on_signal() as stop:

@@ -1,0 +1,121 @@
+"""What training costs: floating-point operations, bytes of memory, and the rate that a device can reach."""
+
+import contextlib
+import ctypes
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from model.model_minimind import MiniMindConfig
+
+
+def flops_per_token(config: MiniMindConfig, parameters: int, frozen: int = 0) -> float:
+    """Floating-point operations of forward and backward per token in the weights: 6 per active parameter.
+
+    frozen: how many of the parameters are not trained; they need no gradient of their own and cost 4. A routed expert
+    that a token does not visit costs nothing. The embedding is tied to the head and counts once.
+    """
+    idle = 0
+    if config.use_moe:
+        idle = config.n_routed_experts - config.num_experts_per_tok
+        idle *= config.num_hidden_layers * 3 * config.hidden_size * config.intermediate_size
+    return 6 * (parameters - idle) - 2 * (frozen - idle if frozen else 0)
+
+
+def attention_flops(config: MiniMindConfig, positions_seen: int) -> float:
+    """Forward and backward of causal attention: 12 · hidden · layers for every (token, position it sees) pair."""
+    return 12 * config.hidden_size * config.num_hidden_layers * positions_seen
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Numbers in all weights, and in those that are frozen."""
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]  # ZeRO-3 empties them
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if not trained)
+
+
+def matmul_flops_per_second(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
+    """The best rate of a large square matrix product on this device: what MFU is measured against."""
+    size = size or (8192 if device.type == "cuda" else 2048)
+    own_generator = torch.Generator(device)  # the run's random numbers are not to depend on this
+    a = torch.randn(size, size, device=device, generator=own_generator).to(dtype)
+    best = float("inf")
+    for _ in range(4):  # the first warms up
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def activation_bytes(config: MiniMindConfig, positions: int, checkpointing: bool = False) -> int:
+    """What a forward on CUDA keeps for the backward pass, in half precision over a float32 residual stream.
+
+    Per layer and position: the inputs of both norms in float32; in two bytes each what the projections read, query,
+    key, value and the attention's result, gate, up and their product. An estimate: compilers keep somewhat less.
+    """
+    hidden, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
+    experts = config.num_experts_per_tok + config.n_shared_experts if config.use_moe else 1
+    layer = 8 * hidden + 4 * hidden + 2 * (2 * hidden + 2 * kv) + 6 * config.intermediate_size * experts
+    layer += 4 * hidden * (config.num_experts_per_tok if config.use_moe else 0)  # what experts read and give
+    if checkpointing:  # the input of every layer, and one layer in full
+        return positions * (4 * hidden * config.num_hidden_layers + layer)
+    return positions * layer * config.num_hidden_layers
+
+
+class Memory:
+    """Memory of this process in bytes: on a GPU what is allocated there, on a CPU what is resident."""
+
+    def __init__(self, device: torch.device | str):
+        self.cuda = torch.device(device).type == "cuda"
+
+    def now(self) -> int:
+        """What has been freed is given back to the system first."""
+        if self.cuda:
+            return torch.cuda.memory_allocated()
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        return _status("VmRSS") or _highest_resident()
+
+    def reset(self) -> None:
+        """Forgets the highest value so far, where the system can."""
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            return
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def peak(self) -> int:
+        if self.cuda:
+            return torch.cuda.max_memory_allocated()
+        return _status("VmHWM") or _highest_resident()
+
+    def total(self) -> int:
+        """What the device has; 0 where the system does not tell."""
+        if self.cuda:
+            return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        with contextlib.suppress(OSError):
+            text = Path("/proc/meminfo").read_text("ascii")
+            return int(re.search(r"^MemTotal:\s+(\d+) kB", text, re.MULTILINE)[1]) * 1024
+        return 0
+
+
+def _status(name: str) -> int:
+    """A line of /proc/self/status in bytes; 0 where there is none."""
+    with contextlib.suppress(OSError):
+        found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text("ascii"), re.MULTILINE)
+        return int(found[1]) * 1024 if found else 0
+    return 0
+
+
+def _highest_resident() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

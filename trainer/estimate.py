@@ -1,0 +1,207 @@
+"""--estimate: what a run will take, before anything is spent.
+
+The stage's own loop runs for a few optimizer steps on the real data and its time and memory are measured; nothing is
+saved. From that comes the time on this machine. Other cards are computed from the operations that the steps counted, at
+a share of the card's peak that is assumed, not measured: see MFU and CARDS. A later run with the same flags says at its
+end how far off the estimate was.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from model.model_minimind import MiniMindConfig
+from model.weights import write_json
+from trainer.cost import Memory, activation_bytes
+from trainer.distributed import Process
+from trainer.loader import PackedData, plural
+
+LIBRARIES = Memory("cpu").now()  # this module is imported when the libraries are, and before any model is made
+# flags that change neither time nor memory of the steps themselves
+IRRELEVANT = {
+    "resume", "log_interval", "save_interval", "eval_interval", "use_wandb", "wandb_project", "out_dir", "cache_dir",
+    "valid_path", "sample_prompt", "overwrite", "save_peft", "estimate", "price_per_hour", "local_rank", "ddp",
+}  # fmt: skip
+CONTEXT_BYTES = 0.8e9  # what CUDA, its libraries and the allocator's fragments take besides
+
+
+@dataclass(frozen=True)
+class Card:
+    """Peak of dense bfloat16 products with float32 sums (the makers' data sheets), memory, price of renting one.
+
+    Prices in US dollars an hour are round numbers of 2026: on-demand offers of specialised providers for A100, H100
+    and H200 as https://www.mercatus-ai.com/blog/cloud-gpu-pricing lists them, the consumer cards by guess.
+    """
+
+    name: str
+    teraflops: float
+    gigabytes: float
+    dollars: float
+    count: int = 1
+
+
+CARDS = (
+    Card("RTX 3090", 71, 24, 0.25),
+    Card("RTX 4090", 165, 24, 0.50),
+    Card("A100 80GB", 312, 80, 1.30),
+    Card("H100 SXM", 989, 80, 3.00),
+    Card("H200", 989, 141, 4.00),
+    Card("8 × RTX 4090", 165, 24, 0.50, 8),
+    Card("8 × H100 SXM", 989, 80, 3.00, 8),
+)
+
+
+def assumed_mfu(config: MiniMindConfig, cards: int) -> float:
+    """Share of the peak that training is assumed to reach: 30 % at width 512, in proportion below, 45 % from 768 on;
+    several cards in one machine lose a tenth."""
+    width = config.hidden_size
+    share = 0.30 * min(width / 512, 1) + 0.15 * min(max((width - 512) / 256, 0), 1)
+    return share * (0.9 if cards > 1 else 1.0)
+
+
+class Calibration:
+    """Times the optimizer steps of a run, and says what all of them will take."""
+
+    def __init__(self, args: argparse.Namespace, process: Process, model: nn.Module, data: PackedData, name: str):
+        self.args, self.process, self.data = args, process, data
+        self.path = Path(args.out_dir) / "logs" / f"{name}.estimate.json"
+        self.memory = Memory(process.device)
+        self.parts = memory_parts(model, args, process)
+        self.memory.reset()
+        self.moments, self.flops, self.tokens = [time.perf_counter()], [], []
+
+    def step_done(self, flops: float, tokens: float) -> None:
+        if self.process.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.moments.append(time.perf_counter())
+        self.flops.append(flops)
+        self.tokens.append(tokens)
+
+    def measured(self) -> dict:
+        """Seconds of one step, its operations and tokens on all processes, peak bytes of this process."""
+        seconds = [end - start for start, end in zip(self.moments, self.moments[1:], strict=False)]
+        timed = slice(min(1, len(seconds) - 1), None)  # the first one compiles and fills caches
+        return {
+            "first": seconds[0],
+            "steps": len(seconds[timed]),
+            "step": statistics.fmean(seconds[timed]),
+            "spread": statistics.pstdev(seconds[timed]),
+            "flops": statistics.fmean(self.flops[timed]),
+            "tokens": statistics.fmean(self.tokens[timed]),
+            "bytes": self.memory.peak(),
+        }
+
+    def report(self, config: MiniMindConfig, parameters: int, frozen: int) -> str:
+        """All that is known, as text; also written beside the logs, for the comparison after the run."""
+        args, data, world = self.args, self.data, self.process.world_size
+        m, steps = self.measured(), data.total_steps
+        passes, threads = sum(data.passes.values()), plural(torch.get_num_threads(), "thread")
+        total = steps * m["step"] + max(m["first"] - m["step"], 0) + passes
+        write_json(self.path, {"seconds": total, "bytes": m["bytes"], "flags": relevant_flags(args, self.process)})
+        lines = [
+            f"{parameters / 1e6:.2f}M parameters, {(parameters - frozen) / 1e6:.2f}M of them trained",
+            f"{m['tokens'] * steps / 1e6:,.1f}M tokens in {plural(steps, 'step')}, {m['tokens']:,.0f} tokens a step",
+            "",
+            f"this machine ({self.process.device}, {plural(world, 'process')} of {threads})",
+            f"  {m['step']:.2f} s a step ± {m['spread'] / m['step']:.0%} ({m['steps']} timed), "
+            f"{m['tokens'] / m['step']:,.0f} tokens/s",
+            *(f"  beforehand: {title}, {duration(seconds)}" for title, seconds in data.passes.items()),
+            f"  {duration(total)}{self._price(total)}, without evaluations",
+            *self._memory_lines(m["bytes"]),
+            "",
+            f"other cards, computed, not measured: {assumed_mfu(config, 1):.0%} of the peak is assumed",
+            f"  {'':14}{'memory':>16}{'time':>12}{'cost':>10}",
+            *self._card_lines(config, m["flops"] * steps, 1 + passes / (steps * m["step"])),
+        ]
+        return "\n".join(lines)
+
+    def _price(self, seconds: float) -> str:
+        if self.args.price_per_hour is None:
+            return ""
+        return f", ${seconds / 3600 * self.args.price_per_hour:,.2f} at ${self.args.price_per_hour:g} an hour"
+
+    def _memory_lines(self, peak: int) -> list[str]:
+        parts = dict(self.parts)
+        if self.process.device.type != "cuda":
+            parts["Python and its libraries"] = LIBRARIES
+        parts["activations and the rest"] = max(peak - sum(parts.values()), 0)
+        listed = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
+        total = self.memory.total()
+        lines = [f"  memory: {gigabytes(peak)}{f' of {gigabytes(total)}' if total else ''} a process: {listed}"]
+        if total and peak > 0.9 * total:
+            lines.append("  that is nearly all there is: lower --batch_size and raise --accumulation_steps as much")
+        cache = sum(file.stat().st_size for file in self.data.cache.folder.iterdir())
+        saved = self.parts["weights"] // 2, self.parts["weights"] + self.parts["optimizer state"]
+        lines.append(f"  disk: tokens {gigabytes(cache)}, weights {gigabytes(saved[0])}, resume {gigabytes(saved[1])}")
+        return lines
+
+    def _card_lines(self, config: MiniMindConfig, flops: float, beforehand: float) -> list[str]:
+        args, lines = self.args, []
+        fixed = sum(self.parts.values()) + CONTEXT_BYTES
+        row = activation_bytes(config, args.max_seq_len, args.gradient_checkpointing)
+        for card in CARDS:
+            seconds = beforehand * flops / (card.count * card.teraflops * 1e12 * assumed_mfu(config, card.count))
+            needed, room = fixed + row * args.batch_size, 0.95 * card.gigabytes * 1e9
+            advice = ""
+            if needed > room:
+                rows = int((room - fixed) // row)
+                advice = f"  does not fit: --batch_size {rows}" if rows > 0 else "  does not fit"
+                advice += "" if args.gradient_checkpointing else ", or --gradient_checkpointing"
+            cost = seconds / 3600 * card.count * card.dollars
+            lines.append(
+                f"  {card.name:14}{f'{gigabytes(needed)} of {card.gigabytes:g}':>16}{duration(seconds):>12}"
+                f"{f'${cost:,.2f}' if cost >= 0.01 else 'a cent':>10}{advice}"
+            )
+        return lines
+
+
+def memory_parts(model: nn.Module, args: argparse.Namespace, process: Process) -> dict[str, int]:
+    """Bytes of one process that follow from the parameters: weights, gradients, optimizer state."""
+    whole = [(getattr(p, "ds_numel", p.numel()), p.element_size(), p.requires_grad) for p in model.parameters()]
+    trained = sum(size for size, _, grad in whole if grad)
+    moments = {"adamw": 8, "muon": 4, "sgd": 0}[args.optimizer]
+    state = trained * moments
+    if args.optimizer == "muon":  # one momentum for matrices inside the blocks, two moments for the rest
+        state += 4 * sum(p.numel() for n, p in model.named_parameters() if p.dim() != 2 or ".layers." not in n)
+    share = {stage: process.world_size if args.zero_stage >= stage else 1 for stage in (1, 2, 3)}
+    return {
+        "weights": sum(size * bytes_each for size, bytes_each, _ in whole) // share[3],
+        "gradients": 4 * trained // share[2],
+        "optimizer state": state // share[1],
+    }
+
+
+def relevant_flags(args: argparse.Namespace, process: Process) -> dict[str, str]:
+    flags = {name: str(value) for name, value in vars(args).items() if name not in IRRELEVANT}
+    return flags | {"processes": str(process.world_size), "threads": str(torch.get_num_threads())}
+
+
+def compared(path: Path, args: argparse.Namespace, process: Process, seconds: float, peak: int) -> str:
+    """How far off an earlier --estimate of this very run was; "" when there was none."""
+    try:
+        estimate = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return ""
+    if estimate.get("flags") != relevant_flags(args, process):
+        return ""
+    off = seconds / estimate["seconds"] - 1, peak / estimate["bytes"] - 1
+    return (
+        f"estimated: {duration(estimate['seconds'])}, {gigabytes(estimate['bytes'])}; it took {duration(seconds)} "
+        f"({off[0]:+.0%}) and {gigabytes(peak)} ({off[1]:+.0%})"
+    )
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
