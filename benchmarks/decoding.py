@@ -1,18 +1,26 @@
-"""Decoding speed: our engine beside transformers' generate, the same weights, greedy, one prompt at a time or many.
+"""Decoding speed: our engine beside transformers' generate and llama.cpp, the same weights, greedy.
 
 The contenders, each timed in turn, round by round:
 
-  ours          model/generation.py: preallocated cache, one prefill, then a token a step
+  ours          model/batching.py
   generate      transformers' generate on our model (its DynamicCache)
-  llama         transformers' generate on LlamaForCausalLM with the same weights
+  llama         transformers' generate on LlamaForCausalLM with the same weights; dense models only
+  llama.cpp     through llama-cpp-python, where that is installed and --gguf names the same weights as GGUF
 
-Tokens per second of the decoding alone: N over the time to make 1 + N tokens less the time to make 1. The ids that
-ours and generate produce are compared first.
+What is measured:
 
-    python benchmarks/decoding.py [--weight out/full_sft_512.pth] [--batch 1] [--dtype bfloat16] [--device cuda]
+  one stream    tokens per second of the decoding alone: N over the time to make 1 + N tokens less the time to make 1
+  first token   seconds from a prompt of --long_prompt tokens to the first id of the answer
+  concurrent    --concurrent requests at once, against the same requests one after another through transformers:
+                tokens per second from the first prompt to the last token, prompts included
+  bandwidth     weight bytes that a token of one stream needs, over what memory delivers when it is only read
+
+    python benchmarks/decoding.py [--weight out/full_sft_512.pth] [--dtype bfloat16] [--device cuda]
+    python scripts/convert_model.py --help    # how to write the GGUF file for --gguf
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -26,9 +34,19 @@ sys.path.insert(0, str(ROOT))
 import transformers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from model.generation import SamplingParams, generate_batch, stream
+from model.batching import Engine
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.sampling import SamplingParams
 from model.weights import load_model
+
+
+def random_model(use_moe: bool) -> MiniMindForCausalLM:
+    """A preset with random weights, rounded to float16 as a .pth holds them."""
+    model = MiniMindForCausalLM(MiniMindConfig(hidden_size=640 if use_moe else 512, use_moe=use_moe))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.half())
+    return model
 
 
 def llama_twin(model: MiniMindForCausalLM) -> LlamaForCausalLM | None:
@@ -43,70 +61,153 @@ def llama_twin(model: MiniMindForCausalLM) -> LlamaForCausalLM | None:
     return twin
 
 
-def main() -> None:
+def of_ours(model, concurrent: int):
+    engine = Engine(model, slots=concurrent, context_length=2048)
+
+    def run(prompts: list[list[int]], count: int) -> list[list[int]]:
+        for slot in engine._slots:  # no round is to find what the one before has read
+            slot.ids = []
+        params = SamplingParams(temperature=0.0, max_new_tokens=count, stop_ids=())
+        requests = [engine.submit(prompt, params) for prompt in prompts]
+        return [[token.id for token in request] for request in requests]
+
+    return run
+
+
+def of_transformers(model):
+    device = next(model.parameters()).device
+
+    def run(prompts: list[list[int]], count: int) -> list[list[int]]:
+        config = GenerationConfig(max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
+        answers = []
+        for prompt in prompts:
+            ids = torch.tensor([prompt], device=device)
+            output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+            answers.append(output[0, len(prompt) :].tolist())
+        return answers
+
+    return run
+
+
+def of_llama_cpp(path: Path, threads: int):
+    from llama_cpp import Llama
+
+    llama = Llama(str(path), n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False)
+
+    def run(prompts: list[list[int]], count: int) -> list[list[int]]:
+        answers = []
+        for prompt in prompts:
+            llama.reset()
+            answers.append(list(itertools.islice(llama.generate(prompt, temp=0.0, top_k=1), count)))
+        return answers
+
+    return run
+
+
+def read_bandwidth(device: torch.device, mebibytes: int = 512) -> float:
+    """Bytes per second of summing a block that no cache holds; the best of several passes."""
+    block = torch.ones(mebibytes * 2**18, device=device)
+    return 4 * block.numel() / min(timed(block.sum, device) for _ in range(8))
+
+
+def weight_bytes(model: MiniMindForCausalLM, device: torch.device) -> float:
+    """Bytes of weights that one token needs: all matrices, of the experts only those it is sent to. On a CPU the engine
+    reads two bytes a weight: the values of a .pth, or of a model in half precision."""
+    config, total = model.config, 0
+    for name, parameter in model.named_parameters():  # the tied head is listed once
+        share = config.num_experts_per_tok / config.n_routed_experts if ".mlp.experts." in name else 1
+        total += share * parameter.numel()
+    exact = all(torch.equal(p.half().to(p.dtype), p) for p in model.parameters())
+    narrow = device.type == "cpu" and (exact or next(model.parameters()).dtype != torch.float32)
+    return total * (2 if narrow else next(model.parameters()).element_size())
+
+
+def timed(run, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def table(title: str, unit: str, values: dict[str, list[float]], more_is_better: bool = True) -> None:
+    """Medians, and the median over rounds of the ratio within a round."""
+    print(f"\n{title:28}{unit:>10}   ours is better by (median and range over rounds)")
+    for name, rounds in values.items():
+        pairs = zip(values["ours"], rounds, strict=True)
+        ratios = [a / b if more_is_better else b / a for a, b in pairs]
+        spread = "" if name == "ours" else f"   {min(ratios):.2f} to {max(ratios):.2f}"
+        print(f"  {name:26}{statistics.median(rounds):10,.1f}   {statistics.median(ratios):.2f}×{spread}")
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weight", type=Path, help="a .pth (default: random weights of the 26M preset)")
+    parser.add_argument("--use_moe", action="store_true", help="random weights of the 145M mixture of experts")
+    parser.add_argument("--gguf", type=Path, help="the same weights for llama.cpp")
     parser.add_argument("--prompt_tokens", type=int, default=64)
     parser.add_argument("--new_tokens", type=int, default=96)
-    parser.add_argument("--batch", type=int, default=1, help="prompts decoded together")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--long_prompt", type=int, default=512)
+    parser.add_argument("--concurrent", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.manual_seed(0)
     device = torch.device(args.device)
-    model = load_model(args.weight)[0] if args.weight else MiniMindForCausalLM(MiniMindConfig())
+    model = load_model(args.weight)[0] if args.weight else random_model(args.use_moe)
     twin = llama_twin(model)
     model = model.to(device, getattr(torch, args.dtype)).eval()
-    prompts = torch.randint(3, model.config.vocab_size, (args.batch, args.prompt_tokens)).tolist()
-    ids = torch.tensor(prompts, device=device)
 
-    def ours(count: int) -> list[list[int]]:
-        params = SamplingParams(temperature=0.0, max_new_tokens=count)
-        if args.batch == 1:
-            return [list(stream(model, prompts[0], params))]
-        return generate_batch(model, prompts, params, batch_size=args.batch)
+    def prompts(count: int, length: int) -> list[list[int]]:
+        return torch.randint(3, model.config.vocab_size, (count, length)).tolist()
 
-    def of_transformers(peer):
-        def run(count: int) -> list[list[int]]:
-            config = GenerationConfig(max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
-            output = peer.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-            return output[:, ids.shape[1] :].tolist()
-
-        return run
-
-    contenders = {"ours": ours, "generate": of_transformers(model)}
+    contenders = {"ours": of_ours(model, args.concurrent), "generate": of_transformers(model)}
     if twin is not None:
         contenders["llama"] = of_transformers(twin.to(device, getattr(torch, args.dtype)).eval())
-    outputs = {name: run(1 + args.new_tokens) for name, run in contenders.items()}  # warms up, too
-    same = sum(a == b for a, b in zip(outputs["ours"], outputs["generate"], strict=True))
-
-    def seconds(run, count: int) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        run(count)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    rates = {name: [] for name in contenders}
-    for _ in range(args.rounds):
-        for name, run in contenders.items():
-            first = seconds(run, 1)
-            rates[name].append(args.batch * args.new_tokens / (seconds(run, 1 + args.new_tokens) - first))
-
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    if args.gguf:
+        contenders["llama.cpp"] = of_llama_cpp(args.gguf, torch.get_num_threads())
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
     print(
-        f"{device}, {torch.get_num_threads()} threads, {versions}; "
-        f"{parameters:.2f}M in {args.dtype}, batch {args.batch}, prompt {args.prompt_tokens}, {args.new_tokens} tokens"
+        f"{device}, {torch.get_num_threads()} threads, {versions}; {parameters:.2f}M in {args.dtype}, "
+        f"prompts of {args.prompt_tokens} tokens, {args.new_tokens} new ones"
     )
-    print(f"same greedy ids as generate on our model: {same} of {args.batch} prompts")
-    print(f"{'':10}{'tokens/s':>10}   ours is faster by (median of {args.rounds} rounds)")
-    for name, values in rates.items():
-        ratio = statistics.median(a / b for a, b in zip(rates["ours"], values, strict=True))
-        print(f"{name:10}{statistics.median(values):10,.0f}   {ratio:.2f}×")
+    many, one, long = (
+        prompts(args.concurrent, args.prompt_tokens),
+        prompts(1, args.prompt_tokens),
+        prompts(1, args.long_prompt),
+    )
+    outputs = {name: run(one, 1 + args.new_tokens) for name, run in contenders.items()}  # warms up, too
+    for name, output in outputs.items():
+        same = next((n for n, (a, b) in enumerate(zip(outputs["ours"][0], output[0], strict=True)) if a != b), None)
+        print(f"  {name}: {'the same ids as ours' if same is None else f'the same ids as ours up to token {same}'}")
+
+    stream, first, together = ({name: [] for name in contenders} for _ in range(3))
+    sequential = [name for name in contenders if name in ("ours", "generate")]
+    bandwidth = []
+    for _ in range(args.rounds):
+        bandwidth.append(read_bandwidth(device))
+        for name, run in contenders.items():
+            begun = timed(lambda run=run: run(one, 1), device)
+            whole = timed(lambda run=run: run(one, 1 + args.new_tokens), device)
+            stream[name].append(args.new_tokens / (whole - begun))
+            first[name].append(1000 * timed(lambda run=run: run(long, 1), device))
+        for name in sequential:
+            seconds = timed(lambda run=contenders[name]: run(many, args.new_tokens), device)
+            together[name].append(args.concurrent * args.new_tokens / seconds)
+
+    table("one stream", "tokens/s", stream)
+    table(f"first token after {args.long_prompt}", "ms", first, more_is_better=False)
+    table(f"{args.concurrent} requests", "tokens/s", {name: together[name] for name in sequential})
+    needed = weight_bytes(model, device)
+    shares = [rate * needed / limit for rate, limit in zip(stream["ours"], bandwidth, strict=True)]
+    print(
+        f"\nmemory: {needed / 1e6:.1f} MB of weights a token, {statistics.median(bandwidth) / 1e9:.1f} GB/s read; "
+        f"one stream of ours uses {statistics.median(shares):.0%} of that ({min(shares):.0%} to {max(shares):.0%})"
+    )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from conftest import (
     write_weights,
 )
 
+from model.batching import Engine
+from model.generation import SamplingParams, stream
 from model.model_lora import apply_lora, lora_layers, merge_lora
 from model.model_minimind import HAS_VARLEN, AttentionPlan, MiniMindConfig, MiniMindForCausalLM
 from trainer import train_full_sft, train_pretrain
@@ -256,3 +258,36 @@ def test_adapters_of_experts_take_part_in_bfloat16(monkeypatch):
     assert calls
     assert (adapted - merged).norm() <= 0.05 * merged.norm()
     assert (adapted - plain).norm() >= 0.2 * plain.norm(), "the adapter does something"
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_engine_on_the_gpu_answers_as_on_the_cpu(use_moe):
+    """Greedy and sampled, texts that pass a power of two of keys, and every step a recorded graph."""
+    model = sharp_model(use_moe=use_moe, hidden_size=128, scale=1.0).eval().requires_grad_(False)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    generator = torch.Generator().manual_seed(0)
+    vocab = model.config.vocab_size
+    prompts = [torch.randint(3, vocab, (n,), generator=generator).tolist() for n in (5, 250, 40, 9, 120)]
+    params = [
+        SamplingParams(temperature=n % 2, top_p=0.9, frequency_penalty=0.1, max_new_tokens=20, stop_ids=(), seed=n)
+        for n in range(5)
+    ]
+    expected = [list(stream(model, prompt, p)) for prompt, p in zip(prompts, params, strict=True)]
+    engine = Engine(model.cuda(), slots=4, context_length=300)
+    requests = [engine.submit(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
+    answers = [[token.id for token in request] for request in requests]
+    # a rounding that decides a tie changes the rest of its text
+    assert sum(a == b for a, b in zip(answers, expected, strict=True)) >= 4
+    assert len(engine._decoder.graphs) > 1
+    assert all(graph is not None for graph, _ in engine._decoder.graphs.values())
+
+
+def test_engine_on_the_gpu_in_bfloat16_follows_the_models_forward():
+    model = sharp_model(hidden_size=128, scale=1.0).eval().requires_grad_(False).cuda().bfloat16()
+    engine = Engine(model, slots=2, context_length=64)
+    ids = list(range(5, 35))
+    engine._decoder.prefill(1, ids[:-1], 0)
+    with torch.inference_mode():
+        logits = engine._decoder.decode_one_token([1], ids[-1:], [len(ids) - 1])
+        expected = model(torch.tensor([ids], device="cuda")).logits[:, -1].float()
+    assert (logits - expected).norm() <= 0.03 * expected.norm()

@@ -6,18 +6,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-from model.generation import (
-    KVCache,
-    SamplingParams,
-    decode_one_token,
-    generate_batch,
-    new_cache,
-    new_generator,
-    prefill,
-    sample,
-    stream,
-)
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.batching import Engine
+from model.decoder import ForwardDecoder, LeanDecoder, new_decoder
+from model.generation import SamplingParams, generate_batch, stream
+from model.model_lora import apply_lora, lora_layers
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, Router
+from model.sampling import SamplingRows, choose, penalise
 
 VOCAB = 97
 GREEDY = SamplingParams(temperature=0, max_new_tokens=24, stop_ids=())
@@ -61,119 +55,188 @@ def random_ids(length: int, seed: int = 1) -> list[int]:
 
 
 def assert_same_answer(model, prompt: list[int], ours: list[int], theirs: list[int]):
-    """Equal token for token, up to the first place where the two likeliest logits lie closer than 1e-4."""
+    """Equal token for token, up to the first place where the two likeliest logits lie closer than 1e-4, or, in a
+    mixture of experts, the scores of an expert that is chosen and of one that is not closer than 1e-6."""
     for n, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         if a != b:
-            logits = model(torch.tensor([prompt + theirs[:n]])).logits[0, -1]
-            assert abs(logits[a] - logits[b]) < 1e-4, f"token {n}: {a} instead of {b}"
+            logits, gap = logits_and_routing_gap(model, prompt + theirs[:n])
+            tie = abs(logits[a] - logits[b]) < 1e-4 or gap < 1e-6
+            assert tie, f"token {n}: {a} instead of {b}, logits {logits[a]} and {logits[b]}, experts {gap:.1e} apart"
             return
 
 
-# --- cache -----------------------------------------------------------------------------------------------------------
+def logits_and_routing_gap(model, ids: list[int]) -> tuple[torch.Tensor, float]:
+    gaps = [1.0]
+
+    def note(router, _, output):
+        ordered = output[0].sort(descending=True).values
+        gaps.append(float((ordered[:, router.top_k - 1] - ordered[:, router.top_k]).min()))
+
+    hooks = [module.register_forward_hook(note) for module in model.modules() if isinstance(module, Router)]
+    logits = model(torch.tensor([ids])).logits[0, -1]
+    for hook in hooks:
+        hook.remove()
+    return logits, min(gaps)
 
 
-def test_cached_logits_equal_uncached(model):
-    ids = torch.tensor([random_ids(40), random_ids(40, seed=2)])
-    whole = model(ids).logits
-    cache = new_cache(model, batch_size=2)
-    logits = [prefill(model, ids[:, :15], cache)]
-    logits += [decode_one_token(model, ids[:, n], cache) for n in range(15, 40)]
-    torch.testing.assert_close(torch.stack(logits, dim=1), whole[:, 14:], atol=1e-5, rtol=1e-5)
-    assert cache.get_seq_length() == 40
+# --- the forward passes ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunk_size", [1, 7, 16, 50, 100])
-def test_chunked_prefill_equals_whole(model, chunk_size):
-    ids = torch.tensor([random_ids(50)])
-    whole, chunked = new_cache(model), new_cache(model)
-    expected = prefill(model, ids, whole, chunk_size=1000)
-    torch.testing.assert_close(prefill(model, ids, chunked, chunk_size=chunk_size), expected, atol=1e-5, rtol=1e-5)
-    for layer in range(2):
-        torch.testing.assert_close(chunked.keys[layer][:, :, :50], whole.keys[layer][:, :, :50], atol=1e-5, rtol=1e-5)
+@pytest.fixture(params=["lean", "forward", "lean float16"])
+def decoder_of(request):
+    """Makes a decoder of each kind; rounding the weights to float16 makes the lean one keep them so."""
+
+    def make(model, slots=4, capacity=64):
+        if request.param == "forward":
+            return ForwardDecoder(model, slots, capacity)
+        if request.param == "lean float16":
+            for parameter in model.parameters():
+                parameter.copy_(parameter.half())
+        decoder = new_decoder(model, slots, capacity)
+        assert isinstance(decoder, LeanDecoder)
+        return decoder
+
+    return make
 
 
-@pytest.mark.parametrize("chunk_size", [4, 100])
-def test_left_padded_rows_equal_single_ones(model, chunk_size):
-    """Also where a whole chunk of a row is padding."""
-    lengths, longest = [13, 2, 9], 13
-    prompts = [random_ids(n, seed=n) for n in lengths]
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (longest - n) + [1] * n for n in lengths])
-    cache = new_cache(model, batch_size=3, capacity=20)
-    steps = [prefill(model, ids, cache, mask, chunk_size=chunk_size)]
-    following = torch.tensor([random_ids(3, seed=20 + n) for n in range(4)])
-    steps += [decode_one_token(model, tokens, cache) for tokens in following]
-    for row, prompt in enumerate(prompts):
-        alone = model(torch.tensor([prompt + following[:, row].tolist()])).logits[0, len(prompt) - 1 :]
-        torch.testing.assert_close(torch.stack([s[row] for s in steps]), alone, atol=1e-5, rtol=1e-5)
+@pytest.fixture(params=["dense", "moe", "adapters", "llama"])
+def any_model(request):
+    if request.param == "llama":
+        return tiny_llama()
+    model = tiny_model(use_moe=request.param == "moe")
+    if request.param == "adapters":
+        sharpen_adapters(apply_lora(model, rank=3, alpha=3, targets=("q_proj", "v_proj", "o_proj", "up_proj")))
+    return model
 
 
-def test_padding_elsewhere_is_refused(dense):
-    for mask in ([1, 1, 0], [1, 0, 1]):
-        with pytest.raises(ValueError, match="left"):
-            prefill(dense, torch.tensor([[5, 6, 7]]), new_cache(dense), torch.tensor([mask]))
-    cache = new_cache(dense)
-    prefill(dense, torch.tensor([[5, 6, 7]]), cache)
-    with pytest.raises(ValueError, match="empty cache"):
-        prefill(dense, torch.tensor([[0, 7]]), cache, torch.tensor([[0, 1]]))
+def tiny_llama(**fields) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"vocab_size": VOCAB, "num_key_value_heads": 2, "initializer_range": 0.2, **fields}
+    llama = LlamaForCausalLM(LlamaConfig(**sizes)).eval().requires_grad_(False)
+    for name, parameter in llama.named_parameters():
+        if "norm" in name or "bias" in name:
+            parameter.uniform_(0.5, 1.5)
+    return llama
 
 
-def test_truncated_cache_goes_on_as_if_the_rest_had_never_been(model):
-    ids = torch.tensor([random_ids(30)])
-    cache = new_cache(model)
-    prefill(model, ids, cache)
-    cache.truncate(12)
-    other = torch.tensor([random_ids(8, seed=5)])
-    logits = prefill(model, other, cache)
-    expected = model(torch.cat([ids[:, :12], other], dim=1)).logits[:, -1]
-    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+def sharpen_adapters(model) -> None:
+    for _, layer in lora_layers(model):
+        layer.lora.requires_grad_(False)
+        layer.lora.B.weight.normal_(std=0.3)
 
 
-def test_cache_never_moves(dense):
-    """Its memory is taken once: a step neither allocates nor copies what is there."""
-    cache = new_cache(dense, capacity=64)
-    prefill(dense, torch.tensor([random_ids(10)]), cache)
-    before = [t.data_ptr() for t in cache.keys + cache.values]
-    for token in random_ids(40):
-        decode_one_token(dense, torch.tensor([token]), cache)
-    assert [t.data_ptr() for t in cache.keys + cache.values] == before
-    assert all(t.shape == (1, 2, 64, 16) for t in cache.keys + cache.values)
+def test_decoder_equals_the_models_forward(any_model, decoder_of):
+    """Prompts read whole and in parts, texts of other lengths beside, slots that are neighbours or not."""
+    decoder = decoder_of(any_model)
+    texts = {0: random_ids(40), 1: random_ids(9, seed=2), 3: random_ids(21, seed=3)}
+    read = {0: 30, 1: 2, 3: 14}
+    for slot, parts in ((0, (11, 19)), (3, (14,)), (1, (1, 1))):
+        start = 0
+        for part in parts:
+            logits = decoder.prefill(slot, texts[slot][start : start + part], start)
+            start += part
+            expected = any_model(torch.tensor([texts[slot][:start]])).logits[0, -1:]
+            torch.testing.assert_close(logits, expected, atol=2e-5, rtol=2e-5)
+    for slots in ([0, 1, 3], [0, 3], [1], [0, 1], [1, 3], [0, 1, 3], [3]):
+        ids = [texts[slot][read[slot]] for slot in slots]
+        logits = decoder.decode_one_token(slots, ids, [read[slot] for slot in slots])
+        for row, slot in zip(logits, slots, strict=True):
+            read[slot] += 1
+            expected = any_model(torch.tensor([texts[slot][: read[slot]]])).logits[0, -1]
+            torch.testing.assert_close(row, expected, atol=2e-5, rtol=2e-5)
 
 
-def test_full_cache_says_so(dense):
-    cache = new_cache(dense, capacity=4)
-    with pytest.raises(ValueError, match="holds 4 tokens at most, and 5 are needed"):
-        prefill(dense, torch.tensor([random_ids(5)]), cache)
+def test_long_texts_leave_their_block_and_their_group():
+    """Lengths pass multiples of the block, and short texts beside long ones get a product of their own."""
+    model = tiny_model(max_position_embeddings=1024)
+    decoder = new_decoder(model, 3, 1024)
+    texts = [random_ids(700, seed=1), random_ids(40, seed=2), random_ids(200, seed=3)]
+    read = [610, 1, 120]
+    for slot, text in enumerate(texts):
+        decoder.prefill(slot, text[: read[slot]], 0)
+    for _ in range(35):
+        logits = decoder.decode_one_token([0, 1, 2], [t[n] for t, n in zip(texts, read, strict=True)], read)
+        read = [n + 1 for n in read]
+    assert len(decoder.groups) > 1
+    for row, text, length in zip(logits, texts, read, strict=True):
+        torch.testing.assert_close(row, model(torch.tensor([text[:length]])).logits[0, -1], atol=2e-5, rtol=2e-5)
 
 
-def test_interrupted_forward_leaves_the_cache_as_it_was(dense):
-    """Ctrl-C between two layers: what was written is forgotten, and the next step is right."""
-    ids = torch.tensor([random_ids(10)])
-    cache = new_cache(dense)
-    prefill(dense, ids[:, :6], cache)
+def test_float16_weights_are_kept_only_where_they_lose_nothing(monkeypatch):
+    """And a decoder without the float16 kernels is right, too."""
+    ids = random_ids(20)
+    model = tiny_model()
+    expected = model(torch.tensor([ids])).logits[0, -1:]
+    for parameter in model.parameters():
+        parameter.mul_(1 + 2**-13)  # beyond float16's eleven bits
+    shifted = model(torch.tensor([ids])).logits[0, -1:]
+    assert (shifted - expected).abs().max() > 2e-4
+    torch.testing.assert_close(new_decoder(model, 1, 32).prefill(0, ids, 0), shifted, atol=2e-5, rtol=2e-5)
 
-    def interrupt(*_):
-        raise KeyboardInterrupt
+    def no_kernel(*_):
+        raise RuntimeError("no such kernel")
 
-    hook = dense.model.layers[1].register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        decode_one_token(dense, torch.tensor([50]), cache)
-    hook.remove()
-    assert cache.get_seq_length() == 6
-    logits = prefill(dense, ids[:, 6:], cache)
-    torch.testing.assert_close(logits, dense(ids).logits[:, -1], atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr(torch.ops.quantized, "linear_prepack_fp16", no_kernel)
+    for parameter in model.parameters():
+        parameter.copy_(parameter.half())
+    expected = model(torch.tensor([ids])).logits[0, -1:]
+    torch.testing.assert_close(new_decoder(model, 1, 32).prefill(0, ids, 0), expected, atol=2e-5, rtol=2e-5)
 
 
-def test_keep_rows(model):
-    prompts = [random_ids(n, seed=n) for n in (4, 9, 6)]
-    ids = torch.tensor([[0] * (9 - len(p)) + p for p in prompts])
-    cache = new_cache(model, batch_size=3, capacity=12)
-    prefill(model, ids, cache, (ids > 0).long())
-    cache.keep_rows(torch.tensor([2, 0]))
-    logits = decode_one_token(model, torch.tensor([11, 12]), cache)
-    for row, (prompt, token) in enumerate([(prompts[2], 11), (prompts[0], 12)]):
-        expected = model(torch.tensor([[*prompt, token]])).logits[0, -1]
-        torch.testing.assert_close(logits[row], expected, atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"attention_bias": True, "mlp_bias": True},
+        {"head_dim": 32},
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+    ],
+    ids=str,
+)
+def test_variants_of_llama(fields):
+    llama = tiny_llama(**fields)
+    decoder = new_decoder(llama, 2, 64)
+    assert isinstance(decoder, LeanDecoder)
+    ids = random_ids(40)
+    decoder.prefill(1, ids[:-1], 0)
+    logits = decoder.decode_one_token([1], ids[-1:], [len(ids) - 1])
+    torch.testing.assert_close(logits, llama(torch.tensor([ids])).logits[:, -1], atol=2e-5, rtol=2e-5)
+
+
+def test_what_is_not_llama_goes_through_its_forward():
+    dynamic = tiny_llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    assert isinstance(new_decoder(dynamic, 1, 8), ForwardDecoder)
+    assert isinstance(new_decoder(tiny_llama(hidden_act="gelu"), 1, 8), ForwardDecoder)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert isinstance(new_decoder(tiny_model(), 1, 8), ForwardDecoder)
+
+
+def test_steps_of_a_gpu_computed_on_the_cpu(any_model):
+    """All slots take part, with idle ones writing where no text reaches."""
+    decoder = new_decoder(any_model, 3, 40)
+    text = random_ids(30)
+    decoder.prefill(2, text[:20], 0)
+    for length in range(20, 30):
+        logits = decoder._decode_all_slots([2], [text[length]], [length])
+        expected = any_model(torch.tensor([text[: length + 1]])).logits[:, -1]
+        torch.testing.assert_close(logits, expected, atol=2e-5, rtol=2e-5)
+    assert not any(memory[: 2 * 2, :40].any() for memory in decoder.keys)
+
+
+def test_interrupted_forward_leaves_the_text_as_it_was():
+    """Ctrl-C between two layers: what was written is written over, and the next step is right."""
+    model = tiny_model()
+    ids = random_ids(10)
+    decoder = new_decoder(model, 1, 16)
+    decoder.prefill(0, ids[:6], 0)
+    layer = decoder.layers[1]
+    out, layer.out = layer.out, None
+    with pytest.raises(TypeError):
+        decoder.decode_one_token([0], [50], [6])
+    layer.out = out
+    torch.testing.assert_close(
+        decoder.prefill(0, ids[6:], 6), model(torch.tensor([ids])).logits[:, -1], atol=2e-5, rtol=2e-5
+    )
 
 
 # --- greedy against transformers -------------------------------------------------------------------------------------
@@ -228,35 +291,24 @@ def test_left_padded_transformers_generate(model):
 
 
 def test_other_architectures_of_transformers():
-    """A Llama folder chats through the same cache: single, chunked and padded."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=VOCAB, num_key_value_heads=2, initializer_range=0.2, **sizes)
-    llama = LlamaForCausalLM(config).eval().requires_grad_(False)
+    """A Llama folder chats through the same engine, in few calls and through its forward."""
     prompts = [random_ids(n, seed=n) for n in (3, 11, 7)]
-    batch = generate_batch(llama, prompts, GREEDY)
-    for prompt, answer in zip(prompts, batch, strict=True):
-        theirs = transformers_generate(llama, prompt, eos_token_id=None)
-        assert_same_answer(llama, prompt, list(stream(llama, prompt, GREEDY)), theirs)
-        assert_same_answer(llama, prompt, answer, theirs)
-    ids = torch.tensor([random_ids(30)])
-    chunked = prefill(llama, ids, new_cache(llama), chunk_size=7)
-    torch.testing.assert_close(chunked, llama(ids).logits[:, -1], atol=1e-5, rtol=1e-5)
+    for llama in (tiny_llama(), tiny_llama(hidden_act="gelu")):
+        batch = generate_batch(llama, prompts, GREEDY)
+        for prompt, answer in zip(prompts, batch, strict=True):
+            theirs = transformers_generate(llama, prompt, eos_token_id=None)
+            assert_same_answer(llama, prompt, list(stream(llama, prompt, GREEDY)), theirs)
+            assert_same_answer(llama, prompt, answer, theirs)
 
 
 # --- stream ----------------------------------------------------------------------------------------------------------
 
 
-def test_stream_reuses_what_the_cache_holds(model):
-    """Second turn: only the new part is read, and the answer is the one of a fresh cache."""
-    cache = new_cache(model)
+def test_stream_reuses_what_its_engine_holds(model):
+    """Second turn: only the new part is read, and the answer is that of a fresh engine."""
+    engine = Engine(model, slots=1)
     first = random_ids(20)
-    answer = list(stream(model, first, GREEDY, cache=cache))
-    assert cache.token_ids == first + answer[:-1]
-    read = []
-    hook = model.register_forward_pre_hook(
-        lambda _, args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
+    answer = list(stream(model, first, GREEDY, engine=engine))
     for second, unread in (
         (first + answer + random_ids(6, seed=8), 7),  # the last token of an answer was never fed
         (first[:15] + random_ids(4, seed=9), 4),  # turns were dropped: the beginning still agrees
@@ -264,19 +316,22 @@ def test_stream_reuses_what_the_cache_holds(model):
         (first[:10], 1),  # all of it is there: the last token is read again for its logits
         (random_ids(5, seed=10), 5),
     ):
-        read.clear()
-        ours = list(stream(model, second, GREEDY, cache=cache))
-        assert read[0] == unread
+        before = engine.stats()["cached_tokens"]
+        ours = list(stream(model, second, GREEDY, engine=engine))
+        assert len(second) - (engine.stats()["cached_tokens"] - before) == unread
         assert_same_answer(model, second, ours, list(stream(model, second, GREEDY)))
-    hook.remove()
 
 
-def test_abandoned_stream_leaves_a_usable_cache(dense):
-    cache = new_cache(dense)
+def test_abandoned_stream_leaves_a_usable_engine(dense):
+    engine = Engine(dense, slots=1)
     prompt = random_ids(20)
-    part = list(itertools.islice(stream(dense, prompt, GREEDY, cache=cache), 5))
+    answer = stream(dense, prompt, GREEDY, engine=engine)
+    part = list(itertools.islice(answer, 5))
+    answer.close()
+    assert engine.stats()["running"] == 0 and engine.stats()["cancelled"] == 1
     following = prompt + part + random_ids(3, seed=4)
-    ours = list(stream(dense, following, GREEDY, cache=cache))
+    ours = list(stream(dense, following, GREEDY, engine=engine))
+    assert engine.stats()["cached_tokens"] == 24
     assert_same_answer(dense, following, ours, list(stream(dense, following, GREEDY)))
 
 
@@ -284,7 +339,9 @@ def test_answer_is_bounded_by_the_context(dense):
     prompt = random_ids(250)
     assert len(list(stream(dense, prompt, GREEDY))) == 6
     assert len(list(stream(dense, prompt[:30], GREEDY, context_length=40))) == 10
-    assert len(list(stream(dense, prompt[:30], GREEDY, cache=new_cache(dense, capacity=35)))) == 5
+    engine = Engine(dense, slots=1, context_length=35)
+    assert len(list(stream(dense, prompt[:30], GREEDY, engine=engine))) == 5
+    assert len(list(stream(dense, prompt[:30], GREEDY, engine=engine, context_length=33))) == 3
     assert [len(a) for a in generate_batch(dense, [prompt, prompt[:247], prompt[:9]], GREEDY)] == [6, 9, 24]
 
 
@@ -316,21 +373,19 @@ def test_seed_fixes_the_answer(model):
 
 
 def test_bfloat16_decodes_as_it_reads():
-    """bfloat16 weights and under autocast: each step's logits are those of the whole text, to bfloat16's precision."""
-    half = tiny_model().bfloat16()
-    ids = torch.tensor([random_ids(30)])
+    """bfloat16 weights, and autocast: each step's logits are those of the whole text, to bfloat16's precision."""
+    ids = random_ids(30)
 
     def check(model):
-        cache = new_cache(model)
-        steps = [prefill(model, ids[:, :20], cache)]
-        steps += [decode_one_token(model, ids[:, n], cache) for n in range(20, 30)]
-        assert cache.keys[0].dtype == torch.bfloat16
+        decoder = new_decoder(model, 1, 30)
+        steps = [decoder.prefill(0, ids[:20], 0)]
+        steps += [decoder.decode_one_token([0], [ids[n]], [n]) for n in range(20, 30)]
         assert steps[0].dtype == torch.float32
-        whole = model(ids).logits[0, 19:].float()
+        whole = model(torch.tensor([ids])).logits[0, 19:].float()
         assert (torch.cat(steps) - whole).norm() < 0.02 * whole.norm()
-        assert len(list(stream(model, ids[0].tolist(), GREEDY))) == 24
+        assert len(list(stream(model, ids, GREEDY))) == 24
 
-    check(half)
+    check(tiny_model().bfloat16())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         check(tiny_model())
 
@@ -370,10 +425,25 @@ def test_empty_batch(dense):
 PROBABILITIES = torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15])
 
 
+def uniform(count: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, 1, dtype=torch.float64, generator=generator)
+
+
+def sample(logits: torch.Tensor, *params: SamplingParams, seen=None, counts=None, seed: int = 0) -> torch.Tensor:
+    """One token per row of logits (rows, vocab); one set of parameters serves for all rows."""
+    params = params * len(logits) if len(params) == 1 else params
+    rows = SamplingRows(params)
+    if rows.penalised is not None:
+        none = torch.zeros(logits.shape)
+        seen, counts = none.bool() if seen is None else seen, none if counts is None else counts
+        logits = penalise(logits, rows, seen[rows.penalised], counts[rows.penalised])
+    return choose(logits, rows, uniform(len(logits), seed))
+
+
 def kept_tokens(**fields) -> set[int]:
     """Which of PROBABILITIES' tokens come at all in 3000 draws."""
-    logits = PROBABILITIES.log().expand(3000, -1)
-    return set(sample(logits, SamplingParams(**fields), generator=new_generator(0)).tolist())
+    return set(sample(PROBABILITIES.log().expand(3000, -1), SamplingParams(**fields)).tolist())
 
 
 @pytest.mark.parametrize(
@@ -399,6 +469,13 @@ def kept_tokens(**fields) -> set[int]:
         ({"temperature": 0.5, "top_p": 0.87}, {1, 3}),
         ({"temperature": 0.5, "top_p": 0.89}, {1, 3, 4}),
         ({"temperature": 1e-4}, {1}),
+        ({"min_p": 0.74}, {1, 3}),
+        ({"min_p": 0.76}, {1}),
+        ({"min_p": 1.0}, {1}),
+        ({"min_p": 0.3}, {1, 3, 4}),
+        ({"min_p": 0.2, "top_k": 3}, {1, 3, 4}),
+        ({"min_p": 0.2, "top_p": 0.6}, {1, 3}),
+        ({"min_p": 0.76, "temperature": 2.0}, {1, 3}),
     ],
     ids=str,
 )
@@ -420,43 +497,88 @@ def test_top_k_top_p_and_temperature_by_hand(fields, expected):
 )
 def test_sampling_distribution(fields, expected):
     """Chi-square of 20,000 draws with a fixed seed, at 0.1 %."""
-    draws, params = 20_000, SamplingParams(**fields)
-    logits, seen = PROBABILITIES.log(), None
+    draws, logits, seen = 20_000, PROBABILITIES.log(), None
     if expected is None:  # token 1 was seen: its negative logit is doubled, its probability squared
         seen = torch.tensor([[False, True, False, False, False]]).expand(draws, -1)
         expected = torch.tensor([0.05, 0.16, 0.1, 0.3, 0.15]) / 0.76
-    tokens = sample(logits.expand(draws, -1), params, seen, new_generator(11))
-    counts, possible = torch.bincount(tokens, minlength=5).double(), expected > 0
+    tokens = sample(logits.expand(draws, -1), SamplingParams(**fields), seen=seen, seed=11)
+    assert_distribution(tokens, expected)
+
+
+def assert_distribution(tokens: torch.Tensor, expected: torch.Tensor) -> None:
+    """Chi-square at 0.1 %: the critical value by the approximation of Wilson and Hilferty (1931)."""
+    counts, possible = torch.bincount(tokens, minlength=len(expected)).double(), expected > 0
     assert counts[~possible].sum() == 0
-    chi_square = ((counts - draws * expected) ** 2 / (draws * expected))[possible].sum()
-    critical = {3: 13.82, 5: 18.47}[int(possible.sum())]
+    mean = len(tokens) * expected.double()
+    chi_square = ((counts - mean) ** 2 / mean)[possible].sum()
+    freedom = int(possible.sum()) - 1
+    critical = freedom * (1 - 2 / (9 * freedom) + 3.0902 * (2 / (9 * freedom)) ** 0.5) ** 3
     assert chi_square < critical
 
 
-def test_repetition_penalty_by_hand():
-    """A positive logit is divided, a negative one multiplied; either way the token becomes less likely."""
-    logits = torch.tensor([[2.0, -1.0, 1.5, -3.0]])
-    seen = torch.tensor([[True, True, False, False]])
-    params = SamplingParams(temperature=0, repetition_penalty=2.0)
-    assert sample(logits, params, seen).tolist() == [2]  # 2.0 became 1.0, below 1.5
+def test_rows_of_other_parameters_do_not_change_a_rows_choice():
+    """Sixteen sets of parameters at once: each row gets what it would alone, from its own draw."""
+    fields = ({}, {"temperature": 0}, {"top_k": 7}, {"top_p": 0.6}, {"min_p": 0.2}, {"repetition_penalty": 1.7})
+    fields += ({"frequency_penalty": 0.7}, {"presence_penalty": -0.9}, {"temperature": 0.3, "top_p": 0.9, "top_k": 3})
+    fields += ({"temperature": 3.0, "min_p": 0.1, "frequency_penalty": 1.1}, {"top_k": 1}, {"top_p": 1e-6})
+    params = [SamplingParams(**f) for f in (*fields, *fields[2:6])]
+    generator = torch.Generator().manual_seed(1)
+    for round_ in range(40):
+        logits = 3 * torch.randn(16, 50, generator=generator)
+        counts = torch.randint(0, 3, (16, 50), generator=generator).float()
+        seen = (counts > 0) | (torch.rand(16, 50, generator=generator) < 0.2)
+        together = sample(logits, *params, seen=seen, counts=counts, seed=round_)
+        draws = uniform(16, round_)
+        for row, p in enumerate(params):
+            rows = SamplingRows([p])
+            own = logits[row : row + 1]
+            if rows.penalised is not None:
+                own = penalise(own, rows, seen[row : row + 1], counts[row : row + 1])
+            assert together[row] == choose(own, rows, draws[row : row + 1])
+
+
+def test_sampling_equals_transformers_warpers():
+    """The tokens that stay, and their probabilities, are those of transformers' own processors in the same order."""
+    from transformers import (
+        LogitsProcessorList,
+        MinPLogitsWarper,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    logits = 2 * torch.randn(1, 40, generator=torch.Generator().manual_seed(3))
+    theirs = LogitsProcessorList(
+        [TemperatureLogitsWarper(1.3), TopKLogitsWarper(20), TopPLogitsWarper(0.9), MinPLogitsWarper(0.05)]
+    )
+    expected = theirs(None, logits).softmax(dim=-1)[0]
+    assert 3 < (expected > 0).sum() < 20
+    ours = SamplingParams(temperature=1.3, top_k=20, top_p=0.9, min_p=0.05)
+    assert_distribution(sample(logits.expand(30_000, -1), ours, seed=5), expected)
+
+
+def test_penalties_by_hand():
+    """A positive logit is divided, a negative one multiplied; then frequency times count and presence are taken off."""
+    logits = torch.tensor([[2.0, -1.0, 1.5, -3.0]]).expand(3, -1)
+    params = [
+        SamplingParams(repetition_penalty=2.0),
+        SamplingParams(frequency_penalty=0.5, presence_penalty=0.25),
+        SamplingParams(repetition_penalty=2.0, frequency_penalty=-1.0),
+    ]
+    seen = torch.tensor([[True, True, False, False]]).expand(3, -1)
+    counts = torch.tensor([[3.0, 0.0, 1.0, 0.0]]).expand(3, -1)
+    expected = torch.tensor([[1.0, -2.0, 1.5, -3.0], [0.25, -1.0, 0.75, -3.0], [4.0, -2.0, 2.5, -3.0]])
+    torch.testing.assert_close(penalise(logits, SamplingRows(params), seen, counts), expected, rtol=0, atol=1e-6)
     only_negative = torch.tensor([[-1.0, -1.5, -9.0, -9.0]])
-    assert sample(only_negative, params, torch.tensor([[True, False, False, False]])).tolist() == [1]
-    assert sample(only_negative, params, None).tolist() == [0]
-
-
-def test_one_generator_per_row_makes_rows_independent():
-    logits = PROBABILITIES.log().expand(4, -1)
-    params = SamplingParams()
-    seeds = [5, 6, 7, 8]
-    together = sample(logits, params, generator=[new_generator(s) for s in seeds]).tolist()
-    alone = [sample(logits[:1], params, generator=new_generator(s)).item() for s in seeds]
-    assert together == alone
+    greedy = SamplingParams(temperature=0, repetition_penalty=2.0)
+    assert sample(only_negative, greedy, seen=torch.tensor([[True, False, False, False]])).tolist() == [1]
+    assert sample(only_negative, greedy).tolist() == [0]
 
 
 def test_extreme_logits():
     logits = torch.tensor([[1e4, 0.0, -1e4], [-1e4, 3e4, 0.0]])
     for temperature in (1e-6, 1.0, 100.0):
-        assert sample(logits, SamplingParams(temperature=temperature), generator=new_generator(0)).tolist() == [0, 1]
+        assert sample(logits, SamplingParams(temperature=temperature)).tolist() == [0, 1]
     minus_infinity = torch.tensor([[-torch.inf, 0.0, -torch.inf]]).expand(50, -1)
     assert set(sample(minus_infinity, SamplingParams(top_p=0.9)).tolist()) == {1}
 
@@ -471,6 +593,10 @@ def test_extreme_logits():
         ({"top_k": -1}, "--top_k"),
         ({"repetition_penalty": 0}, "--repetition_penalty"),
         ({"max_new_tokens": 0}, "--max_new_tokens"),
+        ({"min_p": 1.5}, "--min_p is 1.5, and must be between 0 and 1"),
+        ({"presence_penalty": float("nan")}, "--presence_penalty"),
+        ({"frequency_penalty": float("inf")}, "--frequency_penalty"),
+        ({"logprobs": -1}, "--logprobs"),
         ({"top_p": 2, "temperature": -1}, "--temperature.*; --top_p"),
     ],
     ids=str,
@@ -478,11 +604,3 @@ def test_extreme_logits():
 def test_wrong_sampling_params(fields, message):
     with pytest.raises(ValueError, match=message):
         SamplingParams(**fields)
-
-
-def test_cache_takes_any_number_of_key_heads():
-    cache = KVCache(num_layers=1, batch_size=2, capacity=5)
-    key = torch.randn(2, 3, 4, 8)
-    keys, values = cache.update(key, key + 1, 0)
-    assert torch.equal(keys, key) and torch.equal(values, key + 1)
-    assert cache.get_mask_sizes(1) == (5, 0)

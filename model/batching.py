@@ -1,0 +1,434 @@
+"""Many requests decoded together, joining and leaving at any step, each with its own parameters.
+
+`submit` puts a request in line; a step reads a part of a waiting prompt and makes one more token of every answer that
+is under way. A slot of the cache holds one text: what a finished request left there is read again by the next one that
+begins with it.
+
+    engine = Engine(model, slots=16)
+    request = engine.submit(prompt_ids, SamplingParams(max_new_tokens=100))
+    for token in request: print(token.id)          # steps the engine itself where no thread does
+
+`with Engine(model) as engine:` runs a thread that steps while there is work.
+"""
+
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from model.decoder import WeightsState, new_decoder
+from model.sampling import SamplingParams, SamplingRows, choose, penalise
+
+# Tokens of prompts that one step reads: while nothing else runs, and while other answers wait for their next token.
+PREFILL_ALONE, PREFILL_BESIDE = 512, 128
+
+
+class QueueFull(Exception):
+    """The queue is at its bound. retry_after: seconds after which a place is likely to be free."""
+
+    def __init__(self, waiting: int, retry_after: float):
+        super().__init__(f"{waiting} requests are waiting already; try again in {retry_after:.0f} s")
+        self.retry_after = retry_after
+
+
+class Token(NamedTuple):
+    """logprob and top (id, logprob), likeliest first: nats, of the model's own distribution; None unless asked for."""
+
+    id: int
+    logprob: float | None = None
+    top: list[tuple[int, float]] | None = None
+
+
+class Request:
+    """An answer that is being made. Iterating yields its tokens as they come, and raises its error at the end."""
+
+    def __init__(self, engine: "Engine", prompt_ids: list[int], params: SamplingParams, notify, room: int):
+        self.params, self.prompt_tokens, self.cached_tokens = params, len(prompt_ids), 0
+        self.finish_reason: str | None = None
+        self.error: Exception | None = None
+        self._engine, self._notify, self._room = engine, notify, room
+        self._prompt_ids = prompt_ids
+        self._slot: Slot | None = None
+        self._next_id: int | None = None  # the token that is fed next; None while the prompt is being read
+        self._random = random.Random(params.seed)
+        self._started = 0.0
+        self._new: deque[Token] = deque()
+        self._changed = threading.Condition()
+
+    def cancel(self) -> None:
+        """Ends the answer and frees its slot; from any thread, and without effect on an answer that has ended."""
+        self._engine._finish(self, "cancelled")
+
+    def take(self) -> list[Token]:
+        """The tokens since the last call; does not wait."""
+        with self._changed:
+            tokens = list(self._new)
+            self._new.clear()
+        return tokens
+
+    def __iter__(self) -> Iterator[Token]:
+        while True:
+            with self._changed:
+                token = self._new.popleft() if self._new else None
+                if token is None and self.finish_reason is not None:
+                    break
+                if token is None and self._engine.threaded:
+                    self._changed.wait(timeout=1.0)
+            if token is not None:
+                yield token
+            elif not self._engine.threaded:
+                self._engine.step()
+        if self.error is not None:
+            raise self.error
+
+
+class Slot:
+    """A place in the cache: the ids whose keys and values it holds, and the request that it belongs to now."""
+
+    def __init__(self, index: int):
+        self.index, self.ids = index, []
+        self.request: Request | None = None
+        self.last_used = 0.0
+
+
+class Engine:
+    """Decodes many requests on one model. All methods may be called from any thread.
+
+    slots: requests that are decoded together. context_length: longest prompt and answer in tokens, by default and at
+    most the model's max_position_embeddings. max_queue: requests that may wait beyond those in slots.
+    Weights that change and adapters that are switched take effect for the first request after all answers have ended.
+    """
+
+    def __init__(self, model: nn.Module, *, slots: int = 16, context_length: int | None = None, max_queue: int = 64):
+        longest = model.config.max_position_embeddings
+        self.model = model
+        self.context_length = longest if context_length is None else min(context_length, longest)
+        self.max_queue = max_queue
+        self.threaded = False
+        self._slots = [Slot(index) for index in range(slots)]
+        self._waiting: deque[Request] = deque()
+        self._state = threading.RLock()  # slots, queue and counters
+        self._stepping = threading.RLock()  # one step at a time
+        self._work = threading.Condition(self._state)
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._counters = dict.fromkeys(
+            ("requests", "cancelled", "prompt_tokens", "cached_tokens", "generated_tokens"), 0
+        )
+        self._rows_of: list[Request] = []
+        self._rows: SamplingRows | None = None
+        self._seen: torch.Tensor | None = None
+        self._counts: torch.Tensor | None = None
+        self._seconds_per_request = 1.0
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Takes the weights, adapters included, as they are now."""
+        self._decoder = None  # its memory goes before that of the next comes
+        state = WeightsState(self.model)
+        self._decoder = new_decoder(self.model, len(self._slots), self.context_length)
+        self._weights = state
+        for slot in self._slots:
+            slot.ids = []
+
+    # --- what callers see --------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        notify: Callable[[], None] | None = None,
+        *,
+        context_length: int | None = None,
+    ) -> Request:
+        """Puts a request in line. notify is called, from the stepping thread, after tokens or the end are there to
+        take. context_length: a shorter one than the engine's, for this request. Raises QueueFull, and ValueError where
+        the prompt is empty, too long or holds an unknown id."""
+        prompt_ids = [int(i) for i in prompt_ids]
+        longest = min(context_length or self.context_length, self.context_length)
+        check_prompt(prompt_ids, longest, self.model.config.vocab_size)
+        room = min(params.max_new_tokens, longest - len(prompt_ids))
+        request = Request(self, prompt_ids, params, notify, room)
+        with self._state:
+            if self._closed:
+                raise RuntimeError("the engine is closed")
+            free = sum(slot.request is None for slot in self._slots)
+            if len(self._waiting) >= self.max_queue + free:
+                wait = self._seconds_per_request * (1 + len(self._waiting) / len(self._slots))
+                raise QueueFull(len(self._waiting), max(1.0, wait))
+            self._waiting.append(request)
+            self._counters["requests"] += 1
+            self._counters["prompt_tokens"] += len(prompt_ids)
+            self._work.notify_all()
+        return request
+
+    def stats(self) -> dict:
+        with self._state:
+            running = sum(slot.request is not None for slot in self._slots)
+            counts = {"slots": len(self._slots), "running": running, "waiting": len(self._waiting)}
+            return counts | self._counters
+
+    def start(self) -> None:
+        """Starts the thread that steps while there is work."""
+        with self._state:
+            if self._closed:
+                raise RuntimeError("the engine is closed")
+            if self._thread is None:
+                self.threaded = True
+                self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+                self._thread.start()
+
+    def close(self) -> None:
+        """Cancels what is under way and ends the thread."""
+        with self._state:
+            self._closed = True
+            self._work.notify_all()
+        for request in self._requests():
+            request.cancel()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def __enter__(self) -> "Engine":
+        self.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        while True:
+            with self._state:
+                while not self._closed and not self._has_work():
+                    self._work.wait()
+                if self._closed:
+                    return
+            try:
+                self.step()
+            except Exception as error:  # no request's own fault, such as memory that is short; the next may be luckier
+                for request in self._requests():
+                    self._finish(request, "error", error)
+
+    def _has_work(self) -> bool:
+        return bool(self._waiting) or any(slot.request is not None for slot in self._slots)
+
+    def _requests(self) -> list[Request]:
+        with self._state:
+            return [*self._waiting, *(slot.request for slot in self._slots if slot.request is not None)]
+
+    # --- a step ------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """Reads a part of the prompts in line and makes one more token of every answer; False: nothing to do."""
+        with self._stepping:
+            with self._state:
+                self._admit()
+                requests = [slot.request for slot in self._slots if slot.request is not None]
+            decoding = [r for r in requests if r._next_id is not None]
+            reading = sorted((r for r in requests if r._next_id is None), key=lambda r: r._started)
+            budget = PREFILL_BESIDE if decoding else PREFILL_ALONE
+            for request in reading:
+                if budget > 0:
+                    budget -= self._read(request, budget)
+            if decoding:
+                self._guarded(self._decode, decoding)
+            return bool(requests)
+
+    def _admit(self) -> None:
+        """Gives free slots to those who wait. What any slot holds of a prompt already is not read again: its keys and
+        values are copied, or the slot is taken itself where little else would be lost with it."""
+        while self._waiting:
+            free = [slot for slot in self._slots if slot.request is None]
+            if not free:
+                return
+            if len(free) == len(self._slots) and not self._weights.is_of(self.model):
+                self._lay_out()
+            request = self._waiting.popleft()
+            # the last token of the prompt is read in any case: its logits are what the answer begins with
+            prompt_ids = request._prompt_ids[:-1]
+            shared = {slot: common_prefix(slot.ids, prompt_ids) for slot in self._slots}
+            source = max(self._slots, key=lambda slot: (shared[slot], slot.request is None))
+            slot, count = min(free, key=lambda slot: slot.last_used), shared[source]
+            if source.request is None and 2 * count >= len(source.ids):
+                slot = source
+            elif slot is not source and count:
+                self._decoder.copy(source.index, slot.index, count)
+            slot.ids = source.ids[:count]
+            slot.request, request._slot = request, slot
+            request._started = time.monotonic()
+            request.cached_tokens = count
+            self._counters["cached_tokens"] += count
+            if request.params.penalises:
+                self._count_prompt(request)
+
+    def _guarded(self, run: Callable[[list[Request]], None], requests: list[Request]) -> None:
+        """An exception ends the request that caused it, and no other."""
+        try:
+            run(requests)
+        except Exception as error:
+            if len(requests) == 1:
+                self._finish(requests[0], "error", error)
+                return
+            for request in requests:
+                self._guarded(run, [request])
+
+    def _read(self, request: Request, budget: int) -> int:
+        """Reads up to `budget` more tokens of a prompt, and at its end chooses the first token of the answer."""
+        slot = request._slot
+        start = len(slot.ids)
+        chunk = request._prompt_ids[start : start + budget]
+
+        def read(requests: list[Request]) -> None:
+            logits = self._decoder.prefill(slot.index, chunk, start)
+            self._advance(requests, logits if start + len(chunk) == request.prompt_tokens else None, [chunk])
+
+        self._guarded(read, [request])
+        return len(chunk)
+
+    def _decode(self, requests: list[Request]) -> None:
+        slots, ids = [r._slot for r in requests], [r._next_id for r in requests]
+        logits = self._decoder.decode_one_token([s.index for s in slots], ids, [len(s.ids) for s in slots])
+        self._advance(requests, logits, [[token_id] for token_id in ids])
+
+    def _advance(self, requests: list[Request], logits: torch.Tensor | None, read: list[list[int]]) -> None:
+        """Takes down which ids each request has read; with logits (requests, vocab), chooses the next and hands them
+        over."""
+        chosen = [None] * len(requests) if logits is None else self._choose(requests, logits)
+        heard = []
+        with self._state:
+            for request, ids, token in zip(requests, read, chosen, strict=True):
+                if request.finish_reason is not None:  # cancelled meanwhile
+                    continue
+                request._slot.ids += ids
+                if isinstance(token, Exception):
+                    self._end(request, "error", token)
+                elif token is not None:
+                    self._hand_over(request, token)
+                if token is not None:
+                    heard.append(request)
+        for request in heard:
+            self._tell(request)
+
+    def _hand_over(self, request: Request, token: Token) -> None:
+        self._counters["generated_tokens"] += 1
+        request._next_id = token.id
+        request._room -= 1
+        if request.params.penalises:
+            self._seen[request._slot.index, token.id] = True
+            self._counts[request._slot.index, token.id] += 1
+        with request._changed:
+            request._new.append(token)
+            request._changed.notify_all()
+        if token.id in request.params.stop_ids:
+            self._end(request, "stop")
+        elif request._room == 0:
+            self._end(request, "length")
+
+    def _choose(self, requests: list[Request], logits: torch.Tensor) -> list[Token | Exception]:
+        finite = logits.sum(dim=-1).isfinite()
+        if not bool(finite.all()):
+            logits = torch.where(finite.unsqueeze(1), logits, 0.0)
+        if self._rows_of != requests:
+            self._rows_of, self._rows = list(requests), SamplingRows([r.params for r in requests], logits.device)
+            penalised = [r._slot.index for r in requests if r.params.penalises]
+            self._penalised_slots = torch.tensor(penalised, device=logits.device)
+        allowed = logits
+        if self._rows.penalised is not None:
+            slots = self._penalised_slots
+            allowed = penalise(logits, self._rows, self._seen[slots], self._counts[slots])
+        draws = torch.tensor([[r._random.random()] for r in requests], dtype=torch.float64, device=logits.device)
+        ids = choose(allowed, self._rows, draws)
+        logprobs = self._logprobs(requests, logits, ids)
+        message = "the logits are not finite: the weights are broken, or --dtype float16 is too narrow for them"
+        return [
+            Token(token_id, *logprobs.get(row, ())) if good else ValueError(message)
+            for row, (token_id, good) in enumerate(zip(ids.tolist(), finite.tolist(), strict=True))
+        ]
+
+    def _logprobs(self, requests: list[Request], logits: torch.Tensor, ids: torch.Tensor) -> dict[int, tuple]:
+        """Row -> log-probability of its token, and its likeliest tokens with theirs; for the rows that ask for it."""
+        counts = {row: r.params.logprobs for row, r in enumerate(requests) if r.params.logprobs is not None}
+        if not counts:
+            return {}
+        rows = torch.tensor(list(counts), device=logits.device)
+        log_probs = logits[rows].log_softmax(dim=-1)
+        own = log_probs.gather(1, ids[rows].unsqueeze(1)).squeeze(1).tolist()
+        values, top_ids = log_probs.topk(min(max(counts.values()), logits.shape[1]), dim=-1)
+        return {
+            row: (logprob, list(zip(row_ids, row_values, strict=True))[:count])
+            for (row, count), logprob, row_ids, row_values in zip(
+                counts.items(), own, top_ids.tolist(), values.tolist(), strict=True
+            )
+        }
+
+    def _count_prompt(self, request: Request) -> None:
+        if self._seen is None:
+            shape, device = (len(self._slots), self.model.config.vocab_size), self._decoder.device
+            self._seen = torch.zeros(shape, dtype=torch.bool, device=device)
+            self._counts = torch.zeros(shape, device=device)
+        index = request._slot.index
+        self._seen[index] = False
+        self._seen[index, torch.tensor(request._prompt_ids, device=self._seen.device)] = True
+        self._counts[index] = 0
+
+    def _finish(self, request: Request, reason: str, error: Exception | None = None) -> None:
+        if self._end(request, reason, error):
+            self._tell(request)
+
+    def _end(self, request: Request, reason: str, error: Exception | None = None) -> bool:
+        """Frees the request's place; False where it had ended before."""
+        with self._state:
+            if request.finish_reason is not None:
+                return False
+            slot = request._slot
+            if slot is None:
+                self._waiting.remove(request)
+            else:
+                slot.request, slot.last_used = None, time.monotonic()
+                seconds = slot.last_used - request._started
+                self._seconds_per_request += 0.1 * (seconds - self._seconds_per_request)
+                if reason == "error":
+                    slot.ids = []
+                    self._decoder.clear(slot.index)
+            self._counters["cancelled"] += reason == "cancelled"
+            with request._changed:
+                request.finish_reason, request.error = reason, error
+                request._changed.notify_all()
+            return True
+
+    def _tell(self, request: Request) -> None:
+        if request._notify is not None:
+            try:
+                request._notify()
+            except Exception:  # whoever listened has gone
+                request._notify = None
+                request.cancel()
+
+
+def check_prompt(prompt_ids: Sequence[int], context_length: int, vocab_size: int) -> None:
+    if not prompt_ids:
+        raise ValueError("the prompt holds no token; generation needs at least one, such as bos")
+    if len(prompt_ids) >= context_length:
+        raise ValueError(
+            f"the prompt holds {len(prompt_ids)} tokens, and the context of {context_length} leaves no room for an "
+            "answer; shorten the prompt or raise --max_seq_len"
+        )
+    if not 0 <= min(prompt_ids) <= max(prompt_ids) < vocab_size:
+        raise ValueError(f"the prompt holds an id outside the vocabulary of {vocab_size}; is it another tokenizer's?")
+
+
+def common_prefix(first: list[int], second: list[int]) -> int:
+    """How many ids agree from the beginning; by halves, because Python compares lists fast and their items slowly."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,504 @@
+"""The forward passes of decoding: prompts are read into slots of a key/value cache, then each slot goes on by a token.
+
+`new_decoder` chooses between two with the same methods: LeanDecoder computes MiniMind and Llama models in as few and as
+large operations as eager torch allows; ForwardDecoder calls the forward of any model.
+
+Shapes: rows = texts that go on by one token together; tokens = new tokens of one prompt; group = heads // kv_heads.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model.model_minimind import rotary_tables
+
+# Attention looks at multiples of this many keys, so that views and masks serve for as many steps.
+KEY_BLOCK = 64
+# Neighbouring slots share one product as long as that adds this many keys of padding: what a call costs.
+PADDING_WORTH = 256
+# Queries of a prompt that meet their keys in one product: bounds the memory of the scores.
+QUERY_TILE = 128
+
+
+def new_decoder(model: nn.Module, slots: int, capacity: int) -> "LeanDecoder | ForwardDecoder":
+    """slots: texts; capacity: tokens of each. The weights as they are now: see `WeightsState`."""
+    device = next(model.parameters()).device.type
+    if device in ("cpu", "cuda") and is_llama_like(model) and not torch.is_autocast_enabled(device):
+        return LeanDecoder(model, slots, capacity)
+    return ForwardDecoder(model, slots, capacity)
+
+
+class WeightsState:
+    """Which parameters a model had, and what was in them: to see whether they were replaced or written to since. It
+    keeps the parameters, or the next ones could come to lie where they lay and pass for them."""
+
+    def __init__(self, model: nn.Module):
+        self.parameters = list(model.parameters())
+        self.versions = [self._version(p) for p in self.parameters]
+
+    @staticmethod
+    def _version(parameter: torch.Tensor) -> tuple:
+        return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
+
+    def is_of(self, model: nn.Module) -> bool:
+        now = list(model.parameters())
+        return len(now) == len(self.parameters) and all(
+            a is b and self._version(a) == version
+            for a, b, version in zip(now, self.parameters, self.versions, strict=True)
+        )
+
+
+def is_llama_like(model: nn.Module) -> bool:
+    """Whether the model computes what LeanDecoder does: ours, and Llama with rotary positions that are tables."""
+    name, config = type(model).__name__, model.config
+    if name == "MiniMindForCausalLM":
+        return True
+    rope = getattr(config, "rope_parameters", None) or {}
+    return (
+        name == "LlamaForCausalLM"
+        and config.hidden_act == "silu"
+        and rope.get("rope_type", "default") in ("default", "linear", "llama3", "yarn")
+    )
+
+
+class SlotCache:
+    """Keys and values behind the forward of any model, as its past_key_values. A slot holds one text.
+
+    Positions are rotated into the keys beforehand: a key does not depend on its place in the cache. Memory is taken at
+    the first update, in the dtype and shape of the keys that arrive. `plan_*` says what the next forward writes.
+
+    keys[layer], values[layer]: (slots, kv_heads, capacity, head_dim); the caller knows how many are filled.
+    """
+
+    def __init__(self, slots: int, capacity: int):
+        self.slots, self.capacity = slots, capacity
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+
+    def plan_prefill(self, slot: int, start: int, end: int) -> None:
+        self.past = start
+        self.write = lambda memory, new: memory[slot : slot + 1, :, start:end].copy_(new)
+        self.read = lambda memory: memory[slot : slot + 1, :, :end]
+
+    def plan_decode(self, slots: torch.Tensor, lengths: torch.Tensor) -> None:
+        end = int(lengths.max()) + 1
+        self.past = end - 1
+        self.write = lambda memory, new: memory.index_put_((slots[:, None], self.heads, lengths[:, None]), new[:, :, 0])
+        self.read = lambda memory: memory[slots, :, :end]
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_) -> tuple[torch.Tensor, torch.Tensor]:
+        if layer_idx == len(self.keys):
+            shape = (self.slots, key.shape[1], self.capacity, key.shape[3])
+            self.keys.append(key.new_zeros(shape))
+            self.values.append(value.new_zeros(shape))
+            self.heads = torch.arange(key.shape[1], device=key.device)
+        self.write(self.keys[layer_idx], key)
+        self.write(self.values[layer_idx], value)
+        return self.read(self.keys[layer_idx]), self.read(self.values[layer_idx])
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.past
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """(keys after the next query_length tokens, first visible key); transformers' models ask for it."""
+        return self.past + query_length, 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.past
+
+
+class ForwardDecoder:
+    """Any model whose forward takes input_ids, attention_mask (4-D boolean, True = may look), position_ids,
+    past_key_values and logits_to_keep. Also serves under autocast, and sees every change of the weights at once."""
+
+    def __init__(self, model: nn.Module, slots: int, capacity: int):
+        self.model, self.cache = model, SlotCache(slots, capacity)
+        self.device = next(model.parameters()).device
+
+    def prefill(self, slot: int, ids: Sequence[int], start: int) -> torch.Tensor:
+        """Reads ids behind the `start` tokens that the slot holds; logits of what follows, (1, vocab) in float32."""
+        self.cache.plan_prefill(slot, start, start + len(ids))
+        positions = torch.arange(start, start + len(ids), device=self.device).unsqueeze(0)
+        return self._forward(torch.tensor([ids], device=self.device), positions, None)
+
+    def decode_one_token(self, slots: Sequence[int], ids: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+        """Each of these slots, in ascending order, holds `length` tokens and reads one more; logits of what follows,
+        (rows, vocab) in float32."""
+        slots, ids, lengths = (torch.tensor(values, device=self.device) for values in (slots, ids, lengths))
+        self.cache.plan_decode(slots, lengths)
+        mask = torch.arange(int(lengths.max()) + 1, device=self.device) <= lengths.unsqueeze(1)
+        return self._forward(ids.unsqueeze(1), lengths.unsqueeze(1), mask[:, None, None, :])
+
+    @torch.inference_mode()
+    def clear(self, slot: int) -> None:
+        """Removes what a failed text left, which may not be finite."""
+        for memory in self.cache.keys + self.cache.values:
+            memory[slot] = 0
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Makes the beginning of one slot that of another, too."""
+        for memory in self.cache.keys + self.cache.values:
+            memory[target, :, :count] = memory[source, :, :count]
+
+    def _forward(self, input_ids, position_ids, mask) -> torch.Tensor:
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return outputs.logits[:, -1].float()
+
+
+# --- the lean forward ------------------------------------------------------------------------------------------------
+
+
+def product(weight: torch.Tensor, bias: torch.Tensor | None = None):
+    """x (rows, in) -> x weightᵀ + bias, for a weight (out, in) that stays as it is and is laid out to be read fast.
+
+    On a CPU x and the result are float32. There a weight that float16 holds exactly (all of a .pth file), or that is in
+    half precision anyway, is kept in float16: read in half the time, multiplied and summed in float32. Any other is
+    float32, in the layout that suits products with few rows.
+    """
+    if weight.device.type != "cpu":
+        return lambda x: F.linear(x, weight, bias)
+    full, bias = weight.float(), None if bias is None else bias.float()
+    half = weight.half()
+    narrow = torch.equal(half.float(), full) or (weight.dtype != torch.float32 and bool(half.isfinite().all()))
+    with contextlib.suppress(AttributeError, RuntimeError):  # processors that the float16 kernels were not built for
+        if narrow:
+            packed = torch.ops.quantized.linear_prepack_fp16(full, bias)
+            run = torch.ops.quantized.linear_dynamic_fp16.default
+            run(full.new_zeros(1, full.shape[1]), packed)
+            return lambda x: run(x, packed)
+    transposed = full.t().contiguous()
+    if bias is None:
+        return lambda x: torch.mm(x, transposed)
+    return lambda x: torch.addmm(bias, x, transposed)
+
+
+def projection(layers: Sequence[nn.Linear], order: torch.Tensor | None = None):
+    """One product for linear layers of the same input: (rows, in) -> (rows, sum of their outputs), in this order.
+
+    An adapter stays apart, so that the weights stay those of the file: W x + B (A x) is [W B] applied to [x, A x].
+    """
+    weight = torch.cat([layer.weight.detach() for layer in layers])
+    adapters = [getattr(layer, "lora", None) for layer in layers]
+    if any(adapters):
+        downs = [lora.A.weight.detach() for lora in adapters if lora]
+        ups = [
+            lora.B.weight.detach() * lora.scale if lora else weight.new_zeros(layer.out_features, 0)
+            for layer, lora in zip(layers, adapters, strict=True)
+        ]
+        weight = torch.cat([weight, torch.block_diag(*ups)], dim=1)
+    bias = None
+    if any(layer.bias is not None for layer in layers):
+        zeros = [weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers]
+        bias = torch.cat(zeros).detach()
+    if order is not None:
+        weight, bias = weight[order], None if bias is None else bias[order]
+    whole = product(weight, bias)
+    if not any(adapters):
+        return whole
+    down = product(torch.cat(downs))
+    return lambda x: whole(torch.cat((x, down(x)), dim=1))
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    if x.is_cuda:
+        return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
+    # the same in calls that cost a fifth; eager torch has no kernel of its own for it on a CPU
+    inverse_rms = torch.linalg.vector_norm(x, dim=1, keepdim=True).square_().div_(x.shape[1]).add_(eps).rsqrt_()
+    return torch.mul(x, weight).mul_(inverse_rms)
+
+
+class SwiGLU:
+    """down(silu(gate(x)) · up(x)), with gate and up in one product."""
+
+    def __init__(self, mlp: nn.Module):
+        self.gate_up, self.down = projection([mlp.gate_proj, mlp.up_proj]), projection([mlp.down_proj])
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=1)
+        return self.down(F.silu(gate).mul_(up))
+
+
+class Experts:
+    """The mixture of experts, each token through its own few; on a GPU all of them, which needs no word to the host."""
+
+    def __init__(self, mlp: nn.Module):
+        self.router, self.top_k, self.renormalise = (
+            product(mlp.gate.weight.detach()),
+            mlp.gate.top_k,
+            mlp.gate.renormalise,
+        )
+        self.experts = [SwiGLU(expert) for expert in mlp.experts]
+        self.shared = [SwiGLU(expert) for expert in mlp.shared_experts]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        weights, chosen = self.router(x).float().softmax(dim=-1).topk(self.top_k, dim=-1)
+        if self.renormalise and self.top_k > 1:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        out = torch.zeros_like(x)
+        for shared in self.shared:
+            out += shared(x)
+        if x.is_cuda and len(x) <= QUERY_TILE:
+            shares = torch.zeros(len(x), len(self.experts), device=x.device).scatter_(1, chosen, weights).to(x.dtype)
+            for number, expert in enumerate(self.experts):
+                out += expert(x) * shares[:, number : number + 1]
+        elif len(x) == 1:
+            for number, weight in zip(chosen[0].tolist(), weights[0].tolist(), strict=True):
+                out.add_(self.experts[number](x), alpha=weight)
+        else:
+            for number, expert in enumerate(self.experts):
+                rows, places = (chosen == number).nonzero(as_tuple=True)
+                out.index_add_(0, rows, expert(x[rows]) * weights[rows, places].unsqueeze(1).to(x.dtype))
+        return out
+
+
+class LeanLayer:
+    def __init__(self, block: nn.Module, order: torch.Tensor):
+        attention = block.self_attn
+        self.qkv = projection([attention.q_proj, attention.k_proj, attention.v_proj], order)
+        self.out = projection([attention.o_proj])
+        self.attention_norm = block.input_layernorm.weight.detach().float()
+        self.mlp_norm = block.post_attention_layernorm.weight.detach().float()
+        self.mlp = Experts(block.mlp) if hasattr(block.mlp, "experts") else SwiGLU(block.mlp)
+
+
+class SlotGroup:
+    """Rows of a step whose slots are neighbours and share one product: in each layer views of their first `count` keys
+    and values, and a bias (rows · kv_heads, 1, count), -inf on what lies behind each text."""
+
+    def __init__(self, decoder: "LeanDecoder", first_slot: int, rows: slice, count: int):
+        self.rows, self.count, self.kv_heads = rows, count, decoder.kv_heads
+        self.query_rows = slice(rows.start * self.kv_heads, rows.stop * self.kv_heads)
+        memory_rows = slice(first_slot * self.kv_heads, (first_slot + rows.stop - rows.start) * self.kv_heads)
+        self.keys = [memory[memory_rows, :count].transpose(1, 2) for memory in decoder.keys]
+        self.values = [memory[memory_rows, :count] for memory in decoder.values]
+        self.places = torch.arange(count, device=decoder.device)
+        self.dtype = decoder.dtype
+
+    def hide(self, lengths: torch.Tensor) -> None:
+        """lengths (rows of the step,): tokens before the one that is read now."""
+        hidden = self.places > lengths[self.rows].repeat_interleave(self.kv_heads).unsqueeze(1)
+        bias = torch.zeros(hidden.shape, dtype=self.dtype, device=hidden.device)
+        self.bias = bias.masked_fill_(hidden, -torch.inf).unsqueeze(1)
+
+
+class LeanDecoder:
+    """MiniMind and Llama in as few and as large operations as eager torch allows, because a call costs as much as its
+    arithmetic. Weights are laid out once, in a copy of their own (in float16 half the size of a float32 model).
+
+    Pairs that rotary positions turn lie side by side in queries and keys (attention does not mind the order of
+    dimensions), so that turning them is one complex product. Activations and cache are float32 on a CPU.
+
+    keys[layer], values[layer]: (slots · kv_heads, capacity + 1, head_dim), zero where nothing was written yet.
+    """
+
+    def __init__(self, model: nn.Module, slots: int, capacity: int):
+        config = model.config
+        self.device = next(model.parameters()).device
+        self.slots, self.capacity = slots, capacity
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = model.model.layers[0].self_attn.head_dim
+        self.eps, self.scale = config.rms_norm_eps, self.head_dim**-0.5
+        self.dtype = torch.float32 if self.device.type == "cpu" else next(model.parameters()).dtype
+
+        rotated = (self.heads + self.kv_heads) * self.head_dim
+        order = torch.arange(rotated + self.kv_heads * self.head_dim, device=self.device)
+        order[:rotated] = order[:rotated].view(-1, 2, self.head_dim // 2).transpose(1, 2).flatten()
+        self.layers = [LeanLayer(block, order) for block in model.model.layers]
+        self.embedding = model.model.embed_tokens.weight.detach()
+        self.norm = model.model.norm.weight.detach().float()
+        self.head = projection([model.lm_head])
+        self.turns = self._turns(model)
+
+        # idle slots of a step on a GPU write where no text reaches
+        shape = (slots * self.kv_heads, capacity + 1, self.head_dim)
+        self.keys = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in self.layers]
+        self.values = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in self.layers]
+        self.groups, self.groups_of = [], None
+        self.graphs = {}
+
+    def _turns(self, model: nn.Module) -> torch.Tensor:
+        """cos + i sin of each position and pair, (capacity + 1, 1, head_dim / 2)."""
+        positions = torch.arange(self.capacity + 1, device=self.device).unsqueeze(0)
+        if hasattr(model.model, "rotary_emb"):
+            cos, sin = model.model.rotary_emb(torch.zeros(1, device=self.device), positions)
+            cos, sin = (table[..., : self.head_dim // 2] for table in (cos, sin))
+        else:
+            cos, sin = rotary_tables(positions, model.config)
+        return torch.complex(cos[0].float(), sin[0].float()).unsqueeze(1)
+
+    @torch.inference_mode()
+    def clear(self, slot: int) -> None:
+        """Removes what a failed text left, which may not be finite."""
+        for memory in self.keys + self.values:
+            memory.unflatten(0, (self.slots, -1))[slot] = 0
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Makes the beginning of one slot that of another, too."""
+        for memory in self.keys + self.values:
+            by_slot = memory.unflatten(0, (self.slots, -1))
+            by_slot[target, :, :count] = by_slot[source, :, :count]
+
+    def _forward(self, ids: torch.Tensor, turns: torch.Tensor, attend, last_only: bool = False) -> torch.Tensor:
+        """ids (tokens,), turns (tokens, 1, head_dim / 2) -> logits (tokens, vocab), or those of the last token.
+
+        attend(number of the layer, qkv (tokens, heads + 2 kv_heads, head_dim), output (tokens, heads · head_dim)).
+        """
+        hidden = F.embedding(ids, self.embedding).to(self.dtype)
+        rotated = self.heads + self.kv_heads
+        for number, layer in enumerate(self.layers):
+            qkv = layer.qkv(rms_norm(hidden, layer.attention_norm, self.eps))
+            qkv = qkv.view(len(ids), rotated + self.kv_heads, self.head_dim)
+            self._turn(qkv[:, :rotated], turns)
+            attended = attend(number, qkv)
+            if last_only and number == len(self.layers) - 1:
+                hidden, attended = hidden[-1:], attended[-1:]
+            hidden += layer.out(attended)
+            hidden += layer.mlp(rms_norm(hidden, layer.mlp_norm, self.eps))
+        return self.head(rms_norm(hidden, self.norm, self.eps)).float()
+
+    @staticmethod
+    def _turn(x: torch.Tensor, turns: torch.Tensor) -> None:
+        """x (tokens, heads, head_dim): its pairs lie side by side."""
+        pairs = x.unflatten(-1, (-1, 2))
+        if x.dtype == torch.float32:
+            torch.view_as_complex(pairs).mul_(turns)
+        else:
+            pairs.copy_(torch.view_as_real(torch.view_as_complex(pairs.float()) * turns))
+
+    # --- a prompt ----------------------------------------------------------------------------------------------------
+
+    def prefill(self, slot: int, ids: Sequence[int], start: int) -> torch.Tensor:
+        """Reads ids behind the `start` tokens that the slot holds; logits of what follows, (1, vocab) in float32."""
+        end = start + len(ids)
+        places = slice(slot * self.kv_heads, (slot + 1) * self.kv_heads)
+
+        def attend(number: int, qkv: torch.Tensor) -> torch.Tensor:
+            query, key, value = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+            keys, values = self.keys[number][places], self.values[number][places]
+            keys[:, start:end] = key.transpose(0, 1)
+            values[:, start:end] = value.transpose(0, 1)
+            query = query.unflatten(1, (self.kv_heads, -1)).transpose(0, 1)  # (kv_heads, tokens, group, head_dim)
+            out = torch.empty_like(query)
+            for first in range(0, len(ids), QUERY_TILE):
+                tile = query[:, first : first + QUERY_TILE]
+                tokens, seen = tile.shape[1], start + first + tile.shape[1]
+                scores = torch.bmm(tile.flatten(1, 2), keys[:, :seen].transpose(1, 2)).mul_(self.scale)
+                scores = scores.unflatten(1, (tokens, -1))
+                later = torch.full((tokens, tokens), -torch.inf, dtype=self.dtype, device=self.device).triu_(1)
+                scores[..., seen - tokens :].add_(later.unsqueeze(1))
+                weights = scores.flatten(1, 2).softmax(dim=-1)
+                out[:, first : first + tokens] = torch.bmm(weights, values[:, :seen]).view(tile.shape)
+            return out.transpose(0, 1).reshape(len(ids), -1)
+
+        with torch.autocast(self.device.type, enabled=False):
+            tokens = torch.tensor(ids, device=self.device)
+            return self._forward(tokens, self.turns[start:end], attend, last_only=True)
+
+    # --- a token of each text ----------------------------------------------------------------------------------------
+
+    def decode_one_token(self, slots: Sequence[int], ids: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+        """Each of these slots, in ascending order, holds `length` tokens and reads one more; logits of what follows,
+        (rows, vocab) in float32."""
+        with torch.autocast(self.device.type, enabled=False):
+            if self.device.type == "cuda":
+                return self._decode_all_slots(slots, ids, lengths)
+            self._group(slots, lengths)
+            lengths = torch.tensor(lengths, device=self.device)
+            return self._decode(torch.tensor(ids, device=self.device), lengths)
+
+    def _decode(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        for slot_group in self.groups:
+            slot_group.hide(lengths)
+        # where keys and values are written, in the memory seen as (places, head_dim)
+        places = (self.first_places + lengths.unsqueeze(1)).flatten()
+        group = self.heads // self.kv_heads
+
+        def attend(number: int, qkv: torch.Tensor) -> torch.Tensor:
+            query, key, value = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+            keys, values = self.keys[number], self.values[number]
+            keys.view(-1, self.head_dim).index_copy_(0, places, key.reshape(-1, self.head_dim))
+            values.view(-1, self.head_dim).index_copy_(0, places, value.reshape(-1, self.head_dim))
+            query = query.reshape(-1, group, self.head_dim)  # (rows · kv_heads, group, head_dim)
+            parts = []
+            for part in self.groups:
+                scores = torch.baddbmm(part.bias, query[part.query_rows], part.keys[number], alpha=self.scale)
+                parts.append(torch.bmm(scores.softmax(dim=-1), part.values[number]))
+            out = parts[0] if len(parts) == 1 else torch.cat(parts)
+            return out.view(len(ids), -1)
+
+        return self._forward(ids, self.turns[lengths], attend)
+
+    def _group(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
+        """Puts neighbouring slots of similar length together; the views serve until a length leaves its block."""
+        blocks = [length // KEY_BLOCK + 1 for length in lengths]
+        if self.groups_of == (slots, blocks):
+            return
+        self.groups_of = (list(slots), blocks)
+        self._place(slots)
+        self.groups, first = [], 0
+        for row in range(1, len(slots) + 1):
+            together = blocks[first : row + 1]
+            padding = KEY_BLOCK * (max(together) * len(together) - sum(together))
+            if row == len(slots) or slots[row] != slots[row - 1] + 1 or padding > PADDING_WORTH:
+                count = min(max(blocks[first:row]) * KEY_BLOCK, self.capacity)
+                self.groups.append(SlotGroup(self, slots[first], slice(first, row), count))
+                first = row
+
+    def _place(self, slots: Sequence[int]) -> None:
+        heads = torch.arange(self.kv_heads, device=self.device)
+        slots = torch.tensor(slots, device=self.device)
+        self.first_places = (slots.unsqueeze(1) * self.kv_heads + heads) * self.keys[0].shape[1]
+
+    def _decode_all_slots(self, slots: Sequence[int], ids: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+        """On a GPU idle slots take part, so that shapes repeat and a step is one recorded CUDA graph per power of two
+        of keys: launching its kernels one by one would take longer than running them."""
+        all_ids, all_lengths = [0] * self.slots, [self.capacity] * self.slots
+        for slot, token, length in zip(slots, ids, lengths, strict=True):
+            all_ids[slot], all_lengths[slot] = token, length
+        if not self.graphs:
+            self.static_ids, self.static_lengths = torch.tensor([all_ids, all_lengths], device=self.device)
+            self._place(range(self.slots))
+        self.static_ids.copy_(torch.tensor(all_ids))
+        self.static_lengths.copy_(torch.tensor(all_lengths))
+        count = min(max(256, 1 << max(lengths).bit_length()), self.capacity + 1)
+        if count not in self.graphs:
+            self.graphs[count] = self._record(count)
+        graph, logits = self.graphs[count]
+        if graph is None:
+            logits = self._decode_group(count)
+        else:
+            graph.replay()
+        return logits[torch.tensor(slots, device=self.device)]
+
+    def _decode_group(self, count: int) -> torch.Tensor:
+        self.groups = [SlotGroup(self, 0, slice(0, self.slots), count)]
+        return self._decode(self.static_ids, self.static_lengths)
+
+    def _record(self, count: int) -> tuple:
+        """(graph, its logits), or (None, None) where recording fails."""
+        if self.device.type != "cuda":
+            return None, None
+        try:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # libraries set themselves up in a first run, which must not be recorded
+                self._decode_group(count)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                logits = self._decode_group(count)
+            return graph, logits
+        except RuntimeError as error:
+            warnings.warn(f"decoding goes on without CUDA graphs, slower: {error}", stacklevel=2)
+            return None, None
