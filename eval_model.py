@@ -13,7 +13,6 @@ Answers go to stdout, everything else to stderr. An empty line ends the conversa
 import argparse
 import contextlib
 import itertools
-import json
 import os
 import random
 import re
@@ -25,17 +24,29 @@ from pathlib import Path
 
 import torch
 
+from dataset.text_stream import ThoughtSplitter
 from dataset.tokenization import ChatTokenizer, StreamDecoder
-from model.generation import KVCache, SamplingParams, new_cache, stream
+from model.batching import Engine
+from model.generation import SamplingParams, stream
+from model.loading import (
+    DTYPES,
+    STAGE_OF_MODE,
+    check_sizes,
+    check_vocabulary,
+    choose_device,
+    choose_dtype,
+    experts_in,
+    find_weights,
+    load_folder,
+    stretch_context,
+    trained_length,
+)
 from model.model_lora import find_lora, load_lora, lora_layers, remove_lora
-from model.model_minimind import MiniMindForCausalLM
-from model.weights import WeightsError, load_model, missing_message, weight_path
+from model.weights import load_model
 
 ROOT = Path(__file__).resolve().parent
-STAGE_OF_MODE = {0: "pretrain", 1: "full_sft", 2: "rlhf", 3: "reason", 4: "full_dist"}
 PRETRAIN, REASON = 0, 3
 LORA_COMMAND = re.compile(r"\s*/lora(?:\s+(\S.*?))?\s*")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 TEST_PROMPTS = [
     "你好，你是谁？",
@@ -81,6 +92,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_hidden_layers", type=int, default=None, help="read from the weights; checked against them if given")
     add("--use_moe", type=boolean, nargs="?", const=True, default=None, help="chooses between files")
     add("--max_seq_len", type=int, default=8192, help="context in tokens: conversation and answer")
+    add("--rope_scaling", type=float, default=None, help="YaRN: read this many times the trained length")
+    add("--trained_length", type=int, default=None, help="tokens, for --rope_scaling; default: what the sidecar says")
     add("--history_cnt", type=int, default=0, help="earlier messages kept, an even number; 0: each prompt alone")
     add("--temperature", type=float, default=0.85, help="0: greedy")
     add("--top_p", type=float, default=0.85, help="sample from the likeliest tokens with this probability; 1: all")
@@ -131,85 +144,27 @@ def noted_warnings() -> Iterator[None]:
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def find_weights(out_dir: str, stage: str, hidden_size: int | None, use_moe: bool | None) -> Path:
-    """The stage's file: the one that the flags name, else the only one there, else the dense one of size 512."""
-    names = re.compile(rf"{stage}_(\d+)(_moe)?\.pth")
-    found = {}  # (hidden size, MoE) -> path
-    if os.path.isdir(out_dir):
-        for path in sorted(Path(out_dir).iterdir()):
-            if match := names.fullmatch(path.name):
-                found[int(match[1]), bool(match[2])] = path
-    fitting = {
-        (size, moe): path
-        for (size, moe), path in found.items()
-        if hidden_size in (None, size) and use_moe in (None, moe)
-    }
-    if len(fitting) == 1:
-        return next(iter(fitting.values()))
-    wanted = (hidden_size or 512, bool(use_moe))
-    if wanted in fitting:
-        return fitting[wanted]
-    if fitting:
-        listed = ", ".join(path.name for path in fitting.values())
-        raise WeightsError(f"{out_dir} holds several {stage} weights: {listed}. Choose by --hidden_size and --use_moe")
-    raise WeightsError(missing_message(weight_path(out_dir, stage, *wanted)))
-
-
-def load_folder(folder: Path, trust_remote_code: bool, dtype: torch.dtype) -> torch.nn.Module:
-    """A model in Hugging Face format. Our own architecture needs no code from the folder; Llama and others come with
-    transformers. Weights that lack a tensor are an error, where transformers would draw it at random and warn."""
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise ValueError(f"{config_file} not found; --hf_path takes a folder that save_pretrained wrote")
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{config_file} is not valid JSON: {error}") from error
-    if config.get("model_type") == "minimind" and not trust_remote_code:
-        loader, options = MiniMindForCausalLM, {}
-    else:
-        from transformers import AutoModelForCausalLM
-
-        loader, options = AutoModelForCausalLM, {"trust_remote_code": trust_remote_code}
-    try:
-        model, report = loader.from_pretrained(
-            folder, local_files_only=True, dtype=dtype, output_loading_info=True, **options
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        own_code = "auto_map" in config and not trust_remote_code
-        hint = "; the code in it runs only with --trust_remote_code" if own_code else ""
-        raise ValueError(f"{folder} cannot be loaded: {error}{hint}") from error
-    broken = {kind: sorted(map(str, report[kind]))[:3] for kind in ("missing_keys", "mismatched_keys") if report[kind]}
-    if broken:
-        raise ValueError(f"the weights in {folder} do not fit its config.json: {broken}")
-    return model.eval()
-
-
 def load(args: argparse.Namespace) -> tuple[torch.nn.Module, ChatTokenizer, str]:
     """The model on its device, its tokenizer and the name of what was loaded."""
-    try:
-        device = torch.device(args.device)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {args.device} cannot be used here: {str(error).splitlines()[0]}") from error
+    device = choose_device(args.device)
     dtype, hf_folder = choose_dtype(args.dtype, device), Path(args.hf_path)
     tokenizer_path = args.tokenizer_path or ROOT / "model"
     if args.load == 1 and not args.tokenizer_path and (hf_folder / "tokenizer.json").is_file():
         tokenizer_path = hf_folder
     if args.load == 1:
-        model, source = load_folder(hf_folder, args.trust_remote_code, dtype), hf_folder
+        model, source, sidecar = load_folder(hf_folder, args.trust_remote_code, dtype), hf_folder, None
         tokenizer = ChatTokenizer(tokenizer_path)
     else:
         tokenizer = ChatTokenizer(tokenizer_path)
         source = find_weights(args.out_dir, STAGE_OF_MODE[args.model_mode], args.hidden_size, args.use_moe)
-        model, _ = load_model(source, tokenizer.sha256)
+        model, sidecar = load_model(source, tokenizer.sha256)
         model.to(dtype)
-    check_sizes(args, model.config, source)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"{tokenizer.path} has {tokenizer.vocab_size} token ids, and {source} {model.config.vocab_size}; "
-            "name the tokenizer that the weights were trained with by --tokenizer_path"
-        )
+    check_sizes(model.config, source, args.hidden_size, args.num_hidden_layers, args.use_moe)
+    check_vocabulary(model, source, tokenizer.path, tokenizer.vocab_size)
+    if args.rope_scaling is not None:
+        stretch_context(model, args.rope_scaling, trained_length(sidecar, args.trained_length))
+    elif args.trained_length is not None:
+        raise ValueError("--trained_length belongs to --rope_scaling FACTOR")
     model.to(device)
     name = switch_lora(model, tokenizer, args, args.lora_name)
     return model, tokenizer, f"{source} with {name}" if name else str(source)
@@ -221,30 +176,9 @@ def switch_lora(model: torch.nn.Module, tokenizer: ChatTokenizer, args: argparse
     if lora_name.lower() == "none":
         remove_lora(model)
         return ""
-    use_moe = bool(getattr(model.config, "use_moe", False))
-    path = find_lora(lora_name, args.out_dir, model.config.hidden_size, use_moe)
+    path = find_lora(lora_name, args.out_dir, model.config.hidden_size, experts_in(model.config) > 0)
     load_lora(model, path, tokenizer.sha256)
     return str(path)
-
-
-def check_sizes(args: argparse.Namespace, config, source: Path) -> None:
-    """Sizes come from the weights; a flag that says otherwise is a mistake to tell, not to ignore."""
-    held = {
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "use_moe": bool(getattr(config, "use_moe", False)),
-    }
-    for flag, value in held.items():
-        if getattr(args, flag) not in (None, value):
-            raise ValueError(f"--{flag} is {getattr(args, flag)}, and {source} has {value}; leave the flag out")
-
-
-def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    if name is not None:
-        return DTYPES[name]
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def describe(model: torch.nn.Module, source: str) -> str:
@@ -252,7 +186,7 @@ def describe(model: torch.nn.Module, source: str) -> str:
     adapter = sum(p.numel() for _, layer in lora_layers(model) for p in layer.lora.parameters())
     count = f"{(sum(p.numel() for p in model.parameters()) - adapter) / 1e6:.2f}M"
     count += f" + {adapter / 1e6:.2f}M" if adapter else ""
-    kind = f"MoE of {config.n_routed_experts} experts" if getattr(config, "use_moe", False) else "dense"
+    kind = f"MoE of {experts_in(config)} experts" if experts_in(config) else "dense"
     return (
         f"{source}: {count} parameters "
         f"({kind}, hidden_size {config.hidden_size}, {config.num_hidden_layers} layers), "
@@ -263,48 +197,8 @@ def describe(model: torch.nn.Module, source: str) -> str:
 # --- conversation ----------------------------------------------------------------------------------------------------
 
 
-class ThoughtSplitter:
-    """Parts the text of a reasoning model, as it arrives, into thought and answer: (is_thought, text) pieces.
-
-    What stands in <think> is thought, all else answer; the tags and the white space beside them are dropped. A tag may
-    arrive in several pieces.
-    """
-
-    TAGS = {"<think>": True, "</think>": False, "<answer>": False, "</answer>": False}
-    PATTERN = re.compile(r"\s*(</?(?:think|answer)>)\s*")
-
-    def __init__(self):
-        self.thinking, self.pending, self.fresh = False, "", True  # fresh: nothing but white space since the last tag
-
-    def push(self, text: str) -> list[tuple[bool, str]]:
-        self.pending += text
-        pieces = []
-        while match := self.PATTERN.search(self.pending):
-            self._take(match.start(), pieces)
-            self.pending = self.pending[match.end() - match.start() :]
-            self.thinking, self.fresh = self.TAGS[match[1]], True
-        # the end may be the beginning of a tag, and white space may stand before one
-        text = self.pending
-        longest = max((n for n in range(8, 0, -1) if any(tag.startswith(text[-n:]) for tag in self.TAGS)), default=0)
-        body = text[: len(text) - min(longest, len(text))].rstrip()
-        self._take(len(body), pieces)
-        return pieces
-
-    def flush(self) -> list[tuple[bool, str]]:
-        pieces = []
-        self._take(len(self.pending.rstrip()), pieces)
-        return pieces
-
-    def _take(self, length: int, pieces: list[tuple[bool, str]]) -> None:
-        text, self.pending = self.pending[:length], self.pending[length:]
-        text = text.lstrip() if self.fresh else text
-        if text:
-            self.fresh = False
-            pieces.append((self.thinking, text))
-
-
 class Conversation:
-    """What was said, what the cache holds of it, and how an answer is written out."""
+    """What was said, the engine that holds what it read of it, and how an answer is written out."""
 
     def __init__(self, model: torch.nn.Module, tokenizer: ChatTokenizer, args: argparse.Namespace):
         self.model, self.tokenizer, self.args = model, tokenizer, args
@@ -312,7 +206,7 @@ class Conversation:
         if self.context_length < args.max_seq_len:
             note(f"the context is {self.context_length} tokens: the model knows no more positions")
         self.history: list[dict] = []
-        self.cache: KVCache = new_cache(model, capacity=self.context_length)
+        self.engine = Engine(model, slots=1, context_length=self.context_length)
 
     def encode(self, prompt: str) -> list[int]:
         """Ids that the model continues; the oldest turns are dropped where they leave an answer too little room."""
@@ -330,12 +224,11 @@ class Conversation:
         return ids
 
     def switch_lora(self, lora_name: str | None) -> None:
-        """Goes on with another adapter, or with none. What was said stays; what the cache holds of it does not."""
+        """Goes on with another adapter, or with none. What was said stays; the engine reads it again."""
         if lora_name is None:
             raise ValueError("which adapter? /lora NAME, or /lora none")
         with noted_warnings():
             name = switch_lora(self.model, self.tokenizer, self.args, lora_name)
-        self.cache.truncate(0)
         note(f"now with {name}" if name else "now without an adapter")
 
     def answer(self, prompt: str) -> bool:
@@ -348,7 +241,7 @@ class Conversation:
         answer_ids, text, interrupted = [], "", False
         started = time.perf_counter()
         try:
-            for token_id in stream(self.model, ids, params, cache=self.cache, context_length=self.context_length):
+            for token_id in stream(self.model, ids, params, engine=self.engine):
                 answer_ids.append(token_id)
                 piece = decoder.push(token_id)
                 text += piece

@@ -6,7 +6,9 @@ project's loader takes only the square layers (q_proj, o_proj) of such a file an
 `--lora_targets q_proj,o_proj` what must work there.
 """
 
+import json
 import math
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 
 from model.model_minimind import MiniMindConfig
@@ -236,6 +239,54 @@ def save_peft(folder: str | Path, model: nn.Module, base_model: str = "") -> Non
     data = save({key: tensor.contiguous() for key, tensor in tensors.items()}, metadata={"format": "pt"})
     write_atomically(Path(folder) / "adapter_model.safetensors", lambda file: file.write(data))
     write_json(Path(folder) / "adapter_config.json", config)
+
+
+def read_peft(folder: str | Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Layer name -> (A, B in float32 with the scale folded in) of an adapter that the peft library saved for a Llama.
+
+    Raises WeightsError for what our adapters cannot express: DoRA, trained biases or whole modules, other layers.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise WeightsError(f"{folder} is no readable PEFT folder (adapter_model.safetensors): {error}") from error
+    beyond = {
+        f"peft_type {config.get('peft_type')}": config.get("peft_type") != "LORA",
+        "use_dora": config.get("use_dora"),
+        f"bias {config.get('bias')}": config.get("bias", "none") != "none",
+        "fan_in_fan_out": config.get("fan_in_fan_out"),
+        "modules_to_save": config.get("modules_to_save"),
+        # these change the base weights as well
+        f"init_lora_weights {config.get('init_lora_weights')}": str(config.get("init_lora_weights")).lower()[:4]
+        in ("piss", "olor", "loft", "cord"),
+    }
+    if any(beyond.values()):
+        kinds = ", ".join(name for name, there in beyond.items() if there)
+        raise WeightsError(f"{folder}: {kinds} has no place in our adapter files, which hold W x + B(A x) alone")
+    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for key in sorted(tensors):
+        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        other = key.replace(".lora_A.", ".lora_B.")
+        if key.endswith(".lora_A.weight") and ".layers." in name and other in tensors:
+            scale = _peft_scale(config, name, tensors[key].shape[0])
+            pairs[name] = tensors[key].float(), tensors[other].float() * scale
+    if not pairs or 2 * len(pairs) != len(tensors):
+        raise WeightsError(f"{folder} adapts more than the linear layers of the blocks; our adapters hold only these")
+    return pairs
+
+
+def _peft_scale(config: dict[str, Any], name: str, rank: int) -> float:
+    """alpha / rank, or alpha / sqrt(rank) with rsLoRA; alpha_pattern may give a layer its own alpha."""
+    alpha = config.get("lora_alpha", rank)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.search(rf"(^|\.){pattern}$", name):
+            alpha = value
+            break
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------

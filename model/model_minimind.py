@@ -12,7 +12,7 @@ kv_heads = key/value heads; group = heads // kv_heads; head_dim = hidden // head
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +32,13 @@ class MiniMindConfig(PretrainedConfig):
     """Sizes and switches of a MiniMind model; the defaults are the 26M dense preset.
 
     `intermediate_size=None` means 64 * ceil(8 * hidden_size / 3 / 64), the SwiGLU width of the presets.
+    `rope_scaling` stretches the context by YaRN, in transformers' form: {"rope_type": "yarn", "factor": 4.0,
+    "original_max_position_embeddings": trained length}, optionally "beta_fast", "beta_slow" and "attention_factor"; see
+    rotary_frequencies. None: positions as they are.
     """
 
     model_type = "minimind"
+    rope_scaling: ClassVar[dict[str, Any] | None] = None  # takes the place of transformers' property
 
     def __init__(
         self,
@@ -47,6 +51,7 @@ class MiniMindConfig(PretrainedConfig):
         max_position_embeddings: int = 32768,
         rms_norm_eps: float = 1e-5,
         rope_theta: float = 1e6,
+        rope_scaling: dict[str, Any] | None = None,
         hidden_act: str = "silu",
         dropout: float = 0.0,
         initializer_range: float = 0.02,
@@ -69,6 +74,8 @@ class MiniMindConfig(PretrainedConfig):
         self.max_position_embeddings = max_position_embeddings
         self.rms_norm_eps = rms_norm_eps
         self.rope_theta = rope_theta
+        if rope_scaling is not None:
+            self.rope_scaling = yarn_parameters(rope_scaling)
         self.hidden_act = hidden_act
         self.dropout = dropout
         self.initializer_range = initializer_range
@@ -116,6 +123,28 @@ class MiniMindConfig(PretrainedConfig):
                 f"num_experts_per_tok {self.num_experts_per_tok} must lie between 1 and "
                 f"n_routed_experts {self.n_routed_experts}"
             )
+
+
+def yarn_parameters(rope_scaling: dict[str, Any]) -> dict[str, Any]:
+    """The checked and complete form of MiniMindConfig's rope_scaling."""
+    given = {**rope_scaling}
+    kind = given.pop("rope_type", given.pop("type", None))
+    values = {"factor": None, "original_max_position_embeddings": None, "beta_fast": 32.0, "beta_slow": 1.0}
+    values |= {"attention_factor": None}
+    if kind != "yarn" or given.keys() - values.keys():
+        unknown = ", ".join(sorted(given.keys() - values.keys())) or f"rope_type {kind!r}"
+        raise ValueError(f"rope_scaling: {unknown} is not supported; it takes rope_type 'yarn', {', '.join(values)}")
+    values |= {name: value for name, value in given.items() if value is not None}
+    factor, length = values["factor"], values["original_max_position_embeddings"]
+    if factor is None or not 1 <= factor < math.inf:
+        raise ValueError(f"rope_scaling: factor is {factor}, and must be 1 or more: longest context / trained length")
+    if length is None or length < 1:
+        raise ValueError(f"rope_scaling: original_max_position_embeddings is {length}, and must be the trained length")
+    if not values["beta_fast"] > values["beta_slow"] > 0:
+        raise ValueError(f"rope_scaling: beta_fast must exceed beta_slow, and that 0: {values}")
+    if values["attention_factor"] is None:
+        values["attention_factor"] = 0.1 * math.log(factor) + 1.0  # arXiv:2309.00071, eq. 22, on cos and sin both
+    return {"rope_type": "yarn", **values}
 
 
 class RMSNormFunction(torch.autograd.Function):
@@ -169,15 +198,42 @@ def trains_eagerly_on_cpu(x: torch.Tensor) -> bool:
 # --- rotary positions ------------------------------------------------------------------------------------------------
 
 
-def rotary_tables(position_ids: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of position · theta^(-2i/head_dim), each (batch, seq, head_dim / 2) in float32.
+def rotary_frequencies(config: MiniMindConfig, device: torch.device | None = None) -> torch.Tensor:
+    """Radians per position of each pair of dimensions, (head_dim / 2) in float32: theta^(-2i/head_dim).
+
+    With YaRN (arXiv:2309.00071, section 3.2, "NTK-by-parts") pairs that turn more than beta_fast times within the
+    trained length keep their frequency, those that turn less than beta_slow times are slowed down by the factor, so
+    that they never reach an angle that training did not show, and the pairs between are blended.
+    """
+    exponent = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
+    frequencies = config.rope_theta**-exponent
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+
+    def pair_that_turns(times: float) -> float:
+        wavelength = scaling["original_max_position_embeddings"] / times
+        return config.head_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    first = max(math.floor(pair_that_turns(scaling["beta_fast"])), 0)
+    last = min(math.ceil(pair_that_turns(scaling["beta_slow"])), config.head_dim - 1)
+    pairs = torch.arange(len(frequencies), device=device, dtype=torch.float32)
+    slowed = ((pairs - first) / max(last - first, 1e-3)).clamp(0, 1)
+    wavelengths = config.rope_theta**exponent  # two roundings as in transformers: at position 10,000 one more shows
+    return 1 / (scaling["factor"] * wavelengths) * slowed + 1 / wavelengths * (1 - slowed)
+
+
+def rotary_tables(position_ids: torch.Tensor, config: MiniMindConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of position · frequency, each (batch, seq, head_dim / 2) in float32; with YaRN times its factor.
 
     Computed from the positions once per forward: there is no buffer that a reload or a `.to(bfloat16)` could spoil.
     """
-    exponent = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
     with torch.autocast(position_ids.device.type, enabled=False):
-        angles = position_ids.unsqueeze(-1).float() * theta**-exponent
-        return angles.cos(), angles.sin()
+        angles = position_ids.unsqueeze(-1).float() * rotary_frequencies(config, position_ids.device)
+        cos, sin = angles.cos(), angles.sin()
+        if config.rope_scaling is None:
+            return cos, sin
+        return cos * config.rope_scaling["attention_factor"], sin * config.rope_scaling["attention_factor"]
 
 
 class Rotation(torch.autograd.Function):
@@ -646,7 +702,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
             if hasattr(past_key_values, "get_mask_sizes"):  # a transformers cache may hold more slots than tokens
                 keys = past_key_values.get_mask_sizes(seq, 0)[0]
             plan = AttentionPlan.rows(attention_mask, past, keys, (batch, seq), device)
-        rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta)
+        rotary = rotary_tables(position_ids, self.config)
         documents = None
         if self.config.use_moe and self.training:
             slots = None if cu_seqlens is None else cu_seqlens.numel() - 1

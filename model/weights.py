@@ -167,8 +167,11 @@ def read_sidecar(path: str | Path) -> dict[str, Any] | None:
     return content
 
 
-def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
-    """Reads a .pth of tensors, and of nothing that could run code; wrapper prefixes are taken off the names."""
+def read_state_dict(path: str | Path, old_names: bool = False) -> dict[str, torch.Tensor]:
+    """Reads a .pth of tensors, and of nothing that could run code; wrapper prefixes are taken off the names.
+
+    old_names: take names of before April 2025 as they are, which is an error otherwise.
+    """
     path = Path(path)
     if not path.is_file():
         raise WeightsError(missing_message(path))
@@ -181,7 +184,7 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
         raise WeightsError(
             f"{path} does not hold a plain state dict (names to tensors); it is not a weight file of ours"
         )
-    if "tok_embeddings.weight" in state or any(".attention.wq." in key for key in state):
+    if not old_names and ("tok_embeddings.weight" in state or any(".attention.wq." in key for key in state)):
         raise WeightsError(
             f"{path} holds weights of the original project from before April 2025 (tok_embeddings, wq, w1 ...); "
             "turn them into today's names with scripts/convert_model.py first"

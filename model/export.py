@@ -1,0 +1,274 @@
+"""Our weights under the names and in the layout of other runtimes, and back: Llama, Qwen2-MoE, and our own old names.
+
+Everything here maps state dicts and configurations in memory; scripts/convert_model.py reads and writes the files.
+The layouts are exact: no product is reordered and no value rounded, so logits stay the same but for the last bits.
+"""
+
+import re
+from typing import Any
+
+import torch
+
+from model.model_minimind import MiniMindConfig
+
+State = dict[str, torch.Tensor]
+
+
+# --- rotary pairs ----------------------------------------------------------------------------------------------------
+
+
+def interleave_rows(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rows of q_proj or k_proj for a runtime that rotates the pairs (x_2i, x_2i+1) instead of (x_i, x_i+head_dim/2)."""
+    return weight.view(-1, 2, head_dim // 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def split_rows(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """The way back: rows for the pairs (x_i, x_i+head_dim/2), as our model rotates them."""
+    return weight.view(-1, head_dim // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+# --- names of the original project before April 2025 -----------------------------------------------------------------
+
+OLD_NAMES = {
+    r"tok_embeddings\.weight": "model.embed_tokens.weight",
+    r"norm\.weight": "model.norm.weight",
+    r"output\.weight": "lm_head.weight",
+    r"layers\.(\d+)\.attention_norm\.weight": r"model.layers.\1.input_layernorm.weight",
+    r"layers\.(\d+)\.ffn_norm\.weight": r"model.layers.\1.post_attention_layernorm.weight",
+    r"layers\.(\d+)\.attention\.w([qkvo])\.weight": r"model.layers.\1.self_attn.\2_proj.weight",
+    r"layers\.(\d+)\.feed_forward\.gate\.weight": r"model.layers.\1.mlp.gate.weight",
+    r"layers\.(\d+)\.feed_forward\.shared_experts\.(w[123])\.weight": r"model.layers.\1.mlp.shared_experts.0.\2.weight",
+    r"layers\.(\d+)\.feed_forward\.((?:\w+\.\d+\.)?)(w[123])\.weight": r"model.layers.\1.mlp.\2\3.weight",
+}
+OLD_PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+OLD_BUFFERS = re.compile(r"(?:.*\.)?(?:pos_cis|freqs_cis|freqs_cos|freqs_sin|mask|k_cache|v_cache|cache_k|cache_v)")
+
+
+def has_old_names(state: State) -> bool:
+    return "tok_embeddings.weight" in state or any(".attention.wq." in key for key in state)
+
+
+def from_old_names(state: State, num_attention_heads: int) -> State:
+    """Weights under today's names. Their model rotated neighbouring pairs, so the rows of q and k change places; the
+    number of heads, which no tensor shows, decides which. ValueError for a name that is unknown."""
+    head_dim = state["tok_embeddings.weight"].shape[1] // num_attention_heads
+    renamed = {}
+    for key, tensor in state.items():
+        if OLD_BUFFERS.fullmatch(key):
+            continue
+        new = next((re.sub(old, new, key) for old, new in OLD_NAMES.items() if re.fullmatch(old, key)), None)
+        if new is None:
+            raise ValueError(f"{key} is no name of the original project's weights from before April 2025")
+        new = re.sub(r"\bw[123]\b", lambda match: OLD_PROJECTIONS[match[0]], new)
+        if ".attention.wq." in key or ".attention.wk." in key:
+            if tensor.shape[0] % head_dim:
+                raise ValueError(
+                    f"{key} has {tensor.shape[0]} rows, no multiple of {head_dim} for {num_attention_heads} heads; set "
+                    "--num_attention_heads to the number that the weights were trained with"
+                )
+            tensor = split_rows(tensor, head_dim)
+        renamed[new] = tensor
+    renamed.setdefault("lm_head.weight", renamed["model.embed_tokens.weight"])
+    return renamed
+
+
+# --- Hugging Face: Llama for dense models, Qwen2-MoE for mixtures of experts -----------------------------------------
+
+
+def hf_format(config: MiniMindConfig) -> str:
+    return "qwen2_moe" if config.use_moe else "llama"
+
+
+def hf_config(config: MiniMindConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json for LlamaForCausalLM or Qwen2MoeForCausalLM.
+
+    Rotary settings stand twice: `rope_parameters` for transformers 5, `rope_theta` and `rope_scaling` for older
+    runtimes, which would silently take a theta of 10,000; likewise `dtype` and `torch_dtype`.
+    """
+    rope = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    context = config.max_position_embeddings
+    if config.rope_scaling is not None:
+        rope |= config.rope_scaling
+        context = stretched_length(config)
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "hidden_act", "hidden_size", "initializer_range")
+    names += ("intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps")
+    fields = {name: getattr(config, name) for name in (*names, "rope_theta", "vocab_size")} | {
+        "attention_dropout": 0.0,
+        "max_position_embeddings": context,
+        "rope_parameters": rope,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    if config.rope_scaling is not None:
+        fields["rope_scaling"] = config.rope_scaling
+    if not config.use_moe:
+        fields |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "head_dim": config.head_dim}
+        return fields | {"attention_bias": False, "mlp_bias": False}
+    return fields | {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "model_type": "qwen2_moe",
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": config.intermediate_size,
+        "shared_expert_intermediate_size": config.intermediate_size * config.n_shared_experts,
+        "num_experts": config.n_routed_experts,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "norm_topk_prob": renormalises(config),
+        "output_router_logits": False,
+        "qkv_bias": True,  # zeros: older runtimes read the biases unasked
+        "router_aux_loss_coef": config.aux_loss_alpha,
+        "use_sliding_window": False,
+    }
+
+
+def renormalises(config: MiniMindConfig) -> bool:
+    """Our router leaves the weight of a single chosen expert as it is."""
+    return config.norm_topk_prob and config.num_experts_per_tok > 1
+
+
+def stretched_length(config: MiniMindConfig) -> int:
+    """Context in tokens that YaRN stretches to."""
+    return round(config.rope_scaling["original_max_position_embeddings"] * config.rope_scaling["factor"])
+
+
+def to_hf(state: State, config: MiniMindConfig) -> State:
+    """The tensors of LlamaForCausalLM or Qwen2MoeForCausalLM in the dtype of `state`; the head is the embedding.
+
+    Qwen2-MoE multiplies its shared expert by sigmoid(g·x). With g = 0 that is exactly 1/2, which a doubled down_proj
+    undoes. Several shared experts are one of their joint width. ValueError: doubling exceeds the dtype, or there is no
+    shared expert.
+    """
+    state = {key: tensor for key, tensor in state.items() if key != "lm_head.weight"}
+    if not config.use_moe:
+        return state
+    if config.n_shared_experts < 1:
+        raise ValueError("Qwen2-MoE always has a shared expert, and this model has none; use --to minimind or gguf")
+    result = {key: tensor for key, tensor in state.items() if ".shared_experts." not in key}
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        for name in ("q", "k", "v"):
+            weight = state[f"{prefix}self_attn.{name}_proj.weight"]
+            result[f"{prefix}self_attn.{name}_proj.bias"] = weight.new_zeros(weight.shape[0])
+        shared = shared_expert(state, layer, config.n_shared_experts)
+        down = shared["down_proj"] * 2
+        if not torch.isfinite(down).all():
+            raise ValueError(
+                f"{prefix}mlp.shared_experts: the doubled down_proj exceeds {str(down.dtype).removeprefix('torch.')}; "
+                "use --dtype bfloat16 or float32"
+            )
+        shared["down_proj"] = down
+        result |= {f"{prefix}mlp.shared_expert.{name}.weight": tensor for name, tensor in shared.items()}
+        result[f"{prefix}mlp.shared_expert_gate.weight"] = down.new_zeros(1, config.hidden_size)
+    return result
+
+
+def shared_expert(state: State, layer: int, count: int) -> State:
+    """The shared experts of a layer as one: their sum is a single expert of their joint width."""
+    prefix = f"model.layers.{layer}.mlp.shared_experts."
+    joined = {}
+    for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+        joined[name] = torch.cat([state[f"{prefix}{s}.{name}.weight"] for s in range(count)], dim=dim)
+    return joined
+
+
+def split_shared_expert(tensors: State, layer: int, width: int) -> State:
+    """The way back: one wide expert as shared experts of `width`."""
+    prefix = f"model.layers.{layer}.mlp.shared_experts."
+    parts = {}
+    for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+        for number, part in enumerate(tensors[name].split(width, dim=dim)):
+            parts[f"{prefix}{number}.{name}.weight"] = part.contiguous()
+    return parts
+
+
+def from_hf(state: State, hf: Any) -> tuple[State, MiniMindConfig]:
+    """Our tensors and configuration from the state dict and the config of a LlamaForCausalLM, a Qwen2MoeForCausalLM or
+    our own class in transformers. ValueError names what our architecture cannot express."""
+    if hf.model_type == "minimind":
+        config = MiniMindConfig(**hf.to_dict())
+        return _with_head(state, config), config
+    if hf.model_type not in ("llama", "qwen2_moe"):
+        raise ValueError(f"model_type {hf.model_type} cannot become a .pth of ours; llama, qwen2_moe and minimind can")
+    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    obstacles = {
+        f"heads of {head_dim} in a width of {hf.hidden_size}": head_dim * hf.num_attention_heads != hf.hidden_size,
+        f"hidden_act {hf.hidden_act}": hf.hidden_act != "silu",
+        "sliding windows": bool(getattr(hf, "use_sliding_window", False)),
+        "layers without experts": bool(getattr(hf, "mlp_only_layers", None)),
+        "experts in some layers only": getattr(hf, "decoder_sparse_step", 1) != 1,
+    }
+    rope = dict(hf.rope_parameters)
+    theta, kind = rope.pop("rope_theta"), rope.get("rope_type", "default")
+    obstacles[f"rope_type {kind}"] = kind not in ("default", "yarn")
+    _refuse(obstacles)
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    names += ("max_position_embeddings", "rms_norm_eps", "initializer_range", "intermediate_size")
+    fields = {name: getattr(hf, name) for name in names}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if isinstance(getattr(hf, name, None), int):
+            fields[name] = getattr(hf, name)
+    fields |= {"rope_theta": theta, "rope_scaling": rope if kind == "yarn" else None}
+    state = {key: tensor for key, tensor in state.items() if not key.endswith("rotary_emb.inv_freq")}
+    if hf.model_type == "qwen2_moe":
+        state = _from_qwen2_moe(state, hf)
+        fields |= {
+            "use_moe": True,
+            "intermediate_size": hf.moe_intermediate_size,
+            "n_routed_experts": hf.num_experts,
+            "num_experts_per_tok": hf.num_experts_per_tok,
+            "n_shared_experts": hf.shared_expert_intermediate_size // hf.moe_intermediate_size,
+            "norm_topk_prob": hf.norm_topk_prob,
+            "aux_loss_alpha": hf.router_aux_loss_coef,
+        }
+        if hf.norm_topk_prob and hf.num_experts_per_tok == 1:
+            raise ValueError("norm_topk_prob with one expert per token cannot become a .pth of ours")
+    biases = [key for key in state if key.endswith(".bias")]
+    _refuse({f"{key}, which is not zero": bool(state[key].any()) for key in biases})
+    config = MiniMindConfig(**fields)
+    return _with_head({key: tensor for key, tensor in state.items() if key not in biases}, config), config
+
+
+def _from_qwen2_moe(state: State, hf: Any) -> State:
+    width, result = hf.moe_intermediate_size, {}
+    _refuse(
+        {
+            f"a shared expert of width {hf.shared_expert_intermediate_size}, no multiple of the experts' {width}": (
+                hf.shared_expert_intermediate_size % width != 0
+            )
+        }
+    )
+    for key, tensor in state.items():
+        if key.endswith(".shared_expert_gate.weight"):
+            _refuse({f"{key}, a gate that is not zero": bool(tensor.any())})
+        elif key.endswith(".mlp.experts.gate_up_proj"):  # (experts, 2 * width, hidden): transformers 5 keeps them so
+            for number, both in enumerate(tensor):
+                stem = key.removesuffix("gate_up_proj") + f"{number}."
+                result[f"{stem}gate_proj.weight"], result[f"{stem}up_proj.weight"] = both.chunk(2)
+        elif key.endswith(".mlp.experts.down_proj"):
+            stem = key.removesuffix("down_proj")
+            result |= {f"{stem}{number}.down_proj.weight": part for number, part in enumerate(tensor)}
+        elif ".mlp.shared_expert." not in key:
+            result[key] = tensor
+    for layer in range(hf.num_hidden_layers):
+        prefix = f"model.layers.{layer}.mlp.shared_expert."
+        names = ("gate_proj", "up_proj", "down_proj")
+        shared = {name: state[f"{prefix}{name}.weight"] for name in names}
+        shared["down_proj"] = shared["down_proj"] / 2
+        result |= split_shared_expert(shared, layer, width)
+    return result
+
+
+def _with_head(state: State, config: MiniMindConfig) -> State:
+    """A .pth holds the tied weight under both names."""
+    embedding = state["model.embed_tokens.weight"]
+    head = state.get("lm_head.weight", embedding)
+    _refuse({"a head that is not the embedding (tie_word_embeddings false)": not torch.equal(head, embedding)})
+    return {**state, "lm_head.weight": embedding}
+
+
+def _refuse(obstacles: dict[str, bool]) -> None:
+    there = [name for name, present in obstacles.items() if present]
+    if there:
+        raise ValueError(f"cannot become a .pth of ours, whose architecture has no place for {'; '.join(there)}")

@@ -1,0 +1,291 @@
+"""GGUF files for llama.cpp and ollama, written and read back with the gguf package: weights, tokenizer and template.
+
+Dense models take llama.cpp's architecture "llama". Mixtures of experts take "bailingmoe", which computes what ours
+does: softmax over all experts, the chosen weights renormalised, and shared experts without a gate. Its "qwen2moe" would
+be another model, as it never renormalises. Both rotate neighbouring pairs, so the rows of q and k are interleaved.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.export import (
+    State,
+    interleave_rows,
+    renormalises,
+    shared_expert,
+    split_rows,
+    split_shared_expert,
+    stretched_length,
+)
+from model.model_minimind import MiniMindConfig, yarn_parameters
+
+GGUF_TYPES = ("F16", "Q8_0")
+ARCHITECTURES = {False: "llama", True: "bailingmoe"}  # by use_moe
+LAYER_NAMES = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+}
+# what llama.cpp calls the way a tokenizer cuts text before it merges bytes, by the pattern that does it
+PRE_TOKENIZERS = {
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
+    None: "gpt-2",  # the pattern that ByteLevel has built in
+}
+
+
+def check_gguf_type(name: str) -> str:
+    """The type's proper spelling; ValueError for one that is not written here."""
+    if name.upper() not in GGUF_TYPES:
+        raise ValueError(
+            f"--gguf_type {name} is not supported; {' and '.join(GGUF_TYPES)} are. For others write F16 and give the "
+            "file to llama.cpp's llama-quantize"
+        )
+    return name.upper()
+
+
+def to_gguf(state: State, config: MiniMindConfig) -> State:
+    """Our tensors under GGUF's names, experts stacked into (experts, out, in)."""
+    moe, head_dim = config.use_moe, config.head_dim
+    if moe and config.n_shared_experts < 1:
+        raise ValueError("GGUF's bailingmoe always has a shared expert, and this model has none; use --to minimind")
+    result = {
+        "token_embd.weight": state["model.embed_tokens.weight"],
+        "output_norm.weight": state["model.norm.weight"],
+    }
+    if moe:  # llama.cpp takes the embedding for a missing head in "llama" only
+        result["output.weight"] = state["model.embed_tokens.weight"]
+    for layer in range(config.num_hidden_layers):
+        ours, theirs = f"model.layers.{layer}.", f"blk.{layer}."
+        for name, gguf_name in LAYER_NAMES.items():
+            tensor = state.get(f"{ours}{name}.weight")
+            if tensor is not None:
+                rotated = name in ("self_attn.q_proj", "self_attn.k_proj")
+                result[f"{theirs}{gguf_name}.weight"] = interleave_rows(tensor, head_dim) if rotated else tensor
+        if moe:
+            shared = shared_expert(state, layer, config.n_shared_experts)
+            for name in ("gate", "up", "down"):
+                experts = [state[f"{ours}mlp.experts.{e}.{name}_proj.weight"] for e in range(config.n_routed_experts)]
+                result[f"{theirs}ffn_{name}_exps.weight"] = torch.stack(experts)
+                result[f"{theirs}ffn_{name}_shexp.weight"] = shared[f"{name}_proj"]
+    return result
+
+
+def from_gguf(tensors: State, config: MiniMindConfig) -> State:
+    """The way back."""
+    embedding = tensors["token_embd.weight"]
+    state = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding}
+    state["model.norm.weight"] = tensors["output_norm.weight"]
+    for layer in range(config.num_hidden_layers):
+        ours, theirs = f"model.layers.{layer}.", f"blk.{layer}."
+        for name, gguf_name in LAYER_NAMES.items():
+            tensor = tensors.get(f"{theirs}{gguf_name}.weight")
+            if tensor is not None:
+                rotated = name in ("self_attn.q_proj", "self_attn.k_proj")
+                state[f"{ours}{name}.weight"] = split_rows(tensor, config.head_dim) if rotated else tensor
+        if config.use_moe:
+            for name in ("gate", "up", "down"):
+                for number, part in enumerate(tensors[f"{theirs}ffn_{name}_exps.weight"]):
+                    state[f"{ours}mlp.experts.{number}.{name}_proj.weight"] = part
+            shared = {f"{name}_proj": tensors[f"{theirs}ffn_{name}_shexp.weight"] for name in ("gate", "up", "down")}
+            state |= split_shared_expert(shared, layer, config.intermediate_size)
+    return state
+
+
+def write_gguf(
+    path: str | Path, state: State, config: MiniMindConfig, tokenizer_folder: str | Path, gguf_type: str, name: str
+) -> list[str]:
+    """Writes the file; returns the tensors that stay F16 because their rows are no whole blocks of a quantised type.
+
+    ValueError: the tokenizer is none that llama.cpp knows.
+    """
+    import gguf
+
+    architecture = ARCHITECTURES[config.use_moe]
+    writer = gguf.GGUFWriter(str(path), architecture)
+    writer.add_name(name)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if gguf_type == "F16" else gguf.LlamaFileType.MOSTLY_Q8_0)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _add_sizes(writer, config)
+    _add_tokenizer(writer, Path(tokenizer_folder), config.vocab_size)
+    kept = []
+    for key, tensor in to_gguf(state, config).items():
+        kind = tensor_type(key, tensor, gguf_type)
+        if tensor.dim() > 1 and kind.name == "F16" != gguf_type:
+            kept.append(key)
+        array = tensor.detach().float().contiguous().numpy()
+        writer.add_tensor(key, gguf.quants.quantize(array, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return kept
+
+
+def tensor_type(key: str, tensor: torch.Tensor, gguf_type: str) -> Any:
+    """Norms and routers are F32; quantised types need rows of whole blocks, other tensors stay F16."""
+    import gguf
+
+    kind = gguf.GGMLQuantizationType[gguf_type]
+    if tensor.dim() == 1 or key.endswith(("ffn_gate_inp.weight", "mlp.gate.weight")):
+        return gguf.GGMLQuantizationType.F32
+    if tensor.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
+        return gguf.GGMLQuantizationType.F16
+    return kind
+
+
+def round_to_gguf(state: State, gguf_type: str) -> State:
+    """Our tensors in float32, as a file of this type holds them. Rounding goes by rows, whose order does not matter."""
+    from gguf import quants
+
+    rounded = {}
+    for key, tensor in state.items():
+        kind = tensor_type(key, tensor, gguf_type)
+        array = quants.dequantize(quants.quantize(tensor.detach().float().numpy(), kind), kind)
+        rounded[key] = torch.from_numpy(array.astype("float32"))
+    return rounded
+
+
+def _add_sizes(writer: Any, config: MiniMindConfig) -> None:
+    scaling = config.rope_scaling
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings if scaling is None else stretched_length(config))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    if scaling is not None:
+        from gguf import RopeScalingType
+
+        if scaling != yarn_parameters({**scaling, "attention_factor": None}):
+            raise ValueError("rope_scaling: GGUF takes YaRN's own attention_factor only; leave it out of the config")
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(scaling["factor"])
+        writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(scaling["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(scaling["beta_slow"])
+    if config.use_moe:
+        writer.add_expert_count(config.n_routed_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_shared_count(config.n_shared_experts)
+        writer.add_expert_feed_forward_length(config.intermediate_size)
+        writer.add_expert_weights_norm(renormalises(config))
+        writer.add_expert_weights_scale(1.0)
+        writer.add_leading_dense_block_count(0)
+
+
+def _add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
+    from gguf import TokenType
+
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    config_file = folder / "tokenizer_config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    tokens = {number: token for token, number in content["model"]["vocab"].items()}
+    types = dict.fromkeys(tokens, TokenType.NORMAL)
+    for token in content["added_tokens"]:
+        tokens[token["id"]] = token["content"]
+        types[token["id"]] = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
+    numbers = range(vocab_size)  # ids that the model has and the tokenizer lacks are never produced
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre_tokenizer(content, folder))
+    writer.add_token_list([tokens.get(number, f"[unused{number}]") for number in numbers])
+    writer.add_token_types([types.get(number, TokenType.UNUSED) for number in numbers])
+    merges = content["model"]["merges"]
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    numbers_of = {token: number for number, token in tokens.items()}
+    for kind, default in (("bos", "<|im_start|>"), ("eos", "<|im_end|>"), ("pad", "<|endoftext|>")):
+        token = config.get(f"{kind}_token") or default
+        getattr(writer, f"add_{kind}_token_id")(numbers_of[token["content"] if isinstance(token, dict) else token])
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(False)
+    if config.get("chat_template"):
+        writer.add_chat_template(config["chat_template"])
+
+
+def pre_tokenizer(content: dict, folder: Path) -> str:
+    """llama.cpp's name for how this tokenizer.json cuts text; ValueError where it has none that we know."""
+    cutter = content.get("pre_tokenizer") or {}
+    parts = cutter.get("pretokenizers", [cutter])
+    patterns = [part["pattern"].get("Regex") for part in parts if part.get("type") == "Split"]
+    byte_level = [part for part in parts if part.get("type") == "ByteLevel"]
+    plain = content["model"].get("type") == "BPE" and not content.get("normalizer") and len(byte_level) == 1
+    plain = plain and not byte_level[0].get("add_prefix_space") and len(parts) == len(patterns) + 1
+    pattern = patterns[0] if patterns else None
+    built_in = bool(byte_level) and byte_level[0].get("use_regex", True)
+    if not plain or len(patterns) > 1 or built_in == bool(patterns) or pattern not in PRE_TOKENIZERS:
+        raise ValueError(
+            f"{folder / 'tokenizer.json'} cuts text in a way that llama.cpp has no name for, so its tokens would "
+            "differ; GGUF takes byte-level BPE as scripts/train_tokenizer.py makes it"
+        )
+    return PRE_TOKENIZERS[pattern]
+
+
+def read_gguf(path: str | Path) -> tuple[State, MiniMindConfig]:
+    """Tensors in float32 under our names and the configuration, of a file that write_gguf wrote.
+
+    ValueError: it is no GGUF file, or of an architecture that is not ours.
+    """
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(str(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable GGUF file: {error}") from error
+
+    def field(name: str, default: Any = None) -> Any:
+        found = reader.get_field(name)
+        return default if found is None else found.contents()
+
+    kind = field("general.architecture")
+    if kind not in ARCHITECTURES.values():
+        raise ValueError(f"{path} holds the architecture {kind}; ours are {' and '.join(ARCHITECTURES.values())}")
+    fields = {
+        "hidden_size": field(f"{kind}.embedding_length"),
+        "num_hidden_layers": field(f"{kind}.block_count"),
+        "num_attention_heads": field(f"{kind}.attention.head_count"),
+        "num_key_value_heads": field(f"{kind}.attention.head_count_kv"),
+        "intermediate_size": field(f"{kind}.feed_forward_length"),
+        "vocab_size": field(f"{kind}.vocab_size"),
+        "max_position_embeddings": field(f"{kind}.context_length"),
+        "rms_norm_eps": float(f"{field(f'{kind}.attention.layer_norm_rms_epsilon'):.6g}"),  # a float32 in the file
+        "rope_theta": field(f"{kind}.rope.freq_base"),
+    }
+    for name in ("bos", "eos", "pad"):
+        fields[f"{name}_token_id"] = field(f"tokenizer.ggml.{'padding' if name == 'pad' else name}_token_id")
+    if field(f"{kind}.rope.scaling.type") == "yarn":
+        fields["rope_scaling"] = {
+            "rope_type": "yarn",
+            "factor": field(f"{kind}.rope.scaling.factor"),
+            "original_max_position_embeddings": field(f"{kind}.rope.scaling.original_context_length"),
+            "beta_fast": field(f"{kind}.rope.scaling.yarn_beta_fast"),
+            "beta_slow": field(f"{kind}.rope.scaling.yarn_beta_slow"),
+        }
+    if kind == ARCHITECTURES[True]:
+        fields |= {
+            "use_moe": True,
+            "n_routed_experts": field(f"{kind}.expert_count"),
+            "num_experts_per_tok": field(f"{kind}.expert_used_count"),
+            "n_shared_experts": field(f"{kind}.expert_shared_count"),
+            "norm_topk_prob": field(f"{kind}.expert_weights_norm", False),
+        }
+    config = MiniMindConfig(**fields)
+    tensors = {
+        tensor.name: torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        for tensor in reader.tensors
+    }
+    return from_gguf(tensors, config), config

@@ -1,0 +1,676 @@
+"""Weights into the formats of other runtimes, and back.
+
+    python scripts/convert_model.py                                    out/full_sft_512.pth -> MiniMind2-Small/
+    python scripts/convert_model.py --model_mode 2 --hidden_size 768   another stage, another size
+    python scripts/convert_model.py --lora_name lora_medical           with an adapter merged in
+    python scripts/convert_model.py --to gguf                          for llama.cpp and ollama (with a Modelfile)
+    python scripts/convert_model.py --to minimind                      our own classes, for --trust_remote_code
+    python scripts/convert_model.py --input MiniMind2 --output out/full_sft_768.pth
+    python scripts/convert_model.py --input old.pth                    weights from before April 2025
+    python scripts/convert_model.py --input out/lora/lora_medical_512.pth          an adapter -> peft library
+
+The standard format is Llama for dense models and Qwen2-MoE for mixtures of experts: transformers, vLLM and others load
+both without code of ours. Every conversion reads back what it wrote and compares the logits before and after; nothing
+reaches the target before they agree.
+"""
+
+import argparse
+import contextlib
+import copy
+import glob
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+from dataset.tokenization import DEFAULT_SYSTEM, ChatTokenizer
+from model.export import from_hf, from_old_names, has_old_names, hf_config, hf_format, to_hf
+from model.gguf_format import check_gguf_type, read_gguf, round_to_gguf, write_gguf
+from model.loading import (
+    DTYPES,
+    STAGE_OF_MODE,
+    check_sizes,
+    check_vocabulary,
+    find_weights,
+    load_folder,
+    stretch_context,
+    trained_length,
+)
+from model.model_lora import (
+    LoRALinear,
+    block_linears,
+    find_lora,
+    load_lora,
+    lora_path,
+    merge_lora,
+    read_lora,
+    read_peft,
+    remove_lora,
+    save_lora,
+    save_peft,
+)
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.weights import (
+    STAGES,
+    WeightsError,
+    check_tokenizer,
+    config_from_state_dict,
+    load_model,
+    missing_message,
+    read_sidecar,
+    read_state_dict,
+    save_weights,
+    sidecar_path,
+    weight_path,
+    write_atomically,
+    write_json,
+)
+
+FORMATS = ("llama", "qwen2_moe", "minimind", "gguf", "pth", "peft", "lora")
+HF_FORMATS = ("llama", "qwen2_moe", "minimind")
+NAMES = {(512, False): "MiniMind2-Small", (768, False): "MiniMind2", (640, True): "MiniMind2-MoE"}
+# float32 arithmetic in another order: largest difference of logits, relative to the largest logit
+TOLERANCE = 1e-4
+# rounding a float32 adapter to float16: root mean square of the difference, relative to that of the logits
+ROUNDING_TOLERANCE = 0.01
+
+
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "1", "yes", "false", "0", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() in ("true", "1", "yes")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    modes = ", ".join(f"{mode} {stage}" for mode, stage in STAGE_OF_MODE.items())
+    add = parser.add_argument_group("what is converted").add_argument
+    add(
+        "--input", default=None, help=".pth, .gguf, folder in Hugging Face or PEFT format; default: the stage's weights"
+    )
+    add("--model_mode", type=int, default=1, choices=list(STAGE_OF_MODE), help=f"stage of the weights: {modes} (1)")
+    add("--out_dir", default=str(ROOT / "out"), help="folder of the .pth files (out/)")
+    add("--hidden_size", type=int, default=None, help="chooses between files (the only one there, or 512)")
+    add("--num_hidden_layers", type=int, default=None, help="read from the weights; checked against them if given")
+    add("--use_moe", type=boolean, nargs="?", const=True, default=None, help="chooses between files")
+    add("--lora_name", default="None", help="adapter to merge on the way: a name in OUT_DIR/lora/, or a .pth file")
+    add("--tokenizer_path", default=None, help="folder of the weights' tokenizer (the input folder's own, else model/)")
+    add("--base", default=None, help="weights that an adapter is checked on: a .pth or a stage (random ones)")
+    add("--num_attention_heads", type=int, default=None, help="of weights without a sidecar; no tensor shows it (8)")
+    add("--rope_theta", type=float, default=None, help="of weights without a sidecar (1e6)")
+    add = parser.add_argument_group("what comes out").add_argument
+    add("--to", default="auto", choices=["auto", *FORMATS], help="format (auto: .pth -> llama or qwen2_moe; old .pth, "
+        "folder and .gguf -> pth; adapter -> peft; PEFT folder -> lora)")  # fmt: skip
+    add("--output", default=None, help="folder, .pth or .gguf to write (named after the weights)")
+    add("--dtype", default=None, choices=list(DTYPES), help="of the tensors in a Hugging Face folder (float16)")
+    add("--gguf_type", default="F16", help="of the tensors in a GGUF file: F16 or Q8_0 (F16)")
+    add("--rope_scaling", type=float, default=None, help="YaRN: stretch the context by this factor, in the config")
+    add("--trained_length", type=int, default=None, help="tokens the weights were trained on, for --rope_scaling; "
+        "read from the sidecar")  # fmt: skip
+    add("--force", action="store_true", help="replace files of the target that are there already")
+    return parser.parse_args(argv)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+# --- what is converted -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Source:
+    """A model in memory: our architecture in eval mode, the dtype as stored, and where it came from."""
+
+    model: MiniMindForCausalLM
+    path: Path
+    kind: str  # pth, old, hf, gguf
+    tokenizer: ChatTokenizer
+    sidecar: dict
+    reference: torch.nn.Module | None = None  # the input in transformers' own class, where it is not ours
+    adapter: str = ""  # merged in
+
+    def computing(self, rounded_to: torch.dtype | None = None) -> torch.nn.Module:
+        """The input's own model in float32, its weights rounded first to the dtype that is written."""
+        model = self.model if self.reference is None else self.reference
+        if rounded_to is not None:
+            check_rounding(model, rounded_to)
+        model = copy.deepcopy(model).float()
+        for parameter in model.parameters():  # not .to(): buffers hold the rotary frequencies, which stay float32
+            parameter.data = parameter.data.to(rounded_to or parameter.dtype).float()
+        return model
+
+    @property
+    def config(self) -> MiniMindConfig:
+        return self.model.config
+
+    @property
+    def name(self) -> str:
+        """What the converted model is called."""
+        size = (self.config.hidden_size, self.config.use_moe)
+        return NAMES.get(size, f"MiniMind2-{size[0]}{'-MoE' if size[1] else ''}") + self.adapter
+
+
+def input_path(args: argparse.Namespace) -> Path:
+    if args.input is None:
+        return find_weights(args.out_dir, STAGE_OF_MODE[args.model_mode], args.hidden_size, args.use_moe)
+    path = Path(args.input)
+    if not path.exists():
+        raise WeightsError(missing_message(path) if path.suffix == ".pth" else f"--input {path} not found")
+    return path
+
+
+def input_kind(path: Path) -> str:
+    """pth, old (names from before April 2025), adapter, hf, peft or gguf."""
+    if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            return "peft"
+        if (path / "config.json").is_file():
+            return "hf"
+        raise ValueError(f"--input {path} is a folder without config.json or adapter_config.json")
+    if path.suffix == ".gguf":
+        return "gguf"
+    keys = read_state_dict(path, old_names=True)
+    if has_old_names(keys):
+        return "old"
+    return "adapter" if any(key.endswith(".lora.A.weight") for key in keys) else "pth"
+
+
+def read_source(path: Path, kind: str, args: argparse.Namespace) -> Source:
+    own_tokenizer = kind == "hf" and (path / "tokenizer.json").is_file()
+    tokenizer = ChatTokenizer(args.tokenizer_path or (path if own_tokenizer else ROOT / "model"))
+    reference = None
+    if kind in ("pth", "old"):
+        state, sidecar = read_state_dict(path, old_names=True), read_sidecar(path) or {}
+        check_tokenizer(path, sidecar, tokenizer.sha256)
+        fields = dict(sidecar.get("config", {}))
+        for name in ("num_attention_heads", "rope_theta"):
+            given = getattr(args, name)
+            if given is not None and fields.setdefault(name, given) != given:
+                raise ValueError(f"--{name} is {given}, and the sidecar of {path} says {fields[name]}; leave it out")
+        if kind == "old":
+            state = from_old_names(state, fields.get("num_attention_heads", MiniMindConfig().num_attention_heads))
+        config = config_from_state_dict(state, {"config": fields})
+    elif kind == "gguf":
+        (state, config), sidecar = read_gguf(path), {}
+    else:
+        reference, sidecar = load_folder(path, trust_remote_code=False, dtype="auto"), {}
+        state, config = from_hf(reference.state_dict(), reference.config)
+        reference = None if isinstance(reference, MiniMindForCausalLM) else reference
+    model = build(state, config)
+    check_sizes(config, path, args.hidden_size if args.input else None, args.num_hidden_layers, args.use_moe)
+    check_vocabulary(model, path, tokenizer.path, tokenizer.vocab_size)
+    if args.rope_scaling is not None:
+        for part in filter(None, (model, reference)):
+            stretch_context(part, args.rope_scaling, trained_length(sidecar, args.trained_length))
+    elif args.trained_length is not None:
+        raise ValueError("--trained_length belongs to --rope_scaling FACTOR")
+    source = Source(model, path, kind, tokenizer, sidecar, reference)
+    if args.lora_name.lower() != "none":
+        merge_adapter(source, find_lora(args.lora_name, args.out_dir, config.hidden_size, config.use_moe))
+    return source
+
+
+def merge_adapter(source: Source, path: Path) -> None:
+    """Adds the adapter to the source's weights, in float32 first."""
+    model = load_lora(copy.deepcopy(source.model).float(), path, source.tokenizer.sha256)
+    before = logits_of(model)
+    merge_lora(model)
+    say(f"merged {path}")
+    compare(before, logits_of(model))
+    source.model, source.reference = model, None
+    source.sidecar = {**source.sidecar, "merged_adapter": path.name}
+    source.adapter = f"-{path.stem.removesuffix('_moe').rsplit('_', 1)[0]}"
+
+
+def build(state: dict[str, torch.Tensor], config: MiniMindConfig) -> MiniMindForCausalLM:
+    """The model of these tensors, in their dtype."""
+    with torch.random.fork_rng(devices=[]):
+        model = MiniMindForCausalLM(config).to(state["model.embed_tokens.weight"].dtype)
+    model.load_state_dict(state, strict=True)
+    return model.eval()
+
+
+def stored_dtype(model: torch.nn.Module) -> torch.dtype:
+    return next(model.parameters()).dtype
+
+
+# --- the check -------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def logits_of(model: torch.nn.Module, seed: int = 0) -> torch.Tensor:
+    """Float32 logits (4, 64, vocab) on random ids."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(model.config.vocab_size, (4, 64), generator=generator)
+    return model(input_ids=ids).logits.float()
+
+
+def compare(before: torch.Tensor, after: torch.Tensor, rounding: str = "") -> None:
+    """Prints how far the logits are apart; ValueError beyond the tolerance."""
+    largest = float((after - before).abs().max())
+    scale = max(float(before.abs().max()), 1.0)
+    line = (
+        f"check: logits on 4 x 64 random ids, before and after: largest difference {largest:.2g} (logits to {scale:.3g}"
+    )
+    if rounding:
+        error = mean_square_error(before, after)
+        good = error <= ROUNDING_TOLERANCE
+        line += f"), {error:.2%} in the mean square from rounding to {rounding} (allowed {ROUNDING_TOLERANCE:.0%}"
+    else:
+        good = largest <= TOLERANCE * scale
+        line += f", allowed {TOLERANCE * scale:.2g}"
+    say(line + ")")
+    if not good:  # a comparison with NaN is not good either
+        raise ValueError("the converted weights give other logits, so nothing was written to the target")
+
+
+def mean_square_error(before: torch.Tensor, after: torch.Tensor) -> float:
+    """Root of the mean square of the difference, relative to that of the logits."""
+    return float((after - before).square().mean().sqrt() / before.square().mean().sqrt())
+
+
+def check_rounding(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Says how many values a smaller dtype changes: nothing is printed when the weights stay exact."""
+    changed = total = 0
+    for name, parameter in model.named_parameters():
+        rounded = parameter.detach().to(dtype)
+        if not torch.isfinite(rounded).all():
+            raise ValueError(f"{name} reaches {parameter.abs().max():.3g}, beyond {dtype_name(dtype)}; see --dtype")
+        changed += int((rounded.to(parameter.dtype) != parameter).sum())
+        total += parameter.numel()
+    if changed:
+        say(f"rounding to {dtype_name(dtype)} changes {changed:,} of {total:,} values")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# --- targets ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def staging(target: Path) -> Iterator[Path]:
+    """An empty folder beside the target, gone at the end; `publish` moves its files to their place."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for stale in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):  # what a killed process left behind
+        shutil.rmtree(stale, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish(staged: Path, folder: Path) -> None:
+    """Renames the checked files into the folder, weights first. Others there stay, but for the shards of an older
+    export, which some runtimes would load as well."""
+    folder.mkdir(exist_ok=True)
+    names = {file.name for file in staged.iterdir()}
+    for name in sorted(names, key=lambda name: name.endswith(".json")):
+        os.replace(staged / name, folder / name)
+    if "model.safetensors" in names:
+        for shard in [*folder.glob("model-*-of-*.safetensors"), *folder.glob("model.safetensors.index.json")]:
+            shard.unlink()
+
+
+def check_target(target: Path, force: bool, *files: Path) -> None:
+    """A folder to be filled must be empty, and single files must not exist, unless --force is given."""
+    if files:
+        taken = [file for file in files if file.exists()]
+        what = f"{taken[0]} exists" if taken else ""
+    else:
+        if target.exists() and not target.is_dir():
+            raise ValueError(f"--output {target} is a file, and a folder is to be written")
+        what = f"{target} is not empty" if target.is_dir() and any(target.iterdir()) else ""
+    if what and not force:
+        raise ValueError(f"{what}; --force replaces what is written again, --output names another target")
+
+
+def write_hf(source: Source, target: Path, kind: str, args: argparse.Namespace) -> None:
+    """A folder that AutoModelForCausalLM, AutoTokenizer and vLLM load."""
+    if kind != "minimind" and kind != hf_format(source.config):
+        moe = "is a mixture of experts, which the Llama format has no place for; use --to qwen2_moe, gguf or minimind"
+        dense = "is dense, and qwen2_moe is for mixtures of experts; use --to llama"
+        raise ValueError(f"{source.path} {moe if source.config.use_moe else dense}")
+    check_target(target, args.force)
+    dtype = DTYPES[args.dtype or "float16"]
+    with staging(target) as folder:
+        before = logits_of(source.computing(dtype))
+        if kind == "minimind":
+            copy.deepcopy(source.model).to(dtype).save_pretrained(folder)
+        else:
+            from safetensors.torch import save
+
+            state = {key: tensor.to(dtype).contiguous() for key, tensor in source.model.state_dict().items()}
+            data = save(to_hf(state, source.config), metadata={"format": "pt"})
+            write_atomically(folder / "model.safetensors", lambda file: file.write(data))
+            write_json(folder / "config.json", hf_config(source.config, dtype))
+        write_beside(source, folder, kind, dtype, target.name)
+        after = load_folder(folder, trust_remote_code=kind == "minimind", dtype=torch.float32)
+        compare(before, logits_of(after))
+        check_chat(source.tokenizer, folder, kind == "minimind")
+        publish(folder, target)
+    say(f"wrote {target} ({kind} format, {dtype_name(dtype)})")
+
+
+def write_beside(source: Source, folder: Path, kind: str, dtype: torch.dtype, name: str) -> None:
+    """What a model folder holds besides configuration and weights."""
+    config = source.config
+    generation = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    write_json(folder / "generation_config.json", {**generation, "do_sample": True, "temperature": 0.85, "top_p": 0.85})
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        if (source.tokenizer.path / file).is_file():
+            shutil.copyfile(source.tokenizer.path / file, folder / file)
+    template = source.tokenizer.path / "chat_template.jinja"
+    if template.is_file():
+        shutil.copyfile(template, folder / template.name)
+    card = model_card(source, kind, dtype, name)
+    write_atomically(folder / "README.md", lambda file: file.write(card.encode()))
+
+
+def check_chat(tokenizer: ChatTokenizer, folder: Path, own_code: bool) -> None:
+    """The template in the folder must give the ids that the model was trained with."""
+    from transformers import AutoTokenizer
+
+    turns = [{"role": "user", "content": "你好, who are you?\n3+4=7"}]
+    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=own_code)
+    if not theirs.chat_template:
+        return say("note: the tokenizer has no chat template, so runtimes cannot chat with these weights by themselves")
+    ids = theirs.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    same = ids == tokenizer.encode_prompt(turns)
+    say(f"check: a chat prompt of {len(ids)} ids through the written tokenizer: {'the same' if same else 'DIFFERENT'}")
+    if not same and tokenizer.path == ROOT / "model":
+        raise ValueError("the written tokenizer gives other ids, so nothing was written to the target")
+
+
+def model_card(source: Source, kind: str, dtype: torch.dtype, name: str) -> str:
+    config, sidecar = source.config, source.sidecar
+    count = sum(parameter.numel() for parameter in source.model.parameters())
+    shape = f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}, {config.num_attention_heads} heads "
+    shape += f"({config.num_key_value_heads} for keys and values)"
+    if config.use_moe:
+        shape += f", {config.n_routed_experts} experts of which {config.num_experts_per_tok} are used"
+    rows = sidecar.get("flags", {}).get("max_seq_len")
+    facts = {
+        "Parameters": f"{count / 1e6:.2f}M in {dtype_name(dtype)}: {shape}, vocabulary {config.vocab_size}",
+        "Format": {"minimind": "own architecture, needs `trust_remote_code=True`"}.get(kind, f"`{kind}`"),
+        "Made from": f"`{source.path.name}`",
+        "Stage": sidecar.get("stage"),
+        "Adapter merged in": sidecar.get("merged_adapter"),
+        "Trained on": rows and f"rows of {rows} tokens",
+        "Context": None,
+        "Tokenizer SHA-256": f"`{source.tokenizer.sha256}`",
+    }
+    if config.rope_scaling is not None:
+        facts["Context"] = f"stretched by YaRN, factor {config.rope_scaling['factor']:g}"
+    progress = sidecar.get("progress", {})
+    if progress.get("tokens"):
+        facts["Training"] = f"{progress['tokens']:,} tokens in the last stage, {progress.get('step', 0):,} steps"
+    metrics = {key: value for key, value in sidecar.get("metrics", {}).items() if isinstance(value, int | float)}
+    if metrics:
+        facts["Metrics"] = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items())
+    listed = "\n".join(f"- {key}: {value}" for key, value in facts.items() if value is not None)
+    code = ", trust_remote_code=True" if kind == "minimind" else ""
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+language: [zh, en]
+---
+
+# {name}
+
+A small language model trained with MiniMind.
+
+{listed}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}"{code})
+tokenizer = AutoTokenizer.from_pretrained("{name}"{code})
+messages = [{{"role": "user", "content": "你好，你是谁？"}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+output = model.generate(**inputs, max_new_tokens=200)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+```
+"""
+
+
+def write_gguf_folder(source: Source, target: Path, gguf_type: str, args: argparse.Namespace) -> None:
+    """A folder with the GGUF file and ollama's Modelfile, or the named .gguf with a Modelfile beside it."""
+    single = target.suffix == ".gguf"
+    folder = target.parent if single else target
+    name = target.stem if single else f"{source.name}-{gguf_type}"
+    check_target(folder, args.force, *((target, folder / "Modelfile") if single else ()))
+    with staging(target) as staged:
+        file = staged / f"{name}.gguf"
+        if gguf_type == "F16":
+            before = logits_of(source.computing(torch.float16))
+        else:
+            rounded = build(round_to_gguf(source.model.state_dict(), gguf_type), source.config)
+            before = logits_of(rounded)
+            error = mean_square_error(logits_of(source.computing()), before)
+            say(f"rounding to {gguf_type} changes the logits by {error:.2%} in the mean square")
+        state = source.model.state_dict()
+        kept = write_gguf(file, state, source.config, source.tokenizer.path, gguf_type, name)
+        if kept:
+            say(f"{len(kept)} tensors stay F16, as their rows are no multiple of 32: {', '.join(kept[:3])} ...")
+        compare(before, logits_of(build(*read_gguf(file))))
+        text = modelfile(source.tokenizer, file.name)
+        write_atomically(staged / "Modelfile", lambda out: out.write(text.encode()))
+        publish(staged, folder)
+    say(f"wrote {folder / file.name} and {folder / 'Modelfile'}")
+
+
+def modelfile(tokenizer: ChatTokenizer, file_name: str) -> str:
+    """For `ollama create`. Its templates are Go's; the default system turn is that of the chat template."""
+    bos, eos = (tokenizer.decode([number], skip_control=False) for number in (tokenizer.bos_id, tokenizer.eos_id))
+    return f'''# ollama create minimind -f Modelfile && ollama run minimind
+FROM ./{file_name}
+
+TEMPLATE """{bos}system
+{{{{ if .System }}}}{{{{ .System }}}}{{{{ else }}}}{DEFAULT_SYSTEM}{{{{ end }}}}{eos}
+{{{{ range .Messages }}}}{{{{ if ne .Role "system" }}}}{bos}{{{{ .Role }}}}
+{{{{ .Content }}}}{eos}
+{{{{ end }}}}{{{{ end }}}}{bos}assistant
+"""
+
+PARAMETER stop "{bos}"
+PARAMETER stop "{eos}"
+PARAMETER temperature 0.85
+PARAMETER top_p 0.85
+PARAMETER repeat_penalty 1.0
+'''
+
+
+def write_pth(source: Source, target: Path, args: argparse.Namespace) -> None:
+    """A weight file of ours, float16, with its sidecar."""
+    check_target(target, args.force, target, sidecar_path(target))
+    sidecar = {**source.sidecar, "config": source.config.to_diff_dict(), "converted_from": source.path.name}
+    own = source.kind == "hf" and source.tokenizer.path == source.path.absolute()
+    if own or args.tokenizer_path or "tokenizer_sha256" in source.sidecar:  # else nobody knows which tokenizer it is
+        sidecar["tokenizer_sha256"] = source.tokenizer.sha256
+    with staging(target) as folder:
+        before = logits_of(source.computing(torch.float16))
+        save_weights(folder / target.name, source.model, sidecar)
+        after, _ = load_model(folder / target.name)
+        compare(before, logits_of(after.float()))
+        publish(folder, target.parent)
+    say(f"wrote {target}")
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+
+def convert_adapter(path: Path, kind: str, args: argparse.Namespace) -> None:
+    """adapter: our .pth -> a folder for the peft library; peft: the way back."""
+    if kind == "adapter":
+        pairs, sidecar = read_lora(path), read_sidecar(path) or {}
+    else:
+        pairs, sidecar = read_peft(path), {}
+    model = adapter_base(pairs, sidecar, args)
+    if kind == "adapter":
+        load_lora(model, path)
+        target = Path(args.output or Path(args.out_dir) / "peft" / path.stem)
+        check_target(target, args.force)
+        with staging(target) as folder:
+            save_peft(folder, model, base_model=args.base or "")
+            compare(logits_of(model), logits_of(with_peft(model, folder)))
+            publish(folder, target)
+    else:
+        before = logits_of(with_peft(model, path))
+        target = Path(args.output or lora_path(args.out_dir, path.name, model.config.hidden_size, model.config.use_moe))
+        check_target(target, args.force, target, sidecar_path(target))
+        put_on(model, pairs)
+        about = {"config": model.config.to_diff_dict(), "converted_from": path.name}
+        if args.tokenizer_path:
+            about["tokenizer_sha256"] = ChatTokenizer(args.tokenizer_path).sha256
+        with staging(target) as folder:
+            save_lora(folder / target.name, model, about)
+            compare(before, logits_of(load_lora(model, folder / target.name)), "float16")
+            publish(folder, target.parent)
+    say(f"wrote {target}")
+
+
+def adapter_base(pairs: dict, sidecar: dict, args: argparse.Namespace) -> MiniMindForCausalLM:
+    """The model in float32 that an adapter is checked on: --base, or random weights of the adapter's sizes."""
+    if args.base is not None:
+        path = base_path(args)
+        return load_model(path)[0].float()
+    fields = dict(sidecar.get("config", {}))
+    if not fields:  # adapters of other programs, and old ones: the sizes that their matrices show
+        inside = {name.rsplit(".", 1)[-1]: (a.shape[1], b.shape[0]) for name, (a, b) in pairs.items()}
+        fields["num_hidden_layers"] = 1 + max(int(name.split(".layers.")[1].split(".")[0]) for name in pairs)
+        for name in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
+            if name in inside:
+                fields["hidden_size"] = inside[name][0]
+        for name, side in (("o_proj", 1), ("down_proj", 1)):
+            if name in inside:
+                fields["hidden_size"] = inside[name][side]
+        fields["num_attention_heads"] = args.num_attention_heads or MiniMindConfig().num_attention_heads
+        if "k_proj" in inside or "v_proj" in inside:
+            rows = inside.get("k_proj", inside.get("v_proj"))[1]
+            fields["num_key_value_heads"] = rows * fields["num_attention_heads"] // fields["hidden_size"]
+        if "gate_proj" in inside or "up_proj" in inside:
+            fields["intermediate_size"] = inside.get("gate_proj", inside.get("up_proj"))[1]
+    fields.pop("head_dim", None)
+    say("the adapter is checked on random base weights; --base FILE checks it on its own")
+    torch.manual_seed(0)
+    return MiniMindForCausalLM(MiniMindConfig(**fields)).eval()
+
+
+def base_path(args: argparse.Namespace) -> Path:
+    if args.base in STAGES:
+        return find_weights(args.out_dir, args.base, args.hidden_size, args.use_moe)
+    return Path(args.base)
+
+
+def put_on(model: MiniMindForCausalLM, pairs: dict) -> None:
+    """The adapter as float32 layers on the model."""
+    layers = dict(block_linears(model))
+    for name, (a, b) in pairs.items():
+        if name not in layers or (b.shape[0], a.shape[1]) != tuple(layers[name].weight.shape):
+            raise ValueError(f"the adapter's {name} does not fit the base model; name the right one with --base")
+        parent, _, attribute = name.rpartition(".")
+        layer = LoRALinear(layers[name], rank=a.shape[0], scale=1.0)
+        with torch.no_grad():
+            layer.lora.A.weight.copy_(a)
+            layer.lora.B.weight.copy_(b)
+        setattr(model.get_submodule(parent), attribute, layer)
+
+
+def with_peft(model: MiniMindForCausalLM, folder: Path) -> torch.nn.Module:
+    """The base of `model` as a LlamaForCausalLM with the folder's adapter, through the peft library; where that is not
+    installed, through our own reader."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    base = copy.deepcopy(model)
+    remove_lora(base)
+    if importlib.util.find_spec("peft") is None:
+        say("the peft library is not installed, so the adapter is read back by our own code")
+        put_on(base, read_peft(folder))
+        return base
+    from peft import PeftModel
+
+    if base.config.use_moe:
+        raise ValueError("the PEFT layout holds adapters of dense models; this one is for a mixture of experts")
+    llama = LlamaForCausalLM(LlamaConfig(**hf_config(base.config, torch.float32)))
+    llama.load_state_dict(base.state_dict(), strict=True)
+    return PeftModel.from_pretrained(llama, folder).eval()
+
+
+# --- main ------------------------------------------------------------------------------------------------------------
+
+
+def default_format(source_kind: str, config: MiniMindConfig) -> str:
+    return hf_format(config) if source_kind == "pth" else "pth"
+
+
+def default_output(source: Source, to: str, gguf_type: str, args: argparse.Namespace) -> Path:
+    if to == "pth":
+        stage = STAGE_OF_MODE[args.model_mode]
+        return weight_path(args.out_dir, stage, source.config.hidden_size, source.config.use_moe)
+    return ROOT / (f"{source.name}-{gguf_type}-GGUF" if to == "gguf" else source.name)
+
+
+def convert(args: argparse.Namespace) -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    gguf_type = check_gguf_type(args.gguf_type)
+    path = input_path(args)
+    kind = input_kind(path)
+    if kind in ("adapter", "peft"):
+        wanted = "peft" if kind == "adapter" else "lora"
+        if args.to not in ("auto", wanted):
+            raise ValueError(f"{path} is an adapter and becomes --to {wanted}; to merge it, give it as --lora_name")
+        return convert_adapter(path, kind, args)
+    if args.to in ("peft", "lora"):
+        raise ValueError(f"--to {args.to} is for adapters, and {path} holds the weights of a model")
+    source = read_source(path, kind, args)
+    to = default_format(kind, source.config) if args.to == "auto" else args.to
+    if args.dtype is not None and to not in HF_FORMATS:
+        raise ValueError(f"--dtype is for folders in Hugging Face format; a .{to} file has a type of its own")
+    target = Path(args.output) if args.output else default_output(source, to, gguf_type, args)
+    say(f"{path}: {describe(source)} -> {to}")
+    if to == "gguf":
+        write_gguf_folder(source, target, gguf_type, args)
+    elif to == "pth":
+        write_pth(source, target, args)
+    else:
+        write_hf(source, target, to, args)
+
+
+def describe(source: Source) -> str:
+    count = sum(parameter.numel() for parameter in source.model.parameters())
+    kind = "mixture of experts" if source.config.use_moe else "dense"
+    old = ", names from before April 2025" if source.kind == "old" else ""
+    return f"{count / 1e6:.2f}M parameters, {kind}, {dtype_name(stored_dtype(source.model))}{old}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+            convert(args)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; nothing was written to the target")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,666 @@
+"""Conversion: what other runtimes load gives our logits, the way back is exact, and nothing is lost on the way."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_python, sharp_model, write_weights
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Qwen2MoeForCausalLM
+
+from dataset.tokenization import ChatTokenizer
+from model.export import hf_config, interleave_rows, split_rows, to_hf
+from model.gguf_format import pre_tokenizer, read_gguf
+from model.model_lora import apply_lora, load_lora, lora_layers, save_lora
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.weights import WeightsError, load_model, read_sidecar, read_state_dict, save_weights
+from scripts import convert_model
+
+IDS = torch.randint(6400, (2, 64), generator=torch.Generator().manual_seed(0))
+SHAPE = {"scale": 3.0, "hidden_size": 64}
+
+
+@pytest.fixture
+def convert(capsys):
+    """convert(flag, value, ...): the script's main in this process; returns what it printed."""
+
+    def run(*flags) -> str:
+        capsys.readouterr()
+        convert_model.main([str(flag) for flag in flags])
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused(flags): the conversion must end with a message and status 1; returns the message."""
+
+    def run(*flags) -> str:
+        with pytest.raises(SystemExit) as stop:
+            convert_model.main([str(flag) for flag in flags])
+        assert str(stop.value.code).startswith("error: ")
+        return str(stop.value.code)
+
+    return run
+
+
+def save_model(path: Path, model: MiniMindForCausalLM, tokenizer: ChatTokenizer, **fields) -> Path:
+    save_weights(path, model, {"config": model.config.to_diff_dict(), "tokenizer_sha256": tokenizer.sha256, **fields})
+    return path
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory, tokenizer) -> Path:
+    return write_weights(tmp_path_factory.mktemp("dense") / "full_sft_64.pth", tokenizer, **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory, tokenizer) -> Path:
+    return write_weights(tmp_path_factory.mktemp("moe") / "full_sft_64_moe.pth", tokenizer, use_moe=True, **SHAPE)
+
+
+@pytest.fixture
+def weights(request) -> Path:
+    return request.getfixturevalue(request.param)
+
+
+each_kind = pytest.mark.parametrize("weights", ["dense", "moe"], indirect=True)
+
+
+@torch.inference_mode()
+def logits(model: torch.nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
+    return model.float().eval()(input_ids=ids).logits
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+# --- Llama and Qwen2-MoE ---------------------------------------------------------------------------------------------
+
+
+@each_kind
+def test_transformers_gives_our_logits_without_remote_code(weights, tmp_path, convert):
+    convert("--input", weights, "--output", tmp_path / "hf", "--dtype", "float32")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    ours, _ = load_model(weights)
+    assert type(theirs) is (Qwen2MoeForCausalLM if ours.config.use_moe else LlamaForCausalLM)
+    assert theirs.dtype == torch.float32
+    assert torch.allclose(logits(theirs), logits(ours), rtol=0, atol=1e-5)
+    assert not list((tmp_path / "hf").glob("*.py")) and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("shared, top_k, renormalised", [(1, 2, True), (3, 2, False), (1, 1, True)])
+def test_every_kind_of_mixture_is_exact(shared, top_k, renormalised, tmp_path, tokenizer, convert):
+    config = MiniMindConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, use_moe=True, n_shared_experts=shared,
+        num_experts_per_tok=top_k, norm_topk_prob=renormalised,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = MiniMindForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(1.0 if "norm" in name else 4.0)
+    path = save_model(tmp_path / "a.pth", model, tokenizer)
+    convert("--input", path, "--output", tmp_path / "hf", "--dtype", "float32")
+    convert("--input", path, "--output", tmp_path / "g", "--to", "gguf")
+    convert("--input", tmp_path / "hf", "--output", tmp_path / "back.pth")
+    ours = load_model(path)[0]
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert torch.allclose(logits(theirs), logits(ours), rtol=0, atol=1e-5)
+    for back in (tmp_path / "back.pth", next((tmp_path / "g").glob("*.gguf"))):
+        state = read_state_dict(back) if back.suffix == ".pth" else read_gguf(back)[0]
+        assert state.keys() == read_state_dict(path).keys()
+    again = load_model(tmp_path / "back.pth")[0].config
+    assert (again.n_shared_experts, again.num_experts_per_tok) == (shared, top_k)
+    assert torch.allclose(logits(load_model(tmp_path / "back.pth")[0]), logits(ours), rtol=0, atol=1e-6)
+
+
+@each_kind
+def test_the_way_to_hugging_face_and_back_is_bit_identical_in_float16(weights, tmp_path, convert):
+    convert("--input", weights, "--output", tmp_path / "hf")
+    convert("--input", tmp_path / "hf", "--output", tmp_path / "back.pth")
+    before, after = torch.load(weights), torch.load(tmp_path / "back.pth")
+    assert before.keys() == after.keys()
+    assert all(after[key].dtype == torch.float16 and torch.equal(before[key], after[key]) for key in before)
+    stored = load_file(tmp_path / "hf" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    config = load_model(tmp_path / "back.pth")[0].config
+    assert config.to_dict() == load_model(weights)[0].config.to_dict()
+
+
+def test_doubling_is_exact_down_to_the_smallest_number_and_refused_above_the_largest():
+    model = sharp_model(use_moe=True).half()
+    state = model.state_dict()
+    key = "model.layers.0.mlp.shared_experts.0.down_proj.weight"
+    values = torch.tensor([2.0**-24, 3 * 2.0**-24, 1023 * 2.0**-24, 32752.0], dtype=torch.float16)
+    state[key].view(-1)[:4] = values
+    doubled = to_hf(state, model.config)["model.layers.0.mlp.shared_expert.down_proj.weight"]
+    assert torch.equal(doubled.view(-1)[:4] / 2, values)
+    state[key].view(-1)[0] = 32768.0
+    with pytest.raises(ValueError, match="--dtype bfloat16 or float32"):
+        to_hf(state, model.config)
+
+
+def test_qwen2_moe_takes_half_of_a_doubled_shared_expert(moe):
+    model = load_model(moe)[0]
+    state = to_hf(model.state_dict(), model.config)
+    prefix = "model.layers.1."
+    assert torch.equal(
+        state[prefix + "mlp.shared_expert.down_proj.weight"],
+        model.model.layers[1].mlp.shared_experts[0].down_proj.weight * 2,
+    )
+    assert state[prefix + "mlp.shared_expert_gate.weight"].shape == (1, 64)
+    zeros = ["mlp.shared_expert_gate.weight", *(f"self_attn.{name}_proj.bias" for name in "qkv")]
+    assert all(state[prefix + name].count_nonzero() == 0 for name in zeros)
+    assert "lm_head.weight" not in state
+
+
+@each_kind
+def test_the_config_says_what_older_runtimes_read(weights, tmp_path, convert):
+    """rope_theta and torch_dtype beside today's rope_parameters and dtype: without them transformers 4 falls back."""
+    convert("--input", weights, "--output", tmp_path / "hf", "--dtype", "bfloat16", "--rope_scaling", 4,
+            "--trained_length", 64)  # fmt: skip
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 1e6
+    for rope in (config["rope_scaling"], config["rope_parameters"]):
+        assert (rope["rope_type"], rope["factor"], rope["original_max_position_embeddings"]) == ("yarn", 4.0, 64)
+    assert config["max_position_embeddings"] == 256
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16" and config["tie_word_embeddings"] is True
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 0)
+    if config["model_type"] == "qwen2_moe":
+        wanted = {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True, "decoder_sparse_step": 1}
+        wanted |= {"moe_intermediate_size": 192, "shared_expert_intermediate_size": 192, "mlp_only_layers": []}
+        assert wanted.items() <= config.items()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert loaded.dtype == torch.bfloat16
+    assert AutoConfig.from_pretrained(tmp_path / "hf").rope_parameters["factor"] == 4.0
+
+
+def test_the_folder_is_complete(dense, tmp_path, tokenizer, convert):
+    model = sharp_model(**SHAPE)
+    about = {"stage": "full_sft", "metrics": {"bits_per_byte": 1.25}, "flags": {"max_seq_len": 512}}
+    path = save_model(tmp_path / "full_sft_64.pth", model, tokenizer, **about, progress={"tokens": 1234567, "step": 8})
+    printed = convert("--input", path, "--output", tmp_path / "My Model")
+    folder = tmp_path / "My Model"
+    assert re.search(r"largest difference [\d.e-]+ \(logits to [\d.]+, allowed [\d.]+\)", printed)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    turns = [{"role": "system", "content": "S"}, {"role": "user", "content": "你好 <think>\n\n a"}]
+    ids = theirs.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    assert ids == tokenizer.encode_prompt(turns)
+    assert ChatTokenizer(folder).sha256 == tokenizer.sha256
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert (generation["bos_token_id"], generation["eos_token_id"], generation["pad_token_id"]) == (1, 2, 0)
+    card = (folder / "README.md").read_text("utf-8")
+    for fact in ("# My Model", "0.51M", "full_sft", "1,234,567", "bits_per_byte 1.25", "512 tokens", tokenizer.sha256):
+        assert fact in card, fact
+
+
+def test_our_own_classes_load_with_remote_code_from_another_folder(moe, tmp_path, convert):
+    convert("--input", moe, "--output", tmp_path / "own", "--to", "minimind")
+    expected = tmp_path / "expected.pt"
+    torch.save((IDS, logits(load_model(moe)[0])), expected)
+    code = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+assert not any(name.split(".")[0] in ("model", "dataset") for name in sys.modules)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, dtype=torch.float32)
+AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+ids, expected = torch.load(sys.argv[2])
+with torch.inference_mode():
+    print(float((model(ids).logits - expected).abs().max()), type(model).__module__)
+"""
+    cache = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
+    done = run_python("-c", code, str(tmp_path / "own"), str(expected), cwd=tmp_path, **cache)
+    assert done.returncode == 0, done.stderr
+    difference, module = done.stdout.split()[-2:]
+    assert float(difference) <= 1e-6 and module.startswith("transformers_modules")
+
+
+def test_our_own_classes_come_back_bit_identical(moe, tmp_path, convert):
+    convert("--input", moe, "--output", tmp_path / "own", "--to", "minimind")
+    convert("--input", tmp_path / "own", "--output", tmp_path / "back.pth")
+    before, after = torch.load(moe), torch.load(tmp_path / "back.pth")
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_folders_that_transformers_wrote_come_in(dense, moe, tmp_path, convert):
+    """In shards, in bfloat16, with experts merged or not: what save_pretrained of today makes."""
+    for path in (dense, moe):
+        convert("--input", path, "--output", tmp_path / "hf", "--dtype", "bfloat16", "--force")
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+        theirs.save_pretrained(tmp_path / path.stem, max_shard_size="400KB")
+        shutil.copy(ROOT / "model" / "tokenizer.json", tmp_path / path.stem)
+        assert len(list((tmp_path / path.stem).glob("*.safetensors"))) > 1
+        printed = convert("--input", tmp_path / path.stem, "--output", tmp_path / path.name)
+        ours, sidecar = load_model(tmp_path / path.name)
+        assert torch.allclose(logits(ours), logits(theirs), rtol=0, atol=2e-5)
+        assert "bfloat16 -> pth" in printed and sidecar["tokenizer_sha256"]
+        shutil.rmtree(tmp_path / "hf")
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"hidden_act": "gelu"}, "hidden_act gelu"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings"),
+        ({"attention_bias": True}, "q_proj.bias, which is not zero"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}}, "rope_type linear"),
+        ({"head_dim": 8}, "heads of 8 in a width of 64"),
+    ],
+)
+def test_what_our_architecture_cannot_hold_is_refused(change, named, tmp_path, refused):
+    from transformers import LlamaConfig
+
+    fields = hf_config(MiniMindConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4), torch.float32)
+    model = LlamaForCausalLM(LlamaConfig(**{**fields, **change}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.fill_(0.5)
+    model.save_pretrained(tmp_path / "hf")
+    assert named in refused("--input", tmp_path / "hf", "--output", tmp_path / "x.pth")
+    assert not (tmp_path / "x.pth").exists()
+
+
+def test_a_gate_that_is_not_zero_is_refused(moe, tmp_path, convert, refused):
+    convert("--input", moe, "--output", tmp_path / "hf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    with torch.no_grad():
+        model.model.layers[1].mlp.shared_expert_gate.weight[0, 3] = 0.1
+    model.save_pretrained(tmp_path / "hf")
+    assert "a gate that is not zero" in refused("--input", tmp_path / "hf", "--output", tmp_path / "x.pth")
+
+
+# --- weights from before April 2025 ----------------------------------------------------------------------------------
+
+
+def old_weights(use_moe: bool, dim: int = 32, heads: int = 4, kv_heads: int = 2, width: int = 64) -> dict:
+    """Random weights under the old names."""
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator) * 0.3).half()
+
+    def mlp(prefix: str) -> dict:
+        return {
+            f"{prefix}.{w}.weight": draw(*((dim, width) if w == "w2" else (width, dim))) for w in ("w1", "w2", "w3")
+        }
+
+    embedding = draw(6400, dim)
+    state = {"tok_embeddings.weight": embedding, "output.weight": embedding, "norm.weight": 1 + draw(dim)}
+    state["freqs_cos"] = draw(8, 4)  # a buffer that some releases stored
+    for layer in range(2):
+        rows = {"wq": dim, "wk": kv_heads * dim // heads, "wv": kv_heads * dim // heads, "wo": dim}
+        state |= {f"layers.{layer}.attention.{name}.weight": draw(count, dim) for name, count in rows.items()}
+        state |= {f"layers.{layer}.{name}_norm.weight": 1 + draw(dim) for name in ("attention", "ffn")}
+        prefix = f"layers.{layer}.feed_forward"
+        if use_moe:
+            state[f"{prefix}.gate.weight"] = draw(4, dim) * 5
+            state |= mlp(f"{prefix}.shared_experts")
+            for expert in range(4):
+                state |= mlp(f"{prefix}.experts.{expert}")
+        else:
+            state |= mlp(prefix)
+    return state
+
+
+def old_forward(state: dict, ids: list[int], heads: int = 4, kv_heads: int = 2, theta: float = 1e6) -> torch.Tensor:
+    """What that release computed, a sequence at a time: rotary positions are complex factors on neighbouring pairs."""
+    w = {name: tensor.double() for name, tensor in state.items()}
+    x = w["tok_embeddings.weight"][ids]
+    count, dim = x.shape
+    size = dim // heads
+    angles = torch.outer(torch.arange(count).double(), theta ** -(torch.arange(0, size, 2).double() / size))
+    turn = torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * w[name]
+
+    def rotated(x: torch.Tensor, count_heads: int) -> torch.Tensor:
+        pairs = torch.view_as_complex(x.reshape(count, count_heads, size // 2, 2).contiguous())
+        return torch.view_as_real(pairs * turn).reshape(count, count_heads, size)
+
+    def mlp(x: torch.Tensor, prefix: str) -> torch.Tensor:
+        gate = x @ w[f"{prefix}.w1.weight"].T
+        return (gate * torch.sigmoid(gate) * (x @ w[f"{prefix}.w3.weight"].T)) @ w[f"{prefix}.w2.weight"].T
+
+    def mixture(x: torch.Tensor, prefix: str) -> torch.Tensor:
+        scores = (x @ w[f"{prefix}.gate.weight"].T).softmax(-1)
+        rows = []
+        for row, score in zip(x, scores, strict=True):
+            best = score.argsort(descending=True)[:2]
+            parts = [score[e] / score[best].sum() * mlp(row, f"{prefix}.experts.{e}") for e in best.tolist()]
+            rows.append(sum(parts) + mlp(row, f"{prefix}.shared_experts"))
+        return torch.stack(rows)
+
+    for layer in range(2):
+        at, ffn = f"layers.{layer}.attention", f"layers.{layer}.feed_forward"
+        h = norm(x, f"layers.{layer}.attention_norm.weight")
+        q = rotated(h @ w[f"{at}.wq.weight"].T, heads)
+        k = rotated(h @ w[f"{at}.wk.weight"].T, kv_heads).repeat_interleave(heads // kv_heads, dim=1)
+        v = (h @ w[f"{at}.wv.weight"].T).view(count, kv_heads, size).repeat_interleave(heads // kv_heads, dim=1)
+        scores = torch.einsum("qhd,khd->hqk", q, k) / size**0.5
+        scores = scores.masked_fill(torch.ones(count, count).triu(1).bool(), -torch.inf).softmax(-1)
+        x = x + torch.einsum("hqk,khd->qhd", scores, v).reshape(count, dim) @ w[f"{at}.wo.weight"].T
+        h = norm(x, f"layers.{layer}.ffn_norm.weight")
+        x = x + (mixture(h, ffn) if f"{ffn}.gate.weight" in w else mlp(h, ffn))
+    return norm(x, "norm.weight") @ w["output.weight"].T
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_weights_from_before_april_2025_give_the_logits_that_they_gave_then(use_moe, tmp_path, convert):
+    state = old_weights(use_moe)
+    torch.save(state, tmp_path / "old.pth")
+    with pytest.raises(WeightsError, match="scripts/convert_model.py"):
+        read_state_dict(tmp_path / "old.pth")
+    flags = ["--input", tmp_path / "old.pth", "--num_attention_heads", 4]
+    printed = convert(*flags, "--output", tmp_path / "new.pth")
+    assert "before April 2025 -> pth" in printed
+    model, sidecar = load_model(tmp_path / "new.pth")
+    assert sidecar["config"]["num_attention_heads"] == 4 and "tokenizer_sha256" not in sidecar
+    ids = IDS[0].tolist()
+    expected = old_forward(state, ids)
+    assert torch.allclose(logits(model, torch.tensor([ids]))[0].double(), expected, rtol=0, atol=1e-4)
+    convert(*flags, "--to", "qwen2_moe" if use_moe else "llama", "--output", tmp_path / "hf")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    assert torch.allclose(logits(theirs, torch.tensor([ids]))[0].double(), expected, rtol=0, atol=1e-4)
+
+
+def test_old_weights_with_an_unknown_tensor_or_wrong_heads_are_refused(tmp_path, refused):
+    torch.save(old_weights(False), tmp_path / "old.pth")
+    flags = ["--input", tmp_path / "old.pth", "--output", tmp_path / "x.pth"]
+    assert "--num_attention_heads" in refused(*flags, "--num_attention_heads", 1)
+    torch.save(old_weights(False) | {"layers.0.novelty.weight": torch.ones(1)}, tmp_path / "old.pth")
+    assert "layers.0.novelty.weight is no name" in refused(*flags)
+
+
+# --- GGUF ------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_interleaved_head_by_head():
+    weight = torch.arange(2 * 6).float().unsqueeze(1).expand(12, 3)  # two heads of six rows
+    rows = interleave_rows(weight, 6)[:, 0].int().tolist()
+    assert rows == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+    assert torch.equal(split_rows(interleave_rows(weight, 6), 6), weight)
+
+
+@each_kind
+def test_gguf_comes_back_bit_identical_in_float16(weights, tmp_path, convert):
+    convert("--input", weights, "--output", tmp_path / "g", "--to", "gguf")
+    file = next((tmp_path / "g").glob("*.gguf"))
+    convert("--input", file, "--output", tmp_path / "back.pth")
+    before, after = torch.load(weights), torch.load(tmp_path / "back.pth")
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    old, new = load_model(weights)[0].config.to_dict(), load_model(tmp_path / "back.pth")[0].config.to_dict()
+    assert old == new
+
+
+def test_gguf_quantises_whole_blocks_and_says_what_stays(dense, tmp_path, tokenizer, convert):
+    printed = convert("--input", dense, "--output", tmp_path / "a.gguf", "--to", "gguf", "--gguf_type", "q8_0")
+    error = float(re.search(r"changes the logits by ([\d.]+)%", printed)[1])
+    assert 0 < error < 5
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
+    assert kinds["blk.0.attn_q.weight"] == kinds["token_embd.weight"] == "Q8_0" and kinds["output_norm.weight"] == "F32"
+    odd = write_weights(tmp_path / "odd.pth", tokenizer, hidden_size=48, scale=3.0)
+    printed = convert("--input", odd, "--output", tmp_path / "b" / "b.gguf", "--to", "gguf", "--gguf_type", "Q8_0")
+    assert "stay F16" in printed
+
+
+def test_gguf_carries_the_tokenizer(moe, tmp_path, tokenizer, convert):
+    convert("--input", moe, "--output", tmp_path / "g", "--to", "gguf")
+    reader = gguf.GGUFReader(next((tmp_path / "g").glob("*.gguf")))
+
+    def field(name: str):
+        return reader.get_field(name).contents()
+
+    vocabulary = json.loads((ROOT / "model" / "tokenizer.json").read_text("utf-8"))
+    tokens, kinds = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
+    by_id = {number: token for token, number in vocabulary["model"]["vocab"].items()}
+    assert tokens == [by_id[number] for number in range(6400)]
+    assert field("tokenizer.ggml.merges") == vocabulary["model"]["merges"]
+    assert (field("tokenizer.ggml.model"), field("tokenizer.ggml.pre")) == ("gpt2", "qwen2")
+    control, user_defined, normal = 3, 4, 1
+    assert kinds[:7] == [control] * 3 + [user_defined] * 4 and set(kinds[7:]) == {normal}
+    ids = [field(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "padding")]
+    assert ids == [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]
+    assert field("tokenizer.ggml.add_bos_token") is False
+    template = json.loads((ROOT / "model" / "tokenizer_config.json").read_text("utf-8"))["chat_template"]
+    assert field("tokenizer.chat_template") == template
+    assert field("general.architecture") == "bailingmoe" and field("bailingmoe.expert_weights_norm") is True
+
+
+def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused():
+    content = json.loads((ROOT / "model" / "tokenizer.json").read_text("utf-8"))
+    assert pre_tokenizer(content, Path("x")) == "qwen2"
+    plain = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    assert pre_tokenizer({**content, "pre_tokenizer": plain}, Path("x")) == "gpt-2"
+    content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\p{N}{1,3}"
+    for cutter in (content["pre_tokenizer"], {**plain, "add_prefix_space": True}, {**plain, "use_regex": False}, None):
+        with pytest.raises(ValueError, match="no name for"):
+            pre_tokenizer({**content, "pre_tokenizer": cutter}, Path("x"))
+
+
+def test_the_modelfile_spells_our_chat_template(dense, tmp_path, tokenizer, convert):
+    """Its Go template, rendered by hand for the constructs that it uses, gives our prompt."""
+    convert("--input", dense, "--output", tmp_path / "g", "--to", "gguf")
+    text = (tmp_path / "g" / "Modelfile").read_text("utf-8")
+    file = re.search(r"^FROM \./(.+)$", text, re.MULTILINE)[1]
+    assert (tmp_path / "g" / file).is_file()
+    assert re.findall(r'^PARAMETER stop "(.+)"$', text, re.MULTILINE) == ["<|im_start|>", "<|im_end|>"]
+    template = re.search(r'TEMPLATE """(.*?)"""', text, re.DOTALL)[1]
+    head, loop, tail = re.fullmatch(
+        r'(.*?)\{\{ range \.Messages \}\}\{\{ if ne \.Role "system" \}\}(.*?)\{\{ end \}\}\{\{ end \}\}(.*)',
+        template,
+        re.DOTALL,
+    ).groups()
+
+    def render(turns: list[dict]) -> str:
+        system = turns[0]["content"] if turns[0]["role"] == "system" else ""
+        choice = re.search(r"\{\{ if \.System \}\}\{\{ \.System \}\}\{\{ else \}\}(.*?)\{\{ end \}\}", head)
+        result = head.replace(choice[0], system or choice[1])
+        for turn in turns:
+            if turn["role"] != "system":
+                result += loop.replace("{{ .Role }}", turn["role"]).replace("{{ .Content }}", turn["content"])
+        return result + tail
+
+    roles = ("user", "assistant", "user")
+    talk = [{"role": role, "content": text} for role, text in zip(roles, ("你好", "hi", "?"), strict=True)]
+    for turns in (talk, [{"role": "system", "content": "Be brief."}, *talk]):
+        assert tokenizer.encode_documents([render(turns)])[0] == tokenizer.encode_prompt(turns)
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+
+def adapter(path: Path, base: Path, tokenizer: ChatTokenizer, **options) -> Path:
+    """An adapter whose B is far from zero."""
+    model = apply_lora(load_model(base)[0].float(), rank=4, alpha=8, **options)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for _, layer in lora_layers(model):
+            layer.lora.B.weight.normal_(std=0.1)
+    save_lora(path, model, {"config": model.config.to_diff_dict(), "tokenizer_sha256": tokenizer.sha256})
+    return path
+
+
+def test_an_adapter_is_merged_on_the_way(dense, tmp_path, tokenizer, convert):
+    name = adapter(tmp_path / "out" / "lora" / "lora_x_64.pth", dense, tokenizer)
+    shutil.copy(dense, tmp_path / "out")
+    shutil.copy(dense.with_suffix(".json"), tmp_path / "out")
+    printed = convert(
+        "--out_dir", tmp_path / "out", "--lora_name", "lora_x", "--output", tmp_path / "hf", "--dtype", "float32"
+    )
+    expected = logits(load_lora(load_model(dense)[0].float(), name))
+    assert f"merged {name}" in printed and "lora_x_64.pth" in (tmp_path / "hf" / "README.md").read_text("utf-8")
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "hf")), expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(expected, logits(load_model(dense)[0]), atol=0.1)
+
+
+def test_an_adapter_works_in_the_peft_library(dense, tmp_path, tokenizer, convert):
+    path = adapter(tmp_path / "lora_x_64.pth", dense, tokenizer)
+    convert("--input", path, "--output", tmp_path / "peft", "--base", dense)
+    convert("--input", dense, "--output", tmp_path / "hf", "--dtype", "float32")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    theirs = PeftModel.from_pretrained(base, tmp_path / "peft")
+    ours = load_lora(load_model(dense)[0].float(), path)
+    assert torch.allclose(logits(theirs), logits(ours), rtol=0, atol=1e-5)
+    convert("--input", tmp_path / "peft", "--output", tmp_path / "back.pth")
+    before, after = torch.load(path), torch.load(tmp_path / "back.pth")
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("options", [{"lora_alpha": 32}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 2.0}}])
+def test_an_adapter_of_the_peft_library_becomes_ours(options, dense, tmp_path, convert):
+    convert("--input", dense, "--output", tmp_path / "hf", "--dtype", "float32")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], **options)
+    torch.manual_seed(0)
+    theirs = get_peft_model(base, config)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    theirs.save_pretrained(tmp_path / "peft")
+    convert("--input", tmp_path / "peft", "--output", tmp_path / "lora_y_64.pth", "--base", dense)
+    ours = load_lora(load_model(dense)[0].float(), tmp_path / "lora_y_64.pth")
+    expected = logits(theirs)
+    assert float((logits(ours) - expected).abs().max()) < 2e-3 * float(expected.abs().max())  # rounded to float16
+
+
+@pytest.mark.parametrize(
+    "options, named", [({"use_dora": True}, "use_dora"), ({"modules_to_save": ["lm_head"]}, "modules_to_save")]
+)
+def test_adapters_that_ours_cannot_express_are_refused(options, named, dense, tmp_path, convert, refused):
+    convert("--input", dense, "--output", tmp_path / "hf")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], **options)).save_pretrained(tmp_path / "peft")
+    assert named in refused("--input", tmp_path / "peft", "--output", tmp_path / "x.pth")
+
+
+def test_an_adapter_for_another_size_is_refused(dense, tmp_path, tokenizer, refused):
+    other = write_weights(tmp_path / "full_sft_32.pth", tokenizer, hidden_size=32)
+    path = adapter(tmp_path / "lora_x_32.pth", other, tokenizer)
+    message = refused("--input", dense, "--lora_name", path, "--output", tmp_path / "hf")
+    assert "--hidden_size" in message and not (tmp_path / "hf").exists()
+    assert "--hidden_size" in refused("--input", path, "--base", dense, "--output", tmp_path / "peft")
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def test_without_flags_it_does_what_it_always_did(tmp_path, tokenizer, monkeypatch, convert):
+    os.symlink(ROOT / "model", tmp_path / "model")
+    monkeypatch.setattr(convert_model, "ROOT", tmp_path)
+    write_weights(tmp_path / "out" / "full_sft_512.pth", tokenizer, hidden_size=512, num_hidden_layers=1, scale=1.0)
+    convert()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "MiniMind2-Small")
+    assert isinstance(model, LlamaForCausalLM) and model.dtype == torch.float16
+    names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert files(tmp_path / "MiniMind2-Small").keys() == names | {"README.md"}
+
+
+@pytest.mark.parametrize(
+    "source, flags, named",
+    [
+        ("moe", ["--to", "llama"], "mixture of experts.*--to qwen2_moe"),
+        ("dense", ["--to", "qwen2_moe"], "dense.*--to llama"),
+        ("dense", ["--to", "gguf", "--gguf_type", "Q4_K_M"], "Q4_K_M.*F16 and Q8_0.*llama-quantize"),
+        ("dense", ["--to", "gguf", "--dtype", "float32"], "--dtype"),
+        ("dense", ["--to", "peft"], "--to peft is for adapters"),
+        ("dense", ["--num_hidden_layers", "5"], "--num_hidden_layers is 5.*has 2"),
+        ("dense", ["--num_attention_heads", "8"], "--num_attention_heads is 8.*says 4"),
+        ("dense", ["--rope_scaling", "4"], "--trained_length"),
+        ("dense", ["--lora_name", "nobody"], "nobody_64.pth not found"),
+        ("dense", ["--tokenizer_path", "/nowhere"], "--tokenizer_path"),
+    ],
+)
+def test_what_cannot_be_is_said_and_nothing_written(source, flags, named, request, tmp_path, refused):
+    path = request.getfixturevalue(source)
+    assert re.search(named, refused("--input", path, "--output", tmp_path / "target", *flags))
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_and_foreign_input_is_named(dense, tmp_path, refused):
+    assert "run trainer/train_full_sft.py" in refused("--out_dir", tmp_path)
+    assert "not found" in refused("--input", tmp_path / "nothing")
+    assert "without config.json" in refused("--input", tmp_path)
+    (tmp_path / "a.gguf").write_bytes(b"GGUF, or not")
+    assert "not a readable GGUF file" in refused("--input", tmp_path / "a.gguf")
+    (tmp_path / "b.pth").write_bytes(b"not a weight file")
+    assert "not a weight file" in refused("--input", tmp_path / "b.pth")
+
+
+def test_weights_of_another_tokenizer_are_refused(dense, tmp_path, other_tokenizer, refused):
+    flags = ["--input", dense, "--output", tmp_path / "hf", "--tokenizer_path", other_tokenizer]
+    assert "was trained with the tokenizer" in refused(*flags)
+
+
+def test_a_target_that_holds_something_is_replaced_only_by_force(dense, moe, tmp_path, convert, refused):
+    target = tmp_path / "hf"
+    convert("--input", dense, "--output", target)
+    (target / "notes.txt").write_text("mine")
+    for shard in ("model-00001-of-00002.safetensors", "model.safetensors.index.json"):
+        (target / shard).write_text("of an older export")
+    before = files(target)
+    message = refused("--input", moe, "--output", target)
+    assert "is not empty" in message and "--force" in message and files(target) == before
+    convert("--input", moe, "--output", target, "--force")
+    assert json.loads((target / "config.json").read_text())["model_type"] == "qwen2_moe"
+    assert (target / "notes.txt").read_text() == "mine"
+    assert [path.name for path in target.glob("model*")] == ["model.safetensors"]
+    assert torch.allclose(
+        logits(AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)),
+        logits(load_model(moe)[0]),
+        rtol=0,
+        atol=1e-5,
+    )
+    path = tmp_path / "x.pth"
+    for flags in (["--to", "pth", "--output", path], ["--to", "gguf", "--output", tmp_path / "x.gguf"]):
+        convert("--input", dense, *flags)
+        assert "exists" in refused("--input", dense, *flags)
+        convert("--input", dense, *flags, "--force")
+
+
+@pytest.mark.parametrize(
+    "function, target, flags",
+    [
+        ("to_hf", "hf", []),
+        ("write_gguf", "g", ["--to", "gguf"]),
+        ("save_weights", "new.pth", ["--to", "pth"]),
+    ],
+)
+def test_a_conversion_that_changes_a_weight_fails_its_own_check(
+    function, target, flags, dense, tmp_path, monkeypatch, refused
+):
+    right = getattr(convert_model, function)
+    key = "model.layers.1.self_attn.k_proj.weight"
+
+    def spoilt(*arguments):
+        place = 0 if function == "to_hf" else 1
+        state = arguments[place] if isinstance(arguments[place], dict) else arguments[place].state_dict()
+        state = {**state, key: state[key].roll(1, dims=0)}
+        return right(*arguments[:place], state, *arguments[place + 1 :])
+
+    monkeypatch.setattr(convert_model, function, spoilt)
+    assert "other logits" in refused("--input", dense, "--output", tmp_path / target, *flags)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sidecar_names_the_tokenizer_only_when_it_is_known(dense, tmp_path, tokenizer, convert):
+    bare = tmp_path / "bare.pth"
+    shutil.copy(dense, bare)
+    flags = ["--input", bare, "--num_attention_heads", 4, "--to", "pth"]
+    convert(*flags, "--output", tmp_path / "a.pth")
+    convert(*flags, "--output", tmp_path / "b.pth", "--tokenizer_path", ROOT / "model")
+    assert "tokenizer_sha256" not in read_sidecar(tmp_path / "a.pth")
+    assert read_sidecar(tmp_path / "b.pth")["tokenizer_sha256"] == tokenizer.sha256
+    assert np.allclose(logits(load_model(tmp_path / "a.pth")[0]), logits(load_model(dense)[0]))
