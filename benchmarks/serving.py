@@ -1,0 +1,220 @@
+"""The server under load: many clients at once, each asking again as soon as it has its answer.
+
+    python benchmarks/serving.py [--clients 64] [--seconds 60] [--weight out/full_sft_512.pth]
+    python benchmarks/serving.py --base_url http://127.0.0.1:8998/v1        a server that runs already
+
+The openai client asks for chats of one to six turns; three in four answers are streamed, and one stream in ten is left
+in its middle. Printed: time to first token of streams (from sending, queue included; refused tries apart), tokens of
+answers per second, refusals (429, tried again after Retry-After) and errors by kind, and what the server still
+holds a second after the last client has gone.
+"""
+
+import argparse
+import asyncio
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import httpx
+import openai
+
+WORDS = "the sky was grey and an old king read by his fire 今天 天气 很好 我们 去 公园 看 花 and then it rained".split()
+LEFT_STREAMS, WHOLE_ANSWERS = 0.1, 0.25
+
+
+@dataclass
+class Load:
+    """What the clients saw."""
+
+    first_token: list[float] = field(default_factory=list)  # seconds
+    answers: int = 0
+    left: int = 0
+    tokens: int = 0
+    refused: int = 0
+    errors: Counter = field(default_factory=Counter)
+    seconds: float = 0.0
+
+
+def conversation(rng: random.Random) -> list[dict]:
+    turns = [" ".join(rng.choices(WORDS, k=rng.randint(3, 40))) for _ in range(rng.choice((1, 1, 1, 3, 5)))]
+    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
+
+
+async def ask(client: openai.AsyncOpenAI, model: str, rng: random.Random, max_tokens: int, load: Load) -> None:
+    """One answer, whole, streamed or left."""
+    options = {"model": model, "messages": conversation(rng), "max_tokens": rng.randint(max_tokens // 4, max_tokens)}
+    started = time.perf_counter()
+    if rng.random() < WHOLE_ANSWERS:
+        done = await client.chat.completions.create(**options)
+        load.tokens += done.usage.completion_tokens
+        load.answers += 1
+        return
+    leave_after = rng.randint(1, 20) if rng.random() < LEFT_STREAMS else None
+    seen, finished = 0, False
+    stream = await client.chat.completions.create(stream=True, stream_options={"include_usage": True}, **options)
+    async with stream:
+        async for chunk in stream:
+            if chunk.usage:
+                load.tokens += chunk.usage.completion_tokens
+                finished = True
+            elif chunk.choices[0].delta.content:
+                if not seen:
+                    load.first_token.append(time.perf_counter() - started)
+                seen += 1
+                if seen == leave_after:
+                    load.tokens += seen
+                    load.left += 1
+                    return
+    if finished:
+        load.answers += 1
+    else:
+        load.errors["a stream that ended without its usage"] += 1
+
+
+async def client_loop(
+    client: openai.AsyncOpenAI, model: str, number: int, end: float, max_tokens: int, load: Load
+) -> None:
+    rng = random.Random(number)
+    while time.perf_counter() < end:
+        try:
+            await ask(client, model, rng, max_tokens, load)
+        except openai.RateLimitError as error:
+            load.refused += 1
+            wait = float(error.response.headers["retry-after"])
+            await asyncio.sleep(min(wait, max(end - time.perf_counter(), 0)))
+        except openai.APIStatusError as error:
+            load.errors[f"status {error.status_code}"] += 1
+        except openai.OpenAIError as error:
+            load.errors[type(error).__name__] += 1
+
+
+async def run_load(base_url: str, clients: int, seconds: float, max_tokens: int) -> Load:
+    """Asks for so long; what has begun by then is answered to its end."""
+    # one client object with a connection for each, because making 64 of them takes seconds
+    http_client = openai.DefaultAsyncHttpxClient(trust_env=False)
+    async with openai.AsyncOpenAI(
+        base_url=base_url, api_key="none", max_retries=0, timeout=300, http_client=http_client
+    ) as client:
+        model = [model.id async for model in client.models.list()][0]
+        load, started = Load(), time.perf_counter()
+        loops = (client_loop(client, model, n, started + seconds, max_tokens, load) for n in range(clients))
+        await asyncio.gather(*loops)
+        load.seconds = time.perf_counter() - started
+    return load
+
+
+def held_by_server(base_url: str) -> int:
+    """Answers under way and waiting."""
+    text = httpx.get(base_url.removesuffix("/v1") + "/metrics", trust_env=False).text
+    return sum(int(n) for n in re.findall(r"^minimind_(?:running|waiting)\{.*\} (\d+)$", text, re.MULTILINE))
+
+
+def slots_leaked(base_url: str) -> int:
+    """Once everyone has gone; the server has a second to notice."""
+    end = time.monotonic() + 1
+    while held_by_server(base_url) and time.monotonic() < end:
+        time.sleep(0.05)
+    return held_by_server(base_url)
+
+
+def percentile(values: list[float], share: float) -> float:
+    return statistics.quantiles(values, n=100, method="inclusive")[round(share * 100) - 1] if len(values) > 1 else 0.0
+
+
+def report(load: Load, clients: int, leaked: int) -> str:
+    first = f"p50 {percentile(load.first_token, 0.5):.2f} s, p95 {percentile(load.first_token, 0.95):.2f} s"
+    errors = ", ".join(f"{count} {kind}" for kind, count in load.errors.items()) or "none"
+    return (
+        f"{clients} clients for {load.seconds:.0f} s: {load.answers} answers, {load.left} streams left half-way\n"
+        f"first token   {first} ({len(load.first_token)} streams)\n"
+        f"throughput    {load.tokens / load.seconds:,.0f} tokens/s\n"
+        f"refused (429) {load.refused}, tried again after Retry-After\n"
+        f"other errors  {errors}\n"
+        f"slots leaked  {leaked}"
+    )
+
+
+@contextmanager
+def own_server(args: argparse.Namespace):
+    """(URL, process id) of a server that lives as long as the measurement."""
+    with tempfile.TemporaryDirectory() as folder:
+        out_dir, flags = Path(folder), []
+        if args.weight:
+            out_dir, match = args.weight.parent, re.fullmatch(r"full_sft_(\d+)(_moe)?", args.weight.stem)
+            if not match:
+                raise SystemExit(f"error: --weight {args.weight} is not named full_sft_SIZE.pth")
+            flags = ["--hidden_size", match[1], "--use_moe", str(bool(match[2]))]
+        else:
+            import torch
+
+            from dataset.tokenization import ChatTokenizer
+            from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+            from model.weights import save_weights
+
+            torch.manual_seed(0)
+            sidecar = {"tokenizer_sha256": ChatTokenizer(ROOT / "model").sha256}
+            save_weights(out_dir / "full_sft_512.pth", MiniMindForCausalLM(MiniMindConfig()), sidecar)
+        command = [sys.executable, str(ROOT / "scripts" / "serve_openai_api.py"), "--out_dir", str(out_dir), *flags]
+        command += ["--port", "0", "--device", args.device, "--slots", str(args.slots)]
+        command += ["--max_queue", str(args.max_queue), *(["--dtype", args.dtype] if args.dtype else [])]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
+        )
+        try:
+            lines = []
+            while not (found := re.search(r"listening on (\S+)", "".join(lines))):
+                line = process.stdout.readline()
+                if not line:
+                    raise SystemExit("error: the server did not start")
+                lines.append(line)
+            print(lines[0].strip())
+            yield found[1], process.pid
+        finally:
+            process.terminate()
+            process.communicate()
+
+
+def resident_megabytes(pid: int) -> float:
+    import psutil
+
+    return psutil.Process(pid).memory_info().rss / 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base_url", help="of a server that runs already")
+    parser.add_argument("--weight", type=Path, help="full_sft_SIZE.pth (default: random weights of the 26M preset)")
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--max_tokens", type=int, default=128, help="longest answer; the shortest has a quarter")
+    parser.add_argument("--slots", type=int, default=16)
+    parser.add_argument("--max_queue", type=int, default=64)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    args = parser.parse_args()
+    if args.base_url:
+        load = asyncio.run(run_load(args.base_url, args.clients, args.seconds, args.max_tokens))
+        print(report(load, args.clients, slots_leaked(args.base_url)))
+        return
+    with own_server(args) as (url, pid):
+        asyncio.run(run_load(url, 2, 1, 8))  # warms up
+        before = resident_megabytes(pid)
+        load = asyncio.run(run_load(url, args.clients, args.seconds, args.max_tokens))
+        print(report(load, args.clients, slots_leaked(url)))
+        print(f"memory        {before:,.0f} MB before, {resident_megabytes(pid):,.0f} MB after")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""What there is to talk to: weights in an output folder, folders in Hugging Face format, adapters; and loading it.
+
+The server and the web page use this. Looking is cheap: sizes are read off the files without their tensors, and kept
+as long as a file does not change.
+"""
+
+import functools
+import json
+import re
+import struct
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from dataset.tokenization import ChatTokenizer
+from model.loading import check_vocabulary, choose_device, choose_dtype, load_folder
+from model.model_lora import find_lora, load_lora, merge_lora
+from model.weights import STAGES, load_model
+
+# what someone who opens a chat wants first
+STAGE_ORDER = ("full_sft", "rlhf", "reason", "full_dist", "pretrain")
+assert sorted(STAGE_ORDER) == sorted(STAGES)
+WEIGHT_NAME = re.compile(rf"({'|'.join(STAGES)})_(\d+)(_moe)?")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model that can be loaded.
+
+    name: unique among those found: the file's stem (full_sft_512) or the folder's name (MiniMind2).
+    kind: "pth" or "hf". stage: a stage of training, "" where nothing tells. size: "26M", "145M MoE", "" if unreadable.
+    adapters: names for load_entry's lora_name, of the same size. out_dir: where those lie, in lora/.
+    """
+
+    name: str
+    path: Path
+    kind: str
+    stage: str
+    size: str
+    hidden_size: int
+    use_moe: bool
+    adapters: tuple[str, ...] = ()
+    out_dir: Path = ROOT / "out"
+
+
+def find_models(out_dir: str | Path = ROOT / "out", folders: tuple[str | Path, ...] = (ROOT,)) -> list[Entry]:
+    """All models in out_dir and in Hugging Face format: folders, and what lies directly in these and in out_dir.
+
+    Chat models first, then by size. Files that cannot be read are listed too: loading them says what is wrong.
+    """
+    out_dir = Path(out_dir).absolute()
+    entries = [entry_of_file(path) for path in _listed(out_dir) if path.suffix == ".pth" and path.is_file()]
+    entries = [entry for entry in entries if entry]
+    entries.sort(key=lambda entry: (STAGE_ORDER.index(entry.stage), entry.hidden_size, entry.use_moe))
+    places = [Path(folder).absolute() for folder in folders]
+    candidates = [path for place in [*places, out_dir] for path in [place, *_listed(place)]]
+    names = {entry.name for entry in entries}
+    for path in dict.fromkeys(candidates):
+        entry = entry_of_folder(path, out_dir)
+        if entry:
+            name = entry.name if entry.name not in names else str(path)
+            names.add(name)
+            entries.append(Entry(**vars(entry) | {"name": name}))
+    return entries
+
+
+def entry_of_file(path: Path) -> Entry | None:
+    """A .pth of ours; None where the name is not one of theirs."""
+    match = WEIGHT_NAME.fullmatch(path.stem)
+    if not match:
+        return None
+    stage, hidden_size, use_moe = match[1], int(match[2]), bool(match[3])
+    size = _label(path, use_moe)
+    out_dir = path.absolute().parent
+    adapters = find_adapters(out_dir, hidden_size, use_moe)
+    return Entry(path.stem, path.absolute(), "pth", stage, size, hidden_size, use_moe, adapters, out_dir)
+
+
+def entry_of_folder(path: Path, out_dir: Path) -> Entry | None:
+    """A folder in Hugging Face format; None where there is no language model with weights in it."""
+    if not _weight_files(path):
+        return None
+    try:
+        config = json.loads((path / "config.json").read_text("utf-8"))
+        hidden_size = config["hidden_size"]
+        use_moe = bool(config.get("use_moe") or config.get("num_experts") or config.get("num_local_experts"))
+        if not any("CausalLM" in name for name in config["architectures"]):
+            return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    size = _label(path, use_moe)
+    adapters = find_adapters(out_dir, hidden_size, use_moe)
+    return Entry(path.name, path, "hf", "", size, hidden_size, use_moe, adapters, Path(out_dir))
+
+
+def find_adapters(out_dir: str | Path, hidden_size: int, use_moe: bool) -> tuple[str, ...]:
+    """Names of the adapters in out_dir/lora/ for models of this size."""
+    ending = f"_{hidden_size}{'_moe' if use_moe else ''}"
+    stems = [path.stem for path in _listed(Path(out_dir) / "lora") if path.suffix == ".pth"]
+    return tuple(sorted(stem.removesuffix(ending) for stem in stems if stem.endswith(ending) and stem != ending))
+
+
+def load_entry(
+    entry: Entry,
+    *,
+    lora_name: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    tokenizer_path: str | Path | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[torch.nn.Module, ChatTokenizer]:
+    """The model in eval mode on its device, with the adapter (a name or a .pth) merged in, and its tokenizer.
+
+    dtype: a name or a torch dtype; None chooses by device. ValueError says what is wrong with files or flags.
+    """
+    device = choose_device(str(device))
+    dtype = dtype if isinstance(dtype, torch.dtype) else choose_dtype(dtype, device)
+    own = entry.path if entry.kind == "hf" and (entry.path / "tokenizer.json").is_file() else ROOT / "model"
+    tokenizer = ChatTokenizer(tokenizer_path or own)
+    if entry.kind == "hf":
+        model = load_folder(entry.path, trust_remote_code, torch.float32 if lora_name else dtype)
+    else:
+        model, _ = load_model(entry.path, tokenizer.sha256)
+    check_vocabulary(model, entry.path, tokenizer.path, tokenizer.vocab_size)
+    if lora_name:
+        use_moe = bool(getattr(model.config, "use_moe", entry.use_moe))
+        load_lora(model, find_lora(lora_name, entry.out_dir, model.config.hidden_size, use_moe), tokenizer.sha256)
+        merge_lora(model)
+    return model.to(device=device, dtype=dtype).eval(), tokenizer
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------------
+
+
+def size_label(parameters: int, use_moe: bool) -> str:
+    """26M, 145M MoE, 4.5M, 0.05M"""
+    millions = parameters / 1e6
+    digits = 0 if millions >= 9.95 else 1 if millions >= 0.095 else 2
+    return f"{millions:.{digits}f}M{' MoE' if use_moe else ''}"
+
+
+def _label(path: Path, use_moe: bool) -> str:
+    files = _weight_files(path) if path.is_dir() else (path,)
+    try:
+        stamps = [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+        return size_label(sum(_count_parameters(*stamp) for stamp in stamps), use_moe)
+    except Exception:  # a file that is broken, or being written: torch raises many kinds
+        return ""
+
+
+@functools.lru_cache(maxsize=512)
+def _count_parameters(file: str, modified: int, size: int) -> int:
+    """Parameters in a file, the output layer's excepted, which are the embedding's. The stamp is for the cache."""
+    if file.endswith(".safetensors"):
+        with open(file, "rb") as opened:  # eight bytes of length, then names and shapes as JSON
+            header = json.loads(opened.read(struct.unpack("<Q", opened.read(8))[0]))
+        shapes = {name: about["shape"] for name, about in header.items() if name != "__metadata__"}
+    else:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        shapes = {name: tensor.shape for name, tensor in state.items()}
+    tied = any(name.endswith("embed_tokens.weight") for name in shapes)
+    return sum(
+        functools.reduce(lambda a, b: a * b, shape, 1)
+        for name, shape in shapes.items()
+        if not (tied and name.endswith("lm_head.weight"))
+    )
+
+
+def _weight_files(folder: Path) -> tuple[Path, ...]:
+    """The weights of a folder in Hugging Face format; adapters of peft and states of optimizers are none."""
+    names = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)")
+    files = [path for path in _listed(folder) if names.fullmatch(path.name)]
+    kinds = {path.suffix for path in files}
+    return tuple(path for path in files if len(kinds) == 1 or path.suffix == ".safetensors")
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:  # not there, no folder, not ours to read
+        return []

@@ -1,0 +1,134 @@
+"""The models that the server offers by name, loaded when first asked for, and at most a few of them at a time."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from dataset.tokenization import ChatTokenizer
+from model.batching import Engine
+from scripts.model_catalog import Entry, find_adapters, find_models
+from scripts.openai_schema import ApiError
+
+
+class Offer(NamedTuple):
+    """What a name stands for: a model, alone or with an adapter (a name in out/lora/, or a .pth)."""
+
+    entry: Entry
+    lora_name: str | None = None
+
+    @property
+    def root(self) -> str:
+        return self.entry.name + (f":{self.lora_name}" if self.lora_name else "")
+
+
+@dataclass
+class LoadedModel:
+    name: str
+    engine: Engine
+    tokenizer: ChatTokenizer
+    users: int = 0  # HTTP requests that are under way
+    last_used: float = 0.0
+
+
+class ModelPool:
+    """name: what the default is called; it is loaded first and stays. The others lie in out_dir and folders.
+
+    load: makes an engine and a tokenizer of an offer; it runs in a thread. max_models: engines in memory; another one
+    takes the place of the one that was not used for the longest time.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        default: Offer,
+        out_dir: Path,
+        folders: tuple[Path, ...],
+        load: Callable[[Offer], tuple[Engine, ChatTokenizer]],
+        max_models: int,
+    ):
+        self.name, self.default, self.load, self.max_models = name, default, load, max_models
+        self._out_dir, self._folders = out_dir, folders
+        self._loaded: dict[str, LoadedModel] = {}  # by the offer's root
+        self._loading = asyncio.Lock()
+        self._tasks: set[asyncio.Task] = set()
+
+    def offers(self) -> dict[str, Offer]:
+        """Everything that can be asked for now; training may have written more since the start."""
+        offers = {self.name: self.default}
+        offers |= {f"{self.name}:{adapter}": Offer(self.default.entry, adapter) for adapter in self._adapters()}
+        for entry in find_models(self._out_dir, self._folders):
+            if entry.path != self.default.entry.path:
+                offers[entry.name] = Offer(entry)
+                offers |= {f"{entry.name}:{adapter}": Offer(entry, adapter) for adapter in entry.adapters}
+        return offers
+
+    def find(self, name: str) -> Offer:
+        """The offer of that name; the default is known by its file's name, too. ApiError 404 lists what there is."""
+        if name == self.name:
+            return self.default
+        offers = self.offers()
+        if name in offers:
+            return offers[name]
+        base, _, adapter = name.partition(":")
+        if base == self.default.entry.name and adapter in ("", *self._adapters()):
+            return Offer(self.default.entry, adapter or None)
+        message = f"there is no model {name!r} here; there are: {', '.join(offers)}"
+        raise ApiError(404, message, "model", "model_not_found")
+
+    @contextlib.asynccontextmanager
+    async def use(self, name: str) -> AsyncIterator[LoadedModel]:
+        """The loaded model; it stays in memory while it is used."""
+        offer = self.find(name)
+        while offer.root not in self._loaded:
+            # the client may go while its model is loaded: that goes on, for the next one
+            task = asyncio.create_task(self._bring(offer))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            await asyncio.shield(task)
+        model = self._loaded[offer.root]
+        model.users += 1
+        try:
+            yield model
+        finally:
+            model.users -= 1
+            model.last_used = time.monotonic()
+
+    async def _bring(self, offer: Offer) -> None:
+        async with self._loading:
+            if offer.root in self._loaded:
+                return
+            if len(self._loaded) >= self.max_models:
+                idle = {root: m for root, m in self._loaded.items() if not m.users and root != self.default.root}
+                if not idle:
+                    message = f"{self.max_models} models are in memory and busy; --max_models allows no more"
+                    raise ApiError(503, message, "model", "overloaded", {"Retry-After": "5"})
+                oldest = min(idle, key=lambda root: idle[root].last_used)
+                await asyncio.to_thread(self._loaded.pop(oldest).engine.close)
+            try:
+                engine, tokenizer = await asyncio.to_thread(self.load, offer)
+            except ValueError as error:
+                raise ApiError(503, f"{offer.root} cannot be loaded: {error}", "model", "model_not_loaded") from error
+            self._loaded[offer.root] = LoadedModel(offer.root, engine, tokenizer, last_used=time.monotonic())
+
+    def add(self, offer: Offer, engine: Engine, tokenizer: ChatTokenizer) -> None:
+        self._loaded[offer.root] = LoadedModel(offer.root, engine, tokenizer)
+
+    @property
+    def engine_of_default(self) -> Engine:
+        return self._loaded[self.default.root].engine
+
+    def stats(self) -> dict[str, dict]:
+        """By model: what its engine tells."""
+        return {root: model.engine.stats() for root, model in self._loaded.items()}
+
+    def close(self) -> None:
+        for model in self._loaded.values():
+            model.engine.close()
+
+    def _adapters(self) -> tuple[str, ...]:
+        entry = self.default.entry
+        return find_adapters(entry.out_dir, entry.hidden_size, entry.use_moe)

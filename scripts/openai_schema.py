@@ -1,0 +1,233 @@
+"""What clients may send to the server, in OpenAI's words, and how they are told that something is wrong.
+
+Unknown fields are ignored, as OpenAI-compatible servers do; fields that would change the answer and are not supported
+are refused by name.
+"""
+
+import json
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+MOST_STOP_STRINGS = 4
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+class ApiError(Exception):
+    """Becomes {"error": {"message", "type", "param", "code"}} with its status."""
+
+    TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
+
+    def body(self) -> dict:
+        kind = "server_error" if self.status >= 500 else self.TYPES.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def unsupported(param: str, message: str) -> ApiError:
+    return ApiError(400, message, param, "unsupported_parameter")
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class FunctionCall(Part):
+    name: str
+    arguments: str = "{}"
+
+
+class ToolCallMessage(Part):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(Part):
+    role: Literal[ROLES]
+    content: str | None = None
+    tool_calls: list[ToolCallMessage] | None = None
+    tool_call_id: str | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def join_parts(cls, content: Any) -> Any:
+        """A list of parts of type text is one text, a line for each."""
+        if not isinstance(content, list):
+            return content
+        texts = []
+        for part in content:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind != "text" or not isinstance(part.get("text"), str):
+                what = f"a part of type {kind!r}" if isinstance(kind, str) else "this"
+                raise ValueError(f"the model reads text only, not {what}")
+            texts.append(part["text"])
+        return "\n".join(texts)
+
+    @model_validator(mode="after")
+    def has_content(self):
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError(f"a message of role {self.role!r} needs content")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("only an assistant's message has tool_calls")
+        return self
+
+
+class Function(Part):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(Part):
+    type: Literal["function"]
+    function: Function
+
+
+class StreamOptions(Part):
+    include_usage: bool | None = False
+
+
+class Sampling(Part):
+    """What both endpoints take. None: the server's default."""
+
+    model: str
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = 1
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: list[str] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    # changes the answer, and is not there: only what leaves it as it is can be accepted
+    logit_bias: dict[str, Any] | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def one_or_several(cls, stop: Any) -> Any:
+        return [stop] if isinstance(stop, str) else stop
+
+    @field_validator("stop")
+    @classmethod
+    def few_and_not_empty(cls, stop: list[str] | None) -> list[str] | None:
+        if stop and len(stop) > MOST_STOP_STRINGS:
+            raise ValueError(f"{len(stop)} stop strings, and at most {MOST_STOP_STRINGS} are taken")
+        if stop and not all(stop):
+            raise ValueError("an empty stop string ends every text before it begins")
+        return stop
+
+    @model_validator(mode="after")
+    def supported(self):
+        if self.stream_options is not None and not self.stream:
+            raise ApiError(400, "stream_options is only taken with stream: true", "stream_options")
+        if self.logit_bias:
+            raise unsupported("logit_bias", "logit_bias is not supported")
+        return self
+
+
+class ChatRequest(Sampling):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+    functions: Any = None
+    function_call: Any = None
+    modalities: list[str] | None = None
+
+    @model_validator(mode="after")
+    def chat_supported(self):
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
+        if self.response_format and self.response_format.get("type") != "text":
+            raise unsupported("response_format", "response_format is not supported, except for {'type': 'text'}")
+        if self.functions or self.function_call:
+            raise unsupported("functions" if self.functions else "function_call", "use tools and tool_choice instead")
+        if self.modalities not in (None, [], ["text"]):
+            raise unsupported("modalities", "the model writes text only")
+        if self.tool_choice not in (None, "none", "auto"):
+            raise unsupported("tool_choice", "a tool call cannot be enforced; tool_choice is 'auto' or 'none'")
+        return self
+
+    @property
+    def offered_tools(self) -> list[dict]:
+        """Tools as the chat template takes them."""
+        if not self.tools or self.tool_choice == "none":
+            return []
+        return [tool.model_dump(exclude_none=True) for tool in self.tools]
+
+
+class CompletionRequest(Sampling):
+    prompt: list[str | list[Annotated[int, Field(ge=0, lt=2**31)]]]
+    max_tokens: Annotated[int, Field(ge=0)] | None = 16
+    echo: bool | None = False
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def several(cls, prompt: Any) -> Any:
+        """A text, texts, ids, or lists of ids: always a list of prompts."""
+        single = isinstance(prompt, str) or (
+            isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt)
+        )
+        return [prompt] if single else prompt
+
+    @model_validator(mode="after")
+    def completion_supported(self):
+        if not self.prompt:
+            raise ApiError(400, "prompt is an empty list", "prompt")
+        if self.suffix:
+            raise unsupported("suffix", "suffix is not supported")
+        if self.best_of not in (None, self.n or 1):
+            raise unsupported("best_of", "best_of is not supported; n gives several answers")
+        if self.max_tokens == 0 and not self.echo:
+            raise ApiError(400, "max_tokens 0 is only taken with echo: true", "max_tokens")
+        return self
+
+
+def parse(schema: type[Sampling], raw: bytes) -> Sampling:
+    """The request that a body holds. ApiError 400 names the first field that is wrong."""
+    try:
+        content = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ApiError(400, "the body must be a JSON object")
+    if SURROGATE.search(raw):
+        try:
+            json.dumps(content, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ApiError(400, "the body holds half of a character: a surrogate without its partner") from error
+    try:
+        return schema.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        names = schema.model_fields.keys()
+        place = [str(key) for key in first["loc"]]
+        # what follows a union's field are names of its types
+        param = ".".join(place) if place and place[0] in names else None
+        message = first["msg"].removeprefix("Value error, ")
+        code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
+        raise ApiError(400, f"{param}: {message}" if param else message, param, code) from error

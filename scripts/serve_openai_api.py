@@ -1,0 +1,614 @@
+"""An OpenAI-compatible server for the weights of any stage, on the decoding engine of model/batching.py.
+
+    python scripts/serve_openai_api.py                       full_sft weights: out/full_sft_512.pth, as "minimind"
+    python scripts/serve_openai_api.py --model_mode 3        0 pretrain, 1 full_sft, 2 rlhf (DPO), 3 reason, 4 full_dist
+    python scripts/serve_openai_api.py --lora_name lora_medical
+    python scripts/serve_openai_api.py --load 1              a folder in Hugging Face format: MiniMind2/, or --hf_path
+    python scripts/chat_openai_api.py                        a chat with it
+
+POST /v1/chat/completions, /v1/completions · GET /v1/models, /health, /metrics
+
+Other weights in --out_dir and other folders are served by their names (full_sft_768), adapters as "minimind:NAME";
+each is loaded when first asked for. Only programs on this machine can reach it unless --host says otherwise.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import errno
+import json
+import math
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import uvicorn
+from fastapi import Depends, FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from dataset.tokenization import ChatTokenizer
+from model.batching import Engine, QueueFull
+from model.generation import SamplingParams
+from model.loading import DTYPES, STAGE_OF_MODE, check_sizes, find_weights, read_config
+from model.model_lora import find_lora
+from scripts.model_catalog import entry_of_file, entry_of_folder, load_entry
+from scripts.model_pool import LoadedModel, ModelPool, Offer
+from scripts.openai_answers import (
+    ChatFormat,
+    CompletionFormat,
+    Generation,
+    encode_chat,
+    encode_completion,
+    new_id,
+    prompt_log_probs,
+    sampling_params,
+)
+from scripts.openai_schema import ApiError, ChatRequest, CompletionRequest, parse
+
+BODY_SECONDS = 30  # a body that has not arrived by then is given up
+FIRST_TOKEN_BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)  # seconds
+
+
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "1", "yes", "false", "0", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() in ("true", "1", "yes")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        return int(text)
+
+    return number
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Serve MiniMind through an OpenAI-compatible API.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    modes = ", ".join(f"{mode} {stage}" for mode, stage in STAGE_OF_MODE.items())
+    add = parser.add_argument
+    add("--model_mode", type=int, default=1, choices=list(STAGE_OF_MODE), help=f"stage of the weights: {modes}")
+    add("--load", type=int, default=0, choices=[0, 1], help="0: .pth in --out_dir; 1: Hugging Face folder --hf_path")
+    add("--out_dir", default=str(ROOT / "out"), help="folder of the .pth files; all of them are served")
+    add("--hf_path", default=str(ROOT / "MiniMind2"), help="folder in Hugging Face format, for --load 1")
+    add("--trust_remote_code", type=boolean, nargs="?", const=True, default=False, help="run that folder's own code")
+    add("--tokenizer_path", default=None, help="folder of the tokenizer; default: --hf_path's own, else model/")
+    add("--lora_name", default="None", help="adapter on the default model: a name in OUT_DIR/lora/, or a .pth file")
+    add("--hidden_size", type=int, default=None, help="chooses between files; default: the only one there, or 512")
+    add("--num_hidden_layers", type=int, default=None, help="read from the weights; checked against them if given")
+    add("--use_moe", type=boolean, nargs="?", const=True, default=None, help="chooses between files")
+    add("--max_seq_len", type=at_least(2), default=8192, help="context in tokens: conversation and answer")
+    add("--temperature", type=float, default=0.85, help="for requests that name none; 0: greedy")
+    add("--top_p", type=float, default=0.85, help="for requests that name none")
+    add("--max_new_tokens", type=at_least(1), default=1024, help="longest chat answer where a request names no length")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps ...")
+    add("--dtype", default=None, choices=list(DTYPES), help="default: float32 on a CPU; bfloat16 on a GPU, or float16")
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: reachable from other machines")
+    add("--port", type=int, default=8998, help="0: any free one")
+    add("--model_name", default="minimind", help="what the default model is called in requests")
+    add("--api_key", default=os.environ.get("MINIMIND_API_KEY"), help="requests must bring it; or MINIMIND_API_KEY")
+    add("--cors_origin", action="append", default=[], help="web pages from there may ask; may be given several times")
+    add("--slots", type=at_least(1), default=16, help="answers that are made together")
+    add("--max_queue", type=at_least(0), default=64, help="requests that may wait for a slot; more get status 429")
+    add("--max_models", type=at_least(1), default=3, help="models and adapters in memory at a time")
+    add("--max_messages", type=at_least(1), default=1000, help="in one request")
+    add("--max_body_bytes", type=at_least(1), default=2**20, help="longest request")
+    add("--shutdown_timeout", type=at_least(0), default=30, help="seconds that running answers get at the end")
+    args = parser.parse_args(argv)
+    try:
+        SamplingParams(temperature=args.temperature, top_p=args.top_p)
+    except ValueError as error:
+        parser.error(str(error))
+    if not 0 <= args.port < 2**16:
+        parser.error(f"--port is {args.port}, and must be below 65536")
+    return args
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def default_offer(args: argparse.Namespace) -> Offer:
+    """What the flags name. ValueError where it is missing."""
+    lora_name = None if args.lora_name.lower() == "none" else args.lora_name
+    if args.load == 1:
+        folder = Path(args.hf_path).absolute()
+        read_config(folder)
+        entry = entry_of_folder(folder, Path(args.out_dir))
+        if entry is None:
+            raise ValueError(f"{folder} holds no language model with its weights; --hf_path takes such a folder")
+    else:
+        path = find_weights(args.out_dir, STAGE_OF_MODE[args.model_mode], args.hidden_size, args.use_moe)
+        entry = entry_of_file(path)
+    if lora_name:
+        find_lora(lora_name, args.out_dir, entry.hidden_size, entry.use_moe)
+    return Offer(entry, lora_name)
+
+
+def make_loader(args: argparse.Namespace, default: Offer) -> Callable[[Offer], tuple[Engine, ChatTokenizer]]:
+    def load(offer: Offer) -> tuple[Engine, ChatTokenizer]:
+        is_default = offer.entry == default.entry
+        model, tokenizer = load_entry(
+            offer.entry,
+            lora_name=offer.lora_name,
+            device=args.device,
+            dtype=args.dtype,
+            # a folder's own tokenizer fits it; the flag is for the weights that it was given with
+            tokenizer_path=args.tokenizer_path if is_default or offer.entry.kind == "pth" else None,
+            trust_remote_code=args.trust_remote_code and is_default,
+        )
+        engine = Engine(model, slots=args.slots, context_length=args.max_seq_len, max_queue=args.max_queue)
+        engine.start()
+        return engine, tokenizer
+
+    return load
+
+
+# --- metrics ---------------------------------------------------------------------------------------------------------
+
+
+class Metrics:
+    """Counts what went through, in the text format of Prometheus."""
+
+    def __init__(self):
+        self.requests: Counter[tuple[str, int]] = Counter()  # (path, status)
+        self.tokens: Counter[tuple[str, str]] = Counter()  # (kind, model)
+        self.first_token: Counter[float] = Counter()  # upper bound in seconds
+        self.first_token_sum = 0.0
+
+    def count_usage(self, model: str, usage: dict) -> None:
+        self.tokens["prompt", model] += usage["prompt_tokens"]
+        self.tokens["cached", model] += usage["prompt_tokens_details"]["cached_tokens"]
+        self.tokens["generated", model] += usage["completion_tokens"]
+
+    def count_first_token(self, seconds: float) -> None:
+        self.first_token[next((bound for bound in FIRST_TOKEN_BOUNDS if seconds <= bound), float("inf"))] += 1
+        self.first_token_sum += seconds
+
+    def text(self, engines: dict[str, dict]) -> str:
+        lines = []
+
+        def family(name: str, kind: str, about: str, samples: list[tuple[dict, float]]) -> None:
+            lines.append(f"# HELP minimind_{name} {about}\n# TYPE minimind_{name} {kind}")
+            lines.extend(f"minimind_{name}{_labels(labels)} {value}" for labels, value in samples)
+
+        requests = [({"path": path, "status": status}, n) for (path, status), n in sorted(self.requests.items())]
+        family("requests_total", "counter", "HTTP requests by path and status.", requests)
+        for kind, about in (
+            ("prompt", "Tokens of prompts."),
+            ("cached", "Tokens of prompts that an earlier request had left in the cache."),
+            ("generated", "Tokens of answers."),
+        ):
+            samples = [({"model": model}, n) for (of, model), n in sorted(self.tokens.items()) if of == kind]
+            family(f"{kind}_tokens_total", "counter", about, samples)
+        for key, about in (
+            ("slots", "Answers that can be made together."),
+            ("running", "Answers that are being made."),
+            ("waiting", "Requests that wait for a slot."),
+        ):
+            samples = [({"model": model}, stats[key]) for model, stats in sorted(engines.items())]
+            family(key, "gauge", about, samples)
+        name, below = "minimind_time_to_first_token_seconds", 0
+        lines.append(f"# HELP {name} From request to first token.\n# TYPE {name} histogram")
+        for bound in (*FIRST_TOKEN_BOUNDS, float("inf")):
+            below += self.first_token[bound]
+            lines.append(f'{name}_bucket{{le="{"+Inf" if bound == float("inf") else bound}"}} {below}')
+        lines.append(f"{name}_sum {self.first_token_sum}\n{name}_count {below}")
+        return "\n".join(lines) + "\n"
+
+
+def _labels(labels: dict) -> str:
+    def quoted(value) -> str:
+        return str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+    return "{" + ",".join(f'{key}="{quoted(value)}"' for key, value in labels.items()) + "}"
+
+
+class CountRequests:
+    """Counts each response by path and status. Paths that do not exist are one, or anyone could fill the memory."""
+
+    def __init__(self, app, metrics: Metrics, paths: set[str]):
+        self.app, self.metrics, self.paths = app, metrics, paths
+
+    async def __call__(self, scope, receive, send):
+        async def counting_send(message):
+            if message["type"] == "http.response.start":
+                path = scope["path"] if scope["path"] in self.paths else "other"
+                self.metrics.requests[path, message["status"]] += 1
+            await send(message)
+
+        await self.app(scope, receive, counting_send if scope["type"] == "http" else send)
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+async def read_body(request: Request, longest: int) -> bytes:
+    if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, "send JSON, with the header Content-Type: application/json")
+    body, size = bytearray(), 0
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size <= longest:  # the rest is read and dropped: a client that is still sending hears no answer
+                    body += chunk
+    except TimeoutError as error:
+        raise ApiError(408, f"the body did not arrive in {BODY_SECONDS} s") from error
+    if size > longest:
+        raise ApiError(413, f"the body has {size} bytes, and at most {longest} are taken", code="request_too_large")
+    return bytes(body)
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events; what they hold is freed when the last was sent, and when the client has gone."""
+
+    def __init__(self, events: AsyncIterator[str], held: contextlib.AsyncExitStack):
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self.held = held
+
+    async def __call__(self, scope, receive, send) -> None:
+        async with self.held:
+            await super().__call__(scope, receive, send)
+
+
+def event(content: dict) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+async def unless_gone(request: Request, answer):
+    """The result of a coroutine, which is cancelled when the client disconnects; None then."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = asyncio.ensure_future(answer), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return await tasks[0] if tasks[0].done() else None
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+class Api:
+    """The endpoints. generations: what is being answered, so that a shutdown can end it."""
+
+    def __init__(self, pool: ModelPool, args: argparse.Namespace):
+        self.pool, self.args, self.metrics = pool, args, Metrics()
+        self.generations: set[Generation] = set()
+
+    def app(self) -> FastAPI:
+        @contextlib.asynccontextmanager
+        async def lifespan(_: FastAPI):
+            yield
+            self.end_answers()
+            await asyncio.to_thread(self.pool.close)
+
+        # the pages of /docs would be fetched from other hosts
+        app = FastAPI(title="MiniMind", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+        checked = [Depends(self.check_key)]
+        app.post("/v1/chat/completions", dependencies=checked)(self.chat)
+        app.post("/v1/completions", dependencies=checked)(self.complete)
+        app.get("/v1/models", dependencies=checked)(self.models)
+        app.get("/v1/models/{name:path}", dependencies=checked)(self.model)
+        app.get("/metrics", dependencies=checked)(self.show_metrics)
+        app.get("/health")(self.health)
+        app.exception_handler(ApiError)(self.tell)
+        app.exception_handler(HTTPException)(self.tell_http)
+        app.exception_handler(QueueFull)(self.tell_full)
+        app.exception_handler(Exception)(self.tell_bug)
+        if self.args.cors_origin:
+            app.add_middleware(
+                CORSMiddleware,
+                allow_origins=self.args.cors_origin,
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+            )
+        paths = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/metrics", "/health"}
+        app.add_middleware(CountRequests, metrics=self.metrics, paths=paths)
+        return app
+
+    def end_answers(self) -> None:
+        for generation in list(self.generations):
+            generation.close()
+
+    async def check_key(self, request: Request) -> None:
+        if self.args.api_key is None:
+            return
+        given = request.headers.get("authorization", "").encode("latin-1")
+        if not secrets.compare_digest(given, f"Bearer {self.args.api_key}".encode()):
+            message = "wrong or missing API key; send it as Authorization: Bearer KEY"
+            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+    # --- endpoints
+
+    async def health(self) -> dict:
+        return {"status": "ok"}
+
+    async def show_metrics(self) -> PlainTextResponse:
+        text = self.metrics.text(self.pool.stats())
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def models(self) -> dict:
+        offers = await asyncio.to_thread(self.pool.offers)
+        return {"object": "list", "data": [self._about(name, offer) for name, offer in offers.items()]}
+
+    async def model(self, name: str) -> dict:
+        return self._about(name, await asyncio.to_thread(self.pool.find, name))
+
+    def _about(self, name: str, offer: Offer) -> dict:
+        about = {"id": name, "object": "model", "owned_by": "minimind", "root": offer.root, "size": offer.entry.size}
+        try:
+            return about | {"created": int(offer.entry.path.stat().st_mtime)}
+        except OSError:  # deleted since
+            return about | {"created": 0}
+
+    async def chat(self, request: Request) -> Response:
+        started = time.monotonic()
+        body = parse(ChatRequest, await read_body(request, self.args.max_body_bytes))
+        if len(body.messages) > self.args.max_messages:
+            message = f"{len(body.messages)} messages, and at most {self.args.max_messages} are taken"
+            raise ApiError(400, message, "messages", "too_many_messages")
+        async with contextlib.AsyncExitStack() as held:
+            model = await held.enter_async_context(self.pool.use(body.model))
+            prompt = await asyncio.to_thread(encode_chat, model.tokenizer, body)
+            generation = self._generate(held, model, [prompt], body)
+            form = ChatFormat(model.tokenizer, body)
+            return await self._answer(request, body, generation, form, started, held.pop_all())
+
+    async def complete(self, request: Request) -> Response:
+        started = time.monotonic()
+        body = parse(CompletionRequest, await read_body(request, self.args.max_body_bytes))
+        async with contextlib.AsyncExitStack() as held:
+            model = await held.enter_async_context(self.pool.use(body.model))
+            prompts = [await asyncio.to_thread(encode_completion, model.tokenizer, prompt) for prompt in body.prompt]
+            generation = self._generate(held, model, prompts, body)
+            echoes = await asyncio.to_thread(make_echoes, model, body, prompts) if body.echo else []
+            form = CompletionFormat(model.tokenizer, body, echoes)
+            return await self._answer(request, body, generation, form, started, held.pop_all())
+
+    def _generate(
+        self,
+        held: contextlib.AsyncExitStack,
+        model: LoadedModel,
+        prompts: list[list[int]],
+        body: ChatRequest | CompletionRequest,
+    ) -> Generation:
+        """Puts all answers of a request in line; leaving `held` cancels them."""
+        is_chat, context_length = isinstance(body, ChatRequest), model.engine.context_length
+        param = "messages" if is_chat else "prompt"
+        for ids in prompts:
+            if len(ids) >= context_length:
+                message = f"{len(ids)} tokens of {param}, and the context holds {context_length}, answer included"
+                raise ApiError(400, message, param, "context_length_exceeded")
+        answers, most = len(prompts) * (body.n or 1), self.args.slots + self.args.max_queue
+        if answers > most:
+            raise ApiError(
+                400, f"{answers} answers in one request, and at most {most} are made", "n", "too_many_answers"
+            )
+        tokenizer = model.tokenizer
+        defaults = SamplingParams(
+            temperature=self.args.temperature,
+            top_p=self.args.top_p,
+            max_new_tokens=self.args.max_new_tokens,
+            stop_ids=(tokenizer.eos_id, tokenizer.pad_id),
+        )
+        tools = is_chat and bool(body.offered_tools)
+        params = sampling_params(body, defaults)
+        nothing, stop = body.max_tokens == 0, body.stop or ()
+        try:
+            generation = Generation(model.engine, tokenizer, prompts, params, stop, is_chat, tools, nothing)
+        except ValueError as error:
+            raise ApiError(400, str(error), param, "invalid_value") from error
+        self.generations.add(generation)
+        held.callback(self.generations.discard, generation)
+        held.callback(generation.close)
+        held.callback(lambda: self.metrics.count_usage(model.name, generation.usage()))
+        return generation
+
+    async def _answer(
+        self,
+        request: Request,
+        body: ChatRequest | CompletionRequest,
+        generation: Generation,
+        form: ChatFormat | CompletionFormat,
+        started: float,
+        held: contextlib.AsyncExitStack,
+    ) -> Response:
+        about = {"id": new_id(form.prefix), "object": form.chunk_kind if body.stream else form.kind}
+        about |= {"created": int(time.time()), "model": body.model}
+
+        async def parts():
+            waiting = True
+            async for choice, new in generation.parts():
+                if waiting:
+                    self.metrics.count_first_token(time.monotonic() - started)
+                    waiting = False
+                yield choice, new
+
+        async def whole() -> Response:
+            found = {choice: [] for choice in generation.choices}
+            async for choice, new in parts():
+                found[choice] += new
+            choices = [form.whole(choice, found[choice]) for choice in generation.choices]
+            return JSONResponse(about | {"choices": choices, "usage": generation.usage()})
+
+        async def events() -> AsyncIterator[str]:
+            include_usage = body.stream_options is not None and body.stream_options.include_usage
+            usage = {"usage": None} if include_usage else {}
+
+            def chunk(choice: dict) -> str:
+                return event(about | {"choices": [choice]} | usage)
+
+            try:
+                for choice in generation.choices:
+                    if opening := form.opening(choice):
+                        yield chunk(opening)
+                async for choice, new in parts():
+                    if new:
+                        yield chunk(form.chunk(choice, new))
+                    if choice.finish_reason:
+                        yield chunk(form.ending(choice))
+            except ApiError as error:  # the status has been sent
+                yield event(error.body())
+                return
+            if include_usage:
+                yield event(about | {"choices": [], "usage": generation.usage()})
+            yield "data: [DONE]\n\n"
+
+        if body.stream:
+            return EventStream(events(), held)
+        async with held:
+            return await unless_gone(request, whole()) or Response(status_code=499)  # nobody is there to read it
+
+    # --- errors
+
+    async def tell(self, _: Request, error: ApiError) -> JSONResponse:
+        return JSONResponse(error.body(), error.status, headers=error.headers)
+
+    async def tell_http(self, request: Request, error: HTTPException) -> JSONResponse:
+        about = {404: f"there is no {request.url.path} here", 405: f"{request.url.path} does not take {request.method}"}
+        message = about.get(error.status_code, str(error.detail))
+        return await self.tell(request, ApiError(error.status_code, message, headers=error.headers))
+
+    async def tell_full(self, request: Request, error: QueueFull) -> JSONResponse:
+        seconds = {"Retry-After": str(math.ceil(error.retry_after))}
+        return await self.tell(request, ApiError(429, str(error), code="queue_full", headers=seconds))
+
+    async def tell_bug(self, request: Request, error: Exception) -> JSONResponse:
+        return await self.tell(request, ApiError(500, f"a mistake of the server: {type(error).__name__}"))
+
+
+def make_echoes(model: LoadedModel, body: CompletionRequest, prompts: list[list[int]]) -> list[tuple[str, list]]:
+    """Text of each prompt and, where log-probs are asked for, its tokens."""
+    echoes = []
+    for prompt, ids in zip(body.prompt, prompts, strict=True):
+        text = prompt if isinstance(prompt, str) else model.tokenizer.decode(ids, skip_control=False)
+        tokens = [] if body.logprobs is None else prompt_log_probs(model.engine.model, ids, body.logprobs)
+        if isinstance(prompt, str) and ids != model.tokenizer.encode_documents([prompt])[0]:
+            tokens = tokens[1:]  # a bos that the prompt did not hold
+        echoes.append((text, tokens))
+    return echoes
+
+
+# --- the process -----------------------------------------------------------------------------------------------------
+
+
+class Server(uvicorn.Server):
+    """Told to stop, it takes no new connections, lets running answers finish, and ends those that take too long."""
+
+    def __init__(self, config: uvicorn.Config, api: Api):
+        super().__init__(config)
+        self.api = api
+
+    async def shutdown(self, sockets=None) -> None:
+        seconds = self.api.args.shutdown_timeout
+        if self.api.generations:
+            note(f"{len(self.api.generations)} answers are under way; they have {seconds} s. Ctrl-C ends them now")
+        timer = asyncio.get_running_loop().call_later(seconds, self.api.end_answers)
+        await super().shutdown(sockets)
+        timer.cancel()
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. ValueError names the flag that is wrong."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=1024)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            message = f"port {port} of {host} is in use: stop the program that has it, or choose another with --port"
+            raise ValueError(message) from error
+        raise ValueError(f"--host {host} --port {port} cannot be used: {error.strerror or error}") from error
+
+
+def make_server(args: argparse.Namespace) -> tuple[Server, socket.socket]:
+    """The server with its default model loaded, and the socket to listen on. ValueError says what is wrong."""
+    listener = listen(args.host, args.port)
+    try:
+        default = default_offer(args)
+        load = make_loader(args, default)
+        engine, tokenizer = load(default)
+        config, path = engine.model.config, default.entry.path
+        check_sizes(config, path, args.hidden_size, args.num_hidden_layers, args.use_moe)
+    except BaseException:
+        listener.close()
+        raise
+    folders = (ROOT, Path(args.hf_path))
+    pool = ModelPool(args.model_name, default, Path(args.out_dir), folders, load, args.max_models)
+    pool.add(default, engine, tokenizer)
+    api = Api(pool, args)
+    config = uvicorn.Config(
+        api.app(),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=args.shutdown_timeout + 5,
+    )
+    return Server(config, api), listener
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    warnings.showwarning = lambda message, *_: note(f"warning: {message}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn hands the signal on when it is done
+    try:
+        server, listener = make_server(args)
+        announce(args, server.api.pool, listener.getsockname()[1])
+        server.run(sockets=[listener])
+    except ValueError as error:
+        note(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def announce(args: argparse.Namespace, pool: ModelPool, port: int) -> None:
+    engine = pool.engine_of_default
+    entry, parameter = pool.default.entry, next(engine.model.parameters())
+    adapter = f" with {pool.default.lora_name}" if pool.default.lora_name else ""
+    print(
+        f"{pool.name}: {entry.path}{adapter} ({entry.size}), {str(parameter.dtype).removeprefix('torch.')} on "
+        f"{parameter.device}, context {engine.context_length} tokens, {args.slots} answers at a time"
+    )
+    if others := [name for name in pool.offers() if name != pool.name]:
+        print(f"loaded when asked for: {', '.join(others)}")
+    host = args.host if args.host not in ("0.0.0.0", "::") else "127.0.0.1"
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if args.api_key else ""
+    question = json.dumps({"model": pool.name, "messages": [{"role": "user", "content": "你好"}]}, ensure_ascii=False)
+    print(f"listening on {url} (Ctrl-C ends it). Try:")
+    print(f"  curl {url}/chat/completions -H 'Content-Type: application/json'{key} -d '{question}'")
+    print(f"  python scripts/chat_openai_api.py{'' if port == 8998 else f' --base_url {url}'}", flush=True)
+    if args.host not in ("127.0.0.1", "localhost", "::1") and not args.api_key:
+        note(f"warning: anyone who can reach {args.host} can use this server; --api_key KEY asks for a key")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
