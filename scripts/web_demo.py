@@ -1,0 +1,83 @@
+"""A web page to talk to MiniMind: streamlit run web_demo.py
+
+    cd scripts && streamlit run web_demo.py --server.port 9994
+    streamlit run scripts/web_demo.py -- --out_dir out/quickstart     flags of the page come after --
+    python scripts/web_demo.py                                        the same, without flags of Streamlit
+
+Offers what lies in out/ and in folders in Hugging Face format, and any OpenAI-compatible server. This file starts the
+page, which is web_page.py, and tells browsers to fetch nothing from elsewhere.
+"""
+
+import argparse
+import base64
+import hashlib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import streamlit
+from starlette.middleware import Middleware
+
+ROOT = Path(__file__).resolve().parents[1]
+FLAGS_VARIABLE = "MINIMIND_WEB_FLAGS"  # how the flags reach web_page.py, which Streamlit runs apart from this file
+
+
+def content_security_policy() -> str:
+    """Whatever a model writes, the browser loads nothing from other hosts and runs no script but Streamlit's own: its
+    files, and the lines in its index.html, by their hash. Its styles are made while it runs, hence unsafe-inline."""
+    index = Path(streamlit.__file__).with_name("static") / "index.html"
+    inline = re.findall(r"<script>(.*?)</script>", index.read_text("utf-8"), re.DOTALL)
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in inline]
+    scripts = " ".join(["'self'", "'wasm-unsafe-eval'", *(f"'sha256-{value}'" for value in hashes)])
+    return (
+        f"default-src 'self'; script-src {scripts}; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
+        "font-src 'self' data:; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
+    )
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="A web page to talk to MiniMind.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--out_dir", default=str(ROOT / "out"), help="folder of the .pth files, adapters in its lora/")
+    add("--hf_path", nargs="+", default=[str(ROOT)], help="folders in Hugging Face format, or folders that hold such")
+    add("--tokenizer_path", default=None, help="folder of the tokenizer; default: a model's own, else model/")
+    add("--max_seq_len", type=int, default=8192, help="context in tokens: conversation and answer")
+    add("--device", default=None, help="cpu, cuda, cuda:1, mps ...; default: cuda where there is one")
+    add("--dtype", default=None, choices=["float32", "bfloat16", "float16"], help="default: float32 on a CPU")
+    add("--base_url", default="http://127.0.0.1:8998/v1", help="server that the page offers under API")
+    args = parser.parse_args(argv)
+    if args.max_seq_len < 2:
+        parser.error(f"--max_seq_len is {args.max_seq_len}, and must be at least 2")
+    return args
+
+
+class SecurityHeaders:
+    """Adds the policy to every response."""
+
+    HEADERS = (
+        (b"content-security-policy", content_security_policy().encode()),
+        (b"x-content-type-options", b"nosniff"),
+        (b"referrer-policy", b"no-referrer"),
+    )
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        async def send_with_headers(message):
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *self.HEADERS]
+            await send(message)
+
+        await self.app(scope, receive, send_with_headers)
+
+
+os.environ[FLAGS_VARIABLE] = json.dumps(vars(parse_args(sys.argv[1:])))
+app = streamlit.App(Path(__file__).with_name("web_page.py"), middleware=[Middleware(SecurityHeaders)])
+
+if __name__ == "__main__":
+    app.run()

@@ -1,0 +1,299 @@
+"""The web page in a real browser: a headless Chromium chats, stops, and meets text that would like to be a page."""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+import torch
+from conftest import ROOT, sharp_model
+from fake_openai import fake_openai
+
+from model.weights import save_weights
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BROWSER_FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium: apt-get install chromium")
+LINKS = "[a](javascript:window.hit=1) <javascript:window.hit=1> [b](data:text/html,<script>window.hit=1</script>)"
+# each would do something if it were read as a page: run a script, or fetch from another host
+NASTY = (
+    "<script>window.hit=1</script>",
+    "<img src=x onerror='window.hit=1'>",
+    "<svg onload=window.hit=1><iframe src='{host}/frame'></iframe>",
+    "<style>body {{ display: none }}</style><link rel=stylesheet href='{host}/style.css'>",
+    "![image]({host}/image.png)",
+    "![image][r]\n\n[r]: {host}/reference.png",
+    "[![image]({host}/linked.png)]({host}/page)",
+    "`a\n\n![image]({host}/code.png)`",
+    "~~~ `\n```\n~~~\n![image]({host}/fence.png)\n```",
+    "$$x\ny$$\n\n```\n$$\n![image]({host}/maths.png)\n```",
+    "$\\includegraphics{{{host}/tex.png}}$ $\\href{{javascript:window.hit=1}}{{x}}$ $\\htmlData{{a=b}}{{y}}$",
+    "| a |\n|---|\n| ![image]({host}/table.png) |",
+    ":material/home: :streamlit: :red[![image]({host}/directive.png)]",
+    "<!-- ![image]({host}/comment.png) -->",
+    "```mermaid\ngraph TD; a[\"<img src='{host}/mermaid.png' onerror='window.hit=1'>\"]\n```",
+    "```html\n<img src='{host}/block.png' onerror='window.hit=1'>\n```",
+)
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory, tokenizer):
+    """The page, started as the README says, with two tiny models."""
+    out_dir = tmp_path_factory.mktemp("out")
+    for stage, size in (("full_sft", 32), ("rlhf", 48)):
+        model = sharp_model(hidden_size=size)
+        with torch.no_grad():  # the end is far from likely, so that there is something to stop
+            model.model.embed_tokens.weight.mul_(2)
+            model.model.embed_tokens.weight[[tokenizer.eos_id, tokenizer.pad_id]] = 0
+        details = {"config": model.config.to_diff_dict(), "tokenizer_sha256": tokenizer.sha256}
+        save_weights(out_dir / f"{stage}_{size}.pth", model, details)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    printed = tmp_path_factory.mktemp("web") / "printed"
+    command = [sys.executable, "-m", "streamlit", "run", "web_demo.py", "--server.port", str(port)]
+    command += ["--server.headless", "true", "--", "--out_dir", str(out_dir), "--hf_path", str(out_dir)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    with printed.open("wb") as file:
+        process = subprocess.Popen(command, cwd=ROOT / "scripts", stdout=file, stderr=file, env=environment)
+    try:
+        end = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=5).close()
+                break
+            assert process.poll() is None and time.monotonic() < end, printed.read_text("utf-8", errors="replace")
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+        assert "Traceback" not in printed.read_text("utf-8", errors="replace")
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=BROWSER_FLAGS.split())
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def desktop(browser):
+    """One for all tests: the second visit of a page is much faster than the first."""
+    with browser.new_context(viewport={"width": 1200, "height": 900}) as context:
+        yield context
+
+
+@pytest.fixture
+def requests() -> list[str]:
+    """Addresses that the page of a test asked for."""
+    return []
+
+
+@pytest.fixture
+def visit(url, desktop, requests):
+    """visit(context=desktop): the page of a new visitor, ready to type. Whatever a test does there, its requests stay
+    on the host and no script fails."""
+    errors, pages = [], []
+
+    def opened(context=desktop):
+        page = context.new_page()
+        pages.append(page)
+        page.set_default_timeout(30_000)
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("websocket", lambda socket: requests.append(socket.url.replace("ws://", "http://", 1)))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("dialog", lambda dialog: (errors.append(dialog.message), dialog.dismiss()))
+        page.goto(url)
+        page.get_by_test_id("stChatInputTextArea").wait_for()
+        return page
+
+    yield opened
+    for page in pages:
+        page.close()
+    elsewhere = [address for address in requests if not address.startswith((url, "data:", "blob:" + url))]
+    assert requests and not elsewhere, "a request left for another host"
+    assert not errors
+
+
+@pytest.fixture
+def server():
+    with fake_openai() as server:
+        yield server
+
+
+def ask(page, question: str = "the sky") -> None:
+    box = page.get_by_test_id("stChatInputTextArea")
+    box.fill(question)
+    box.press("Enter")
+
+
+def answer(page, index: int = 0):
+    return page.locator(f".st-key-answer-{index}")
+
+
+def wait_until_answered(page) -> None:
+    page.get_by_role("button", name="Again").wait_for()
+
+
+def choose(page, label: str, option: str) -> None:
+    page.get_by_role("combobox", name=label).click()
+    page.get_by_role("option", name=option, exact=True).click()
+
+
+def set_longest_answer(page, key: str) -> None:
+    """To the least ("Home") or the most ("End")."""
+    page.locator(".st-key-max_tokens").get_by_role("slider").press(key)
+
+
+def use_api(page, server, model: str) -> None:
+    page.get_by_text("API", exact=True).click()
+    box = page.get_by_label("Base URL")
+    box.fill(server.base_url)
+    box.press("Enter")
+    page.get_by_role("combobox", name="Model").and_(page.locator(":enabled")).wait_for()
+    choose(page, "Model", model)
+
+
+def text_of(page, index: int = 0) -> str:
+    return answer(page, index).get_by_test_id("stMarkdown").first.inner_text()
+
+
+# --- chatting --------------------------------------------------------------------------------------------------------
+
+
+def test_a_visitor_chats_regenerates_deletes_and_takes_that_back(visit):
+    page = visit()
+    set_longest_answer(page, "Home")
+    ask(page)
+    wait_until_answered(page)
+    assert "16 tokens · " in answer(page).inner_text() and "tokens/s" in answer(page).inner_text()
+    first = text_of(page)
+    assert first.strip()
+    page.get_by_role("button", name="Again").click()
+    page.wait_for_function(
+        "before => { const p = document.querySelector('.st-key-answer-0 [data-testid=stMarkdown]');"
+        "return p && !['…', before].includes(p.innerText) && document.querySelector('.st-key-again'); }",
+        arg=first,
+    )
+    ask(page, "and then")
+    answer(page, 1).get_by_role("button", name="Again").wait_for()
+    assert page.locator(".st-key-suggestions").count() == 0
+    page.locator(".st-key-bubble-0").hover()
+    page.get_by_role("button", name="Delete").first.click()
+    page.locator(".st-key-bubble-1").wait_for(state="detached")
+    assert page.locator(".st-key-bubble-0").inner_text() == "and then"
+    page.get_by_role("button", name="Undo").click()
+    page.locator(".st-key-bubble-1").wait_for()
+    assert page.locator(".st-key-bubble-0").inner_text() == "the sky"
+
+
+def test_a_visitor_stops_an_answer_and_goes_on_with_another_model(visit):
+    page = visit()
+    set_longest_answer(page, "End")
+    ask(page)
+    page.locator(".st-key-answer-0", has_text="tokens/s").wait_for()
+    page.locator(".st-key-stop button").click()
+    wait_until_answered(page)
+    assert "stopped" in answer(page).inner_text() and text_of(page).strip() not in ("", "…")
+    assert int(answer(page).inner_text().split(" tokens · ")[0].split()[-1]) < 4096
+    choose(page, "Model", "0.4M dense · rlhf")
+    set_longest_answer(page, "Home")
+    ask(page)
+    answer(page, 1).get_by_role("button", name="Again").wait_for()
+    assert "0.2M dense · full_sft" in answer(page, 0).inner_text()
+    assert "0.4M dense · rlhf" in answer(page, 1).inner_text()
+
+
+def test_stopping_in_the_page_drops_the_connection_to_a_server(visit, server):
+    page = visit()
+    use_api(page, server, "ponders")
+    ask(page)
+    page.get_by_text("First, the sky.").wait_for()  # reasoning can be read while it comes
+    page.locator(".st-key-answer-0", has_text="on and on").wait_for()
+    page.locator(".st-key-stop button").click()
+    wait_until_answered(page)
+    assert server.gone.wait(10)
+    page.get_by_text("First, the sky.").wait_for(state="hidden")  # and is folded away then
+    page.get_by_text("Reasoning").click()
+    page.get_by_text("First, the sky.").wait_for()
+
+
+# --- text that would like to be a page -------------------------------------------------------------------------------
+
+
+def test_nothing_that_a_model_or_a_visitor_writes_becomes_a_page(visit, server):
+    page = visit()
+    use_api(page, server, "says")
+    texts = [text.format(host=server.base_url.removesuffix("/v1")) for text in (*NASTY, LINKS)]
+    server.text = "\n\n---\n\n".join(texts) + "\n\nthe end"
+    for index, question in enumerate((server.text, *texts[:2])):
+        ask(page, question)
+        answer(page, index).get_by_text("the end").first.wait_for()
+        answer(page, index).get_by_role("button", name="Again").wait_for()
+    main = page.get_by_test_id("stAppScrollToBottomContainer")
+    assert main.evaluate("e => e.scrollTop + e.clientHeight > e.scrollHeight - 5"), "the end is in sight"
+    active = ".st-key-turns :is(img, script, iframe, style, link, object, embed, svg[onload])"
+    assert page.locator(active).evaluate_all("elements => elements.map(e => e.outerHTML)") == []
+    for link in page.locator(".st-key-turns a").all():
+        assert (link.get_attribute("href") or "#").startswith(("http", "#", "mailto:", "data:")), link.inner_text()
+    for link in page.locator(".st-key-answer-0 a", has_text="a").all():
+        link.evaluate("link => { link.removeAttribute('target'); if (!link.href.startsWith('http')) link.click(); }")
+    assert page.evaluate("window.hit") is None
+    assert "onerror='window.hit=1'" in answer(page).inner_text() and "<script>" in answer(page).inner_text()
+    assert not server.paths
+
+
+def test_the_browser_refuses_what_comes_from_elsewhere(visit, server, requests):
+    """Even if a text did become a page."""
+    page = visit()
+    host = server.base_url.removesuffix("/v1")
+    refused = page.evaluate(
+        """host => new Promise(done => {
+            const image = new Image();
+            image.onerror = () => fetch(host + '/fetched').then(() => done(false), () => done(true));
+            image.onload = () => done(false);
+            image.src = host + '/image.png';
+            document.body.insertAdjacentHTML('beforeend', '<b onclick="window.hit=1" id="b">b</b>');
+            document.getElementById('b').click();
+        })""",
+        host,
+    )
+    assert refused and not server.paths and page.evaluate("window.hit") is None
+    requests.remove(f"{host}/image.png")  # it was tried, and did not leave the browser
+
+
+# --- looks -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_fits_a_phone_in_light_and_dark(visit, browser):
+    phone = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
+    with browser.new_context(**phone) as context:
+        page = visit(context)
+        assert page.get_by_role("slider").first.bounding_box()["x"] < 0, "the sidebar is folded away"
+        ask(page, "a-very-long-word-" * 20)
+        page.locator(".st-key-stop button").click()
+        wait_until_answered(page)
+        assert page.get_by_role("button", name="Edit").is_visible(), "there is no hovering on a phone"
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            page.wait_for_function(
+                """scheme => {
+                    const color = getComputedStyle(document.querySelector('.stApp')).backgroundColor;
+                    const brightness = color.match(/\\d+/g).map(Number).reduce((a, b) => a + b);
+                    return scheme == 'light' ? brightness > 700 : brightness < 120;
+                }""",
+                arg=scheme,
+            )
+            assert page.evaluate("document.documentElement.scrollWidth") <= 360

@@ -1,0 +1,249 @@
+"""The conversation of the web page: what can be done to it, what a model is told of it, how it is shown."""
+
+import json
+import random
+import re
+
+import pytest
+
+from scripts.web_conversation import COMPLETE, CUT, STOPPED, Answer, Conversation
+from scripts.web_markdown import literal, safe_markdown
+
+
+@pytest.fixture
+def conversation() -> Conversation:
+    """Three questions, each answered with its number."""
+    conversation = Conversation()
+    for number in range(3):
+        answer = conversation.ask(f"question {number}")
+        answer.text, answer.ending = f"answer {number}", COMPLETE
+    return conversation
+
+
+def said(conversation: Conversation) -> list[str]:
+    return [text for turn in conversation.turns for text in (turn.question, turn.answer.text)]
+
+
+# --- turns -----------------------------------------------------------------------------------------------------------
+
+
+def test_regenerating_asks_the_last_question_again(conversation):
+    answer = conversation.regenerate()
+    assert said(conversation)[-2:] == ["question 2", ""]
+    assert conversation.turns[-1].answer is answer
+    assert said(conversation)[:4] == ["question 0", "answer 0", "question 1", "answer 1"]
+
+
+def test_an_edited_question_cuts_off_what_came_after(conversation):
+    conversation.edit(1, "another")
+    assert said(conversation) == ["question 0", "answer 0", "another", ""]
+
+
+def test_deleting_takes_out_one_turn(conversation):
+    conversation.delete(1)
+    assert said(conversation) == ["question 0", "answer 0", "question 2", "answer 2"]
+
+
+@pytest.mark.parametrize(
+    "change", [lambda c: c.clear(), lambda c: c.delete(0), lambda c: c.edit(0, "x"), lambda c: c.regenerate()]
+)
+def test_what_takes_something_away_can_be_undone_once(conversation, change):
+    before = said(conversation)
+    change(conversation)
+    assert said(conversation) != before and conversation.undo_label
+    conversation.undo()
+    assert said(conversation) == before and not conversation.undo_label
+    conversation.undo()
+    assert said(conversation) == before
+
+
+def test_undo_ends_with_the_next_question(conversation):
+    conversation.clear()
+    conversation.ask("new")
+    conversation.undo()
+    assert said(conversation) == ["new", ""]
+
+
+def test_an_answer_that_grows_on_does_not_change_what_undo_brings_back(conversation):
+    answer = conversation.turns[0].answer
+    conversation.clear()
+    answer.text += " and more"
+    conversation.undo()
+    assert conversation.turns[0].answer.text == "answer 0"
+
+
+# --- what a model is told --------------------------------------------------------------------------------------------
+
+
+def test_messages_hold_the_wanted_number_of_earlier_turns(conversation):
+    conversation.ask("now")
+    contents = [message["content"] for message in conversation.messages(history_turns=2)]
+    assert contents == ["question 1", "answer 1", "question 2", "answer 2", "now"]
+    assert [message["role"] for message in conversation.messages(2)] == ["user", "assistant"] * 2 + ["user"]
+    assert conversation.messages(0) == [{"role": "user", "content": "now"}]
+    assert len(conversation.messages(20)) == 7
+
+
+def test_messages_open_with_the_system_prompt_if_there_is_one(conversation):
+    assert conversation.messages(0, " Be brief. ")[0] == {"role": "system", "content": "Be brief."}
+    assert conversation.messages(0, "  ")[0]["role"] == "user"
+
+
+def test_messages_leave_out_thoughts_and_turns_without_an_answer(conversation):
+    conversation.turns[0].answer.thought = "a thought"
+    conversation.turns[1].answer.text = ""
+    conversation.ask("now")
+    contents = [message["content"] for message in conversation.messages(5)]
+    assert contents == ["question 0", "answer 0", "question 2", "answer 2", "now"]
+
+
+def test_the_line_under_an_answer_says_how_many_and_how_fast():
+    answer = Answer("26M dense · full_sft", "x", tokens=128, tokens_per_second=43.21, ending=COMPLETE)
+    assert answer.summary() == "128 tokens · 43.2 tokens/s · 26M dense · full_sft"
+    answer.ending = STOPPED
+    assert answer.summary().endswith("· stopped")
+    answer.ending = CUT
+    assert "limit" in answer.summary()
+    assert Answer(tokens=1).summary() == "1 token"
+
+
+# --- export ----------------------------------------------------------------------------------------------------------
+
+
+def test_exported_json_is_a_training_record_with_everything_said(conversation):
+    conversation.turns[1].answer.thought = "想一想"
+    record = json.loads(conversation.to_json())
+    assert [turn["content"] for turn in record["conversations"]] == said(conversation)
+    assert [turn["role"] for turn in record["conversations"]] == ["user", "assistant"] * 3
+    assert record["answers"][1]["thought"] == "想一想"
+
+
+def test_exported_markdown_holds_questions_thoughts_and_answers(conversation):
+    conversation.turns[0].question = "two\nlines"
+    conversation.turns[1].answer.thought = "hm"
+    conversation.turns[2].answer.error = "it failed"
+    text = conversation.to_markdown()
+    assert "> two\n> lines" in text and "> hm" in text and "answer 2" in text and "it failed" in text
+
+
+# --- showing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a < b <script>", "a &lt; b &lt;script>"),
+        ("![x](http://e/i.png)", "!\\[x](http://e/i.png)"),
+        ("`a < b`", "`a < b`"),
+        ("costs $5 and $6", "costs \\$5 and \\$6"),
+        ("so $x<y$ holds", "so $x<y$ holds"),
+        ("so \\(x\\) holds", "so $x$ holds"),
+        ("\\[x^2\\]", "\n\n$$\nx^2\n$$\n\n"),
+        (":red[x] 12:30", ":\u2060red[x] 12:30"),
+        ("one\ntwo", "one  \ntwo"),
+        ("**bold**\n\n- a", "**bold**\n\n- a"),
+        ("tab\x00\x1b[31m", "tab[31m"),
+    ],
+)
+def test_markdown_is_shown_as_it_was_meant(text, shown):
+    assert safe_markdown(text) == shown
+
+
+def test_code_blocks_are_kept_to_the_letter():
+    code = 'if (![1].x < 2) { // $5 :red[x] <b>\n\n    return "```";\n}'
+    assert safe_markdown(f"before\n````js\n{code}\n````\nafter") == f"before\n\n````js\n{code}\n````\n\nafter"
+    assert safe_markdown("```python\nx = 1") == "```python\nx = 1\n```", "still open while it streams"
+    assert safe_markdown("1. a\n   ```\n   x\n   ```") == "1. a\n\n```\nx\n```"
+
+
+def test_tables_are_kept():
+    table = "| a | b |\n|---|---|\n| 1 | `x` |"
+    assert [line.strip() for line in safe_markdown(table).splitlines()] == table.splitlines()
+
+
+NASTY = (
+    [
+        "![x](http://evil/i.png)",
+        "![x][r]",
+        "[r]: http://evil/i.png",
+        "<img src=x onerror=alert(1)>",
+        "<script>",
+        "!",
+        "[",
+    ]
+    + ["```", "~~~", "~~~ `", "`", "``", "$", "$$", "\\", "\\[", "\\]", "\\(", "\\)", "\n", "\n\n", "\n$$\n", "\n```\n"]
+    + [
+        "\n- ",
+        "\n> ",
+        "    ",
+        "\t",
+        "|",
+        "\n|-|\n",
+        "a",
+        " ",
+        "<!--",
+        "-->",
+        "<pre>",
+        "\r",
+        ":red[",
+        "]",
+        "(u)",
+        "\n~~~\n",
+    ]
+)
+
+
+def images_in(markdown: str) -> list[str]:
+    """Images that a CommonMark parser with tables sees, maths taken out as the page takes it out."""
+    from markdown_it import MarkdownIt
+
+    parser = MarkdownIt("commonmark", {"html": False}).enable("table")
+    tokens = [child for token in parser.parse(markdown) for child in token.children or ()]
+    return [token.attrGet("src") for token in tokens if token.type == "image"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "~~~ `\n```\n~~~\n![x](http://evil)\n```",  # a block that only one reading opens, around one that both see
+        "`\n\n![x](http://evil)`",
+        "| `a | ![x](http://evil) ` |\n|---|---|",
+        "- `a\n- ![x](http://evil)`",
+        "\\`![x](http://evil)`",
+        "\\\\![x](http://evil)",
+        "[![x](http://evil)](http://evil)",
+        "![x][r]\n\n[r]: http://evil",
+        "```\n```` \n![x](http://evil)",
+        "<!--\n```\n-->\n![x](http://evil)\n```",
+    ],
+)
+def test_texts_made_to_be_read_in_two_ways_hold_no_image(text):
+    assert not images_in(safe_markdown(text))
+
+
+def test_no_text_becomes_an_image():
+    rng = random.Random(0)
+    assert images_in("![x](http://evil/i.png)"), "the parser sees images"
+    for _ in range(4000):
+        text = "".join(rng.choices(NASTY, k=rng.randint(1, 14)))
+        assert not images_in(safe_markdown(text)), repr(text)
+        assert not images_in(literal(text)), repr(text)
+
+
+def test_outside_of_code_blocks_no_image_is_ever_opened():
+    rng = random.Random(1)
+    fenced = re.compile(r"^(`{3,})[^\n`]*\n.*?\n\1$", re.DOTALL | re.MULTILINE)
+    for _ in range(4000):
+        text = "".join(rng.choices(NASTY, k=rng.randint(1, 14)))
+        assert "![" not in fenced.sub("", safe_markdown(text)), repr(text)
+
+
+def test_literal_text_has_no_markdown():
+    from markdown_it import MarkdownIt
+
+    text = "# *a* `b` [c](d) <e> & 1. _f_ $g$ :red[h] ![i](j) ~k~ | l |"
+    inline = next(token for token in MarkdownIt().parse(literal(text)) if token.type == "inline")
+    assert "".join(child.content for child in inline.children if child.type.startswith("text")) == text.replace(
+        ":red", ":\u2060red"
+    )
+    assert {child.type for child in inline.children} <= {"text", "text_special", "softbreak"}

@@ -1,0 +1,365 @@
+"""The web page without a browser: Streamlit's AppTest runs it, with tiny models and a server of the tests' own."""
+
+import json
+import threading
+import time
+
+import pytest
+from conftest import ROOT, sharp_model, write_weights
+from fake_openai import KEY, MODELS, fake_openai
+from streamlit.testing.v1 import AppTest
+
+from model.batching import Engine
+from model.model_lora import apply_lora, save_lora
+from scripts.web_answers import ApiModel, LocalModel, Settings, list_api_models
+from scripts.web_conversation import CUT, FAILED, STOPPED, Answer
+
+QUESTION = [{"role": "user", "content": "the sky"}]
+UNSEEN = "http://127.0.0.1:9/v1"  # the discard port: nothing listens
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory, tokenizer):
+    """Two models, and an adapter for the smaller one."""
+    out_dir = tmp_path_factory.mktemp("out")
+    write_weights(out_dir / "full_sft_32.pth", tokenizer)
+    write_weights(out_dir / "pretrain_48.pth", tokenizer, hidden_size=48)
+    model = apply_lora(sharp_model(), rank=2)
+    (out_dir / "lora").mkdir()
+    details = {"config": model.config.to_diff_dict(), "tokenizer_sha256": tokenizer.sha256}
+    save_lora(out_dir / "lora" / "lora_poems_32.pth", model, details)
+    return out_dir
+
+
+@pytest.fixture
+def open_page(monkeypatch, tmp_path):
+    """open_page(out_dir, **flags): the page as a visitor finds it; answers are 16 tokens long."""
+
+    def opened(out_dir=tmp_path, **flags) -> AppTest:
+        values = {
+            "out_dir": str(out_dir),
+            "hf_path": [str(tmp_path / "folders")],
+            "tokenizer_path": None,
+            "max_seq_len": 512,
+            "device": "cpu",
+            "dtype": None,
+            "base_url": UNSEEN,
+        }
+        monkeypatch.setenv("MINIMIND_WEB_FLAGS", json.dumps(values | flags))
+        app = AppTest.from_file(str(ROOT / "scripts" / "web_page.py"), default_timeout=60).run()
+        assert not app.exception
+        app.slider(key="max_tokens").set_value(16)
+        return app
+
+    return opened
+
+
+@pytest.fixture
+def server():
+    with fake_openai() as server:
+        yield server
+
+
+def page(app: AppTest):
+    return app.session_state["page"]
+
+
+def ask(app: AppTest, question: str = "the sky") -> Answer:
+    app.chat_input[0].set_value(question).run()
+    assert not app.exception
+    return page(app).conversation.turns[-1].answer
+
+
+def click(app: AppTest, key: str) -> None:
+    app.button(key=key).click().run()
+    assert not app.exception
+
+
+def shown(app: AppTest) -> str:
+    """Texts of the page, without the backslashes that make them literal."""
+    texts = [element.value for kind in ("markdown", "caption", "error", "code") for element in app.get(kind)]
+    return "\n".join(texts).replace("\\", "")
+
+
+def use_api(app: AppTest, base_url: str, model: str = "says") -> None:
+    app.session_state["source"] = "API"
+    app.run()
+    app.text_input(key="base_url").set_value(base_url).run()
+    if not app.selectbox(key="api_model").disabled:
+        app.selectbox(key="api_model").set_value(model).run()
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_models_and_adapters_are_offered_by_name(open_page, weights):
+    app = open_page(weights)
+    assert app.selectbox(key="model").options == ["0.2M dense · full_sft", "0.4M dense · pretrain"]
+    adapter = next(box for box in app.selectbox if box.label == "Adapter")
+    assert adapter.options == ["none", "lora_poems"]
+    adapter.set_value("lora_poems").run()
+    assert ask(app).model == "0.2M dense · full_sft + lora_poems"
+
+
+def test_an_answer_is_shown_with_its_pace_and_told_of_earlier_turns(open_page, weights):
+    app = open_page(weights)
+    answer = ask(app)
+    assert answer.text and answer.tokens == 16 and answer.ending == CUT
+    assert answer.text.split()[0] in shown(app) and "16 tokens · " in shown(app) and "tokens/s" in shown(app)
+    ask(app, "and then")
+    assert len(page(app).conversation.messages(app.slider(key="history_turns").value)) == 3
+
+
+def test_temperature_zero_gives_the_same_answer_again(open_page, weights):
+    app = open_page(weights)
+    app.slider(key="temperature").set_value(0.0)
+    first = ask(app).text
+    click(app, "again")
+    assert page(app).conversation.turns[-1].answer.text == first
+    app.slider(key="temperature").set_value(2.0).run()
+    click(app, "again")
+    assert page(app).conversation.turns[-1].answer.text != first
+
+
+def test_a_question_is_edited_and_what_came_after_is_answered_anew(open_page, weights):
+    app = open_page(weights)
+    ask(app, "one")
+    ask(app, "two")
+    click(app, "Edit-0")
+    app.text_area(key="edited-0").set_value("three")
+    click(app, "send-0")
+    (turn,) = page(app).conversation.turns
+    assert turn.question == "three" and turn.answer.tokens == 16
+    click(app, "undo")
+    assert [turn.question for turn in page(app).conversation.turns] == ["one", "two"]
+
+
+def test_a_turn_is_deleted_and_all_are_cleared(open_page, weights):
+    app = open_page(weights)
+    ask(app, "one")
+    ask(app, "two")
+    click(app, "Delete-0")
+    assert [turn.question for turn in page(app).conversation.turns] == ["two"]
+    click(app, "clear")
+    assert not page(app).conversation.turns and app.button(key="suggestion-0")
+    click(app, "undo")
+    assert [turn.question for turn in page(app).conversation.turns] == ["two"]
+
+
+def test_the_conversation_goes_on_with_another_model(open_page, weights):
+    app = open_page(weights)
+    ask(app)
+    app.selectbox(key="model").set_value(str(weights / "pretrain_48.pth")).run()
+    assert ask(app, "more").model == "0.4M dense · pretrain"
+    assert len(page(app).conversation.turns) == 2
+
+
+def test_at_most_two_models_are_kept_and_the_oldest_is_closed(open_page, tmp_path, tokenizer):
+    threads = len([thread for thread in threading.enumerate() if thread.name == "engine"])
+    for size in (32, 48, 64):
+        write_weights(tmp_path / f"full_sft_{size}.pth", tokenizer, hidden_size=size)
+    app = open_page(tmp_path)
+    for size in (32, 48, 64, 32):
+        app.selectbox(key="model").set_value(str(tmp_path / f"full_sft_{size}.pth")).run()
+        assert ask(app).tokens == 16
+    assert len([thread for thread in threading.enumerate() if thread.name == "engine"]) <= max(2, threads)
+
+
+def test_a_suggestion_is_a_question(open_page, weights):
+    app = open_page(weights)
+    click(app, "suggestion-1")
+    assert page(app).conversation.turns[0].question == "Why is the sky blue?"
+
+
+def test_without_weights_the_page_says_how_to_make_them(open_page, tmp_path, tokenizer):
+    app = open_page(tmp_path / "out")
+    assert "make quickstart" in shown(app) and "train_pretrain.py" in shown(app) and str(tmp_path / "out") in shown(app)
+    assert app.chat_input[0].disabled
+    (tmp_path / "out" / "quickstart").mkdir(parents=True)
+    write_weights(tmp_path / "out" / "quickstart" / "full_sft_32.pth", tokenizer)
+    app.run()
+    assert not app.selectbox, "looking is not done at every click"
+    click(app, "look-again")
+    assert app.selectbox(key="model").options == ["0.2M dense · full_sft · quickstart"]
+    assert ask(app).tokens == 16
+
+
+def test_weights_that_are_trained_anew_are_loaded_anew(open_page, tmp_path, tokenizer):
+    path = write_weights(tmp_path / "full_sft_32.pth", tokenizer)
+    app = open_page(tmp_path)
+    app.slider(key="temperature").set_value(0.0)
+    first = ask(app).text
+    write_weights(path, tokenizer, seed=1)
+    app.run()
+    click(app, "again")
+    assert page(app).conversation.turns[-1].answer.text != first
+
+
+def test_broken_weights_are_said_and_the_conversation_is_kept(open_page, weights, tmp_path, tokenizer):
+    out_dir = tmp_path / "out"
+    out_dir.mkdir()
+    path = write_weights(out_dir / "full_sft_32.pth", tokenizer)
+    app = open_page(out_dir)
+    ask(app)
+    path.write_bytes(b"no weights")
+    app.run()
+    assert "full_sft_32.pth is not a weight file" in shown(app)
+    assert app.chat_input[0].disabled and len(page(app).conversation.turns) == 1
+
+
+def test_weights_of_another_tokenizer_are_said(open_page, tmp_path, tokenizer):
+    path = write_weights(tmp_path / "full_sft_32.pth", tokenizer)
+    sidecar = json.loads(path.with_suffix(".json").read_text("utf-8")) | {"tokenizer_sha256": "0" * 64}
+    path.with_suffix(".json").write_text(json.dumps(sidecar), encoding="utf-8")
+    assert "--tokenizer_path" in shown(open_page(tmp_path))
+
+
+def test_a_question_longer_than_the_context_is_said_and_kept(open_page, weights):
+    app = open_page(weights, max_seq_len=64)
+    answer = ask(app, "the sky was grey " * 40)
+    assert answer.ending == FAILED and "too long" in answer.error and "64" in answer.error
+    assert "too long" in app.error[0].value
+    assert ask(app, "short").tokens == 16
+
+
+def test_html_is_text_to_the_page(open_page, weights, server):
+    server.text = "<script>alert(1)</script> ![x](http://evil/i.png)"
+    app = open_page(weights)
+    use_api(app, server.base_url)
+    answer = ask(app, "<img src=x onerror=alert(1)>")
+    assert answer.text == server.text
+    answer_shown = app.main.markdown[-1].value
+    assert "<script" not in answer_shown and "![" not in answer_shown and "alert(1)" in answer_shown
+    assert not any(element.proto.allow_html for element in app.markdown)
+
+
+# --- a server --------------------------------------------------------------------------------------------------------
+
+
+def test_a_server_answers_with_the_settings_of_the_page(open_page, server):
+    app = open_page()
+    use_api(app, server.base_url)
+    app.slider(key="temperature").set_value(1.5)
+    app.slider(key="top_p").set_value(0.5)
+    app.text_area(key="system").set_value("Be brief.")
+    answer = ask(app, "Hi")
+    assert answer.text == "Hello." and answer.tokens == 42 and answer.model == "says"
+    body = server.requests[-1]
+    assert (body["temperature"], body["top_p"], body["max_tokens"]) == (1.5, 0.5, 16)
+    assert body["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+
+
+def test_reasoning_stands_apart(open_page, server):
+    app = open_page()
+    use_api(app, server.base_url, "thinks")
+    answer = ask(app)
+    assert (answer.thought, answer.text) == ("First, the sky.", "Hello.")
+    assert app.expander[0].label == "Reasoning" and app.expander[0].markdown[0].value == "First, the sky."
+    server.text = "<think>\nhm\n</think>\n<answer>\nSo.\n</answer>"
+    use_api(app, server.base_url, "says")
+    answer = ask(app)
+    assert (answer.thought, answer.text) == ("hm", "So.")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [("full", "the context 512"), ("broken", "out of memory"), ("breaks-off", "broke off")],
+)
+def test_what_a_server_refuses_is_said_and_kept(open_page, server, model, message):
+    app = open_page()
+    use_api(app, server.base_url, model)
+    answer = ask(app)
+    assert answer.ending == FAILED and message in answer.error
+    assert app.error[0].value
+    use_api(app, server.base_url, "says")
+    assert ask(app).text == "Hello." and len(page(app).conversation.turns) == 2
+    assert len(server.requests[-1]["messages"]) == (3 if model == "breaks-off" else 1)
+
+
+def test_a_server_that_is_not_there_is_said(open_page):
+    app = open_page()
+    use_api(app, UNSEEN)
+    assert "serve_openai_api.py" in shown(app) and app.chat_input[0].disabled
+
+
+def test_models_of_a_server_are_listed_or_the_reason_why_not(server, monkeypatch):
+    assert list_api_models(server.base_url, "") == (list(MODELS), "")
+    assert "base URL" in list_api_models("localhost:1", "")[1]
+    server.needs_key = True
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    assert "API key" in list_api_models(server.base_url, "")[1], "the environment's key goes to no server by itself"
+    assert list_api_models(server.base_url, KEY)[0] == list(MODELS)
+
+
+# --- stopping --------------------------------------------------------------------------------------------------------
+
+
+def wait_for(condition, seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.005)
+
+
+def test_stopping_frees_the_engine_and_keeps_what_was_said(tokenizer):
+    with Engine(sharp_model(), slots=1) as engine:
+        model = LocalModel("tiny", engine, tokenizer)
+        answer = Answer()
+        run = model.start(answer, QUESTION, Settings(max_tokens=4000, temperature=2.0))
+        wait_for(lambda: run.poll() or answer.tokens > 3)
+        run.cancel()
+        assert run.done and answer.ending == STOPPED and 3 < answer.tokens < 4000 and answer.text
+        assert engine.stats()["running"] == 0 and engine.stats()["cancelled"] == 1
+        tokens = answer.tokens
+        run.poll()
+        assert answer.tokens == tokens
+
+
+@pytest.mark.parametrize("name", ["endless", "silent"])
+def test_stopping_drops_the_connection(server, name):
+    answer = Answer()
+    run = ApiModel(server.base_url, "", name).start(answer, QUESTION, Settings())
+    if name == "endless":
+        wait_for(lambda: run.poll() or answer.text)
+    else:
+        wait_for(lambda: server.requests)
+    run.cancel()
+    assert run.done and answer.ending == STOPPED and (answer.text.startswith("on and") or name == "silent")
+    assert server.gone.wait(10), "the server still sends"
+
+
+def test_a_model_that_was_put_away_says_so(tokenizer):
+    model = LocalModel("tiny", Engine(sharp_model(), slots=1), tokenizer)
+    answer = Answer()
+    run = model.start(answer, QUESTION, Settings())
+    model.close()
+    run.poll()
+    assert run.done and answer.ending == FAILED and "Ask again" in answer.error
+    with pytest.raises(ValueError, match="Ask again"):
+        model.start(Answer(), QUESTION, Settings())
+
+
+def test_a_busy_engine_says_so(tokenizer):
+    model = LocalModel("tiny", Engine(sharp_model(), slots=1, max_queue=0), tokenizer)
+    model.start(Answer(), QUESTION, Settings())
+    with pytest.raises(ValueError, match="busy"):
+        model.start(Answer(), QUESTION, Settings())
+    model.close()
+
+
+def test_old_turns_make_room_when_the_context_is_full(tokenizer):
+    engine = Engine(sharp_model(), slots=1, context_length=96)
+    model = LocalModel("tiny", engine, tokenizer)
+    turns = [{"role": role, "content": "the sky was grey"} for _ in range(6) for role in ("user", "assistant")]
+    answer = Answer()
+    model.start(answer, [{"role": "system", "content": "Be brief."}, *turns, *QUESTION], Settings())
+    assert answer.notes and "left out" in answer.notes[0]
+    model.close()
+
+
+def test_pretrained_weights_continue_the_text_itself(tokenizer):
+    engine = Engine(sharp_model(), slots=1)
+    model = LocalModel("tiny", engine, tokenizer, continues=True)
+    request = model.start(Answer(), QUESTION, Settings(max_tokens=1))._request
+    assert request.prompt_tokens == 1 + len(tokenizer.encode_documents(["the sky"])[0])
+    model.close()
