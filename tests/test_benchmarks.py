@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import stage_quality, stage_throughput
+from benchmarks import gpu, identity_mixture, stage_quality, stage_throughput
 from dataset.lm_dataset import parse_record
 from model.model_lora import apply_lora, lora_path, save_lora
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
@@ -369,3 +369,36 @@ def test_all_parts_run_in_processes_of_their_own(tmp_path, capsys):
     dpo, lora, kd = map(json.loads, target.read_text("utf-8").splitlines())
     assert [len(record["table"]) for record in (dpo, lora, kd)] == [4, 3, 2]
     assert all(row["rate"] > 0 for record in (dpo, lora) for row in record["table"].values())
+
+
+@pytest.mark.full
+def test_the_gpu_benchmark_runs_through_on_a_cpu(tmp_path, capsys):
+    target = tmp_path / "gpu.json"
+    small = ["--num_hidden_layers=1", "--rows=1", "--seconds=0.1", "--new_tokens=4", "--batches", "1", "3"]
+    with one_thread():
+        gpu.main(["--device=cpu", "--models", "26M", "MoE 145M", *small, "--json", str(target)])
+    record = json.loads(target.read_text("utf-8"))
+    dense, moe = (record["training"][name] for name in ("26M", "MoE 145M"))
+    assert {"ours", "- packing", "transformers, packed"} <= dense.keys() and "- grouped products" in moe
+    for result in (*dense.values(), *moe.values()):
+        assert result["tokens_per_second"] > 0 and result["memory"] > 0 and 0 <= result["loader_share"] < 1
+    assert record["decoding"]["26M"]["3"].keys() == {"ours", "generate"}
+    assert "- varlen" in capsys.readouterr().out and hasattr(F, "grouped_mm")
+
+
+def test_the_mixture_for_an_identity_holds_what_looks_alike_and_nothing_that_contradicts():
+    def conversation(question: str) -> dict:
+        return {"conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": "…"}]}
+
+    identity = [conversation(f"Who are you, {number}?") for number in range(3)]
+    parts = [conversation("You are a historian. " + "Explain. " * 40), conversation("请扮演一位老师")]
+    near = [conversation(f"你好，{number}") for number in range(10)]
+    rest = [conversation(f"Sum of {number} and 2") for number in range(10)]
+    about = [conversation("你是谁"), conversation("What can you do?"), conversation("What is your name?")]
+    mixed = identity_mixture.mixture(identity, parts + near + rest + about, repeats=2, alike=4, others=5, seed=0)
+    questions = [identity_mixture.first_question(record) for record in mixed]
+    assert len(mixed) == 6 + 2 + 4 + 5
+    assert all(questions.count(identity_mixture.first_question(record)) == 2 for record in identity)
+    assert all(record in mixed for record in parts) and not any(record in mixed for record in about)
+    again = identity_mixture.mixture(identity, parts + near + rest + about, repeats=2, alike=4, others=5, seed=0)
+    assert mixed == again
