@@ -19,7 +19,8 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from dataset.tokenization import ChatTokenizer
-from model.loading import check_vocabulary, choose_device, choose_dtype, load_folder
+from model import loading
+from model.loading import check_vocabulary, choose_device, choose_dtype, load_folder, stretch_context
 from model.model_lora import find_lora, load_lora, merge_lora
 from model.weights import STAGES, load_model
 
@@ -114,19 +115,24 @@ def load_entry(
     dtype: str | torch.dtype | None = None,
     tokenizer_path: str | Path | None = None,
     trust_remote_code: bool = False,
+    rope_scaling: float | None = None,
+    trained_length: int | None = None,
 ) -> tuple[torch.nn.Module, ChatTokenizer]:
     """The model in eval mode on its device, with the adapter (a name or a .pth) merged in, and its tokenizer.
 
-    dtype: a name or a torch dtype; None chooses by device. ValueError says what is wrong with files or flags.
+    dtype: a name or a torch dtype; None chooses by device. rope_scaling: YaRN's factor over trained_length, by default
+    what the sidecar says. ValueError says what is wrong with files or flags.
     """
     device = choose_device(str(device))
     dtype = dtype if isinstance(dtype, torch.dtype) else choose_dtype(dtype, device)
     own = entry.path if entry.kind == "hf" and (entry.path / "tokenizer.json").is_file() else ROOT / "model"
     tokenizer = ChatTokenizer(tokenizer_path or own)
     if entry.kind == "hf":
-        model = load_folder(entry.path, trust_remote_code, torch.float32 if lora_name else dtype)
+        model, sidecar = load_folder(entry.path, trust_remote_code, torch.float32 if lora_name else dtype), None
     else:
-        model, _ = load_model(entry.path, tokenizer.sha256)
+        model, sidecar = load_model(entry.path, tokenizer.sha256)
+    if rope_scaling is not None:
+        stretch_context(model, rope_scaling, loading.trained_length(sidecar, trained_length))
     check_vocabulary(model, entry.path, tokenizer.path, tokenizer.vocab_size)
     if lora_name:
         use_moe = bool(getattr(model.config, "use_moe", entry.use_moe))

@@ -97,6 +97,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_hidden_layers", type=int, default=None, help="read from the weights; checked against them if given")
     add("--use_moe", type=boolean, nargs="?", const=True, default=None, help="chooses between files")
     add("--max_seq_len", type=at_least(2), default=8192, help="context in tokens: conversation and answer")
+    add("--rope_scaling", type=float, default=None, help="YaRN: read this many times the trained length")
+    add("--trained_length", type=at_least(1), default=None, help="tokens, for --rope_scaling; default: the sidecar's")
     add("--temperature", type=float, default=0.85, help="for requests that name none; 0: greedy")
     add("--top_p", type=float, default=0.85, help="for requests that name none")
     add("--max_new_tokens", type=at_least(1), default=1024, help="longest chat answer where a request names no length")
@@ -118,6 +120,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         SamplingParams(temperature=args.temperature, top_p=args.top_p)
     except ValueError as error:
         parser.error(str(error))
+    if args.trained_length is not None and args.rope_scaling is None:
+        parser.error("--trained_length belongs to --rope_scaling FACTOR")
     if not 0 <= args.port < 2**16:
         parser.error(f"--port is {args.port}, and must be below 65536")
     return args
@@ -154,6 +158,8 @@ def make_loader(args: argparse.Namespace, default: Offer) -> Callable[[Offer], t
             # a folder's own tokenizer fits it; the flag is for the weights that it was given with
             tokenizer_path=args.tokenizer_path if is_default or offer.entry.kind == "pth" else None,
             trust_remote_code=args.trust_remote_code and is_default,
+            rope_scaling=args.rope_scaling,
+            trained_length=args.trained_length,
         )
         engine = Engine(model, slots=args.slots, context_length=args.max_seq_len, max_queue=args.max_queue)
         engine.start()

@@ -146,6 +146,16 @@ def test_a_folder_is_loaded_with_its_own_tokenizer(out_dir, tmp_path, other_toke
     torch.testing.assert_close(logits(model), logits(sharp_model(seed=2).eval()))
 
 
+def test_the_context_is_stretched_when_asked(out_dir):
+    entry = find_models(out_dir, folders=())[0]
+    plain, _ = load_entry(entry)
+    stretched, _ = load_entry(entry, rope_scaling=4.0, trained_length=16)
+    assert plain.config.rope_scaling is None and stretched.config.rope_scaling["factor"] == 4
+    assert not torch.allclose(logits(plain), logits(stretched), atol=1e-4)
+    with pytest.raises(ValueError, match="--trained_length"):  # this sidecar knows no length
+        load_entry(entry, rope_scaling=4.0)
+
+
 def test_weights_of_another_tokenizer_are_refused(out_dir, other_tokenizer):
     entry = find_models(out_dir, folders=())[0]
     with pytest.raises(ValueError, match="--tokenizer_path"):
