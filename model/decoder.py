@@ -7,6 +7,8 @@ Shapes: rows = texts that go on by one token together; tokens = new tokens of on
 """
 
 import contextlib
+import math
+import mmap
 import warnings
 from collections.abc import Sequence
 
@@ -20,6 +22,8 @@ from model.model_minimind import rotary_tables
 KEY_BLOCK = 64
 # Neighbouring slots share one product as long as that adds this many keys of padding: what a call costs.
 PADDING_WORTH = 256
+# Up to so many rows the float16 kernels are faster than bfloat16 ones, which prompts of a bfloat16 model go through.
+FEW_ROWS = 64
 # Queries of a prompt that meet their keys in one product: bounds the memory of the scores.
 QUERY_TILE = 128
 
@@ -164,7 +168,7 @@ def product(weight: torch.Tensor, bias: torch.Tensor | None = None):
 
     On a CPU x and the result are float32. There a weight that float16 holds exactly (all of a .pth file), or that is in
     half precision anyway, is kept in float16: read in half the time, multiplied and summed in float32. Any other is
-    float32, in the layout that suits products with few rows.
+    float32, in the layout that suits products with few rows. Prompts of a bfloat16 model go through its own precision.
     """
     if weight.device.type != "cpu":
         return lambda x: F.linear(x, weight, bias)
@@ -176,6 +180,8 @@ def product(weight: torch.Tensor, bias: torch.Tensor | None = None):
             packed = torch.ops.quantized.linear_prepack_fp16(full, bias)
             run = torch.ops.quantized.linear_dynamic_fp16.default
             run(full.new_zeros(1, full.shape[1]), packed)
+            if weight.dtype == torch.bfloat16 and bias is None and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+                return lambda x: run(x, packed) if len(x) <= FEW_ROWS else F.linear(x.bfloat16(), weight).float()
             return lambda x: run(x, packed)
     transposed = full.t().contiguous()
     if bias is None:
@@ -210,12 +216,14 @@ def projection(layers: Sequence[nn.Linear], order: torch.Tensor | None = None):
     return lambda x: whole(torch.cat((x, down(x)), dim=1))
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    if x.is_cuda:
-        return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
-    # the same in calls that cost a fifth; eager torch has no kernel of its own for it on a CPU
-    inverse_rms = torch.linalg.vector_norm(x, dim=1, keepdim=True).square_().div_(x.shape[1]).add_(eps).rsqrt_()
-    return torch.mul(x, weight).mul_(inverse_rms)
+def rms_norm(weight: torch.Tensor, eps: float):
+    """x (rows, hidden) -> x / sqrt(mean(x²) + eps) · weight."""
+    weight = weight.detach().float()
+    if weight.is_cuda:
+        return lambda x: F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
+    # x · sqrt(n) weight / sqrt(sum(x²) + n eps), in a third of the time that F.rms_norm's many kernels take
+    scaled, offset = weight * len(weight) ** 0.5, torch.tensor((len(weight) * eps) ** 0.5)
+    return lambda x: torch.mul(x, scaled).div_(torch.linalg.vector_norm(x, dim=1, keepdim=True).hypot_(offset))
 
 
 class SwiGLU:
@@ -263,12 +271,12 @@ class Experts:
 
 
 class LeanLayer:
-    def __init__(self, block: nn.Module, order: torch.Tensor):
+    def __init__(self, block: nn.Module, order: torch.Tensor, eps: float):
         attention = block.self_attn
         self.qkv = projection([attention.q_proj, attention.k_proj, attention.v_proj], order)
         self.out = projection([attention.o_proj])
-        self.attention_norm = block.input_layernorm.weight.detach().float()
-        self.mlp_norm = block.post_attention_layernorm.weight.detach().float()
+        self.attention_norm = rms_norm(block.input_layernorm.weight, eps)
+        self.mlp_norm = rms_norm(block.post_attention_layernorm.weight, eps)
         self.mlp = Experts(block.mlp) if hasattr(block.mlp, "experts") else SwiGLU(block.mlp)
 
 
@@ -292,6 +300,17 @@ class SlotGroup:
         self.bias = bias.masked_fill_(hidden, -torch.inf).unsqueeze(1)
 
 
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """On a CPU memory that is taken only where something is written, page by page: a cache is mostly empty room."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
 class LeanDecoder:
     """MiniMind and Llama in as few and as large operations as eager torch allows, because a call costs as much as its
     arithmetic. Weights are laid out once, in a copy of their own (in float16 half the size of a float32 model).
@@ -299,7 +318,8 @@ class LeanDecoder:
     Pairs that rotary positions turn lie side by side in queries and keys (attention does not mind the order of
     dimensions), so that turning them is one complex product. Activations and cache are float32 on a CPU.
 
-    keys[layer], values[layer]: (slots · kv_heads, capacity + 1, head_dim), zero where nothing was written yet.
+    memory[layer]: (2, slots · kv_heads, capacity + 1, head_dim), keys and values, zero where nothing was written yet;
+    keys, values and places are views of it.
     """
 
     def __init__(self, model: nn.Module, slots: int, capacity: int):
@@ -308,22 +328,23 @@ class LeanDecoder:
         self.slots, self.capacity = slots, capacity
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = model.model.layers[0].self_attn.head_dim
-        self.eps, self.scale = config.rms_norm_eps, self.head_dim**-0.5
+        self.scale = self.head_dim**-0.5
         self.dtype = torch.float32 if self.device.type == "cpu" else next(model.parameters()).dtype
 
         rotated = (self.heads + self.kv_heads) * self.head_dim
         order = torch.arange(rotated + self.kv_heads * self.head_dim, device=self.device)
         order[:rotated] = order[:rotated].view(-1, 2, self.head_dim // 2).transpose(1, 2).flatten()
-        self.layers = [LeanLayer(block, order) for block in model.model.layers]
+        self.layers = [LeanLayer(block, order, config.rms_norm_eps) for block in model.model.layers]
         self.embedding = model.model.embed_tokens.weight.detach()
-        self.norm = model.model.norm.weight.detach().float()
+        self.norm = rms_norm(model.model.norm.weight, config.rms_norm_eps)
         self.head = projection([model.lm_head])
         self.turns = self._turns(model)
 
         # idle slots of a step on a GPU write where no text reaches
-        shape = (slots * self.kv_heads, capacity + 1, self.head_dim)
-        self.keys = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in self.layers]
-        self.values = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in self.layers]
+        shape = (2, slots * self.kv_heads, capacity + 1, self.head_dim)
+        self.memory = [zeros(shape, self.dtype, self.device) for _ in self.layers]
+        self.places = [memory.view(-1, self.head_dim) for memory in self.memory]
+        self.keys, self.values = [m[0] for m in self.memory], [m[1] for m in self.memory]
         self.groups, self.groups_of = [], None
         self.graphs = {}
 
@@ -340,14 +361,14 @@ class LeanDecoder:
     @torch.inference_mode()
     def clear(self, slot: int) -> None:
         """Removes what a failed text left, which may not be finite."""
-        for memory in self.keys + self.values:
-            memory.unflatten(0, (self.slots, -1))[slot] = 0
+        for memory in self.memory:
+            memory.unflatten(1, (self.slots, -1))[:, slot] = 0
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Makes the beginning of one slot that of another, too."""
-        for memory in self.keys + self.values:
-            by_slot = memory.unflatten(0, (self.slots, -1))
-            by_slot[target, :, :count] = by_slot[source, :, :count]
+        for memory in self.memory:
+            by_slot = memory.unflatten(1, (self.slots, -1))
+            by_slot[:, target, :, :count] = by_slot[:, source, :, :count]
 
     def _forward(self, ids: torch.Tensor, turns: torch.Tensor, attend, last_only: bool = False) -> torch.Tensor:
         """ids (tokens,), turns (tokens, 1, head_dim / 2) -> logits (tokens, vocab), or those of the last token.
@@ -357,24 +378,18 @@ class LeanDecoder:
         hidden = F.embedding(ids, self.embedding).to(self.dtype)
         rotated = self.heads + self.kv_heads
         for number, layer in enumerate(self.layers):
-            qkv = layer.qkv(rms_norm(hidden, layer.attention_norm, self.eps))
-            qkv = qkv.view(len(ids), rotated + self.kv_heads, self.head_dim)
-            self._turn(qkv[:, :rotated], turns)
-            attended = attend(number, qkv)
+            qkv = layer.qkv(layer.attention_norm(hidden))
+            pairs = qkv.view(len(ids), rotated + self.kv_heads, self.head_dim // 2, 2)[:, :rotated]
+            if self.dtype == torch.float32:
+                torch.view_as_complex(pairs).mul_(turns)
+            else:
+                pairs.copy_(torch.view_as_real(torch.view_as_complex(pairs.float()) * turns))
+            attended = attend(number, qkv.view(len(ids), rotated + self.kv_heads, self.head_dim))
             if last_only and number == len(self.layers) - 1:
                 hidden, attended = hidden[-1:], attended[-1:]
             hidden += layer.out(attended)
-            hidden += layer.mlp(rms_norm(hidden, layer.mlp_norm, self.eps))
-        return self.head(rms_norm(hidden, self.norm, self.eps)).float()
-
-    @staticmethod
-    def _turn(x: torch.Tensor, turns: torch.Tensor) -> None:
-        """x (tokens, heads, head_dim): its pairs lie side by side."""
-        pairs = x.unflatten(-1, (-1, 2))
-        if x.dtype == torch.float32:
-            torch.view_as_complex(pairs).mul_(turns)
-        else:
-            pairs.copy_(torch.view_as_real(torch.view_as_complex(pairs.float()) * turns))
+            hidden += layer.mlp(layer.mlp_norm(hidden))
+        return self.head(self.norm(hidden)).float()
 
     # --- a prompt ----------------------------------------------------------------------------------------------------
 
@@ -420,20 +435,17 @@ class LeanDecoder:
     def _decode(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         for slot_group in self.groups:
             slot_group.hide(lengths)
-        # where keys and values are written, in the memory seen as (places, head_dim)
         places = (self.first_places + lengths.unsqueeze(1)).flatten()
         group = self.heads // self.kv_heads
 
         def attend(number: int, qkv: torch.Tensor) -> torch.Tensor:
-            query, key, value = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-            keys, values = self.keys[number], self.values[number]
-            keys.view(-1, self.head_dim).index_copy_(0, places, key.reshape(-1, self.head_dim))
-            values.view(-1, self.head_dim).index_copy_(0, places, value.reshape(-1, self.head_dim))
-            query = query.reshape(-1, group, self.head_dim)  # (rows · kv_heads, group, head_dim)
+            self.places[number].index_copy_(0, places, qkv[:, self.heads :].reshape(-1, self.head_dim))
+            query = qkv[:, : self.heads].reshape(-1, group, self.head_dim)  # (rows · kv_heads, group, head_dim)
             parts = []
             for part in self.groups:
-                scores = torch.baddbmm(part.bias, query[part.query_rows], part.keys[number], alpha=self.scale)
-                parts.append(torch.bmm(scores.softmax(dim=-1), part.values[number]))
+                own = query if len(self.groups) == 1 else query[part.query_rows]
+                weights = torch.baddbmm(part.bias, own, part.keys[number], alpha=self.scale).softmax(dim=-1)
+                parts.append(torch.bmm(weights, part.values[number]))
             out = parts[0] if len(parts) == 1 else torch.cat(parts)
             return out.view(len(ids), -1)
 
@@ -456,7 +468,9 @@ class LeanDecoder:
                 first = row
 
     def _place(self, slots: Sequence[int]) -> None:
+        """first_places (rows, 2 · kv_heads): where the keys and values of each row begin in `places`."""
         heads = torch.arange(self.kv_heads, device=self.device)
+        heads = torch.cat((heads, heads + self.slots * self.kv_heads))
         slots = torch.tensor(slots, device=self.device)
         self.first_places = (slots.unsqueeze(1) * self.kv_heads + heads) * self.keys[0].shape[1]
 

@@ -569,3 +569,19 @@ def test_memory_stays_flat(count):
     (first_bytes, first_objects), (last_bytes, last_objects) = sizes[1], sizes[-1]
     assert last_objects - first_objects < 500
     assert last_bytes - first_bytes < 4 * 2**20
+
+
+def test_the_cache_takes_memory_only_where_texts_stand():
+    try:
+        resident()
+    except OSError:
+        pytest.skip("no /proc on this system")
+    model, prompt = tiny_model(hidden_size=32, num_hidden_layers=2, max_position_embeddings=16384), random_ids(50)
+    gc.collect()
+    before = resident()
+    engine = Engine(model, slots=64, context_length=16384)
+    size = sum(memory.nbytes for memory in engine._decoder.memory)
+    requests = [engine.submit(prompt, GREEDY) for _ in range(64)]
+    run_to_end(engine)
+    assert all(request.finish_reason == "length" for request in requests)
+    assert size > 2**27 and resident() - before < size / 4
