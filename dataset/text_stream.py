@@ -53,20 +53,22 @@ class StopStrings:
     def __init__(self, strings: Sequence[str]):
         if any(not string for string in strings):
             raise ValueError("stop: an empty string ends every text before it begins; leave it out")
-        self.strings, self.pending, self.stopped = tuple(strings), "", False
+        self.pending, self.stopped = "", False
+        self._matches = [PrefixMatch(string) for string in strings]
 
     def push(self, text: str) -> str:
         if self.stopped:
             return ""
-        if not self.strings:
+        if not self._matches:
             return text
         self.pending += text
-        found = [(start + len(s), start) for s in self.strings if (start := self.pending.find(s)) >= 0]
-        if found:
-            self.stopped, shown = True, self.pending[: min(found)[1]]
-            self.pending = ""
-            return shown
-        held = max(len_of_open_end(self.pending, string) for string in self.strings)
+        for left, char in zip(range(len(text) - 1, -1, -1), text, strict=True):
+            found = [len(match.string) for match in self._matches if match.push(char)]
+            if found:
+                shown = self.pending[: len(self.pending) - left - max(found)]
+                self.stopped, self.pending = True, ""
+                return shown
+        held = max(match.length for match in self._matches)
         shown, self.pending = self.pending[: len(self.pending) - held], self.pending[len(self.pending) - held :]
         return shown
 
@@ -75,48 +77,100 @@ class StopStrings:
         return text
 
 
+class PrefixMatch:
+    """length: how much of the string's beginning the text ends with, as the characters come.
+
+    Knuth, Morris and Pratt: linear in the text, whatever the strings are that a client asks for. Their table of borders
+    grows only as far as the text has matched.
+    """
+
+    def __init__(self, string: str):
+        self.string, self.length = string, 0
+        self._borders = [0]  # [n - 1]: longest shorter beginning that the first n characters end with
+
+    def push(self, char: str) -> bool:
+        """True where the string is complete; nothing may follow then."""
+        self.length = self._after(self.length, char)
+        if self.length > len(self._borders):
+            self._borders.append(self._after(self._borders[-1], char))
+        return self.length == len(self.string)
+
+    def _after(self, length: int, char: str) -> int:
+        while length and self.string[length] != char:
+            length = self._borders[length - 1]
+        return length + (self.string[length] == char)
+
+
 def len_of_open_end(text: str, string: str) -> int:
     """Length of the longest end of `text` that `string` begins with, all of `string` excepted."""
     return next((n for n in range(min(len(string) - 1, len(text)), 0, -1) if text.endswith(string[:n])), 0)
+
+
+class Spacing:
+    """Passes text on, and holds white space back until it is known what follows: beside a tag it is dropped."""
+
+    def __init__(self):
+        self._held: list[str] = []
+        self._after_tag = False
+
+    def push(self, text: str) -> str:
+        words = text.rstrip()
+        space = text[len(words) :]
+        if words:
+            words = words.lstrip() if self._after_tag else "".join([*self._held, words])
+            self._held, self._after_tag = [], False
+        if space and not self._after_tag:
+            self._held.append(space)
+        return words
+
+    def tag(self) -> None:
+        """A tag stands here."""
+        self._held, self._after_tag = [], True
+
+    def flush(self) -> str:
+        space, self._held = "".join(self._held), []
+        return space
 
 
 class ThoughtSplitter:
     """Parts the text of a reasoning model, as it arrives, into thought and answer.
 
     What stands in <think> is thought, all else answer; the tags and the white space beside them are dropped. A tag may
-    arrive in several pieces.
+    arrive in several pieces. Each piece is read once, however much white space is held back.
     """
 
     TAGS = {"<think>": True, "</think>": False, "<answer>": False, "</answer>": False}
-    PATTERN = re.compile(r"\s*(</?(?:think|answer)>)\s*")
+    PATTERN = re.compile("|".join(TAGS))
 
     def __init__(self):
-        # fresh: nothing but white space since the last tag
-        self.thinking, self.pending, self.fresh, self.tagged = False, "", False, False
+        self.thinking, self.tagged = False, False
+        self._open_tag, self._spacing = "", Spacing()
 
     def push(self, text: str) -> list[Piece]:
-        self.pending += text
-        pieces = []
-        while match := self.PATTERN.search(self.pending):
-            self._take(match.start(), pieces)
-            self.pending = self.pending[match.end() - match.start() :]
-            self.thinking, self.fresh, self.tagged = self.TAGS[match[1]], True, True
-        # the end may be the beginning of a tag, and white space may stand before one
-        held = max(len_of_open_end(self.pending, tag) for tag in self.TAGS)
-        self._take(len(self.pending[: len(self.pending) - held].rstrip()), pieces)
+        text, pieces, start = self._open_tag + text, [], 0
+        for match in self.PATTERN.finditer(text):
+            self._show(text[start : match.start()], pieces)
+            self._spacing.tag()
+            self.thinking, self.tagged, start = self.TAGS[match[0]], True, match.end()
+        rest = text[start:]
+        # the end may be the beginning of a tag
+        end = len(rest) - max(len_of_open_end(rest, tag) for tag in self.TAGS)
+        self._open_tag = rest[end:]
+        self._show(rest[:end], pieces)
         return pieces
 
     def flush(self) -> list[Piece]:
         pieces = []
-        self._take(len(self.pending.rstrip() if self.tagged else self.pending), pieces)
+        text, self._open_tag = self._open_tag, ""
+        self._show(text, pieces)
+        space = self._spacing.flush()
+        if space and not self.tagged:
+            pieces.append(Piece(self.thinking, space))
         return pieces
 
-    def _take(self, length: int, pieces: list[Piece]) -> None:
-        text, self.pending = self.pending[:length], self.pending[length:]
-        text = text.lstrip() if self.fresh else text
-        if text:
-            self.fresh = False
-            pieces.append(Piece(self.thinking, text))
+    def _show(self, text: str, pieces: list[Piece]) -> None:
+        if shown := self._spacing.push(text):
+            pieces.append(Piece(self.thinking, shown))
 
 
 class ToolCall(NamedTuple):
@@ -134,38 +188,43 @@ class ToolCallSplitter:
     OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
     def __init__(self):
-        self.pending, self.after_call = "", False
+        self._call: list[str] | None = None  # what has come since the opening tag
+        self._open_tag, self._spacing = "", Spacing()
 
     def push(self, text: str) -> list[str | ToolCall]:
-        self.pending += text
-        parts = []
-        while (start := self.pending.find(self.OPEN)) >= 0:
-            end = self.pending.find(self.CLOSE, start)
-            if end < 0:
-                self._show(len(self.pending[:start].rstrip()), parts)
-                return parts
-            call = read_tool_call(self.pending[start + len(self.OPEN) : end])
-            if call is None:
-                self._show(end + len(self.CLOSE), parts)
-                continue
-            self._show(len(self.pending[:start].rstrip()), parts)
-            parts.append(call)
-            self.pending, self.after_call = self.pending.lstrip()[end + len(self.CLOSE) - start :], True
-        held = len_of_open_end(self.pending, self.OPEN)
-        self._show(len(self.pending[: len(self.pending) - held].rstrip()), parts)
+        text, parts, start = self._open_tag + text, [], 0
+        while (end := text.find(tag := self.OPEN if self._call is None else self.CLOSE, start)) >= 0:
+            self._take(text[start:end], parts)
+            if self._call is None:
+                self._call = []
+            else:
+                self._close(parts)
+            start = end + len(tag)
+        rest = text[start:]
+        end = len(rest) - len_of_open_end(rest, tag)
+        self._open_tag = rest[end:]
+        self._take(rest[:end], parts)
         return parts
 
     def flush(self) -> list[str | ToolCall]:
-        parts = []
-        self._show(len(self.pending), parts)
-        return parts
+        call = [] if self._call is None else [self.OPEN, *self._call]
+        text = self._spacing.push("".join([*call, self._open_tag])) + self._spacing.flush()
+        self._call, self._open_tag = None, ""
+        return [text] if text else []
 
-    def _show(self, length: int, parts: list[str | ToolCall]) -> None:
-        text, self.pending = self.pending[:length], self.pending[length:]
-        text = text.lstrip() if self.after_call else text
-        if text:
-            self.after_call = False
-            parts.append(text)
+    def _take(self, text: str, parts: list[str | ToolCall]) -> None:
+        if self._call is not None:
+            self._call.append(text)
+        elif shown := self._spacing.push(text):
+            parts.append(shown)
+
+    def _close(self, parts: list[str | ToolCall]) -> None:
+        text, self._call = "".join(self._call), None
+        if call := read_tool_call(text):
+            self._spacing.tag()
+            parts.append(call)
+        else:
+            self._take(self.OPEN + text + self.CLOSE, parts)
 
 
 def read_tool_call(text: str) -> ToolCall | None:

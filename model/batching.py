@@ -55,7 +55,8 @@ class Request:
         self._prompt_ids = prompt_ids
         self._slot: Slot | None = None
         self._next_id: int | None = None  # the token that is fed next; None while the prompt is being read
-        self._random = random.Random(params.seed)
+        # Random takes an integer without its sign, so that -1 and 1 would be the same seed
+        self._random = random.Random(None if params.seed is None else params.seed % 2**64)
         self._started = 0.0
         self._new: deque[Token] = deque()
         self._changed = threading.Condition()
@@ -88,10 +89,11 @@ class Request:
 
 
 class Slot:
-    """A place in the cache: the ids whose keys and values it holds, and the request that it belongs to now."""
+    """A place in the cache: the ids whose keys and values it holds, and the request that it belongs to now. dirty: what
+    a failed request left there may not be finite, and has to go before the next one comes."""
 
     def __init__(self, index: int):
-        self.index, self.ids = index, []
+        self.index, self.ids, self.dirty = index, [], False
         self.request: Request | None = None
         self.last_used = 0.0
 
@@ -134,7 +136,7 @@ class Engine:
         self._decoder = new_decoder(self.model, len(self._slots), self.context_length)
         self._weights = state
         for slot in self._slots:
-            slot.ids = []
+            slot.ids, slot.dirty = [], False
 
     # --- what callers see --------------------------------------------------------------------------------------------
 
@@ -227,8 +229,10 @@ class Engine:
         """Reads a part of the prompts in line and makes one more token of every answer; False: nothing to do."""
         with self._stepping:
             with self._state:
-                self._admit()
+                failed = self._admit()
                 requests = [slot.request for slot in self._slots if slot.request is not None]
+            if failed is not None:
+                self._tell(failed)
             decoding = [r for r in requests if r._next_id is not None]
             reading = sorted((r for r in requests if r._next_id is None), key=lambda r: r._started)
             budget = PREFILL_BESIDE if decoding else PREFILL_ALONE
@@ -237,16 +241,17 @@ class Engine:
                     budget -= self._read(request, budget)
             if decoding:
                 self._guarded(self._decode, decoding)
-            return bool(requests)
+            return bool(requests) or failed is not None
 
-    def _admit(self) -> None:
+    def _admit(self) -> Request | None:
         """Gives free slots to those who wait. What any slot holds of a prompt already is not read again: its keys and
-        values are copied, or the slot is taken itself where little else would be lost with it."""
+        values are copied, or the slot is taken itself where little else would be lost with it. A request whose slot
+        cannot be made ready is ended and returned; those behind it wait for the next step."""
         while self._waiting:
             free = [slot for slot in self._slots if slot.request is None]
             if not free:
-                return
-            if len(free) == len(self._slots) and not self._weights.is_of(self.model):
+                return None
+            if len(free) == len(self._slots) and (self._decoder is None or not self._weights.is_of(self.model)):
                 self._lay_out()
             request = self._waiting.popleft()
             # the last token of the prompt is read in any case: its logits are what the answer begins with
@@ -256,15 +261,28 @@ class Engine:
             slot, count = min(free, key=lambda slot: slot.last_used), shared[source]
             if source.request is None and 2 * count >= len(source.ids):
                 slot = source
-            elif slot is not source and count:
-                self._decoder.copy(source.index, slot.index, count)
-            slot.ids = source.ids[:count]
             slot.request, request._slot = request, slot
             request._started = time.monotonic()
-            request.cached_tokens = count
-            self._counters["cached_tokens"] += count
-            if request.params.penalises:
-                self._count_prompt(request)
+            try:
+                self._make_ready(request, source, count)
+            except Exception as error:
+                self._end(request, "error", error)
+                return request
+        return None
+
+    def _make_ready(self, request: Request, source: Slot, count: int) -> None:
+        """Puts the first `count` tokens of `source` into the request's slot."""
+        slot = request._slot
+        if slot.dirty:
+            self._decoder.clear(slot.index)
+            slot.dirty = False
+        if slot is not source and count:
+            self._decoder.copy(source.index, slot.index, count)
+        slot.ids = source.ids[:count]
+        request.cached_tokens = count
+        self._counters["cached_tokens"] += count
+        if request.params.penalises:
+            self._count_prompt(request)
 
     def _guarded(self, run: Callable[[list[Request]], None], requests: list[Request]) -> None:
         """An exception ends the request that caused it, and no other."""
@@ -381,7 +399,8 @@ class Engine:
             self._tell(request)
 
     def _end(self, request: Request, reason: str, error: Exception | None = None) -> bool:
-        """Frees the request's place; False where it had ended before."""
+        """Frees the request's place; False where it had ended before. Leaves the device alone: on one that fails for
+        good, a request must still come to its end."""
         with self._state:
             if request.finish_reason is not None:
                 return False
@@ -393,8 +412,7 @@ class Engine:
                 seconds = slot.last_used - request._started
                 self._seconds_per_request += 0.1 * (seconds - self._seconds_per_request)
                 if reason == "error":
-                    slot.ids = []
-                    self._decoder.clear(slot.index)
+                    slot.ids, slot.dirty = [], True
             self._counters["cancelled"] += reason == "cancelled"
             with request._changed:
                 request.finish_reason, request.error = reason, error

@@ -213,8 +213,19 @@ def _add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
-    if config.get("chat_template"):
-        writer.add_chat_template(config["chat_template"])
+    template = chat_template(folder)
+    if template:
+        writer.add_chat_template(template)
+
+
+def chat_template(folder: str | Path) -> str | list[dict] | None:
+    """That of a tokenizer's folder, or its named ones, in whichever of transformers' two places it lies; the file of
+    its own goes before. None: there is none."""
+    file, config_file = Path(folder) / "chat_template.jinja", Path(folder) / "tokenizer_config.json"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    return config.get("chat_template")
 
 
 def pre_tokenizer(content: dict, folder: Path) -> str:

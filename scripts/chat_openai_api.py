@@ -14,9 +14,13 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from urllib.parse import urlsplit
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import openai
+
+from scripts.openai_client import new_client
 
 HELP = """\
 /reset          forget what was said
@@ -34,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--base_url", default="http://127.0.0.1:8998/v1", help="of the server")
     add("--model", default=None, help="default: the first one that the server offers")
-    add("--api_key", default=os.environ.get("MINIMIND_API_KEY", "none"), help="or MINIMIND_API_KEY")
+    add("--api_key", default=os.environ.get("MINIMIND_API_KEY") or "none", help="or MINIMIND_API_KEY")
     add("--temperature", type=float, default=None, help="default: the server's")
     add("--top_p", type=float, default=None, help="default: the server's")
     add("--max_tokens", type=int, default=None, help="longest answer; default: the server's")
@@ -55,10 +59,7 @@ class Chat:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.system, self.history = args, args.system, []
-        # a proxy that the environment names has no way to this machine
-        here = urlsplit(args.base_url).hostname in ("127.0.0.1", "localhost", "::1")
-        http_client = openai.DefaultHttpxClient(trust_env=False) if here else None
-        self.client = openai.OpenAI(base_url=args.base_url, api_key=args.api_key, http_client=http_client)
+        self.client = new_client(openai.OpenAI, args.base_url, api_key=args.api_key)
         self.model = args.model or self.models()[0]
 
     def models(self) -> list[str]:

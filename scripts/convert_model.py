@@ -35,7 +35,7 @@ import torch
 
 from dataset.tokenization import DEFAULT_SYSTEM, ChatTokenizer
 from model.export import from_hf, from_old_names, has_old_names, hf_config, hf_format, to_hf
-from model.gguf_format import check_gguf_type, read_gguf, round_to_gguf, write_gguf
+from model.gguf_format import chat_template, check_gguf_type, read_gguf, round_to_gguf, write_gguf
 from model.loading import (
     DTYPES,
     STAGE_OF_MODE,
@@ -79,6 +79,7 @@ from model.weights import (
 FORMATS = ("llama", "qwen2_moe", "minimind", "gguf", "pth", "peft", "lora")
 HF_FORMATS = ("llama", "qwen2_moe", "minimind")
 NAMES = {(512, False): "MiniMind2-Small", (768, False): "MiniMind2", (640, True): "MiniMind2-MoE"}
+NO_TEMPLATE = "note: the tokenizer has no chat template, so runtimes cannot chat with these weights by themselves"
 # float32 arithmetic in another order: largest difference of logits, relative to the largest logit
 TOLERANCE = 1e-4
 # rounding a float32 adapter to float16: root mean square of the difference, relative to that of the logits
@@ -370,12 +371,9 @@ def write_beside(source: Source, folder: Path, kind: str, dtype: torch.dtype, na
     config = source.config
     generation = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_json(folder / "generation_config.json", {**generation, "do_sample": True, "temperature": 0.85, "top_p": 0.85})
-    for file in ("tokenizer.json", "tokenizer_config.json"):
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (source.tokenizer.path / file).is_file():
             shutil.copyfile(source.tokenizer.path / file, folder / file)
-    template = source.tokenizer.path / "chat_template.jinja"
-    if template.is_file():
-        shutil.copyfile(template, folder / template.name)
     card = model_card(source, kind, dtype, name)
     write_atomically(folder / "README.md", lambda file: file.write(card.encode()))
 
@@ -387,7 +385,7 @@ def check_chat(tokenizer: ChatTokenizer, folder: Path, own_code: bool) -> None:
     turns = [{"role": "user", "content": "你好, who are you?\n3+4=7"}]
     theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=own_code)
     if not theirs.chat_template:
-        return say("note: the tokenizer has no chat template, so runtimes cannot chat with these weights by themselves")
+        return say(NO_TEMPLATE)
     ids = theirs.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     same = ids == tokenizer.encode_prompt(turns)
     say(f"check: a chat prompt of {len(ids)} ids through the written tokenizer: {'the same' if same else 'DIFFERENT'}")
@@ -465,6 +463,8 @@ def write_gguf_folder(source: Source, target: Path, gguf_type: str, args: argpar
             say(f"rounding to {gguf_type} changes the logits by {error:.2%} in the mean square")
         state = source.model.state_dict()
         kept = write_gguf(file, state, source.config, source.tokenizer.path, gguf_type, name)
+        if not chat_template(source.tokenizer.path):
+            say(NO_TEMPLATE)
         if kept:
             say(f"{len(kept)} tensors stay F16, as their rows are no multiple of 32: {', '.join(kept[:3])} ...")
         compare(before, logits_of(build(*read_gguf(file))))

@@ -21,13 +21,18 @@ class Offer(NamedTuple):
     lora_name: str | None = None
 
     @property
+    def key(self) -> tuple[Path, str | None]:
+        """What tells it from all others; two folders may have one name."""
+        return self.entry.path, self.lora_name
+
+    @property
     def root(self) -> str:
         return self.entry.name + (f":{self.lora_name}" if self.lora_name else "")
 
 
 @dataclass
 class LoadedModel:
-    name: str
+    name: str  # the offer's root; the path where another one in memory has that name
     engine: Engine
     tokenizer: ChatTokenizer
     users: int = 0  # HTTP requests that are under way
@@ -38,7 +43,8 @@ class ModelPool:
     """name: what the default is called; it is loaded first and stays. The others lie in out_dir and folders.
 
     load: makes an engine and a tokenizer of an offer; it runs in a thread. max_models: engines in memory; another one
-    takes the place of the one that was not used for the longest time.
+    takes the place of the one that was not used for the longest time. 1 leaves no place beside the default, and nothing
+    else is offered.
     """
 
     def __init__(
@@ -52,13 +58,15 @@ class ModelPool:
     ):
         self.name, self.default, self.load, self.max_models = name, default, load, max_models
         self._out_dir, self._folders = out_dir, folders
-        self._loaded: dict[str, LoadedModel] = {}  # by the offer's root
+        self._loaded: dict[tuple[Path, str | None], LoadedModel] = {}  # by the offer's key
         self._loading = asyncio.Lock()
         self._tasks: set[asyncio.Task] = set()
 
     def offers(self) -> dict[str, Offer]:
         """Everything that can be asked for now; training may have written more since the start."""
         offers = {self.name: self.default}
+        if self.max_models == 1:
+            return offers
         offers |= {f"{self.name}:{adapter}": Offer(self.default.entry, adapter) for adapter in self._adapters()}
         for entry in find_models(self._out_dir, self._folders):
             if entry.path != self.default.entry.path:
@@ -75,7 +83,9 @@ class ModelPool:
             return offers[name]
         base, _, adapter = name.partition(":")
         if base == self.default.entry.name and adapter in ("", *self._adapters()):
-            return Offer(self.default.entry, adapter or None)
+            offer = Offer(self.default.entry, adapter or None)
+            if self.max_models > 1 or offer == self.default:
+                return offer
         message = f"there is no model {name!r} here; there are: {', '.join(offers)}"
         raise ApiError(404, message, "model", "model_not_found")
 
@@ -83,13 +93,13 @@ class ModelPool:
     async def use(self, name: str) -> AsyncIterator[LoadedModel]:
         """The loaded model; it stays in memory while it is used."""
         offer = self.find(name)
-        while offer.root not in self._loaded:
+        while offer.key not in self._loaded:
             # the client may go while its model is loaded: that goes on, for the next one
             task = asyncio.create_task(self._bring(offer))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
             await asyncio.shield(task)
-        model = self._loaded[offer.root]
+        model = self._loaded[offer.key]
         model.users += 1
         try:
             yield model
@@ -99,31 +109,34 @@ class ModelPool:
 
     async def _bring(self, offer: Offer) -> None:
         async with self._loading:
-            if offer.root in self._loaded:
+            if offer.key in self._loaded:
                 return
             if len(self._loaded) >= self.max_models:
-                idle = {root: m for root, m in self._loaded.items() if not m.users and root != self.default.root}
+                idle = {key: m for key, m in self._loaded.items() if not m.users and key != self.default.key}
                 if not idle:
                     message = f"{self.max_models} models are in memory and busy; --max_models allows no more"
                     raise ApiError(503, message, "model", "overloaded", {"Retry-After": "5"})
-                oldest = min(idle, key=lambda root: idle[root].last_used)
+                oldest = min(idle, key=lambda key: idle[key].last_used)
                 await asyncio.to_thread(self._loaded.pop(oldest).engine.close)
             try:
                 engine, tokenizer = await asyncio.to_thread(self.load, offer)
             except ValueError as error:
                 raise ApiError(503, f"{offer.root} cannot be loaded: {error}", "model", "model_not_loaded") from error
-            self._loaded[offer.root] = LoadedModel(offer.root, engine, tokenizer, last_used=time.monotonic())
+            self.add(offer, engine, tokenizer)
 
     def add(self, offer: Offer, engine: Engine, tokenizer: ChatTokenizer) -> None:
-        self._loaded[offer.root] = LoadedModel(offer.root, engine, tokenizer)
+        name, adapter = offer.root, f":{offer.lora_name}" if offer.lora_name else ""
+        if any(model.name == name for model in self._loaded.values()):
+            name = f"{offer.entry.path}{adapter}"
+        self._loaded[offer.key] = LoadedModel(name, engine, tokenizer, last_used=time.monotonic())
 
     @property
     def engine_of_default(self) -> Engine:
-        return self._loaded[self.default.root].engine
+        return self._loaded[self.default.key].engine
 
     def stats(self) -> dict[str, dict]:
         """By model: what its engine tells."""
-        return {root: model.engine.stats() for root, model in self._loaded.items()}
+        return {model.name: model.engine.stats() for model in self._loaded.values()}
 
     def close(self) -> None:
         for model in self._loaded.values():

@@ -13,7 +13,7 @@ import torch
 
 from dataset.text_stream import TextStream, ToolCall, ToolCallSplitter
 from dataset.tokenization import ChatTokenizer, StreamDecoder
-from model.batching import Engine, Request, Token
+from model.batching import Engine, Request, Token, check_prompt
 from model.generation import SamplingParams
 from scripts.openai_schema import ApiError, ChatRequest, CompletionRequest
 
@@ -42,12 +42,14 @@ def render_tools(tokenizer: ChatTokenizer, messages: list[dict], tools: list[dic
     """
     bos, eos = (tokenizer.token_bytes(i, skip_control=False).decode() for i in (tokenizer.bos_id, tokenizer.eos_id))
     spelled = {control: f"({secrets.token_hex(8)})" for control in (bos, eos)}
-    given = json.dumps([messages, tools], ensure_ascii=False)
-    for control, spelling in spelled.items():
-        given = given.replace(control, spelling)
-    messages, tools = json.loads(given)
     try:
+        given = json.dumps([messages, tools], ensure_ascii=False)
+        for control, spelling in spelled.items():
+            given = given.replace(control, spelling)
+        messages, tools = json.loads(given)
         text = _template_reader(tokenizer.path).apply_chat_template(messages, tools=tools or None, tokenize=False)
+    except RecursionError as error:  # nothing else in a conversation can be nested
+        raise ApiError(400, "tools: the parameters are nested too deeply", "tools") from error
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise ApiError(400, f"the chat template cannot write this conversation: {error}", "messages") from error
     turns = re.findall(f"{re.escape(bos)}(\\w+)\n(.*?){re.escape(eos)}", text, re.DOTALL)
@@ -158,6 +160,9 @@ class Generation:
         def notify() -> None:
             loop.call_soon_threadsafe(self._changed.set)
 
+        if nothing:  # else the engine checks them
+            for ids in prompts:
+                check_prompt(ids, engine.context_length, engine.model.config.vocab_size)
         try:
             for prompt_index, ids in enumerate(prompts):
                 for each in params:

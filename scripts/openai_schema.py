@@ -210,16 +210,15 @@ class CompletionRequest(Sampling):
 def parse(schema: type[Sampling], raw: bytes) -> Sampling:
     """The request that a body holds. ApiError 400 names the first field that is wrong."""
     try:
-        content = json.loads(raw)
+        content = json.loads(raw.decode("utf-8-sig"))  # of bytes, json would let surrogates pass
+        if SURROGATE.search(raw):
+            json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ApiError(400, "the body holds half of a character: a surrogate without its partner") from error
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ApiError(400, "the body must be a JSON object")
-    if SURROGATE.search(raw):
-        try:
-            json.dumps(content, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise ApiError(400, "the body holds half of a character: a surrogate without its partner") from error
     try:
         return schema.model_validate(content)
     except ValidationError as error:

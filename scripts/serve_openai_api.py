@@ -27,6 +27,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -40,9 +41,11 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp
 
 from dataset.tokenization import ChatTokenizer
-from model.batching import Engine, QueueFull
+from model.batching import Engine, QueueFull, Token
 from model.generation import SamplingParams
 from model.loading import DTYPES, STAGE_OF_MODE, check_sizes, find_weights, read_config
 from model.model_lora import find_lora
@@ -59,6 +62,8 @@ from scripts.openai_answers import (
     sampling_params,
 )
 from scripts.openai_schema import ApiError, ChatRequest, CompletionRequest, parse
+
+Echo = tuple[str, list[Token]]  # a prompt's text and, where log-probs are asked for, its tokens
 
 BODY_SECONDS = 30  # a body that has not arrived by then is given up
 FIRST_TOKEN_BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)  # seconds
@@ -111,11 +116,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cors_origin", action="append", default=[], help="web pages from there may ask; may be given several times")
     add("--slots", type=at_least(1), default=16, help="answers that are made together")
     add("--max_queue", type=at_least(0), default=64, help="requests that may wait for a slot; more get status 429")
-    add("--max_models", type=at_least(1), default=3, help="models and adapters in memory at a time")
+    add("--max_models", type=at_least(1), default=3, help="models and adapters in memory; 1: the default alone")
     add("--max_messages", type=at_least(1), default=1000, help="in one request")
     add("--max_body_bytes", type=at_least(1), default=2**20, help="longest request")
     add("--shutdown_timeout", type=at_least(0), default=30, help="seconds that running answers get at the end")
     args = parser.parse_args(argv)
+    args.api_key = args.api_key or None  # a variable that is set to nothing asks for no key
     try:
         SamplingParams(temperature=args.temperature, top_p=args.top_p)
     except ValueError as error:
@@ -303,12 +309,15 @@ class Api:
     def __init__(self, pool: ModelPool, args: argparse.Namespace):
         self.pool, self.args, self.metrics = pool, args, Metrics()
         self.generations: set[Generation] = set()
+        # prompts whose log-probs are asked for are read outside the engine, one at a time
+        self.reader, self.readings = ThreadPoolExecutor(1, "prompts"), 0
 
-    def app(self) -> FastAPI:
+    def app(self) -> ASGIApp:
         @contextlib.asynccontextmanager
         async def lifespan(_: FastAPI):
             yield
             self.end_answers()
+            self.reader.shutdown(wait=False, cancel_futures=True)
             await asyncio.to_thread(self.pool.close)
 
         # the pages of /docs would be fetched from other hosts
@@ -323,17 +332,15 @@ class Api:
         app.exception_handler(ApiError)(self.tell)
         app.exception_handler(HTTPException)(self.tell_http)
         app.exception_handler(QueueFull)(self.tell_full)
+        app.exception_handler(ClientDisconnect)(self.tell_nobody)
         app.exception_handler(Exception)(self.tell_bug)
+        # around the whole app: what add_middleware adds does not see the answers of tell_bug
+        whole = app
         if self.args.cors_origin:
-            app.add_middleware(
-                CORSMiddleware,
-                allow_origins=self.args.cors_origin,
-                allow_methods=["GET", "POST"],
-                allow_headers=["*"],
-            )
+            origins = self.args.cors_origin
+            whole = CORSMiddleware(whole, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
         paths = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/metrics", "/health"}
-        app.add_middleware(CountRequests, metrics=self.metrics, paths=paths)
-        return app
+        return CountRequests(whole, self.metrics, paths)
 
     def end_answers(self) -> None:
         for generation in list(self.generations):
@@ -376,6 +383,7 @@ class Api:
         if len(body.messages) > self.args.max_messages:
             message = f"{len(body.messages)} messages, and at most {self.args.max_messages} are taken"
             raise ApiError(400, message, "messages", "too_many_messages")
+        self._check_count(body, 1)
         async with contextlib.AsyncExitStack() as held:
             model = await held.enter_async_context(self.pool.use(body.model))
             prompt = await asyncio.to_thread(encode_chat, model.tokenizer, body)
@@ -386,13 +394,37 @@ class Api:
     async def complete(self, request: Request) -> Response:
         started = time.monotonic()
         body = parse(CompletionRequest, await read_body(request, self.args.max_body_bytes))
+        self._check_count(body, len(body.prompt))
         async with contextlib.AsyncExitStack() as held:
             model = await held.enter_async_context(self.pool.use(body.model))
-            prompts = [await asyncio.to_thread(encode_completion, model.tokenizer, prompt) for prompt in body.prompt]
+            prompts = await asyncio.to_thread(lambda: [encode_completion(model.tokenizer, p) for p in body.prompt])
             generation = self._generate(held, model, prompts, body)
-            echoes = await asyncio.to_thread(make_echoes, model, body, prompts) if body.echo else []
+            echoes = await unless_gone(request, self._echo(model, body, prompts)) if body.echo else []
+            if echoes is None:
+                return await self.tell_nobody()
             form = CompletionFormat(model.tokenizer, body, echoes)
             return await self._answer(request, body, generation, form, started, held.pop_all())
+
+    def _check_count(self, body: ChatRequest | CompletionRequest, prompts: int) -> None:
+        answers, most = prompts * (body.n or 1), self.args.slots + self.args.max_queue
+        if answers > most:
+            message = f"{answers} answers in one request, and at most {most} are made"
+            raise ApiError(400, message, "n", "too_many_answers")
+
+    async def _echo(self, model: LoadedModel, body: CompletionRequest, prompts: list[list[int]]) -> list[Echo]:
+        """One for each prompt. Raises QueueFull where as many requests wait as may wait for the engine."""
+        pairs = list(zip(body.prompt, prompts, strict=True))
+        if body.logprobs is None:
+            return await asyncio.to_thread(lambda: [make_echo(model, *pair) for pair in pairs])
+        if self.readings > self.args.max_queue:
+            raise QueueFull(self.readings - 1, 1.0)
+        self.readings += 1
+        try:
+            # one by one: requests take turns, and one whose client has gone is not read to its end
+            loop = asyncio.get_running_loop()
+            return [await loop.run_in_executor(self.reader, make_echo, model, *pair, body.logprobs) for pair in pairs]
+        finally:
+            self.readings -= 1
 
     def _generate(
         self,
@@ -408,11 +440,6 @@ class Api:
             if len(ids) >= context_length:
                 message = f"{len(ids)} tokens of {param}, and the context holds {context_length}, answer included"
                 raise ApiError(400, message, param, "context_length_exceeded")
-        answers, most = len(prompts) * (body.n or 1), self.args.slots + self.args.max_queue
-        if answers > most:
-            raise ApiError(
-                400, f"{answers} answers in one request, and at most {most} are made", "n", "too_many_answers"
-            )
         tokenizer = model.tokenizer
         defaults = SamplingParams(
             temperature=self.args.temperature,
@@ -486,7 +513,7 @@ class Api:
         if body.stream:
             return EventStream(events(), held)
         async with held:
-            return await unless_gone(request, whole()) or Response(status_code=499)  # nobody is there to read it
+            return await unless_gone(request, whole()) or await self.tell_nobody()
 
     # --- errors
 
@@ -502,20 +529,21 @@ class Api:
         seconds = {"Retry-After": str(math.ceil(error.retry_after))}
         return await self.tell(request, ApiError(429, str(error), code="queue_full", headers=seconds))
 
+    async def tell_nobody(self, *_) -> Response:
+        """The client has gone; only the metrics hear of it."""
+        return Response(status_code=499)
+
     async def tell_bug(self, request: Request, error: Exception) -> JSONResponse:
         return await self.tell(request, ApiError(500, f"a mistake of the server: {type(error).__name__}"))
 
 
-def make_echoes(model: LoadedModel, body: CompletionRequest, prompts: list[list[int]]) -> list[tuple[str, list]]:
-    """Text of each prompt and, where log-probs are asked for, its tokens."""
-    echoes = []
-    for prompt, ids in zip(body.prompt, prompts, strict=True):
-        text = prompt if isinstance(prompt, str) else model.tokenizer.decode(ids, skip_control=False)
-        tokens = [] if body.logprobs is None else prompt_log_probs(model.engine.model, ids, body.logprobs)
-        if isinstance(prompt, str) and ids != model.tokenizer.encode_documents([prompt])[0]:
-            tokens = tokens[1:]  # a bos that the prompt did not hold
-        echoes.append((text, tokens))
-    return echoes
+def make_echo(model: LoadedModel, prompt: str | list[int], ids: list[int], logprobs: int | None = None) -> Echo:
+    """ids: those of the prompt. logprobs: how many likeliest tokens beside each token; None: no tokens."""
+    text = prompt if isinstance(prompt, str) else model.tokenizer.decode(ids, skip_control=False)
+    tokens = [] if logprobs is None else prompt_log_probs(model.engine.model, ids, logprobs)
+    if isinstance(prompt, str) and ids != model.tokenizer.encode_documents([prompt])[0]:
+        tokens = tokens[1:]  # a bos that the prompt did not hold
+    return text, tokens
 
 
 # --- the process -----------------------------------------------------------------------------------------------------

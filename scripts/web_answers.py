@@ -240,12 +240,15 @@ class ApiRun:
 
 
 def _client(kind, base_url: str, api_key: str, timeout: float = API_TIMEOUT):
-    import httpx
+    import openai
 
-    return kind(
-        base_url=base_url,
+    from scripts.openai_client import new_client
+
+    return new_client(
+        kind,
+        base_url,
         api_key=api_key or "none",  # never the environment's key: it is not meant for whatever URL stands in the page
-        timeout=httpx.Timeout(timeout, connect=5.0),
+        timeout=openai.Timeout(timeout, connect=5.0),
         max_retries=0,
     )
 

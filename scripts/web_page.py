@@ -27,7 +27,7 @@ import torch
 from model.batching import Engine
 from scripts.model_catalog import Entry, find_models, load_entry
 from scripts.web_answers import ApiModel, ApiRun, LocalModel, LocalRun, Settings, list_api_models
-from scripts.web_conversation import FAILED, Answer, Conversation, Turn
+from scripts.web_conversation import FAILED, STOPPED, Answer, Conversation, Turn
 from scripts.web_markdown import literal, safe_markdown
 
 FRAME = 0.08  # seconds between two pictures of an answer that grows
@@ -114,7 +114,10 @@ def regenerate() -> None:
 
 
 def stop() -> None:
-    """Ends the answer that is being made; what there is of it stays."""
+    """Ends the answer that is being made or is to be begun; what there is of it stays."""
+    if page().pending is not None:  # its model is still being loaded
+        page().pending.ending = STOPPED
+        page().pending = None
     if page().run is not None:
         page().run.cancel()
         page().run = None
@@ -128,7 +131,7 @@ def begin_edit(index: int) -> None:
 
 def end_edit(index: int) -> None:
     question = st.session_state[f"edited-{index}"].strip()
-    page().editing = None
+    stop()
     if question:
         page().pending = page().conversation.edit(index, question)
 

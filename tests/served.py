@@ -84,7 +84,7 @@ def running_server(out_dir: Path, *flags: str) -> Iterator[SimpleNamespace]:
     args = serve_openai_api.parse_args([*common, "--max_models", "4", *flags])
     server, listener = serve_openai_api.make_server(args)
     api, port = server.api, listener.getsockname()[1]
-    tokenizer = api.pool._loaded[api.pool.default.root].tokenizer
+    tokenizer = api.pool._loaded[api.pool.default.key].tokenizer
     echo = EchoEngine(tokenizer)
     api.pool.add(Offer(entry_of_file(out_dir / "full_dist_32.pth")), echo, tokenizer)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -287,6 +287,13 @@ def test_queue_is_bounded(dense):
     }
 
 
+def test_a_seed_below_zero_is_another_than_its_opposite(dense):
+    engine = Engine(dense, slots=4)
+    params = [SamplingParams(temperature=1.5, max_new_tokens=20, stop_ids=(), seed=seed) for seed in (-1, -1, 0, 1)]
+    first, again, zero, opposite = [ids_of(engine.submit(random_ids(5), each)) for each in params]
+    assert first == again and len({*map(tuple, (first, zero, opposite))}) == 3
+
+
 # --- what slots hold -------------------------------------------------------------------------------------------------
 
 
@@ -427,6 +434,83 @@ def test_an_exception_ends_the_request_that_caused_it_and_no_other(dense, method
         assert [ids_of(requests[0]), ids_of(requests[2])] == [expected[0], expected[2]]
         assert engine._thread.is_alive()
         assert ids_of(engine.submit(prompts[0], params[0])) == expected[0]
+
+
+def wait_for_ends(requests) -> None:
+    deadline = time.monotonic() + 20
+    while not all(request.finish_reason for request in requests):
+        assert time.monotonic() < deadline, [request.finish_reason for request in requests]
+        time.sleep(0.001)
+
+
+def device_lost(*_):
+    raise RuntimeError("device lost")
+
+
+@pytest.mark.parametrize("method", ["prefill", "decode_one_token"])
+def test_on_a_device_that_fails_for_good_every_request_ends(dense, method, monkeypatch):
+    """Nothing can be cleared or copied either; the thread lives, and all is well again once the device is."""
+    endless = SamplingParams(temperature=0, max_new_tokens=200, stop_ids=())
+    expected = list(stream(dense, random_ids(9), GREEDY))
+    with Engine(dense, slots=3) as engine:
+        assert ids_of(engine.submit(random_ids(9), GREEDY)) == expected
+        running = [engine.submit(random_ids(5, seed=n), endless) for n in range(2)]
+        for request in running:
+            next(iter(request))
+        with monkeypatch.context() as broken:
+            for name in (method, "clear", "copy"):
+                broken.setattr(engine._decoder, name, device_lost)
+            told = []
+            waiting = [engine.submit(random_ids(9), GREEDY, notify=lambda: told.append(1)) for _ in range(5)]
+            wait_for_ends(running + waiting)
+            later = [engine.submit(random_ids(9), GREEDY) for _ in range(2)]
+            wait_for_ends(later)
+            failed = waiting + later + (running if method == "decode_one_token" else [])
+            assert all(request.finish_reason == "error" for request in failed)
+            assert all("device lost" in str(request.error) for request in failed)
+            assert len(told) >= len(waiting) and engine._thread.is_alive()
+            assert (engine.stats()["running"], engine.stats()["waiting"]) == (0, 0)
+        for _ in range(4):
+            assert ids_of(engine.submit(random_ids(9), GREEDY)) == expected
+
+
+@pytest.mark.parametrize("threaded", [True, False])
+def test_a_copy_that_fails_ends_its_own_request(dense, threaded, monkeypatch):
+    text, told = random_ids(30), []
+    endless = SamplingParams(temperature=0, max_new_tokens=200, stop_ids=())
+    engine = Engine(dense, slots=2)
+    if threaded:
+        engine.start()
+    first = engine.submit(text, endless)
+    begun = [next(iter(first)).id]
+    with monkeypatch.context() as broken:
+        broken.setattr(engine._decoder, "copy", device_lost)
+        others = [engine.submit(text + [n], GREEDY, notify=lambda: told.append(1)) for n in range(3)]
+        if threaded:
+            wait_for_ends(others)
+        for request in others:
+            with pytest.raises(RuntimeError, match="device lost"):
+                list(request)
+        assert len(told) == 3
+    after = text + [50]
+    assert_same_answer(dense, after, ids_of(engine.submit(after, GREEDY)), list(stream(dense, after, GREEDY)))
+    assert begun + ids_of(first) == list(stream(dense, text, endless))
+    engine.close()
+
+
+def test_a_layout_that_failed_is_made_again_where_the_old_weights_are_back(monkeypatch):
+    model = tiny_model()
+    engine = Engine(model, slots=2)
+    expected = ids_of(engine.submit([5, 6], GREEDY))
+    apply_lora(model, rank=2)
+    with monkeypatch.context() as broken:
+        broken.setattr(batching, "new_decoder", device_lost)
+        request = engine.submit([5, 6], GREEDY)
+        with pytest.raises(RuntimeError, match="device lost"):
+            engine.step()
+        request.cancel()
+    remove_lora(model)
+    assert ids_of(engine.submit([5, 6], GREEDY)) == expected
 
 
 def test_a_listener_that_fails_ends_only_its_own_request(dense):

@@ -438,6 +438,33 @@ def test_gguf_carries_the_tokenizer(moe, tmp_path, tokenizer, convert):
     assert field("general.architecture") == "bailingmoe" and field("bailingmoe.expert_weights_norm") is True
 
 
+def test_gguf_takes_the_template_from_where_transformers_saves_it(dense, tmp_path, tokenizer, convert):
+    """A file of its own, which goes before what the configuration holds; a note where there is neither."""
+
+    def written(folder: Path) -> tuple[object, str]:
+        target = tmp_path / f"{folder.name}-g"
+        printed = convert("--input", dense, "--output", target, "--to", "gguf", "--tokenizer_path", folder)
+        return gguf.GGUFReader(next(target.glob("*.gguf"))).get_field("tokenizer.chat_template"), printed
+
+    AutoTokenizer.from_pretrained(ROOT / "model").save_pretrained(tmp_path / "saved")
+    shutil.copy(ROOT / "model" / "tokenizer.json", tmp_path / "saved")  # the bytes that the weights know
+    config_file = tmp_path / "saved" / "tokenizer_config.json"
+    config = json.loads(config_file.read_text("utf-8"))
+    assert "chat_template" not in config and (tmp_path / "saved" / "chat_template.jinja").is_file()
+    ours = AutoTokenizer.from_pretrained(ROOT / "model").chat_template
+    field, printed = written(tmp_path / "saved")
+    assert field.contents() == ours and "no chat template" not in printed
+
+    config_file.write_text(json.dumps({**config, "chat_template": "old"}), encoding="utf-8")
+    both = (tmp_path / "saved").rename(tmp_path / "both")
+    assert written(both)[0].contents() == ours == AutoTokenizer.from_pretrained(both).chat_template
+
+    (both / "chat_template.jinja").unlink()
+    (both / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    field, printed = written(both.rename(tmp_path / "neither"))
+    assert field is None and "no chat template" in printed
+
+
 def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused():
     content = json.loads((ROOT / "model" / "tokenizer.json").read_text("utf-8"))
     assert pre_tokenizer(content, Path("x")) == "qwen2"

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import openai
 import pytest
@@ -20,15 +21,17 @@ import torch
 from conftest import ROOT, write_weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from served import ECHO, running_server, wait_until, write_models
+from served import ECHO, EchoEngine, running_server, wait_until, write_models
 
 from benchmarks import serving
 from dataset.text_stream import TextStream
 from model.generation import SamplingParams
 from model.weights import load_model
-from scripts import serve_openai_api
-from scripts.openai_answers import Choice, encode_chat
-from scripts.openai_schema import ChatRequest, parse
+from scripts import chat_openai_api, serve_openai_api
+from scripts.model_catalog import entry_of_file
+from scripts.model_pool import ModelPool, Offer
+from scripts.openai_answers import Choice, encode_chat, prompt_log_probs
+from scripts.openai_schema import ApiError, ChatRequest, parse
 
 QUESTION = [{"role": "user", "content": "the sky was grey 今天"}]
 LONG = {"max_tokens": 6000, "temperature": 0}
@@ -420,11 +423,11 @@ def test_models_in_memory_are_few(out_dir):
         options = {"max_tokens": 2, "temperature": 0}
         loaded = server.api.pool._loaded
         chat(server, model="minimind:lora_medical", **options)
-        assert set(loaded) == {"full_sft_32", ECHO, "full_sft_32:lora_medical"}
-        before = loaded["full_sft_32:lora_medical"].engine
+        assert set(server.api.pool.stats()) == {"full_sft_32", ECHO, "full_sft_32:lora_medical"}
+        before = loaded[out_dir / "full_sft_32.pth", "lora_medical"].engine
         chat(server, "the echo was used later", **options)
         chat(server, model="reason_32_moe", **options)
-        assert set(loaded) == {"full_sft_32", ECHO, "reason_32_moe"}
+        assert set(server.api.pool.stats()) == {"full_sft_32", ECHO, "reason_32_moe"}
         with pytest.raises(RuntimeError, match="closed"):
             before.submit([1], SamplingParams())
         # those that are in use stay
@@ -433,6 +436,31 @@ def test_models_in_memory_are_few(out_dir):
         with pytest.raises(openai.InternalServerError, match="--max_models") as error:
             chat(server, model="minimind:lora_medical", **options)
         assert error.value.status_code == 503 and error.value.response.headers["retry-after"]
+
+
+def test_folders_of_one_name_are_two_models(out_dir, tmp_path):
+    for place, weights in (("a", "full_sft_32"), ("b", "full_dist_32")):
+        load_model(out_dir / f"{weights}.pth")[0].save_pretrained(tmp_path / place / "Mini")
+    with running_server(out_dir, "--load", "1", "--hf_path", str(tmp_path / "a" / "Mini")) as server:
+        server.api.pool._folders = (tmp_path / "b",)
+        options = {"max_tokens": 12, "temperature": 0}
+        default, other = (
+            chat(server, model=name, **options).choices[0].message.content for name in ("minimind", "Mini")
+        )
+        assert default != other
+        assert set(server.api.pool.stats()) == {"Mini", str(tmp_path / "b" / "Mini"), ECHO}
+
+
+def test_room_for_one_model_offers_the_default_alone(out_dir, tokenizer):
+    default = Offer(entry_of_file(out_dir / "full_sft_32.pth"), "lora_medical")
+    for most, names in ((1, ["minimind"]), (2, ["minimind", "minimind:lora_medical", "reason_32_moe"])):
+        pool = ModelPool("minimind", default, out_dir, (), lambda offer: (EchoEngine(tokenizer), tokenizer), most)
+        assert list(pool.offers())[:3] == names
+    pool.max_models = 1
+    assert pool.find("full_sft_32:lora_medical") == default
+    for name in ("full_sft_32", "reason_32_moe", "minimind:lora_medical"):
+        with pytest.raises(ApiError, match="there are: minimind$"):
+            pool.find(name)
 
 
 def test_weights_that_cannot_be_loaded_are_told_and_nothing_else_suffers(out_dir, tmp_path, tokenizer):
@@ -494,6 +522,76 @@ def test_a_client_that_vanishes_frees_its_slot(server):
     assert all(model.users == 0 for model in server.api.pool._loaded.values())
 
 
+def send_and_leave(server, head: str, body: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(f"{head}\r\nHost: x\r\nContent-Type: application/json\r\n\r\n".encode() + body)
+
+
+def test_a_client_that_vanishes_while_it_sends_is_no_mistake_of_the_server(out_dir, capfd):
+    with running_server(out_dir) as server:
+        send_and_leave(server, "POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 1000", b'{"model":')
+        path = "/v1/chat/completions"
+        wait_until(lambda: server.api.metrics.requests)
+        assert dict(server.api.metrics.requests) == {(path, 499): 1}
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.fixture
+def slow_echoes(out_dir, monkeypatch):
+    """A server whose reading of a prompt's log-probs waits for `go`; `read`: the prompts, `most`: at the same time."""
+    go, state, original = threading.Semaphore(0), SimpleNamespace(read=[], now=0, most=0), prompt_log_probs
+
+    def slow(model, ids, top):
+        state.read.append(list(ids))
+        state.now += 1
+        state.most = max(state.most, state.now)
+        assert go.acquire(timeout=20)
+        state.now -= 1
+        return original(model, ids, top)
+
+    monkeypatch.setattr(serve_openai_api, "prompt_log_probs", slow)
+    with running_server(out_dir, "--slots", "4", "--max_queue", "1") as server:
+        server.go, server.state = go, state
+        yield server
+
+
+def echo_body(*prompts: list[int]) -> bytes:
+    body = {"model": "minimind", "prompt": prompts, "echo": True, "logprobs": 1, "max_tokens": 0}
+    return json.dumps(body).encode()
+
+
+def test_prompts_are_read_for_log_probs_one_at_a_time_and_few_may_wait(slow_echoes):
+    server, answers = slow_echoes, []
+    threads = []
+    for number in (1, 2):
+        body = echo_body([number, 5], [number, 6])
+        threads.append(threading.Thread(target=lambda b=body: answers.append(post(server, "/v1/completions", b))))
+        threads[-1].start()
+        wait_until(lambda n=number: server.api.readings == n)
+    status, headers, answer = post(server, "/v1/completions", echo_body([3]))
+    assert (status, answer["error"]["code"]) == (429, "queue_full") and int(headers["retry-after"]) >= 1
+    for _ in range(4):
+        server.go.release()
+    for thread in threads:
+        thread.join(20)
+    assert [status for status, _, _ in answers] == [200, 200] and server.state.most == 1
+    assert [ids[0] for ids in server.state.read] == [1, 2, 1, 2]  # they take turns
+    assert server.api.readings == 0 and not server.api.generations
+
+
+def test_prompts_of_a_client_that_has_gone_are_not_read(slow_echoes):
+    server, body = slow_echoes, echo_body([1], [2], [3])
+    connection = http.client.HTTPConnection("127.0.0.1", server.port)
+    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+    wait_until(lambda: server.state.read)
+    connection.close()
+    wait_until(lambda: server.api.readings == 0)
+    server.go.release(9)
+    assert post(server, "/v1/completions", echo_body([4]))[0] == 200
+    assert server.state.read == [[1], [4]]
+    assert server.api.metrics.requests["/v1/completions", 499] == 1 and not server.api.generations
+
+
 def test_a_full_queue_is_told_with_retry_after(out_dir):
     with running_server(out_dir, "--slots", "1", "--max_queue", "1") as server:
         first, second = (chat(server, stream=True, **LONG) for _ in range(2))
@@ -539,6 +637,7 @@ def test_64_clients_for_a_minute(out_dir):
 
 # --- what is wrong ---------------------------------------------------------------------------------------------------
 
+ONLY_ECHO = {"echo": True, "max_tokens": 0, "logprobs": 1}
 IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]
 
 
@@ -599,6 +698,10 @@ def test_wrong_requests_name_the_field(server, change, param, words):
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 3}, "best_of"),
         ({"logprobs": True}, "logprobs"),
+        ({"prompt": [99999], **ONLY_ECHO}, "prompt"),
+        ({"prompt": [[5], []], **ONLY_ECHO}, "prompt"),
+        ({"prompt": [[]], **ONLY_ECHO, "logprobs": None}, "prompt"),
+        ({"prompt": [5] * 8192, **ONLY_ECHO}, "prompt"),
     ],
 )
 def test_wrong_completions_name_the_field(server, change, param):
@@ -614,6 +717,37 @@ def test_bodies_that_are_no_json_object(server, raw):
     for path in ("/v1/chat/completions", "/v1/completions"):
         status, _, answer = post(server, path, raw)
         assert status == 400 and "JSON" in answer["error"]["message"]
+
+
+def chat_bytes(content: bytes = b"hi", parameters: bytes = b"{}") -> bytes:
+    return (
+        b'{"model": "%s", "messages": [{"role": "user", "content": "%s"}], "tools": [{"type": "function", '
+        b'"function": {"name": "f", "parameters": %s}}]}' % (ECHO.encode(), content, parameters)
+    )
+
+
+@pytest.mark.parametrize("half", [b"\xed\xa0\x80", b"\xed\xbf\xbf", b"\\udc00", b"\\uD83D\xed\xb0\x80"])
+def test_halves_of_characters_are_refused_however_they_are_written(server, half):
+    for body in (chat_bytes(half), chat_bytes(parameters=b'{"a": "%s"}' % half)):
+        status, _, answer = post(server, "/v1/chat/completions", body)
+        assert status == 400 and answer["error"]["type"] == "invalid_request_error", answer
+    for whole in ("花".encode(), b"\\ud83d\\ude00"):
+        assert post(server, "/v1/chat/completions", chat_bytes(whole))[0] == 200
+    assert post(server, "/v1/chat/completions", b"\xef\xbb\xbf" + chat_bytes())[0] == 200  # as Windows marks UTF-8
+
+
+def test_tools_that_are_nested_too_deeply_are_refused(server):
+    for depth, status in ((50, 200), (500, 400), (800, 400)):
+        body = chat_bytes(b"\\ud83d\\ude00", b'{"a":' * depth + b"1" + b"}" * depth)
+        got, _, answer = post(server, "/v1/chat/completions", body)
+        assert got == status and (status == 200 or answer["error"]["param"] == "tools"), answer
+
+
+def test_too_many_prompts_are_refused_before_they_are_encoded(server, monkeypatch):
+    monkeypatch.setattr(serve_openai_api, "encode_completion", lambda *_: 1 / 0)
+    body = {"model": "minimind", "prompt": [""] * 50_000, "max_tokens": 1}
+    status, _, answer = post(server, "/v1/completions", json.dumps(body).encode())
+    assert (status, answer["error"]["code"]) == (400, "too_many_answers")
 
 
 def test_unknown_fields_are_ignored(server):
@@ -669,6 +803,14 @@ def test_the_api_key(out_dir):
         connection.close()
 
 
+def test_an_empty_api_key_is_none(monkeypatch):
+    for variable, flags, expected in (("", [], None), ("x", ["--api_key", ""], None), ("x", [], "x")):
+        monkeypatch.setenv("MINIMIND_API_KEY", variable)
+        assert serve_openai_api.parse_args(flags).api_key == expected
+    monkeypatch.setenv("MINIMIND_API_KEY", "")
+    assert chat_openai_api.parse_args([]).api_key == "none"  # the client's library takes no empty one
+
+
 def test_web_pages_may_ask_only_where_allowed(server, out_dir):
     def allowed(port: int) -> str | None:
         connection = http.client.HTTPConnection("127.0.0.1", port)
@@ -693,11 +835,13 @@ def test_an_error_in_the_middle_of_a_stream_is_told(out_dir):
 
 
 def test_a_mistake_of_the_server_is_a_500_in_the_same_shape(out_dir, monkeypatch):
-    with running_server(out_dir) as server:
+    with running_server(out_dir, "--cors_origin", "http://page") as server:
         monkeypatch.setattr(server.api.pool, "find", lambda name: 1 / 0)
         body = json.dumps({"model": ECHO, "messages": QUESTION}).encode()
-        status, _, answer = post(server, "/v1/chat/completions", body)
+        status, headers, answer = post(server, "/v1/chat/completions", body, Origin="http://page")
         assert status == 500 and answer["error"]["type"] == "server_error"
+        assert headers["access-control-allow-origin"] == "http://page"  # or the page could not read it
+        assert read_metrics(server)['minimind_requests_total{path="/v1/chat/completions",status="500"}'] == 1
 
 
 # --- fuzz ------------------------------------------------------------------------------------------------------------
@@ -827,6 +971,25 @@ def test_malformed_bodies_are_refused_and_never_break_anything(server, request_)
         assert text.endswith("data: [DONE]\n\n"), (text, body)
     else:
         assert json.loads(text)["choices"]
+
+
+# bytes that JSON text does not have, in the places of a valid body
+JUNK = st.sampled_from(
+    [b"\xed\xa0\x80", b"\xed\xb0\x80", b"\xff", b"\xc0\x80", b"\xf5", b"\\udfff", b"\0", b'"', b"\xef\xbb\xbf"]
+)
+
+
+@settings(max_examples=100, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(
+    st.binary(max_size=8) | JUNK, st.binary(max_size=3) | JUNK, st.sampled_from(["content", "parameters", "name", "at"])
+)
+def test_malformed_bytes_are_refused_and_never_break_anything(server, first, second, place):
+    junk = {place: first + second}
+    body = chat_bytes(junk.get("content", b"hi"), b'{"a": "%s"}' % junk.get("parameters", b""))
+    body = body.replace(b'"name": "f', b'"name": "f' + junk.get("name", b""))
+    body = first + body + second if place == "at" else body
+    status, _, answer = post(server, "/v1/chat/completions", body)
+    assert status in (200, 400) and ("error" in answer) == (status == 400), (status, answer, body)
 
 
 @settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True)

@@ -2,10 +2,11 @@
 
 import json
 import random
+import time
 
 import pytest
 
-from dataset.text_stream import StopStrings, TextStream, ToolCall, ToolCallSplitter
+from dataset.text_stream import StopStrings, TextStream, ThoughtSplitter, ToolCall, ToolCallSplitter
 
 
 def streamed(tokenizer, text: str, **options) -> tuple[str, str, bool]:
@@ -101,6 +102,40 @@ def test_thoughts_and_stop_strings_together(tokenizer):
 
 def test_an_answer_without_tags_keeps_its_white_space(tokenizer):
     assert streamed(tokenizer, "  indented\n", split_thoughts=True) == ("", "  indented\n", False)
+
+
+@pytest.mark.parametrize(
+    "make, piece",
+    [
+        (ThoughtSplitter, " " * 11),
+        (ThoughtSplitter, "<think>"),
+        (ToolCallSplitter, " " * 11),
+        (ToolCallSplitter, "<tool_call>"),
+        (lambda: StopStrings(["x" + " " * 90_000, " " * 90_000 + "x"]), " " * 11),
+        (lambda: StopStrings(["ab" * 40_000 + "c", "c" + "ab" * 40_000]), "ab" * 5 + "a"),
+    ],
+)
+def test_a_model_that_repeats_itself_costs_no_more_than_any_other(make, piece):
+    splitter, start = make(), time.process_time()
+    for _ in range(8000):
+        splitter.push(piece)
+    splitter.flush()
+    assert time.process_time() - start < 2  # about 0.1 s; minutes where all that is held back is read each time
+
+
+def test_white_space_is_held_back_until_a_tag_or_a_word_follows():
+    def pieces(splitter, *texts):
+        return [[part if isinstance(part, str) else tuple(part) for part in splitter.push(text)] for text in texts]
+
+    splitter = ThoughtSplitter()
+    assert pieces(splitter, "a", "\n", " ", "\n", "b", " ", "<thi", "nk>", "\n", "c ", " </think>", " ") == [
+        [(False, "a")], [], [], [], [(False, "\n \nb")], [], [], [], [], [(True, "c")], [], [],
+    ]  # fmt: skip
+    assert splitter.flush() == []
+    splitter = ToolCallSplitter()
+    assert pieces(splitter, "a", " ", "\n", "b", " ", "<tool", " ", "_call>") == [
+        ["a"], [], [], [" \nb"], [], [], [" <tool"], [" _call>"],
+    ]  # fmt: skip
 
 
 # --- tool calls ------------------------------------------------------------------------------------------------------

@@ -291,6 +291,17 @@ def test_models_of_a_server_are_listed_or_the_reason_why_not(server, monkeypatch
     assert list_api_models(server.base_url, KEY)[0] == list(MODELS)
 
 
+def test_no_proxy_hears_what_is_said_to_this_machine(open_page, server, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, UNSEEN.removesuffix("/v1"))
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert list_api_models(server.base_url, "") == (list(MODELS), "")
+    app = open_page()
+    use_api(app, server.base_url)
+    assert ask(app).text == "Hello."
+
+
 # --- stopping --------------------------------------------------------------------------------------------------------
 
 
@@ -299,6 +310,24 @@ def wait_for(condition, seconds: float = 10) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.005)
+
+
+@pytest.mark.parametrize("key", ["clear", "Delete-0"])
+def test_what_takes_away_a_question_whose_model_is_still_loaded_leaves_nothing_to_begin(open_page, weights, key):
+    app = open_page(weights)
+    ask(app, "one")
+    page(app).conversation.turns.clear()
+    page(app).pending = page(app).conversation.ask("two")  # as it stands while weights are read
+    click(app, key)
+    assert not page(app).conversation.turns and page(app).pending is None and page(app).run is None
+
+
+def test_asked_twice_while_the_model_is_loaded_the_first_is_stopped_and_the_second_answered(open_page, weights):
+    app = open_page(weights)
+    page(app).pending = page(app).conversation.ask("one")
+    assert ask(app, "two").tokens == 16
+    first, _ = page(app).conversation.turns
+    assert first.answer.ending == STOPPED and "stopped" in shown(app)
 
 
 def test_stopping_frees_the_engine_and_keeps_what_was_said(tokenizer):
