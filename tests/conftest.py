@@ -190,6 +190,15 @@ def write_weights(path: Path, tokenizer: ChatTokenizer, **fields) -> Path:
     return path
 
 
+def write_endless_weights(path: Path, tokenizer: ChatTokenizer, **fields) -> Path:
+    """The same of a model whose answers go on: it is very unlikely to choose an id that ends them."""
+    model = sharp_model(**fields)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[[tokenizer.eos_id, tokenizer.pad_id]] = 0
+    save_weights(path, model, {"config": model.config.to_diff_dict(), "tokenizer_sha256": tokenizer.sha256})
+    return path
+
+
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory, tokenizer) -> Callable[..., dict]:
     """inputs(stage, use_moe=False): flags that name data for five steps and the weights that a stage starts from.

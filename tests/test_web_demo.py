@@ -5,7 +5,7 @@ import threading
 import time
 
 import pytest
-from conftest import ROOT, sharp_model, write_weights
+from conftest import ROOT, sharp_model, write_endless_weights
 from fake_openai import KEY, MODELS, fake_openai
 from streamlit.testing.v1 import AppTest
 
@@ -22,8 +22,8 @@ UNSEEN = "http://127.0.0.1:9/v1"  # the discard port: nothing listens
 def weights(tmp_path_factory, tokenizer):
     """Two models, and an adapter for the smaller one."""
     out_dir = tmp_path_factory.mktemp("out")
-    write_weights(out_dir / "full_sft_32.pth", tokenizer)
-    write_weights(out_dir / "pretrain_48.pth", tokenizer, hidden_size=48)
+    write_endless_weights(out_dir / "full_sft_32.pth", tokenizer)
+    write_endless_weights(out_dir / "pretrain_48.pth", tokenizer, hidden_size=48)
     model = apply_lora(sharp_model(), rank=2)
     (out_dir / "lora").mkdir()
     details = {"config": model.config.to_diff_dict(), "tokenizer_sha256": tokenizer.sha256}
@@ -157,7 +157,7 @@ def test_the_conversation_goes_on_with_another_model(open_page, weights):
 def test_at_most_two_models_are_kept_and_the_oldest_is_closed(open_page, tmp_path, tokenizer):
     threads = len([thread for thread in threading.enumerate() if thread.name == "engine"])
     for size in (32, 48, 64):
-        write_weights(tmp_path / f"full_sft_{size}.pth", tokenizer, hidden_size=size)
+        write_endless_weights(tmp_path / f"full_sft_{size}.pth", tokenizer, hidden_size=size)
     app = open_page(tmp_path)
     for size in (32, 48, 64, 32):
         app.selectbox(key="model").set_value(str(tmp_path / f"full_sft_{size}.pth")).run()
@@ -176,7 +176,7 @@ def test_without_weights_the_page_says_how_to_make_them(open_page, tmp_path, tok
     assert "make quickstart" in shown(app) and "train_pretrain.py" in shown(app) and str(tmp_path / "out") in shown(app)
     assert app.chat_input[0].disabled
     (tmp_path / "out" / "quickstart").mkdir(parents=True)
-    write_weights(tmp_path / "out" / "quickstart" / "full_sft_32.pth", tokenizer)
+    write_endless_weights(tmp_path / "out" / "quickstart" / "full_sft_32.pth", tokenizer)
     app.run()
     assert not app.selectbox, "looking is not done at every click"
     click(app, "look-again")
@@ -185,11 +185,11 @@ def test_without_weights_the_page_says_how_to_make_them(open_page, tmp_path, tok
 
 
 def test_weights_that_are_trained_anew_are_loaded_anew(open_page, tmp_path, tokenizer):
-    path = write_weights(tmp_path / "full_sft_32.pth", tokenizer)
+    path = write_endless_weights(tmp_path / "full_sft_32.pth", tokenizer)
     app = open_page(tmp_path)
     app.slider(key="temperature").set_value(0.0)
     first = ask(app).text
-    write_weights(path, tokenizer, seed=1)
+    write_endless_weights(path, tokenizer, seed=1)
     app.run()
     click(app, "again")
     assert page(app).conversation.turns[-1].answer.text != first
@@ -198,7 +198,7 @@ def test_weights_that_are_trained_anew_are_loaded_anew(open_page, tmp_path, toke
 def test_broken_weights_are_said_and_the_conversation_is_kept(open_page, weights, tmp_path, tokenizer):
     out_dir = tmp_path / "out"
     out_dir.mkdir()
-    path = write_weights(out_dir / "full_sft_32.pth", tokenizer)
+    path = write_endless_weights(out_dir / "full_sft_32.pth", tokenizer)
     app = open_page(out_dir)
     ask(app)
     path.write_bytes(b"no weights")
@@ -208,7 +208,7 @@ def test_broken_weights_are_said_and_the_conversation_is_kept(open_page, weights
 
 
 def test_weights_of_another_tokenizer_are_said(open_page, tmp_path, tokenizer):
-    path = write_weights(tmp_path / "full_sft_32.pth", tokenizer)
+    path = write_endless_weights(tmp_path / "full_sft_32.pth", tokenizer)
     sidecar = json.loads(path.with_suffix(".json").read_text("utf-8")) | {"tokenizer_sha256": "0" * 64}
     path.with_suffix(".json").write_text(json.dumps(sidecar), encoding="utf-8")
     assert "--tokenizer_path" in shown(open_page(tmp_path))
