@@ -162,6 +162,8 @@ def explain(error: openai.OpenAIError, base_url: str) -> str:
         return f"no server at {base_url}; start one with: python scripts/serve_openai_api.py, or name it by --base_url"
     if isinstance(error, openai.AuthenticationError):
         return f"{base_url} asks for a key: --api_key KEY, or MINIMIND_API_KEY"
+    if isinstance(error, openai.NotFoundError) and not base_url.rstrip("/").endswith("/v1"):
+        return f"there is no OpenAI API at {base_url}; is it {base_url.rstrip('/')}/v1?"
     body = getattr(error, "body", None)
     return body["message"] if isinstance(body, dict) and body.get("message") else str(error)
 

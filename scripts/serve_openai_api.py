@@ -639,7 +639,8 @@ def announce(args: argparse.Namespace, pool: ModelPool, port: int) -> None:
     question = json.dumps({"model": pool.name, "messages": [{"role": "user", "content": "你好"}]}, ensure_ascii=False)
     print(f"listening on {url} (Ctrl-C ends it). Try:")
     print(f"  curl {url}/chat/completions -H 'Content-Type: application/json'{key} -d '{question}'")
-    print(f"  python scripts/chat_openai_api.py{'' if port == 8998 else f' --base_url {url}'}", flush=True)
+    more = f"{'' if port == 8998 else f' --base_url {url}'}{' --api_key YOUR_KEY' if args.api_key else ''}"
+    print(f"  python scripts/chat_openai_api.py{more}", flush=True)
     if args.host not in ("127.0.0.1", "localhost", "::1") and not args.api_key:
         note(f"warning: anyone who can reach {args.host} can use this server; --api_key KEY asks for a key")
 

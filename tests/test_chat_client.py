@@ -127,6 +127,11 @@ def test_no_server(monkeypatch, capsys):
     )
 
 
+def test_an_address_without_v1(server, capsys):
+    assert chat_openai_api.main(["--base_url", server.root]) == 1
+    assert f"is it {server.root}/v1?" in capsys.readouterr().err
+
+
 def test_wrong_models_keys_and_flags(run, out_dir, monkeypatch, capsys):
     status, out, err = run("hi", model="gpt-4")
     assert (status, out) == (1, "") and "there is no model 'gpt-4' here; there are: minimind" in err

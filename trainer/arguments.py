@@ -114,7 +114,7 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
     group("--save_interval", type=int, default=100, help="optimizer steps between saves (default: %(default)s)")
     group("--eval_interval", type=int, default=500, help="optimizer steps between evaluations (default: %(default)s)")
     group("--sample_prompt", default="", help="a text that the model continues at every evaluation")
-    add_boolean(parser, "--estimate", False, "time a few steps, print what the run will take, save nothing")
+    add_boolean(parser, "--estimate", False, "time a few steps and print what the run will take; no weights are saved")
     group("--price_per_hour", type=float, help="of this machine in dollars, for --estimate")
     add_boolean(parser, "--resume", False, "go on from the last saved state of this run")
     add_boolean(parser, "--compile", None, "torch.compile (default: on with CUDA, off on a CPU)")

@@ -1,9 +1,9 @@
 """--estimate: what a run will take, before anything is spent.
 
-The stage's own loop runs for a few optimizer steps on the real data and its time and memory are measured; nothing is
-saved. From that comes the time on this machine. Other cards are computed from the operations that the steps counted, at
-a share of the card's peak that is assumed, not measured: see MFU and CARDS. A later run with the same flags says at its
-end how far off the estimate was.
+The stage's own loop runs for a few optimizer steps on the real data and its time and memory are measured; no weights
+are saved. From that comes the time on this machine. Other cards are computed from the operations that the steps
+counted, at a share of the card's peak that is assumed, not measured: see assumed_mfu and CARDS. A later run with the
+same flags says at its end how far off the estimate was.
 """
 
 import argparse
@@ -106,7 +106,8 @@ class Calibration:
         write_json(self.path, {"seconds": total, "bytes": m["bytes"], "flags": relevant_flags(args, self.process)})
         lines = [
             f"{parameters / 1e6:.2f}M parameters, {(parameters - frozen) / 1e6:.2f}M of them trained",
-            f"{m['tokens'] * steps / 1e6:,.1f}M tokens in {plural(steps, 'step')}, {m['tokens']:,.0f} tokens a step",
+            f"{m['tokens'] * steps / 1e6:,.1f}M tokens in {plural(steps, 'step')}, {m['tokens']:,.0f} tokens a step"
+            + f" ({plural(args.epochs, 'epoch')})" * (args.epochs > 1),
             "",
             f"this machine ({self.process.device}, {plural(world, 'process')} of {threads})",
             f"  {m['step']:.2f} s a step ± {m['spread'] / m['step']:.0%} ({m['steps']} timed), "
