@@ -38,6 +38,7 @@ from model.loading import (
     experts_in,
     find_weights,
     load_folder,
+    read_facts,
     stretch_context,
     trained_length,
 )
@@ -152,7 +153,7 @@ def load(args: argparse.Namespace) -> tuple[torch.nn.Module, ChatTokenizer, str]
     if args.load == 1 and not args.tokenizer_path and (hf_folder / "tokenizer.json").is_file():
         tokenizer_path = hf_folder
     if args.load == 1:
-        model, source, sidecar = load_folder(hf_folder, args.trust_remote_code, dtype), hf_folder, None
+        model, source, sidecar = load_folder(hf_folder, args.trust_remote_code, dtype), hf_folder, read_facts(hf_folder)
         tokenizer = ChatTokenizer(tokenizer_path)
     else:
         tokenizer = ChatTokenizer(tokenizer_path)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from model.model_minimind import MiniMindForCausalLM, yarn_parameters
-from model.weights import WeightsError, missing_message, weight_path
+from model.weights import WeightsError, missing_message, read_sidecar, weight_path
 
 STAGE_OF_MODE = {0: "pretrain", 1: "full_sft", 2: "rlhf", 3: "reason", 4: "full_dist"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -61,11 +61,24 @@ def read_config(folder: Path) -> dict:
     """config.json of a folder in Hugging Face format."""
     config_file = folder / "config.json"
     if not config_file.is_file():
-        raise ValueError(f"{config_file} not found; --hf_path takes a folder that save_pretrained wrote")
+        beside = sorted(file.parent.name for file in folder.absolute().parent.glob("*/config.json"))
+        there = f"; there are: {', '.join(beside)}" if beside else ""
+        raise ValueError(f"{config_file} not found; --hf_path takes a folder that save_pretrained wrote{there}")
     try:
         return json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{config_file} is not valid JSON: {error}") from error
+
+
+def facts_path(path: Path) -> Path:
+    """The file of what a sidecar tells, in other formats: minimind.json in a folder, NAME.gguf.json beside a NAME.gguf
+    (NAME.json would be the sidecar of a NAME.pth)."""
+    return path / "minimind.json" if path.suffix != ".gguf" else path.with_name(path.name + ".json")
+
+
+def read_facts(path: Path) -> dict:
+    """Stage, flags, metrics and tokenizer of weights that scripts/convert_model.py wrote; {} where nothing tells."""
+    return read_sidecar(facts_path(path)) or {}
 
 
 def load_folder(folder: Path, trust_remote_code: bool, dtype: torch.dtype) -> nn.Module:
@@ -141,7 +154,8 @@ def stretch_context(model: nn.Module, factor: float, trained_length: int) -> Non
 
 
 def trained_length(sidecar: dict | None, given: int | None) -> int:
-    """Tokens of the longest rows that the weights were trained on: what is given, else what their sidecar says."""
+    """Tokens of the longest rows that the weights were trained on: what is given, else what their sidecar says (for a
+    folder in Hugging Face format, read_facts)."""
     known = given or (sidecar or {}).get("flags", {}).get("max_seq_len")
     if not known:
         raise ValueError("--rope_scaling: name the length in tokens that the weights were trained on, --trained_length")

@@ -20,6 +20,7 @@ import copy
 import glob
 import importlib.util
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -41,8 +42,10 @@ from model.loading import (
     STAGE_OF_MODE,
     check_sizes,
     check_vocabulary,
+    facts_path,
     find_weights,
     load_folder,
+    read_facts,
     stretch_context,
     trained_length,
 )
@@ -75,6 +78,7 @@ from model.weights import (
     write_atomically,
     write_json,
 )
+from model.weights import find_weights as find_named_weights
 
 FORMATS = ("llama", "qwen2_moe", "minimind", "gguf", "pth", "peft", "lora")
 HF_FORMATS = ("llama", "qwen2_moe", "minimind")
@@ -138,8 +142,10 @@ class Source:
     kind: str  # pth, old, hf, gguf
     tokenizer: ChatTokenizer
     sidecar: dict
+    knows_tokenizer: bool  # else it is a guess that the tokenizer is theirs
     reference: torch.nn.Module | None = None  # the input in transformers' own class, where it is not ours
     adapter: str = ""  # merged in
+    adapter_path: Path | None = None
 
     def computing(self, rounded_to: torch.dtype | None = None) -> torch.nn.Module:
         """The input's own model in float32, its weights rounded first to the dtype that is written."""
@@ -154,6 +160,18 @@ class Source:
     @property
     def config(self) -> MiniMindConfig:
         return self.model.config
+
+    @property
+    def facts(self) -> dict:
+        """What is known besides the configuration, for the sidecar or minimind.json."""
+        facts = {key: value for key, value in self.sidecar.items() if key not in ("config", "tokenizer_sha256")}
+        facts["converted_from"] = self.path.name
+        if "flags" in facts:  # without paths: folders are published, and where files lay is nobody else's business
+            flags = facts["flags"].items()
+            facts["flags"] = {name: v for name, v in flags if not (isinstance(v, str) and re.search(r"[/\\]", v))}
+        if self.knows_tokenizer:
+            facts["tokenizer_sha256"] = self.tokenizer.sha256
+        return facts
 
     @property
     def name(self) -> str:
@@ -203,9 +221,10 @@ def read_source(path: Path, kind: str, args: argparse.Namespace) -> Source:
             state = from_old_names(state, fields.get("num_attention_heads", MiniMindConfig().num_attention_heads))
         config = config_from_state_dict(state, {"config": fields})
     elif kind == "gguf":
-        (state, config), sidecar = read_gguf(path), {}
+        (state, config), sidecar = read_gguf(path), agreed_facts(path, tokenizer.sha256)
     else:
-        reference, sidecar = load_folder(path, trust_remote_code=False, dtype="auto"), {}
+        reference = load_folder(path, trust_remote_code=False, dtype="auto")
+        sidecar = agreed_facts(path, tokenizer.sha256)
         state, config = from_hf(reference.state_dict(), reference.config)
         reference = None if isinstance(reference, MiniMindForCausalLM) else reference
     model = build(state, config)
@@ -216,10 +235,20 @@ def read_source(path: Path, kind: str, args: argparse.Namespace) -> Source:
             stretch_context(part, args.rope_scaling, trained_length(sidecar, args.trained_length))
     elif args.trained_length is not None:
         raise ValueError("--trained_length belongs to --rope_scaling FACTOR")
-    source = Source(model, path, kind, tokenizer, sidecar, reference)
+    known = "tokenizer_sha256" in sidecar or bool(args.tokenizer_path) or own_tokenizer
+    source = Source(model, path, kind, tokenizer, sidecar, known, reference)
     if args.lora_name.lower() != "none":
         merge_adapter(source, find_lora(args.lora_name, args.out_dir, config.hidden_size, config.use_moe))
     return source
+
+
+def agreed_facts(path: Path, tokenizer_sha256: str) -> dict:
+    """What minimind.json tells, if it is about weights of the tokenizer in use."""
+    facts = read_facts(path)
+    known = facts.get("tokenizer_sha256")
+    if known not in (None, tokenizer_sha256):
+        warnings.warn(f"{facts_path(path)} names another tokenizer than the one in use; left aside", stacklevel=2)
+    return facts if known == tokenizer_sha256 else {}
 
 
 def merge_adapter(source: Source, path: Path) -> None:
@@ -231,6 +260,7 @@ def merge_adapter(source: Source, path: Path) -> None:
     compare(before, logits_of(model))
     source.model, source.reference = model, None
     source.sidecar = {**source.sidecar, "merged_adapter": path.name}
+    source.adapter_path = path
     source.adapter = f"-{path.stem.removesuffix('_moe').rsplit('_', 1)[0]}"
 
 
@@ -326,6 +356,12 @@ def publish(staged: Path, folder: Path) -> None:
             shard.unlink()
 
 
+def check_not_read(target: Path, *read: Path | None) -> None:
+    """Not even --force replaces what the conversion is made from."""
+    if target.exists() and any(path is not None and path.exists() and target.samefile(path) for path in read):
+        raise ValueError("the target is what was read; name another with --output")
+
+
 def check_target(target: Path, force: bool, *files: Path) -> None:
     """A folder to be filled must be empty, and single files must not exist, unless --force is given."""
     if files:
@@ -374,6 +410,7 @@ def write_beside(source: Source, folder: Path, kind: str, dtype: torch.dtype, na
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (source.tokenizer.path / file).is_file():
             shutil.copyfile(source.tokenizer.path / file, folder / file)
+    write_json(facts_path(folder), source.facts)
     card = model_card(source, kind, dtype, name)
     write_atomically(folder / "README.md", lambda file: file.write(card.encode()))
 
@@ -451,7 +488,8 @@ def write_gguf_folder(source: Source, target: Path, gguf_type: str, args: argpar
     single = target.suffix == ".gguf"
     folder = target.parent if single else target
     name = target.stem if single else f"{source.name}-{gguf_type}"
-    check_target(folder, args.force, *((target, folder / "Modelfile") if single else ()))
+    check_not_read(folder / f"{name}.gguf", source.path)
+    check_target(folder, args.force, *((target, folder / "Modelfile", facts_path(target)) if single else ()))
     with staging(target) as staged:
         file = staged / f"{name}.gguf"
         if gguf_type == "F16":
@@ -470,6 +508,7 @@ def write_gguf_folder(source: Source, target: Path, gguf_type: str, args: argpar
         compare(before, logits_of(build(*read_gguf(file))))
         text = modelfile(source.tokenizer, file.name)
         write_atomically(staged / "Modelfile", lambda out: out.write(text.encode()))
+        write_json(facts_path(file), source.facts)
         publish(staged, folder)
     say(f"wrote {folder / file.name} and {folder / 'Modelfile'}")
 
@@ -498,10 +537,7 @@ PARAMETER repeat_penalty 1.0
 def write_pth(source: Source, target: Path, args: argparse.Namespace) -> None:
     """A weight file of ours, float16, with its sidecar."""
     check_target(target, args.force, target, sidecar_path(target))
-    sidecar = {**source.sidecar, "config": source.config.to_diff_dict(), "converted_from": source.path.name}
-    own = source.kind == "hf" and source.tokenizer.path == source.path.absolute()
-    if own or args.tokenizer_path or "tokenizer_sha256" in source.sidecar:  # else nobody knows which tokenizer it is
-        sidecar["tokenizer_sha256"] = source.tokenizer.sha256
+    sidecar = {"config": source.config.to_diff_dict(), **source.facts}
     with staging(target) as folder:
         before = logits_of(source.computing(torch.float16))
         save_weights(folder / target.name, source.model, sidecar)
@@ -519,22 +555,30 @@ def convert_adapter(path: Path, kind: str, args: argparse.Namespace) -> None:
     if kind == "adapter":
         pairs, sidecar = read_lora(path), read_sidecar(path) or {}
     else:
-        pairs, sidecar = read_peft(path), {}
-    model = adapter_base(pairs, sidecar, args)
+        pairs, sidecar = read_peft(path), read_facts(path)
+        if args.tokenizer_path:
+            sidecar = agreed_facts(path, ChatTokenizer(args.tokenizer_path).sha256)
+    base = None if args.base is None else base_path(args)
+    model = adapter_base(pairs, sidecar, base, args)
     if kind == "adapter":
         load_lora(model, path)
         target = Path(args.output or Path(args.out_dir) / "peft" / path.stem)
+        check_not_read(target, path, base)
         check_target(target, args.force)
         with staging(target) as folder:
             save_peft(folder, model, base_model=args.base or "")
+            write_json(facts_path(folder), {**sidecar, "converted_from": path.name})
             compare(logits_of(model), logits_of(with_peft(model, folder)))
             publish(folder, target)
     else:
         before = logits_of(with_peft(model, path))
-        target = Path(args.output or lora_path(args.out_dir, path.name, model.config.hidden_size, model.config.use_moe))
+        size = model.config.hidden_size, model.config.use_moe
+        name = path.absolute().name.removesuffix(lora_path("", "", *size).stem)  # export names folders with the size
+        target = Path(args.output or lora_path(args.out_dir, name, *size))
+        check_not_read(target, path, base)
         check_target(target, args.force, target, sidecar_path(target))
         put_on(model, pairs)
-        about = {"config": model.config.to_diff_dict(), "converted_from": path.name}
+        about = {**sidecar, "config": model.config.to_diff_dict(), "converted_from": path.name}
         if args.tokenizer_path:
             about["tokenizer_sha256"] = ChatTokenizer(args.tokenizer_path).sha256
         with staging(target) as folder:
@@ -544,11 +588,10 @@ def convert_adapter(path: Path, kind: str, args: argparse.Namespace) -> None:
     say(f"wrote {target}")
 
 
-def adapter_base(pairs: dict, sidecar: dict, args: argparse.Namespace) -> MiniMindForCausalLM:
+def adapter_base(pairs: dict, sidecar: dict, base: Path | None, args: argparse.Namespace) -> MiniMindForCausalLM:
     """The model in float32 that an adapter is checked on: --base, or random weights of the adapter's sizes."""
-    if args.base is not None:
-        path = base_path(args)
-        return load_model(path)[0].float()
+    if base is not None:
+        return load_model(base)[0].float()
     fields = dict(sidecar.get("config", {}))
     if not fields:  # adapters of other programs, and old ones: the sizes that their matrices show
         inside = {name.rsplit(".", 1)[-1]: (a.shape[1], b.shape[0]) for name, (a, b) in pairs.items()}
@@ -574,7 +617,13 @@ def adapter_base(pairs: dict, sidecar: dict, args: argparse.Namespace) -> MiniMi
 def base_path(args: argparse.Namespace) -> Path:
     if args.base in STAGES:
         return find_weights(args.out_dir, args.base, args.hidden_size, args.use_moe)
-    return Path(args.base)
+    try:
+        return find_named_weights(args.base, args.out_dir, args.hidden_size or 512, bool(args.use_moe))
+    except WeightsError as error:
+        if args.base.endswith(".pth"):
+            raise
+        found = ", ".join(sorted(path.name for path in Path(args.out_dir).glob("*.pth"))) or "no weights"
+        raise WeightsError(f"--base {error}. {args.out_dir} holds: {found}") from error
 
 
 def put_on(model: MiniMindForCausalLM, pairs: dict) -> None:
@@ -644,6 +693,7 @@ def convert(args: argparse.Namespace) -> None:
     if args.dtype is not None and to not in HF_FORMATS:
         raise ValueError(f"--dtype is for folders in Hugging Face format; a .{to} file has a type of its own")
     target = Path(args.output) if args.output else default_output(source, to, gguf_type, args)
+    check_not_read(target, path, source.adapter_path)
     say(f"{path}: {describe(source)} -> {to}")
     if to == "gguf":
         write_gguf_folder(source, target, gguf_type, args)

@@ -20,7 +20,7 @@ if str(ROOT) not in sys.path:
 
 from dataset.tokenization import ChatTokenizer
 from model import loading
-from model.loading import check_vocabulary, choose_device, choose_dtype, load_folder, stretch_context
+from model.loading import check_vocabulary, choose_device, choose_dtype, load_folder, read_facts, stretch_context
 from model.model_lora import find_lora, load_lora, merge_lora
 from model.weights import STAGES, load_model
 
@@ -121,14 +121,15 @@ def load_entry(
     """The model in eval mode on its device, with the adapter (a name or a .pth) merged in, and its tokenizer.
 
     dtype: a name or a torch dtype; None chooses by device. rope_scaling: YaRN's factor over trained_length, by default
-    what the sidecar says. ValueError says what is wrong with files or flags.
+    what the sidecar, or the folder's minimind.json, says. ValueError says what is wrong with files or flags.
     """
     device = choose_device(str(device))
     dtype = dtype if isinstance(dtype, torch.dtype) else choose_dtype(dtype, device)
     own = entry.path if entry.kind == "hf" and (entry.path / "tokenizer.json").is_file() else ROOT / "model"
     tokenizer = ChatTokenizer(tokenizer_path or own)
     if entry.kind == "hf":
-        model, sidecar = load_folder(entry.path, trust_remote_code, torch.float32 if lora_name else dtype), None
+        model = load_folder(entry.path, trust_remote_code, torch.float32 if lora_name else dtype)
+        sidecar = read_facts(entry.path)
     else:
         model, sidecar = load_model(entry.path, tokenizer.sha256)
     if rope_scaling is not None:

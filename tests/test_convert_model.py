@@ -545,6 +545,28 @@ def test_an_adapter_works_in_the_peft_library(dense, tmp_path, tokenizer, conver
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
 
+def test_an_adapter_comes_back_from_peft_under_its_name(dense, tmp_path, tokenizer, convert, refused, recwarn):
+    path = adapter(tmp_path / "lora" / "identity8_64.pth", dense, tokenizer)
+    before = torch.load(path)
+    convert("--input", path, "--out_dir", tmp_path)
+    back = ["--input", tmp_path / "peft" / "identity8_64", "--out_dir", tmp_path]
+    assert f"{path} exists; --force" in refused(*back)
+    convert(*back, "--force")
+    assert [file.name for file in path.parent.glob("*.pth")] == ["identity8_64.pth"]
+    assert all(torch.equal(tensor, before[key]) for key, tensor in torch.load(path).items())
+    assert read_sidecar(path)["config"]["num_attention_heads"] == 4
+    recwarn.clear()
+    load_lora(load_model(dense)[0].float(), path, tokenizer.sha256)
+    assert not [warning for warning in recwarn if "tokenizer" in str(warning.message)]
+
+
+def test_an_unknown_base_is_named_with_what_there_is(dense, tmp_path, tokenizer, refused):
+    path = adapter(tmp_path / "lora_x_64.pth", dense, tokenizer)
+    message = refused("--input", path, "--base", "nosuch", "--out_dir", dense.parent)
+    assert "--base nosuch is neither a .pth file nor a stage; the stages are pretrain, full_sft" in message
+    assert f"{dense.parent} holds: full_sft_64.pth" in message
+
+
 @pytest.mark.parametrize("options", [{"lora_alpha": 32}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 2.0}}])
 def test_an_adapter_of_the_peft_library_becomes_ours(options, dense, tmp_path, convert):
     convert("--input", dense, "--output", tmp_path / "hf", "--dtype", "float32")
@@ -592,7 +614,7 @@ def test_without_flags_it_does_what_it_always_did(tmp_path, tokenizer, monkeypat
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "MiniMind2-Small")
     assert isinstance(model, LlamaForCausalLM) and model.dtype == torch.float16
     names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    assert files(tmp_path / "MiniMind2-Small").keys() == names | {"README.md"}
+    assert files(tmp_path / "MiniMind2-Small").keys() == names | {"README.md", "minimind.json"}
 
 
 @pytest.mark.parametrize(
@@ -655,6 +677,55 @@ def test_a_target_that_holds_something_is_replaced_only_by_force(dense, moe, tmp
         convert("--input", dense, *flags)
         assert "exists" in refused("--input", dense, *flags)
         convert("--input", dense, *flags, "--force")
+
+
+def test_what_was_read_is_never_replaced(tmp_path, tokenizer, convert, refused):
+    """Not even by force: the default name of --to pth is that of the weights an adapter is merged into."""
+    base = write_weights(tmp_path / "full_sft_64.pth", tokenizer, **SHAPE)
+    lora = adapter(tmp_path / "lora" / "lora_x_64.pth", base, tokenizer)
+    convert("--input", base, "--output", tmp_path / "hf")
+    convert("--input", base, "--output", tmp_path / "g", "--to", "gguf")
+    convert("--input", lora, "--output", tmp_path / "peft")
+    gguf_file = next((tmp_path / "g").glob("*.gguf"))
+    (tmp_path / "link.pth").symlink_to(base)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    merge = ["--out_dir", tmp_path, "--lora_name", "lora_x", "--to", "pth"]
+    for flags in (
+        merge,
+        [*merge, "--output", lora],
+        ["--input", base, "--to", "pth", "--output", tmp_path / "link.pth"],
+        ["--input", tmp_path / "hf", "--to", "llama", "--output", tmp_path / "g" / ".." / "hf"],
+        ["--input", gguf_file, "--to", "gguf", "--output", gguf_file],
+        ["--input", gguf_file, "--to", "gguf", "--output", tmp_path / "g"],
+        ["--input", tmp_path / "peft", "--output", base, "--base", base],
+    ):
+        assert refused(*flags, "--force") == "error: the target is what was read; name another with --output"
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    convert(*merge, "--output", tmp_path / "merged.pth")
+    assert read_sidecar(tmp_path / "merged.pth")["merged_adapter"] == "lora_x_64.pth"
+
+
+@pytest.mark.parametrize("flags", [["--to", "llama"], ["--to", "minimind"], ["--to", "gguf"]])
+def test_what_the_sidecar_tells_comes_back(flags, tmp_path, tokenizer, other_tokenizer, convert, capsys):
+    about = {"stage": "rlhf", "metrics": {"loss": 1.5}, "flags": {"max_seq_len": 96}, "progress": {"step": 8}}
+    with_path = about | {"flags": {"max_seq_len": 96, "data_path": "/home/me/data.jsonl"}}  # stays on this machine
+    path = save_model(tmp_path / "rlhf_64.pth", sharp_model(**SHAPE), tokenizer, **with_path)
+    convert("--input", path, "--output", tmp_path / "there", *flags)
+    source = next((tmp_path / "there").glob("*.gguf"), tmp_path / "there")
+    convert("--input", source, "--to", "pth", "--output", tmp_path / "back.pth")
+    sidecar = read_sidecar(tmp_path / "back.pth")
+    expected = {**read_sidecar(path), "flags": about["flags"], "converted_from": source.name}
+    assert sidecar == expected | {"config": sidecar["config"]}
+    convert("--input", source, "--to", "gguf", "--output", tmp_path / "long.gguf", "--rope_scaling", "4")
+    assert read_gguf(tmp_path / "long.gguf")[1].rope_scaling["original_max_position_embeddings"] == 96
+    # with another tokenizer they are not these weights' facts
+    convert_model.main(
+        ["--input", str(source), "--to", "pth", "--output", str(tmp_path / "other.pth")]
+        + ["--tokenizer_path", str(other_tokenizer)]
+    )
+    assert "names another tokenizer" in capsys.readouterr().err
+    sidecar = read_sidecar(tmp_path / "other.pth")
+    assert not about.keys() & sidecar.keys() and sidecar["tokenizer_sha256"] != tokenizer.sha256
 
 
 @pytest.mark.parametrize(

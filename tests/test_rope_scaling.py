@@ -15,6 +15,9 @@ from benchmarks import context_length
 from model.export import hf_config
 from model.loading import stretch_context, trained_length
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, rotary_frequencies, rotary_tables
+from model.weights import save_weights
+from scripts import convert_model
+from scripts.model_catalog import entry_of_folder, load_entry
 
 SHAPES = [(64, 1e6, 512, 4.0), (32, 1e4, 256, 8.0), (96, 1e6, 2048, 2.5), (8, 1e6, 64, 4.0)]
 
@@ -132,6 +135,22 @@ def test_the_chat_takes_the_flag(tmp_path, tokenizer):
     for flags in (["--rope_scaling", "4"], ["--trained_length", "16"]):
         with pytest.raises(ValueError, match="--rope_scaling"):
             loaded(*flags)
+
+
+def test_a_converted_folder_knows_its_trained_length(tmp_path, tokenizer):
+    model = sharp_model(scale=3.0)
+    about = {"config": model.config.to_diff_dict(), "flags": {"max_seq_len": 48}, "tokenizer_sha256": tokenizer.sha256}
+    save_weights(tmp_path / "full_sft_32.pth", model, about)
+    folder = tmp_path / "MiniMind2"
+    convert_model.main(["--input", str(tmp_path / "full_sft_32.pth"), "--output", str(folder)])
+    flags = ["--load", "1", "--hf_path", str(folder), "--device", "cpu", "--rope_scaling", "4"]
+    chat = eval_model.load(eval_model.parse_args(flags))[0]
+    served = load_entry(entry_of_folder(folder, tmp_path), rope_scaling=4.0)[0]
+    for loaded in (chat, served):
+        assert loaded.config.rope_parameters["original_max_position_embeddings"] == 48
+    flags[3] = str(tmp_path / "MiniMind3")
+    with pytest.raises(ValueError, match=r"MiniMind3/config.json not found.*; there are: MiniMind2$"):
+        eval_model.load(eval_model.parse_args(flags))
 
 
 def test_perplexity_by_position_is_measured(tmp_path, tokenizer, capsys):

@@ -19,7 +19,7 @@ MODEL_INPUTS = ("input_ids", "position_ids", "document_ids", "cu_seqlens", "max_
 
 def plural(count: int, noun: str) -> str:
     """1 process, 1,024 processes"""
-    ending = "es" if noun.endswith(("s", "ch")) else "s"
+    ending = "es" if noun.endswith(("s", "ch")) and noun != "epoch" else "s"
     return f"{count:,} {noun}{ending * (count != 1)}"
 
 
