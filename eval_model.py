@@ -31,6 +31,7 @@ from model.generation import SamplingParams, stream
 from model.loading import (
     DTYPES,
     STAGE_OF_MODE,
+    boolean,
     check_sizes,
     check_vocabulary,
     choose_device,
@@ -67,12 +68,6 @@ TEST_BEGINNINGS = [
     "The capital of France is",
     "Once upon a time, there was a little girl who",
 ]
-
-
-def boolean(text: str) -> bool:
-    if text.lower() not in ("true", "1", "yes", "false", "0", "no"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() in ("true", "1", "yes")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -1,5 +1,6 @@
 """From what people name by flags (stage, size, folder, device, dtype) to a model that is ready to answer."""
 
+import argparse
 import json
 import os
 import re
@@ -13,6 +14,13 @@ from model.weights import WeightsError, missing_message, read_sidecar, weight_pa
 
 STAGE_OF_MODE = {0: "pretrain", 1: "full_sft", 2: "rlhf", 3: "reason", 4: "full_dist"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def boolean(text: str) -> bool:
+    """`--flag`, `--flag true` and `--flag False` all mean what they say."""
+    if text.lower() not in ("true", "1", "yes", "false", "0", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() in ("true", "1", "yes")
 
 
 def choose_device(name: str) -> torch.device:

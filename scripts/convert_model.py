@@ -40,6 +40,7 @@ from model.gguf_format import chat_template, check_gguf_type, read_gguf, round_t
 from model.loading import (
     DTYPES,
     STAGE_OF_MODE,
+    boolean,
     check_sizes,
     check_vocabulary,
     facts_path,
@@ -88,12 +89,6 @@ NO_TEMPLATE = "note: the tokenizer has no chat template, so runtimes cannot chat
 TOLERANCE = 1e-4
 # rounding a float32 adapter to float16: root mean square of the difference, relative to that of the logits
 ROUNDING_TOLERANCE = 0.01
-
-
-def boolean(text: str) -> bool:
-    if text.lower() not in ("true", "1", "yes", "false", "0", "no"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() in ("true", "1", "yes")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -47,7 +47,7 @@ from starlette.types import ASGIApp
 from dataset.tokenization import ChatTokenizer
 from model.batching import Engine, QueueFull, Token
 from model.generation import SamplingParams
-from model.loading import DTYPES, STAGE_OF_MODE, check_sizes, find_weights, read_config
+from model.loading import DTYPES, STAGE_OF_MODE, boolean, check_sizes, find_weights, read_config
 from model.model_lora import find_lora
 from scripts.model_catalog import entry_of_file, entry_of_folder, load_entry
 from scripts.model_pool import LoadedModel, ModelPool, Offer
@@ -67,12 +67,6 @@ Echo = tuple[str, list[Token]]  # a prompt's text and, where log-probs are asked
 
 BODY_SECONDS = 30  # a body that has not arrived by then is given up
 FIRST_TOKEN_BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)  # seconds
-
-
-def boolean(text: str) -> bool:
-    if text.lower() not in ("true", "1", "yes", "false", "0", "no"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() in ("true", "1", "yes")
 
 
 def at_least(least: int) -> Callable[[str], int]:
