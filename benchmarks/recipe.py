@@ -69,6 +69,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             add("--learning_rate", dest="learning_rates", type=float, nargs=1, required=True)
             add("--rows", type=int, nargs=1, required=True, help="rows of 512 in an optimizer step")
         add("--seeds", type=int, nargs="+", default=[0])
+        add("--ideas", nargs="*", default=[], metavar="IDEA=NUMBER", help="of recipe_ideas.py")
         add("--hidden_size", type=int, default=256)
         add("--num_hidden_layers", type=int, default=4)
         add("--data_path", type=Path, required=True)
@@ -84,8 +85,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def key_of(run: dict) -> str:
     """What decides the result of a run."""
-    names = ("recipe", "tokens", "learning_rate", "rows", "seed", "hidden_size", "num_hidden_layers", "data", "more")
-    return json.dumps({name: run[name] for name in names}, sort_keys=True)
+    names = (
+        "recipe",
+        "tokens",
+        "learning_rate",
+        "rows",
+        "seed",
+        "hidden_size",
+        "num_hidden_layers",
+        "data",
+        "more",
+        "ideas",
+    )
+    return json.dumps({name: run.get(name, []) for name in names}, sort_keys=True)
 
 
 def read_results(path: Path) -> list[dict]:
@@ -107,6 +119,8 @@ def run_ours(run: dict, args: argparse.Namespace) -> dict:
             "log_interval": 50, "save_interval": 10**6, "eval_interval": 10**6,
         }  # fmt: skip
         command = [sys.executable, str(ROOT / "trainer" / "train_pretrain.py")]
+        if run["ideas"]:
+            command = [sys.executable, str(ROOT / "benchmarks" / "recipe_ideas.py"), *run["ideas"], "--"]
         command += [f"--{name}={value}" for name, value in flags.items()] + RECIPES[run["recipe"]] + run["more"]
         done = subprocess.run(
             command, env=os.environ | {"OMP_NUM_THREADS": str(args.threads)}, capture_output=True, text=True
@@ -191,7 +205,7 @@ def execute(args: argparse.Namespace) -> None:
         run = {
             "recipe": args.recipe, "tokens": int(args.tokens), "learning_rate": learning_rate, "rows": rows,
             "seed": seed, "hidden_size": args.hidden_size, "num_hidden_layers": args.num_hidden_layers, "data": data,
-            "more": args.more,
+            "more": args.more, "ideas": args.ideas,
         }  # fmt: skip
         if key_of(run) in known:
             continue
@@ -209,7 +223,7 @@ def execute(args: argparse.Namespace) -> None:
 
 
 def describe(run: dict) -> str:
-    more = f" {' '.join(run['more'])}" if run["more"] else ""
+    more = "".join(f" {word}" for word in [*run["more"], *run.get("ideas", [])])
     return (
         f"{run['hidden_size']}×{run['num_hidden_layers']} {run['recipe']}{more}, lr {run['learning_rate']:g}, "
         f"{run['rows']} rows, {run['tokens'] / 1e6:.2f}M tokens"
