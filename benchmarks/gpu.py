@@ -1,14 +1,18 @@
 """One command for whoever has a GPU: how fast training and decoding are on it, beside transformers, in 8 minutes.
 
-    python benchmarks/gpu.py [--json out/gpu.json]
+    python benchmarks/gpu.py [--data_path FILE.jsonl] [--json out/gpu.json]
 
 For the 26M, the 104M and the MoE 145M preset, in bfloat16, one optimizer step for every 32 rows of 512:
 
   ours                   as the stage scripts train: packed rows, variable-length attention, compiled, fused AdamW
   - compile, - varlen, - fused AdamW, - loss in blocks, - grouped products, - packing
                          the same with that one thing turned off, what it was worth
+  + Muon                 the same with Muon, which steps once for 32 rows here and for 256 in pretraining
   transformers, padded   LlamaForCausalLM, eager, each document padded to 512 (dense presets)
   transformers, packed   the same model compiled, with our packed rows (dense presets)
+
+The documents are those of the sample, joined to the length of web texts, unless --data_path names others. What tells
+most is measured first; what --budget has no time for is left out, and a contender that fails leaves the others alone.
 
 Printed for each: useful tokens (not padding) per second, MFU against the best matrix product of this run, peak memory,
 seconds until warm (compiling), share of time that waits for the loader; then tokens per second of decoding at 1, 16 and
@@ -18,7 +22,10 @@ seconds until warm (compiling), share of time that waits for the loader; then to
 import argparse
 import contextlib
 import functools
+import gc
+import itertools
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -31,6 +38,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
+from torch.utils.data import DataLoader, RandomSampler
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -41,10 +49,12 @@ from model import model_minimind
 from model.batching import Engine
 from model.generation import SamplingParams
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.weights import write_json
 from trainer.arguments import run_script, stage_parser
 from trainer.cost import Memory, attention_flops, count_parameters, flops_per_token
 from trainer.distributed import Process
 from trainer.loader import PackedData, model_inputs
+from trainer.optimization import build_optimizer
 from trainer.token_losses import token_cross_entropy
 
 PRESETS = {
@@ -59,10 +69,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--models", nargs="+", choices=list(PRESETS), default=list(PRESETS))
-    add("--data_path", type=Path, default=ROOT / "dataset/sample/pretrain.jsonl")
+    add("--data_path", type=Path, help="texts, jsonl (default: the sample's, joined to some 200 tokens each)")
     add("--rows", type=int, default=32, help="rows per micro-batch (default: %(default)s)")
     add("--max_seq_len", type=int, default=512)
-    add("--seconds", type=float, default=6, help="per contender, when warm (default: %(default)s)")
+    add("--seconds", type=float, default=5, help="per contender, when warm (default: %(default)s)")
+    add(
+        "--budget", type=float, default=450, help="seconds in all; what does not fit is left out (default: %(default)s)"
+    )
     add("--batches", type=int, nargs="*", default=[1, 16, 64], help="texts decoded together (default: 1 16 64)")
     add("--new_tokens", type=int, default=256, help="decoded per text (default: %(default)s)")
     add("--num_hidden_layers", type=int, help="fewer layers, for a test")
@@ -71,6 +84,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no usable GPU")
+    if args.data_path and not args.data_path.is_file():
+        raise ValueError(f"--data_path {args.data_path} not found")
     return args
 
 
@@ -112,42 +127,61 @@ def training_loss(model: nn.Module, batch: dict) -> torch.Tensor:
     return output.logits.sum() / batch["step_targets"] + output.aux_loss
 
 
+def joined(source: Path, target: Path, count: int = 2) -> Path:
+    """Every `count` texts of a file as one."""
+    texts = [json.loads(line)["text"] for line in source.read_text("utf-8").splitlines()]
+    lines = [{"text": "\n".join(texts[first : first + count])} for first in range(0, len(texts), count)]
+    target.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
+    return target
+
+
 class Rows:
     """Endless micro-batches on the device: packed by the loader that training uses, or one document a row."""
 
     def __init__(self, args: argparse.Namespace, tokenizer: ChatTokenizer, folder: str):
         self.args, self.tokenizer = args, tokenizer
-        flags = ["--data_path", str(args.data_path), "--out_dir", folder, "--cache_dir", folder]
+        self.path = args.data_path or joined(ROOT / "dataset/sample/pretrain.jsonl", Path(folder) / "texts.jsonl")
+        flags = ["--data_path", str(self.path), "--out_dir", folder, "--cache_dir", folder]
         flags += ["--batch_size", str(args.rows), "--max_seq_len", str(args.max_seq_len), "--device", args.device]
         settings = stage_parser("").parse_args(flags)
         device = torch.device(args.device)
         process = Process(0, 0, 1, torch.device("cuda", device.index or 0) if device.type == "cuda" else device)
         settings.accumulation_steps = 1
         self.data = PackedData(settings, "pretrain", tokenizer, process)
+        self.tokens_per_document = self.data.plan.stats["positions"] / self.data.plan.stats["documents"]
 
     def packed(self) -> Iterator[dict]:
-        while True:
-            yield from self.data.all_batches()
+        """Full batches without end from one loader, as a long file gives them."""
+        batches = self.data.all_of_the_file()
+        yield from self.data.load(batches, itertools.cycle(range(max(len(batches) - 1, 1))))
 
     def padded(self) -> Iterator[dict]:
-        documents = PaddedDocuments(self.args.data_path, self.tokenizer)
+        """With workers enough that tokenising, which this recipe does as it goes, is not what takes the time."""
         cuda = self.args.device.startswith("cuda")
-        loader = torch.utils.data.DataLoader(
-            documents, self.args.rows, shuffle=True, num_workers=1, drop_last=True, pin_memory=cuda
-        )
-        while True:
-            for batch in loader:
-                yield {name: value.to(self.args.device, non_blocking=True) for name, value in batch.items()}
+        documents = PaddedDocuments(self.path, self.tokenizer)
+        endless = RandomSampler(documents, replacement=True, num_samples=1 << 40)
+        workers = min(4, max((os.cpu_count() or 1) - 1, 1)) if cuda else 1
+        loader = DataLoader(documents, self.args.rows, sampler=endless, num_workers=workers, pin_memory=cuda)
+        for batch in loader:
+            yield {name: value.to(self.args.device, non_blocking=True) for name, value in batch.items()}
 
 
 def measure(
-    model: nn.Module, batches: Iterator[dict], loss_of: Callable, args: argparse.Namespace, fused: bool = True
+    model: nn.Module,
+    batches: Iterator[dict],
+    loss_of: Callable,
+    args: argparse.Namespace,
+    fused: bool = True,
+    muon: bool = False,
 ) -> dict:
     """Trains for a while; rates of this process and its peak memory."""
     device, memory = torch.device(args.device), Memory(args.device)
     memory.reset()
     model = model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused)
+    if muon:
+        rates = {"learning_rate": 1e-4, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "embedding_lr_scale": 1.0}
+        optimizer = build_optimizer(model, argparse.Namespace(optimizer="muon", **rates))
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     def step(batch: dict) -> tuple[int, int]:
@@ -214,42 +248,33 @@ def training_contenders(config: MiniMindConfig, rows: Rows, args: argparse.Names
 
     contenders = {
         "ours": lambda: measure(ours(), rows.packed(), training_loss, args),
-        "- compile": lambda: measure(ours(compiled=False), rows.packed(), training_loss, args),
-        "- varlen": without_varlen,
-        "- fused AdamW": lambda: measure(ours(), rows.packed(), training_loss, args, fused=False),
-        "- loss in blocks": lambda: measure(ours(), rows.packed(), whole_loss, args),
-    }
-    if config.use_moe:
-        return contenders | {"- grouped products": without_grouped}
-    return contenders | {
-        "- packing": lambda: measure(ours(), rows.padded(), peer_loss, args),
         "transformers, padded": lambda: measure(peer(False), rows.padded(), peer_loss, args, fused=False),
         "transformers, packed": lambda: measure(peer(True), rows.packed(), packed_peer_loss, args),
+        "- grouped products": without_grouped,
+        "- compile": lambda: measure(ours(compiled=False), rows.packed(), training_loss, args),
+        "- varlen": without_varlen,
+        "- packing": lambda: measure(ours(), rows.padded(), peer_loss, args),
+        "- loss in blocks": lambda: measure(ours(), rows.packed(), whole_loss, args),
+        "- fused AdamW": lambda: measure(ours(), rows.packed(), training_loss, args, fused=False),
+        "+ Muon": lambda: measure(ours(), rows.packed(), training_loss, args, muon=True),
     }
-
-
-def compare_training(config: MiniMindConfig, rows: Rows, args: argparse.Namespace) -> dict[str, dict]:
-    results = {}
-    for name, run in training_contenders(config, rows, args).items():
-        try:
-            results[name] = run()
-        except torch.OutOfMemoryError:
-            results[name] = {"error": "out of memory"}
-        if args.device.startswith("cuda"):
-            torch._dynamo.reset()
-            torch.cuda.empty_cache()
-    return results
+    # no class of transformers is a mixture of experts like ours
+    absent = (
+        ("transformers, padded", "transformers, packed", "- packing") if config.use_moe else ("- grouped products",)
+    )
+    return {name: run for name, run in contenders.items() if name not in absent}
 
 
 def print_training(title: str, results: dict[str, dict], peak: float) -> None:
     print(f"\n{title:22}{'tokens/s':>12}{'ours is':>9}{'MFU':>7}{'memory':>10}{'warm after':>12}{'loader':>8}")
     for name, result in results.items():
         if "error" in result:
-            print(f"{name:22}{result['error']:>12}")
+            print(f"{name:22}{result['error']}")
             continue
-        ratio = results["ours"]["tokens_per_second"] / result["tokens_per_second"]
+        ours = results["ours"].get("tokens_per_second")
+        ratio = f"{ours / result['tokens_per_second']:8.2f}×" if ours else f"{'':9}"
         print(
-            f"{name:22}{result['tokens_per_second']:12,.0f}{ratio:8.2f}×{result['flops_per_second'] / peak:7.1%}"
+            f"{name:22}{result['tokens_per_second']:12,.0f}{ratio}{result['flops_per_second'] / peak:7.1%}"
             f"{result['memory'] / 1e9:7.2f} GB{result['warm_after']:10.0f} s{result['loader_share']:8.1%}",
             flush=True,
         )
@@ -258,51 +283,66 @@ def print_training(title: str, results: dict[str, dict], peak: float) -> None:
 # --- decoding --------------------------------------------------------------------------------------------------------
 
 
-def compare_decoding(config: MiniMindConfig, args: argparse.Namespace) -> dict[int, dict]:
-    """Tokens per second of greedy decoding, prompts included, in bfloat16."""
-    torch.manual_seed(0)
-    model = MiniMindForCausalLM(config).to(args.device, torch.bfloat16).eval()
-    peer = None if config.use_moe else llama(config)
-    if peer is not None:
-        peer.load_state_dict(model.state_dict())
-        peer = peer.to(args.device, torch.bfloat16).eval()
-    params = SamplingParams(temperature=0.0, max_new_tokens=args.new_tokens, stop_ids=())
-    results = {}
-    for batch in args.batches:
-        prompts = torch.randint(3, config.vocab_size, (batch, PROMPT_TOKENS))
-        engine = Engine(model, slots=batch, context_length=PROMPT_TOKENS + args.new_tokens)
+def decoding_contenders(config: MiniMindConfig, args: argparse.Namespace) -> dict[str, Callable[[], dict]]:
+    """Each gives tokens per second of greedy decoding, prompts included, in bfloat16."""
+    synchronize = torch.cuda.synchronize if args.device.startswith("cuda") else lambda: None
 
-        def ours(engine=engine, prompts=prompts) -> None:
-            requests = [engine.submit(ids, params) for ids in prompts.tolist()]
+    def prompts(batch: int) -> torch.Tensor:
+        return torch.randint(3, config.vocab_size, (batch, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
+
+    def rate(batch: int, run: Callable[[], None]) -> dict:
+        run()
+        synchronize()
+        start = time.perf_counter()
+        run()
+        synchronize()
+        return {"tokens_per_second": batch * args.new_tokens / (time.perf_counter() - start)}
+
+    def ours(batch: int) -> dict:
+        torch.manual_seed(0)
+        model = MiniMindForCausalLM(config).to(args.device, torch.bfloat16).eval()
+        engine = Engine(model, slots=batch, context_length=PROMPT_TOKENS + args.new_tokens)
+        params = SamplingParams(temperature=0.0, max_new_tokens=args.new_tokens, stop_ids=())
+
+        def run() -> None:
+            requests = [engine.submit(ids, params) for ids in prompts(batch).tolist()]
             while engine.step():
                 pass
             assert all(request.finish_reason == "length" for request in requests)
 
-        def generate(prompts=prompts) -> None:
-            ids = prompts.to(args.device)
-            counts = {"max_new_tokens": args.new_tokens, "min_new_tokens": args.new_tokens}
-            peer.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, **counts)
+        try:
+            return rate(batch, run)
+        finally:
+            engine.close()
 
-        rates = {}
-        for name, run in (("ours", ours), ("generate", generate if peer is not None else None)):
-            if run is None:
-                continue
-            run()
-            start = time.perf_counter()
-            run()
-            if args.device.startswith("cuda"):
-                torch.cuda.synchronize()
-            rates[name] = batch * args.new_tokens / (time.perf_counter() - start)
-        engine.close()
-        results[batch] = rates
-    return results
+    def generate(batch: int) -> dict:
+        torch.manual_seed(0)
+        model = llama(config).to(args.device, torch.bfloat16).eval()
+        ids = prompts(batch).to(args.device)
+        counts = {"max_new_tokens": args.new_tokens, "min_new_tokens": args.new_tokens}
+        settings = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
+        return rate(batch, lambda: model.generate(ids, **settings, **counts))
+
+    contenders = {"ours": ours} if config.use_moe else {"ours": ours, "generate": generate}
+    return {
+        f"{name}, {batch}": functools.partial(run, batch) for batch in args.batches for name, run in contenders.items()
+    }
 
 
-def print_decoding(results: dict[int, dict]) -> None:
+def print_decoding(results: dict[str, dict], batches: list[int]) -> None:
     print(f"\n{'texts together':22}{'tokens/s':>12}{'generate':>12}{'ours is':>9}")
-    for batch, rates in results.items():
-        peer = f"{rates['generate']:12,.0f}{rates['ours'] / rates['generate']:8.2f}×" if "generate" in rates else ""
-        print(f"{batch:<22}{rates['ours']:12,.0f}{peer}", flush=True)
+    for batch in batches:
+        ours, peer = (results.get(f"{name}, {batch}", {}) for name in ("ours", "generate"))
+        cells = [
+            f"{result['tokens_per_second']:12,.0f}"
+            if "tokens_per_second" in result
+            else f"{result.get('error', ''):>12}"
+            for result in (ours, peer)
+        ]
+        ratio = ""
+        if "tokens_per_second" in ours and "tokens_per_second" in peer:
+            ratio = f"{ours['tokens_per_second'] / peer['tokens_per_second']:8.2f}×"
+        print(f"{batch:<22}{''.join(cells)}{ratio}", flush=True)
 
 
 # --- output ----------------------------------------------------------------------------------------------------------
@@ -318,26 +358,76 @@ def machine(device: str) -> dict[str, str]:
     return found
 
 
+class Schedule:
+    """What is measured, the most telling first: one failure loses nothing else, and what there is no time for is left
+    out. After each the numbers so far are written."""
+
+    def __init__(self, args: argparse.Namespace, record: dict):
+        self.args, self.record = args, record
+        self.deadline = time.monotonic() + args.budget
+        self.longest: dict[str, float] = {}  # seconds that one of a model took so far
+
+    def run(self, kind: str, title: str, name: str, contender: Callable[[], dict]) -> None:
+        start = time.monotonic()
+        if start + self.longest.get(title, 0.0) > self.deadline:
+            result = {"error": "left out: no time"}
+        else:
+            try:
+                result = contender()
+            except torch.OutOfMemoryError:
+                result = {"error": "out of memory"}
+            except Exception as error:  # whatever it is, the rest is worth having
+                result = {"error": f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:160]}
+            if self.args.device.startswith("cuda"):
+                torch._dynamo.reset()
+                gc.collect()
+                torch.cuda.empty_cache()
+            if kind == "training":
+                self.longest[title] = max(self.longest.get(title, 0.0), time.monotonic() - start)
+            shown = f"{result['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in result else result["error"]
+            print(f"{title} {kind}, {name}: {shown}, {time.monotonic() - start:.0f} s", flush=True)
+        self.record[kind].setdefault(title, {})[name] = result
+        if self.args.json:
+            write_json(self.args.json, self.record)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     torch.set_float32_matmul_precision("high")
     tokenizer = ChatTokenizer(ROOT / "model")
     about, peak = machine(args.device), matmul_rate(torch.device(args.device))
     print(", ".join(f"{name} {value}" for name, value in about.items()))
-    print(f"best bfloat16 matrix product: {peak / 1e12:,.1f} TFLOP/s", flush=True)
+    print(f"best bfloat16 matrix product: {peak / 1e12:,.3g} TFLOP/s", flush=True)
     record = {"machine": about, "matmul_flops_per_second": peak, "training": {}, "decoding": {}}
+    record["flags"] = {name: str(value) for name, value in vars(args).items()}
     with tempfile.TemporaryDirectory() as folder:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{folder}/inductor")  # compile times of a first run
+        schedule = Schedule(args, record)
         rows = Rows(args, tokenizer, folder)
+        record["tokens_per_document"] = rows.tokens_per_document
+        training, decoding = {}, {}
         for title in args.models:
             sizes = PRESETS[title] | ({"num_hidden_layers": args.num_hidden_layers} if args.num_hidden_layers else {})
             config = MiniMindConfig(vocab_size=tokenizer.vocab_size, **sizes)
-            record["training"][title] = compare_training(config, rows, args)
-            print_training(title, record["training"][title], peak)
-            record["decoding"][title] = compare_decoding(config, args)
-            print_decoding(record["decoding"][title])
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+            training[title] = training_contenders(config, rows, args)
+            decoding[title] = decoding_contenders(config, args)
+        for name in ("ours", "transformers, padded"):
+            for title in args.models:
+                if name in training[title]:
+                    schedule.run("training", title, name, training[title].pop(name))
+        for title in args.models:
+            for name, contender in decoding[title].items():
+                schedule.run("decoding", title, name, contender)
+        while any(training.values()):
+            for title in args.models:
+                if training[title]:
+                    name = next(iter(training[title]))
+                    schedule.run("training", title, name, training[title].pop(name))
+    for title in args.models:
+        print_training(title, record["training"][title], peak)
+        print_decoding(record["decoding"][title], args.batches)
+    if not any("error" not in result for results in record["training"].values() for result in results.values()):
+        raise ValueError("nothing could be measured; the reasons are in the table above")
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@
     python benchmarks/recipe.py run --recipe adamw --tokens 4e6 --learning_rate 2e-3 --rows 8 --seeds 0 1 2
     python benchmarks/recipe.py run --recipe muon --tokens 2.6e6 --learning_rate 5e-3 --rows 8 --seeds 0 1 2
     python benchmarks/recipe.py report
+    python benchmarks/recipe.py versus
 
 Every run has a full schedule for its own budget of tokens and is appended to --results as one line of JSON; what stands
 there already is not run again, so an interrupted search goes on where it stopped. `report` prints the settings, best
-first, with the mean over seeds and their standard deviation.
+first, with the mean over seeds and their standard deviation; `versus` what the default recipe needs to come to where
+each other one ends.
 
 Recipes: `original` is the loop that people know: 32 padded documents a micro-batch, 8 of them a step, float32, AdamW
 with betas 0.9 and 0.999 and decay 0.01, a cosine from 1.1 times the peak to 0.1 of it, no warm-up, gradients averaged
@@ -42,12 +44,13 @@ from trainer.evaluation import evaluate
 from trainer.loader import PackedData
 from trainer.optimization import Precision
 
-# flags of train_pretrain.py
+# flags of train_pretrain.py, and what of recipe_ideas.py undoes its defaults
+PLAIN = ["output_init=1"]
 RECIPES = {
-    "adamw": ["--optimizer", "adamw", "--warmup_iters", "50"],
-    "muon": ["--optimizer", "muon", "--warmup_iters", "50"],
-    "muon-to-zero": ["--optimizer", "muon", "--warmup_iters", "50", "--min_lr_ratio", "0"],
-    "adamw-to-zero": ["--optimizer", "adamw", "--warmup_iters", "50", "--min_lr_ratio", "0"],
+    "default": ([], []),
+    "adamw": (["--optimizer", "adamw", "--warmup_iters", "50"], PLAIN),
+    "muon": (["--optimizer", "muon", "--warmup_iters", "50"], PLAIN),
+    "muon-to-zero": (["--optimizer", "muon", "--warmup_iters", "50", "--min_lr_ratio", "0"], PLAIN),
 }
 PADDED_LENGTH, ORIGINAL_ROWS, ORIGINAL_ACCUMULATION = 512, 32, 8
 
@@ -78,6 +81,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         add("--threads", type=int, default=torch.get_num_threads())
         add("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     commands.add_parser("report")
+    commands.add_parser("versus")
     args = parser.parse_args(argv[: argv.index("--")] if "--" in argv else argv)
     args.more = more
     return args
@@ -118,10 +122,9 @@ def run_ours(run: dict, args: argparse.Namespace) -> dict:
             "max_steps": steps, "epochs": 1000, "seed": run["seed"], "device": args.device,
             "log_interval": 50, "save_interval": 10**6, "eval_interval": 10**6,
         }  # fmt: skip
-        command = [sys.executable, str(ROOT / "trainer" / "train_pretrain.py")]
-        if run["ideas"]:
-            command = [sys.executable, str(ROOT / "benchmarks" / "recipe_ideas.py"), *run["ideas"], "--"]
-        command += [f"--{name}={value}" for name, value in flags.items()] + RECIPES[run["recipe"]] + run["more"]
+        recipe_flags, ideas = RECIPES[run["recipe"]]
+        command = [sys.executable, str(ROOT / "benchmarks" / "recipe_ideas.py"), *ideas, *run["ideas"], "--"]
+        command += [*(f"--{name}={value}" for name, value in flags.items()), *recipe_flags, *run["more"]]
         done = subprocess.run(
             command, env=os.environ | {"OMP_NUM_THREADS": str(args.threads)}, capture_output=True, text=True
         )
@@ -246,11 +249,45 @@ def report(runs: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def versus(runs: list[dict], ours: str = "default") -> str:
+    """What the default recipe needs to come to where each other recipe ends: shares of its tokens and of its seconds.
+
+    A peer is the best setting of its largest budget; ours is the smallest budget whose mean is as good. Its seconds
+    are those of its fastest seed, ours are the mean: other programs can only slow a run down.
+    """
+    settings: dict[tuple, list[dict]] = defaultdict(list)
+    for run in runs:
+        settings[run["hidden_size"], run["num_hidden_layers"], run["recipe"], run["tokens"], describe(run)].append(run)
+    means = {key: statistics.fmean(run["bits_per_byte"] for run in group) for key, group in settings.items()}
+
+    def said(key: tuple, seconds: float) -> str:
+        values = [run["bits_per_byte"] for run in settings[key]]
+        spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+        return f"{key[-1]}: {means[key]:.4f}{spread} bits per byte, {len(values)} seeds, {seconds:.0f} s"
+
+    lines = []
+    for peer in sorted({key[:3] for key in settings if key[2] != ours}):
+        budgets = [key for key in settings if key[:3] == peer]
+        last = max(key[3] for key in budgets)
+        theirs = min((key for key in budgets if key[3] == last), key=means.get)
+        as_good = [key for key in settings if key[:3] == (*peer[:2], ours) and means[key] <= means[theirs]]
+        if not as_good:
+            continue
+        best = min(as_good, key=lambda key: (key[3], means[key]))
+        their_seconds = min(run["seconds"] for run in settings[theirs])
+        our_seconds = statistics.fmean(run["seconds"] for run in settings[best])
+        lines += [said(theirs, their_seconds), "  " + said(best, our_seconds)]
+        lines += [f"  {best[3] / last:.2f} of the tokens, {our_seconds / their_seconds:.2f} of the time"]
+    return "\n".join(lines) or f"no run of recipe {ours} is as good as another recipe's longest"
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     keep_freed_memory()
     if args.command == "report":
         print(report(read_results(args.results)))
+    elif args.command == "versus":
+        print(versus(read_results(args.results)))
     else:
         execute(args)
 

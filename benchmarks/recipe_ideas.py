@@ -19,9 +19,6 @@ sys.path.insert(0, str(ROOT))
 from trainer import train_pretrain
 from trainer.arguments import run_script
 
-BLOCK_OUTPUTS = (".o_proj.weight", ".down_proj.weight")
-
-
 # --- initialisation --------------------------------------------------------------------------------------------------
 
 
@@ -38,16 +35,24 @@ def after_init(change) -> None:
     train_pretrain.MiniMindForCausalLM = changed
 
 
+def outputs_start(scale: float) -> None:
+    def start(model):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith((".o_proj.weight", ".down_proj.weight")):
+                    parameter.mul_(scale if scale is not None else (2 * model.config.num_hidden_layers) ** -0.5)
+
+    train_pretrain.start_as_identity = start
+
+
 def output_init(scale: float) -> None:
-    """The matrices that write into the residual stream start `scale` times as large; 0: every block is the identity."""
-    after_init(lambda config, name, p: p.mul_(scale) if name.endswith(BLOCK_OUTPUTS) else None)
+    """The matrices that write into the residual stream start `scale` times as large as the others; 0 is the default."""
+    outputs_start(scale)
 
 
 def depth_init(_: float) -> None:
-    """The same by 1 / sqrt(2 · layers), as GPT-2 does (Radford et al. 2019, section 2.3)."""
-    after_init(
-        lambda config, name, p: p.mul_((2 * config.num_hidden_layers) ** -0.5) if name.endswith(BLOCK_OUTPUTS) else None
-    )
+    """The same with 1 / sqrt(2 · layers), as GPT-2 does (Radford et al. 2019, section 2.3)."""
+    outputs_start(None)
 
 
 def embedding_init(scale: float) -> None:

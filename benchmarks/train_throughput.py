@@ -12,11 +12,17 @@ those that are not padding. The peers:
 
     python benchmarks/train_throughput.py [--data_path FILE.jsonl] [--rows 8] [--rounds 3]
     python benchmarks/train_throughput.py --device cuda --rows 32
+
+On several cores the same job can be one process with several threads, or one process for each core, which all train on
+a share of the rows, as `torchrun --nproc_per_node N trainer/train_pretrain.py` does. The second (without peers):
+
+    torchrun --nproc_per_node 2 benchmarks/train_throughput.py --accumulation_steps 8
 """
 
 import argparse
 import functools
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -24,6 +30,8 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +44,7 @@ from dataset.token_cache import open_token_cache
 from dataset.tokenization import ChatTokenizer
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer.cost import attention_flops, flops_per_token, matmul_flops_per_second
-from trainer.distributed import keep_freed_memory
+from trainer.distributed import gradient_sync, keep_freed_memory, unwrap_model
 from trainer.loader import model_inputs
 from trainer.token_losses import token_cross_entropy
 
@@ -88,17 +96,27 @@ def llama(config: MiniMindConfig) -> LlamaForCausalLM:
 
 
 class Contender:
-    """A model with its batches: `step()` trains on one micro-batch and returns its useful tokens."""
+    """A model with its batches: `step()` is one optimizer step and returns its useful tokens."""
 
-    def __init__(self, model, batches, loss, autocast: bool, fused: bool, device: torch.device):
+    def __init__(self, model, batches, loss, autocast: bool, fused: bool, device: torch.device, accumulation: int = 1):
         self.model, self.batches, self.loss, self.autocast = model.to(device), batches, loss, autocast
-        self.device = device
+        self.device, self.accumulation = device, accumulation
+        if dist.is_initialized():
+            self.model = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused)
         self.rates: list[float] = []
         self.flops = 0.0
 
     def step(self) -> int:
-        batch = next(self.batches)
+        tokens = 0
+        for micro_batch in range(self.accumulation):
+            with gradient_sync(self.model, micro_batch == self.accumulation - 1):
+                tokens += self.accumulate(next(self.batches))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return tokens
+
+    def accumulate(self, batch: dict) -> int:
         on_device = {
             name: value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
             for name, value in batch.items()
@@ -106,22 +124,31 @@ class Contender:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             loss = self.loss(self.model, on_device)
         loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         if "real_tokens" in batch:
             attended = ((batch["position_ids"] + 1) * (batch["document_ids"] >= 0)).sum()
-            self.flops += attention_flops(self.model.config, int(attended)) if self.loss is our_loss else 0
+            self.flops += attention_flops(unwrap_model(self.model).config, int(attended))
             return batch["real_tokens"]
         return int((batch["labels"] >= 0).sum())
 
     def run(self, seconds: float) -> None:
         tokens, self.flops, start = 0, 0.0, time.perf_counter()
-        while (elapsed := time.perf_counter() - start) < seconds:
+        while over_processes(float((elapsed := time.perf_counter() - start) < seconds)):  # until all are done
             tokens += self.step()
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
-        self.flops = (self.flops + tokens * flops_per_token(MiniMindConfig(), count(self.model))) / elapsed
-        self.rates.append(tokens / elapsed)
+        model = unwrap_model(self.model)
+        if isinstance(model, MiniMindForCausalLM):
+            self.flops = over_processes((self.flops + tokens * flops_per_token(model.config, count(model))) / elapsed)
+        self.rates.append(over_processes(tokens / elapsed))
+
+
+def over_processes(value: float) -> float:
+    """The sum over the processes of the job."""
+    if dist.is_initialized():
+        tensor = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(tensor)
+        return float(tensor)
+    return value
 
 
 def count(model) -> int:
@@ -130,7 +157,8 @@ def count(model) -> int:
 
 def our_loss(model, batch: dict) -> torch.Tensor:
     head = functools.partial(token_cross_entropy, labels=batch["labels"])
-    return model(**model_inputs(batch), head=head).logits.sum() / batch["step_targets"]
+    output = model(**model_inputs(batch), head=head)
+    return output.logits.sum() / batch["step_targets"] + output.aux_loss
 
 
 def peer_loss(model, batch: dict) -> torch.Tensor:
@@ -145,9 +173,9 @@ def packed_peer_loss(model, batch: dict) -> torch.Tensor:
 
 
 def matmul_rate(device: torch.device) -> float:
-    """Best floating-point operations per second of square bfloat16 products, with the threads in use."""
+    """Best floating-point operations per second of square bfloat16 products, with the threads and processes in use."""
     sizes = (2048, 4096) if device.type == "cpu" else (4096, 8192)
-    return max(matmul_flops_per_second(device, torch.bfloat16, size) for size in sizes)
+    return max(over_processes(matmul_flops_per_second(device, torch.bfloat16, size)) for size in sizes)
 
 
 def main() -> None:
@@ -159,9 +187,15 @@ def main() -> None:
     parser.add_argument(
         "--no_compile", action="store_true", help="leave the compiled peer out (compiling takes a minute)"
     )
+    parser.add_argument("--accumulation_steps", type=int, default=1, help="of ours: micro-batches per optimizer step")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     device = torch.device(args.device)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1:
+        if device.type != "cpu":
+            parser.error("several processes are measured on a CPU only: leave out torchrun, or --device")
+        dist.init_process_group("gloo")
     keep_freed_memory()
     torch.manual_seed(0)
     tokenizer = ChatTokenizer(ROOT / "model")
@@ -174,7 +208,8 @@ def main() -> None:
         full = len(packed) - 1  # the last batch may be ragged
 
         def packed_batches():
-            return endless(lambda: (packed[i] for i in range(full)))
+            first = int(os.environ.get("RANK", 0))
+            return endless(lambda: (packed[i] for i in range(first, full - full % processes, processes)))
 
         def padded_batches():
             return endless(lambda: iter(DataLoader(padded, args.rows, shuffle=True, num_workers=1, drop_last=True)))
@@ -182,12 +217,13 @@ def main() -> None:
         ours = MiniMindForCausalLM(config)
         if device.type == "cuda":
             ours.model.compile(dynamic=False)
-        contenders = {
-            "ours": Contender(ours, packed_batches(), our_loss, True, True, device),
-            "padded float32": Contender(llama(config), padded_batches(), peer_loss, False, False, device),
-            "padded bfloat16": Contender(llama(config), padded_batches(), peer_loss, True, False, device),
-        }
-        if not args.no_compile:
+        contenders = {"ours": Contender(ours, packed_batches(), our_loss, True, True, device, args.accumulation_steps)}
+        if processes == 1:
+            contenders |= {
+                "padded float32": Contender(llama(config), padded_batches(), peer_loss, False, False, device),
+                "padded bfloat16": Contender(llama(config), padded_batches(), peer_loss, True, False, device),
+            }
+        if processes == 1 and not args.no_compile:
             model = llama(config)
             model.compile(dynamic=False)
             contenders["packed compiled"] = Contender(model, packed_batches(), packed_peer_loss, True, True, device)
@@ -195,10 +231,8 @@ def main() -> None:
             start = time.perf_counter()
             contender.step()
             contender.step()
-            print(
-                f"{name}: {count(contender.model) / 1e6:.2f}M, warm after {time.perf_counter() - start:.0f} s",
-                flush=True,
-            )
+            seconds = time.perf_counter() - start
+            print(f"{name}: {count(contender.model) / 1e6:.2f}M, warm after {seconds:.0f} s", flush=True)
         our_flops, peak = [], 0.0
         for _ in range(args.rounds):
             for contender in contenders.values():
@@ -206,8 +240,15 @@ def main() -> None:
             our_flops.append(contenders["ours"].flops)
             peak = max(peak, matmul_rate(device))
 
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+        if int(os.environ["RANK"]):
+            return
     setting = f"{args.rows} rows of {SEQ}, {args.data_path.name}"
-    print(f"\n{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {setting}")
+    print(
+        f"\n{device}, {processes} processes of {torch.get_num_threads()} threads, torch {torch.__version__}, {setting}"
+    )
     print(f"{'':18}{'useful tokens/s':>16}  {'ours is faster by (median of rounds)':>36}")
     ours = contenders["ours"].rates
     for name, contender in contenders.items():

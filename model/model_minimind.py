@@ -160,14 +160,13 @@ class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, inverse_rms = ctx.saved_tensors
-        normed = x * inverse_rms
-        grad = grad.to(normed.dtype)
-        product = grad * normed
-        grad_weight = product.flatten(0, -2).sum(dim=0)
+        grad = grad.to(x.dtype)
+        product = grad * x
+        grad_weight = inverse_rms.flatten() @ product.flatten(0, -2)
         # d/dx of x / rms(x): the part of weight · grad along x does not change the norm of the result
-        along = product.mul_(weight).mean(dim=-1, keepdim=True)
-        grad_x = (grad * weight).addcmul_(normed, along, value=-1).mul_(inverse_rms)
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None, None
+        along = (product @ weight).unsqueeze(-1).mul_(inverse_rms.pow(3).div_(x.shape[-1]))
+        grad_x = torch.mul(grad, weight, out=product).mul_(inverse_rms).addcmul_(x, along, value=-1)
+        return grad_x, grad_weight, None, None
 
 
 class RMSNorm(nn.Module):
@@ -236,27 +235,38 @@ def rotary_tables(position_ids: torch.Tensor, config: MiniMindConfig) -> tuple[t
         return cos * config.rope_scaling["attention_factor"], sin * config.rope_scaling["attention_factor"]
 
 
-class Rotation(torch.autograd.Function):
-    """The rotation in few passes over memory, for eager CPU training; its gradient is the rotation backwards."""
+class HeadsFirstRotation(torch.autograd.Function):
+    """The rotation for eager CPU training, which also brings the heads to the front, as TiledAttention takes them.
+
+    Half by half with the heads outside: every pass then runs over (tokens · head_dim / 2) numbers in a row, where
+    turning each head's halves in place makes loops of 32. The gradient is the rotation backwards.
+
+    x (tokens, kv_heads, group, head_dim), cos and sin (tokens, head_dim / 2) -> (kv_heads, tokens, group, head_dim).
+    """
 
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return Rotation.turn(x, cos, sin)
+        out = x.new_empty((x.shape[1], x.shape[0], *x.shape[2:]))
+        HeadsFirstRotation.turn(x.permute(1, 2, 0, 3), cos, sin, out.transpose(1, 2))
+        return out
 
     @staticmethod
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        return Rotation.turn(grad, cos, -sin), None, None
+        grad_x = grad.new_empty((grad.shape[1], grad.shape[0], *grad.shape[2:]))
+        HeadsFirstRotation.turn(grad.transpose(1, 2), cos, -sin, grad_x.permute(1, 2, 0, 3))
+        return grad_x, None, None
 
     @staticmethod
-    def turn(x, cos, sin):
-        half = x.shape[-1] // 2
-        first, second = x.float().split(half, dim=-1)
-        out = x.new_empty(x.shape, dtype=torch.float32)
-        torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
-        torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin)
-        return out.to(x.dtype)
+    def turn(x, cos, sin, out):
+        """x and out (kv_heads, group, tokens, head_dim) in any layout."""
+        halves = x.unflatten(-1, (2, -1)).movedim(-2, 0)
+        first, second = torch.empty(halves.shape, dtype=torch.float32).copy_(halves)
+        turned = torch.empty(halves.shape, dtype=torch.float32)
+        torch.mul(first, cos, out=turned[0]).addcmul_(second, sin, value=-1)
+        torch.mul(second, cos, out=turned[1]).addcmul_(first, sin)
+        out.unflatten(-1, (2, -1)).movedim(-2, 0).copy_(turned)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -265,8 +275,6 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     x (batch, seq, heads, head_dim), cos and sin (batch, seq, head_dim / 2). float32 inside, x's dtype outside.
     """
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    if trains_eagerly_on_cpu(x):
-        return Rotation.apply(x, cos, sin)
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
@@ -283,52 +291,50 @@ class TiledAttention(torch.autograd.Function):
     kernel does not reach the rate of the matrix library.
 
     query (kv_heads, tokens, group, head_dim), already scaled by 1/sqrt(head_dim); key and value (kv_heads, tokens,
-    head_dim). recompute: the backward pass computes the probabilities again, to the same bits, instead of keeping them.
+    head_dim) -> (tokens, kv_heads, group, head_dim). recompute: the backward pass computes the probabilities again, to
+    the same bits, instead of keeping them.
     """
 
     @staticmethod
     def forward(ctx, query, key, value, tiles, recompute):
         kv_heads, tokens, group, head_dim = query.shape
-        query = query.reshape(kv_heads, tokens * group, head_dim)
-        out = torch.empty_like(query)
-        probabilities = []
+        out = query.new_empty((tokens, kv_heads, group, head_dim))
+        kept = []
         for tile in tiles:
             start, end, first_key, _ = tile
-            weights = TiledAttention.probabilities(query, key, tile, group)
-            out[:, start * group : end * group] = torch.bmm(weights, value[:, first_key:end])
+            probabilities = TiledAttention.probabilities(query, key, tile)
+            attended = torch.bmm(probabilities, value[:, first_key:end])
+            out[start:end] = attended.view(kv_heads, end - start, group, head_dim).transpose(0, 1)
             if not recompute:
-                probabilities.append(weights)
-        ctx.save_for_backward(query, key, value, out, *probabilities)
-        ctx.tiles, ctx.group = tiles, group
-        return out.view(kv_heads, tokens, group, head_dim)
+                kept.append(probabilities)
+        ctx.save_for_backward(query, key, value, *kept)
+        ctx.tiles = tiles
+        return out
 
     @staticmethod
     def backward(ctx, grad_out):
-        query, key, value, out, *kept = ctx.saved_tensors
-        group = ctx.group
-        grad_out = grad_out.reshape(query.shape)
-        # softmax backward needs sum_j p_ij dp_ij, which equals dout_i · out_i
-        row_dot = torch.linalg.vecdot(grad_out.float(), out.float()).to(out.dtype).unsqueeze(-1)
+        query, key, value, *kept = ctx.saved_tensors
         grad_query = torch.empty_like(query)
-        grad_key = torch.zeros_like(key, dtype=torch.float32)
-        grad_value = torch.zeros_like(value, dtype=torch.float32)
+        grad_key = torch.zeros(key.shape, dtype=torch.float32)
+        grad_value = torch.zeros(value.shape, dtype=torch.float32)
         for number, tile in enumerate(ctx.tiles):
             start, end, first_key, _ = tile
-            weights = kept[number] if kept else TiledAttention.probabilities(query, key, tile, group)
-            rows, columns = slice(start * group, end * group), slice(first_key, end)
-            grad_value[:, columns] += torch.bmm(weights.transpose(1, 2), grad_out[:, rows])
-            grad_scores = torch.bmm(grad_out[:, rows], value[:, columns].transpose(1, 2))
-            grad_scores.sub_(row_dot[:, rows]).mul_(weights)
-            grad_query[:, rows] = torch.bmm(grad_scores, key[:, columns])
-            grad_key[:, columns] += torch.bmm(grad_scores.transpose(1, 2), query[:, rows])
-        grad_query = grad_query.view(query.shape[0], -1, group, query.shape[2])
+            probabilities = kept[number] if kept else TiledAttention.probabilities(query, key, tile)
+            keys, values = key[:, first_key:end], value[:, first_key:end]
+            queries = query[:, start:end].flatten(1, 2)
+            grad = grad_out[start:end].transpose(0, 1).reshape(queries.shape)
+            grad_value[:, first_key:end] += torch.bmm(probabilities.transpose(1, 2), grad)
+            grad_scores = torch.bmm(grad, values.transpose(1, 2))
+            grad_scores = torch._softmax_backward_data(grad_scores, probabilities, -1, grad_scores.dtype)
+            grad_query[:, start:end] = torch.bmm(grad_scores, keys).view(len(key), end - start, *query.shape[2:])
+            grad_key[:, first_key:end] += torch.bmm(grad_scores.transpose(1, 2), queries)
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
 
     @staticmethod
-    def probabilities(query, key, tile, group):
+    def probabilities(query, key, tile):
         start, end, first_key, bias = tile
-        scores = torch.bmm(query[:, start * group : end * group], key[:, first_key:end].transpose(1, 2))
-        scores.view(len(key), end - start, group, end - first_key).add_(bias)
+        scores = torch.bmm(query[:, start:end].flatten(1, 2), key[:, first_key:end].transpose(1, 2))
+        scores.view(len(key), end - start, -1, end - first_key).add_(bias)
         return torch.softmax(scores, dim=-1)
 
 
@@ -353,6 +359,12 @@ def attention_tiles(cu_seqlens: torch.Tensor, dtype: torch.dtype, tile: int = 12
     return tiles
 
 
+@torch.compiler.assume_constant_result
+def flash_runs_on(device_index: int) -> bool:
+    """Whether this GPU is new enough (Ampere) for the flash kernels behind varlen_attn."""
+    return torch.cuda.get_device_capability(device_index) >= (8, 0)
+
+
 class AttentionPlan:
     """How the attention of one forward is computed; chosen here, once, for all layers.
 
@@ -369,7 +381,8 @@ class AttentionPlan:
         dtype = compute_dtype(hidden_states)
         if hidden_states.device.type == "cpu":
             return cls("tiles", tiles=attention_tiles(cu_seqlens, dtype))
-        if HAS_VARLEN and hidden_states.is_cuda and dtype in (torch.float16, torch.bfloat16):
+        half = dtype in (torch.float16, torch.bfloat16)
+        if HAS_VARLEN and hidden_states.is_cuda and half and flash_runs_on(hidden_states.device.index):
             return cls("varlen", cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
         batch, seq = shape
         positions = torch.arange(batch * seq, device=cu_seqlens.device)
@@ -418,14 +431,18 @@ class Attention(nn.Module):
 
     def forward(self, x, rotary, plan: AttentionPlan, past_key_values=None) -> torch.Tensor:
         batch, seq, _ = x.shape
-        query = rotate(self.q_proj(x).view(batch, seq, self.heads, self.head_dim), *rotary)
-        key = rotate(self.k_proj(x).view(batch, seq, self.kv_heads, self.head_dim), *rotary)
+        query = self.q_proj(x).view(batch, seq, self.heads, self.head_dim)
+        key = self.k_proj(x).view(batch, seq, self.kv_heads, self.head_dim)
         value = self.v_proj(x).view(batch, seq, self.kv_heads, self.head_dim)
         if plan.kind == "tiles":
-            query = query.view(batch * seq, self.kv_heads, -1, self.head_dim).transpose(0, 1) * self.head_dim**-0.5
-            key, value = (t.reshape(batch * seq, self.kv_heads, -1).transpose(0, 1) for t in (key, value))
-            out = TiledAttention.apply(query, key, value, plan.tiles, self.recompute).transpose(0, 1)
-        elif plan.kind == "varlen":
+            query, key, value = (t.view(batch * seq, self.kv_heads, -1, self.head_dim) for t in (query, key, value))
+            (cos, sin), scale = (table.flatten(0, 1) for table in rotary), self.head_dim**-0.5
+            query = HeadsFirstRotation.apply(query, cos * scale, sin * scale)
+            key = HeadsFirstRotation.apply(key, cos, sin).squeeze(2)
+            out = TiledAttention.apply(query, key, value.squeeze(2).transpose(0, 1), plan.tiles, self.recompute)
+            return self.o_proj(out.view(batch, seq, self.heads * self.head_dim))
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        if plan.kind == "varlen":
             query, key, value = (t.flatten(0, 1) for t in (query, key, value))
             borders, longest = plan.cu_seqlens, plan.max_seqlen
             out = varlen_attn(

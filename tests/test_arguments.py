@@ -102,9 +102,30 @@ def test_flags_are_neither_guessed_nor_ignored(flag):
 
 
 def test_defaults_of_a_stage_replace_the_common_ones_and_must_exist():
-    assert parse(learning_rate=3.0).learning_rate == 3.0
+    assert parse(batch_size=3).batch_size == 3
     with pytest.raises(AssertionError, match="learning_rat"):
         stage_parser("", learning_rat=3.0)
+
+
+def test_the_learning_rate_by_itself_is_that_of_the_optimizer():
+    rates = {"muon": 8e-3, "adamw": 5e-4}
+
+    def found(*flags):
+        args = parse(*flags, learning_rate=rates)
+        return args.optimizer, args.learning_rate
+
+    assert found() == ("muon", 8e-3) == found("--optimizer=muon")
+    assert found("--optimizer=adamw") == ("adamw", 5e-4)
+    assert found("--optimizer=sgd") == ("sgd", 5e-4), "sgd is for checks and takes AdamW's"
+    assert found("--learning_rate=8e-3") == ("muon", 8e-3) and found("--learning_rate=1") == ("muon", 1.0)
+    assert found("--optimizer=adamw", "--learning_rate=8e-3") == ("adamw", 8e-3)
+    words = stage_parser("", learning_rate=rates).format_help().split()
+    assert "0.008 with muon, 0.0005 with adamw" in " ".join(words)
+
+
+def test_zero_takes_adamw_by_itself():
+    args = parse("--zero_stage=2", learning_rate={"muon": 8e-3, "adamw": 5e-4})
+    assert (args.optimizer, args.learning_rate) == ("adamw", 5e-4)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -4,19 +4,21 @@ import ast
 import json
 import math
 import mmap
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import gpu, identity_mixture, stage_quality, stage_throughput
+from benchmarks import gpu, identity_mixture, moe_throughput, stage_quality, stage_throughput
 from dataset.lm_dataset import parse_record
 from model.model_lora import apply_lora, lora_path, save_lora
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import save_weights
 from tests.conftest import ROOT, one_thread, sentence, write_conversations, write_jsonl
-from trainer.cost import Memory
+from trainer.cost import Memory, flops_per_token
 from trainer.loader import PackedData
 from trainer.optimization import Precision
 
@@ -382,7 +384,9 @@ def test_the_gpu_benchmark_runs_through_on_a_cpu(tmp_path, capsys):
     assert {"ours", "- packing", "transformers, packed"} <= dense.keys() and "- grouped products" in moe
     for result in (*dense.values(), *moe.values()):
         assert result["tokens_per_second"] > 0 and result["memory"] > 0 and 0 <= result["loader_share"] < 1
-    assert record["decoding"]["26M"]["3"].keys() == {"ours", "generate"}
+    assert record["decoding"]["26M"].keys() == {"ours, 1", "generate, 1", "ours, 3", "generate, 3"}
+    assert all(rate["tokens_per_second"] > 0 for rates in record["decoding"].values() for rate in rates.values())
+    assert 150 < record["tokens_per_document"] < 300
     assert "- varlen" in capsys.readouterr().out and hasattr(F, "grouped_mm")
 
 
@@ -402,3 +406,29 @@ def test_the_mixture_for_an_identity_holds_what_looks_alike_and_nothing_that_con
     assert all(record in mixed for record in parts) and not any(record in mixed for record in about)
     again = identity_mixture.mixture(identity, parts + near + rest + about, repeats=2, alike=4, others=5, seed=0)
     assert mixed == again
+
+
+def test_the_dense_twin_computes_as_much_per_token_as_the_mixture():
+    mixture = MiniMindConfig(hidden_size=64, num_hidden_layers=2, vocab_size=128, use_moe=True)
+    twin = moe_throughput.dense_twin(mixture)
+    models = [MiniMindForCausalLM(config) for config in (mixture, twin)]
+    active = [flops_per_token(model.config, moe_throughput.count(model)) / 6 for model in models]
+    router = 2 * 4 * 64  # layers · experts · hidden
+    assert active[0] - active[1] == router
+    batch = {"input_ids": torch.arange(128).view(2, 64)}
+    counts = [counted_products(model.eval(), batch) for model in models]
+    assert counts[0] - counts[1] == 2 * 128 * router  # multiply and add of 128 tokens, and nothing else
+
+
+def counted_products(model, batch: dict) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**batch)
+    return counter.get_total_flops()
+
+
+def test_the_mixture_is_timed_beside_its_twin(capsys):
+    flags = ["--hidden_size", "64", "--num_hidden_layers", "1", "--rows", "1", "--rounds", "1", "--seconds", "0.01"]
+    ratio = moe_throughput.main(flags)
+    out = capsys.readouterr().out
+    assert f"takes {ratio:.3f} ×" in out and 0.2 < ratio < 20
+    assert re.search(r"mixture of experts .* 192 ", out) and re.search(r"dense twin .* 576 ", out)

@@ -1,19 +1,33 @@
 """--estimate: counts by hand, nothing saved, and what a later run says about it."""
 
 import argparse
+import functools
 import json
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import DISTILLATION, DPO, PRETRAIN, each_stage, sharp_model, tiny_flags
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-from model.model_minimind import MiniMindConfig
-from trainer import estimate
-from trainer.cost import activation_bytes
+from model import model_minimind
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from trainer import estimate, frozen_outputs, loader
+from trainer.cost import activation_bytes, mapped_bytes
 from trainer.distributed import Process
 from trainer.estimate import CARDS, Calibration, assumed_mfu, compared, memory_parts
 from trainer.optimization import build_optimizer
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    """Enough for tiny models."""
+    for module in (loader, frozen_outputs):
+        monkeypatch.setattr(module, "CALIBRATION_SECONDS", 0)
 
 
 def alone(world_size: int = 1) -> Process:
@@ -114,13 +128,75 @@ def test_zero_divides_memory_among_processes():
 
 def test_activations_by_hand():
     config = MiniMindConfig(hidden_size=512, num_hidden_layers=2)
-    # norms 2 × 2,048, their results 2 × 1,024, query 1,024, key and value 2 × 256, attention 1,024, SwiGLU 3 × 2,816
-    layer = 4096 + 2048 + 1024 + 512 + 1024 + 8448
-    assert activation_bytes(config, 10) == 10 * 2 * layer
-    assert activation_bytes(config, 10, checkpointing=True) == 10 * (2 * 2048 + layer)
+    # inputs of two norms 2 × 2,048, normaliser of 8 heads 32; norms' results 2 × 1,024, query 1,024, key and value
+    # 2 × 256, attention 1,024, SwiGLU 3 × 2,816
+    layer = 4096 + 32 + 2048 + 1024 + 512 + 1024 + 8448
+    # the last norm 2,048 + 1,024, probabilities 2 × 6,400, gradients of a feed-forward 8,448
+    end = 3072 + 12800 + 8448
+    assert activation_bytes(config, 10) == 10 * (2 * layer + end)
+    assert activation_bytes(config, 10, whole_head=False) == 10 * (2 * layer + end - 12800)
+    assert activation_bytes(config, 10, checkpointing=True) == 10 * (2 * 2048 + layer + end)
+    # in float32 all but the stream, the normaliser and the last norm's input is twice as large
+    assert activation_bytes(config, 10, size=4) == 20 * (2 * layer + end) - 10 * (2 * 4128 + 2048)
     # two chosen experts and the shared one; what the chosen ones read and give, 2 × 2 × 1,024
     moe = MiniMindConfig(hidden_size=512, num_hidden_layers=2, use_moe=True)
-    assert activation_bytes(moe, 10) == 10 * 2 * (layer + 2 * 8448 + 4096)
+    assert activation_bytes(moe, 10) == 10 * (2 * (layer + 2 * 8448 + 4096) + end + 2 * 8448)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_activations_are_those_that_the_compiled_forward_of_a_gpu_keeps(use_moe, monkeypatch):
+    """Traced as on CUDA, but on a CPU and not run: what the compiler hands from the forward to the backward graph."""
+    kept = []
+
+    class Traced(Exception):
+        pass
+
+    def forward_graph(graph, inputs):
+        (output,) = (node for node in graph.graph.nodes if node.op == "output")
+        values = [node.meta["val"] for node in output.args[0] if node is not None and node.op != "placeholder"]
+        kept.append(sum(value.nbytes for value in values if isinstance(value, torch.Tensor)))
+        raise Traced
+
+    as_on_cuda(monkeypatch)
+    config = MiniMindConfig(hidden_size=256, num_hidden_layers=3, use_moe=use_moe)
+    model, (rows, seq) = MiniMindForCausalLM(config), (8, 512)
+    ids = torch.zeros(rows, seq, dtype=torch.int64)
+    borders = torch.zeros(rows * 9 + 1, dtype=torch.int32)
+    partition = functools.partial(min_cut_rematerialization_partition, compiler="inductor")
+    backend = aot_autograd(fw_compiler=forward_graph, bw_compiler=forward_graph, partition_fn=partition)
+    compiled = torch.compile(model.model, backend=backend, dynamic=False, fullgraph=True)
+    with pytest.raises(Exception, match="Traced"), torch.autocast("cpu", torch.bfloat16):
+        compiled(input_ids=ids, position_ids=ids, document_ids=ids.int(), cu_seqlens=borders, max_seqlen=seq)
+    assert len(kept) == 1, "one graph, without a break"
+    weights = 2 * sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n)
+    feed_forward_gradients = 6 * config.intermediate_size * (3 if use_moe else 1)
+    computed = activation_bytes(config, rows * seq, whole_head=False) - rows * seq * feed_forward_gradients + weights
+    assert computed == pytest.approx(kept[0], rel=0.05)
+
+
+def as_on_cuda(monkeypatch) -> None:
+    """The functions that CUDA uses, on a CPU."""
+    monkeypatch.setattr(model_minimind, "trains_eagerly_on_cpu", lambda x: False)
+    monkeypatch.setattr(
+        model_minimind.RMSNorm,
+        "forward",
+        lambda self, x: F.rms_norm(x.float(), x.shape[-1:], self.weight, self.eps).to(model_minimind.compute_dtype(x)),
+    )
+
+    def packed(cls, borders, longest, hidden_states, shape):
+        return cls("varlen", cu_seqlens=borders, max_seqlen=longest)
+
+    def routed(self, x, experts, weights):
+        order = experts.flatten().argsort(stable=True)
+        counts = torch.zeros(len(self.experts), dtype=torch.int64)
+        counts = counts.index_add_(0, experts.flatten(), torch.ones_like(order))
+        outputs = self._grouped(x[order // 2], counts)
+        outputs = outputs * weights.flatten()[order].unsqueeze(-1).to(outputs.dtype)
+        return torch.zeros_like(x, dtype=outputs.dtype).index_add_(0, order // 2, outputs)
+
+    monkeypatch.setattr(model_minimind.AttentionPlan, "packed", classmethod(packed))
+    monkeypatch.setattr(model_minimind.MoEFeedForward, "_routed", routed)
 
 
 def test_assumed_shares_of_the_peak():
@@ -129,24 +205,103 @@ def test_assumed_shares_of_the_peak():
     assert assumed_mfu(MiniMindConfig(), 8) == pytest.approx(0.27)
 
 
-def card_lines(batch_size: int, flops: float = 165e12 * 0.3 * 3600, checkpointing: bool = False) -> dict[str, str]:
-    calibration = Calibration.__new__(Calibration)
-    calibration.args = argparse.Namespace(max_seq_len=512, batch_size=batch_size, gradient_checkpointing=checkpointing)
-    calibration.parts = {"weights": 10**8, "gradients": 10**8, "optimizer state": 10**8}
-    lines = calibration._card_lines(MiniMindConfig(), flops, 1.0)
+def calibration(kind: str = "pretrain", positions: int = 512, **flags) -> Calibration:
+    """As it is after a step of one process; weights of 100 MB."""
+    made = Calibration.__new__(Calibration)
+    values = {"max_seq_len": 512, "batch_size": 32, "accumulation_steps": 1, "gradient_checkpointing": False}
+    made.args = argparse.Namespace(**values | {"dtype": "bfloat16"} | flags)
+    made.parts = {"weights": 10**8, "gradients": 10**8, "optimizer state": 2 * 10**8}
+    made.process, made.positions = alone(), [positions]
+    made.data = argparse.Namespace(cache=argparse.Namespace(kind=kind))
+    return made
+
+
+def card_lines(flops: float = 165e12 * 0.3 * 3600, **flags) -> dict[str, str]:
+    lines = calibration(**flags)._card_lines(MiniMindConfig(), flops, 1.0)
     return dict(zip((card.name for card in CARDS), lines, strict=True))
 
 
 def test_time_and_cost_of_a_card_by_hand():
-    lines = card_lines(batch_size=32)
+    lines = card_lines()
     assert lines["RTX 4090"].split()[-3:] == ["60.0", "min", "$0.50"]
     assert lines["8 × RTX 4090"].split()[-3:] == ["8.3", "min", "$0.56"]
 
 
-def test_what_does_not_fit_is_said_with_the_cure():
-    lines = card_lines(batch_size=512)
-    rows = int(re.search(r"does not fit: --batch_size (\d+), or --gradient_checkpointing", lines["RTX 4090"])[1])
-    assert 0 < rows < 512 and "does not fit" not in lines["H200"]
-    assert "does not fit" not in card_lines(batch_size=rows)["RTX 4090"]
-    assert "does not fit" in card_lines(batch_size=rows + 1)["RTX 4090"]
-    assert "or --gradient" not in card_lines(batch_size=10000, checkpointing=True)["RTX 3090"]
+def test_memory_of_a_card_by_hand():
+    config = MiniMindConfig()
+    row = activation_bytes(config, 512)
+    fixed = 10**8 + 2 * 10**8 + estimate.CONTEXT_BYTES  # weights, optimizer state
+    copies = 10**8 // 2  # of the weights in bfloat16
+    assert 32 * row + copies > 10**8, "else gradients, which come as activations go, are what is largest"
+    assert calibration().bytes_on_a_card(config, 32) == fixed + 32 * row + copies
+    accumulated = calibration(accumulation_steps=2)  # the gradients of earlier micro-batches are there meanwhile
+    assert accumulated.bytes_on_a_card(config, 32) == fixed + 32 * row + copies + 10**8
+    single = calibration(dtype="float32")
+    assert single.bytes_on_a_card(config, 32) == fixed + 32 * activation_bytes(config, 512, size=4)
+    distilled = calibration()
+    distilled.parts["teacher"] = 5 * 10**7
+    without_head = activation_bytes(config, 512, whole_head=False)
+    assert distilled.bytes_on_a_card(config, 32) == fixed + 5 * 10**7 + 32 * without_head + copies
+
+
+@pytest.mark.parametrize("positions, rows", [(2 * 512, 4), (4 * 512, 4), (5 * 512, 8)])
+def test_pairs_take_as_many_rows_as_were_seen(positions, rows):
+    assert calibration("preference", positions, batch_size=4).rows == rows
+    assert calibration("pretrain", positions, batch_size=4).rows == 4
+
+
+def test_what_does_not_fit_is_said_with_flags_that_fit_and_keep_the_step():
+    lines = card_lines(batch_size=512, accumulation_steps=3)
+    rows, steps = map(
+        int, re.search(r"does not fit: --batch_size (\d+) --accumulation_steps (\d+)$", lines["RTX 4090"]).groups()
+    )
+    assert rows * steps == 512 * 3 and rows < 512 and "does not fit" not in lines["H200"]
+    assert "does not fit" not in card_lines(batch_size=rows, accumulation_steps=steps)["RTX 4090"]
+    divisors = [n for n in range(rows + 1, 512) if 512 * 3 % n == 0]
+    assert "does not fit" in card_lines(batch_size=divisors[0], accumulation_steps=512 * 3 // divisors[0])["RTX 4090"]
+
+
+def test_checkpointing_is_proposed_only_where_rows_alone_are_not_enough():
+    one_row = {"batch_size": 1, "max_seq_len": 32768 * 8}
+    assert card_lines(**one_row)["RTX 4090"].endswith("--batch_size 1 --accumulation_steps 1 --gradient_checkpointing")
+    assert "use a smaller model" in card_lines(**one_row | {"max_seq_len": 32768 * 256})["RTX 4090"]
+    assert (
+        "use a smaller model"
+        in card_lines(**one_row | {"max_seq_len": 32768 * 64, "gradient_checkpointing": True})["RTX 3090"]
+    )
+
+
+def test_steps_of_pairs_are_scaled_to_the_tokens_of_an_average_step():
+    for kind, longer in (("preference", 1.5), ("pretrain", 1.0)):
+        made = calibration(kind)
+        made.data.tokens_per_step, made.data.total_steps, made.data.steps_per_epoch = 300, 10, 10
+        made.data.cache.folder = Path("/nowhere")
+        made.memory = argparse.Namespace(peak=lambda: 7)
+        made.moments, made.processor = [0, 9, 11, 15], [0, 9, 10, 12]
+        made.tokens, made.flops = [1000, 150, 250], [1, 20, 40]
+        measured = made.measured()
+        assert measured["step"] == pytest.approx(3 * longer) and measured["first"] == 9 and measured["steps"] == 2
+        assert measured["processor"] == (9, pytest.approx(1.5 * longer))
+        assert measured["flops"] == pytest.approx(30 * 1.5) and measured["tokens"] == 300 and measured["bytes"] == 7
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's /proc")
+def test_mapped_bytes_are_those_of_files_in_the_folder_that_were_read(tmp_path):
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    for place in (folder, tmp_path):
+        (place / "tokens.bin").write_bytes(bytes(8 << 20))
+    inside, outside = (np.memmap(place / "tokens.bin", np.uint8, mode="r") for place in (folder, tmp_path))
+    assert mapped_bytes(folder) < 1 << 20
+    assert int(inside.sum()) + int(outside.sum()) == 0
+    assert mapped_bytes(folder) == 8 << 20
+    assert mapped_bytes(tmp_path / "elsewhere") == 0
+
+
+def test_the_rest_of_the_mapped_tokens_counts_as_far_as_the_run_will_read_it(tmp_path):
+    made = calibration()
+    (tmp_path / "tokens.bin").write_bytes(bytes(1000))
+    made.data.cache.folder = tmp_path
+    for steps, expected in ((5, 500), (10, 1000), (30, 1000)):
+        made.data.total_steps, made.data.steps_per_epoch = steps, 10
+        assert made._tokens_to_come() == made.parts["tokens"] == expected

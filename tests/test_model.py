@@ -12,7 +12,16 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from model.model_minimind import AttentionPlan, DocumentIndex, MiniMindConfig, MiniMindForCausalLM, recomputed
+from model.model_minimind import (
+    AttentionPlan,
+    DocumentIndex,
+    HeadsFirstRotation,
+    MiniMindConfig,
+    MiniMindForCausalLM,
+    RMSNormFunction,
+    recomputed,
+    rotate,
+)
 
 COMPAT = Path(__file__).parent / "compat"
 VOCAB = 97
@@ -335,6 +344,36 @@ def test_tiles_under_autocast(dtype):
     torch.testing.assert_close(half, exact, rtol=2e-2, atol=0)
     for parameter, gradient in gradients.items():
         assert (half_gradients[parameter] - gradient).norm() < 0.1 * gradient.norm(), parameter
+
+
+# --- functions written by hand for training on a CPU, with their gradients -------------------------------------------
+
+
+def test_the_norm_and_its_gradients_are_those_of_torch():
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 7, 16, requires_grad=True), torch.randn(16, requires_grad=True)
+    upstream = torch.randn(3, 7, 16)
+    ours = RMSNormFunction.apply(x, weight, 1e-5, torch.float32)
+    theirs = F.rms_norm(x.double(), (16,), weight.double(), 1e-5)
+    torch.testing.assert_close(ours, theirs.float(), rtol=1e-6, atol=1e-6)
+    gradients = torch.autograd.grad(ours, (x, weight), upstream)
+    expected = torch.autograd.grad(theirs, (x, weight), upstream.double())
+    for gradient, double in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, double, rtol=1e-5, atol=1e-6)
+
+
+def test_the_heads_first_rotation_is_the_plain_one_with_its_gradient():
+    torch.manual_seed(0)
+    tokens, kv_heads, group, head_dim = 5, 2, 3, 8
+    x = torch.randn(tokens, kv_heads, group, head_dim, requires_grad=True)
+    angles = torch.rand(tokens, head_dim // 2)
+    plain = rotate(x.view(1, tokens, kv_heads * group, head_dim), angles.cos()[None], angles.sin()[None])
+    plain = plain.view(x.shape).transpose(0, 1)
+    ours = HeadsFirstRotation.apply(x, angles.cos(), angles.sin())
+    torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-6)
+    upstream = torch.randn(plain.shape)
+    gradients = [torch.autograd.grad(result, x, upstream)[0] for result in (ours, plain)]
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
 
 
 # --- mixture of experts ----------------------------------------------------------------------------------------------

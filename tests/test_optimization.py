@@ -42,6 +42,7 @@ def test_schedule_never_exceeds_the_peak(total, warmup):
 
 def flags(**changes) -> SimpleNamespace:
     defaults = {"optimizer": "adamw", "learning_rate": 1e-2, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95}
+    defaults["embedding_lr_scale"] = 1.0
     return SimpleNamespace(**defaults | {"gradient_checkpointing": False, "compile": None, "zero_stage": 0} | changes)
 
 
@@ -97,6 +98,22 @@ def test_muon_takes_the_matrices_inside_the_blocks_and_adamw_the_rest():
     assert {group["lr"] for group in optimizer.param_groups} == {1e-3}
     assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
+def test_the_embedding_may_learn_at_another_rate(name):
+    models = [tiny_model(), tiny_model()]
+    for model, scale in zip(models, (1.0, 4.0), strict=True):
+        optimizer = build_optimizer(model, flags(optimizer=name, embedding_lr_scale=scale, weight_decay=0.0))
+        fill_gradients(model, 0)
+        optimizer_step(model, optimizer, Precision("float32", CPU), 1e-3, grad_clip=1.0)
+        assert {group["lr"] for group in optimizer.param_groups} == {1e-3, scale * 1e-3}
+        sizes = sorted(len(group["params"]) for group in optimizer.param_groups)
+        assert sum(sizes) == len(list(model.parameters())) and (1 in sizes) == (name == "muon" or scale != 1)
+    start, embedding = tiny_model().model.embed_tokens.weight, "model.embed_tokens.weight"
+    plain, fast = (dict(model.named_parameters()) for model in models)
+    torch.testing.assert_close(fast[embedding] - start, 4 * (plain[embedding] - start), rtol=1e-3, atol=1e-7)
+    assert all(torch.equal(plain[key], fast[key]) for key in plain if key != embedding)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])

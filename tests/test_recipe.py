@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import recipe
+from benchmarks import recipe, recipe_ideas
 from tests.conftest import one_thread, write_texts
 
 SIZES = ["--hidden_size=32", "--num_hidden_layers=1", "--device=cpu", "--threads=1"]
@@ -44,6 +44,46 @@ def test_the_report_takes_means_over_seeds_and_puts_the_best_first(tmp_path, cap
     _, first, second = capsys.readouterr().out.splitlines()
     assert first.split()[:5] == ["2.0000", "-", "1", "9", "20"] and "muon, lr 0.001, 8 rows, 0.04M tokens" in first
     assert second.split()[:5] == ["2.2000", "0.1414", "2", "9", "22"]
+
+
+def test_the_shares_of_tokens_and_time_are_those_of_the_smallest_budget_that_is_as_good(tmp_path, capsys):
+    run = {"hidden_size": 256, "num_hidden_layers": 4, "rows": 4, "steps": 9, "learning_rate": 1e-3, "more": []}
+    rows = [
+        ("adamw", 900, 0, 2.0, 50.0), ("adamw", 900, 1, 2.2, 40.0), ("adamw", 300, 0, 1.0, 10.0),
+        ("default", 300, 0, 2.2, 10.0), ("default", 600, 0, 2.0, 20.0), ("default", 600, 1, 2.1, 24.0),
+        ("default", 900, 0, 1.9, 40.0), ("original", 500, 0, 1.5, 400.0),
+    ]  # fmt: skip
+    names = ("recipe", "tokens", "seed", "bits_per_byte", "seconds")
+    runs = [run | dict(zip(names, row, strict=True)) for row in rows]
+    results = tmp_path / "runs.jsonl"
+    results.write_text("".join(json.dumps(run) + "\n" for run in runs), "utf-8")
+    recipe.main(["--results", str(results), "versus"])
+    theirs, ours, shares = capsys.readouterr().out.splitlines()  # nothing of ours is as good as the original's
+    assert "adamw" in theirs and "2.1000 ± 0.1414 bits per byte, 2 seeds, 40 s" in theirs
+    assert "default" in ours and "2.0500" in ours and shares.split() == "0.67 of the tokens, 0.55 of the time".split()
+
+
+def test_ideas_change_the_training_script_and_belong_to_the_record(tmp_path):
+    texts, results = write_texts(tmp_path / "texts.jsonl"), tmp_path / "runs.jsonl"
+    command = ["--results", results, "run", "--recipe", "muon", "--tokens", 2048, "--learning_rate", 1e-3, "--rows", 2]
+    command += ["--data_path", texts, "--valid_path", texts, "--cache_dir", tmp_path / "cache", *SIZES]
+    with one_thread():
+        for ideas in ([], ["output_init=0", "linear=0"]):
+            recipe.main([str(part) for part in [*command, "--ideas", *ideas]])
+    plain, changed = recipe.read_results(results)
+    assert changed["ideas"] == ["output_init=0", "linear=0"] and plain["ideas"] == []
+    assert plain["bits_per_byte"] != changed["bits_per_byte"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("idea", sorted(recipe_ideas.IDEAS))
+def test_every_idea_trains(idea, tmp_path):
+    texts, results = write_texts(tmp_path / "texts.jsonl"), tmp_path / "runs.jsonl"
+    command = ["--results", results, "run", "--recipe", "muon", "--tokens", 4096, "--learning_rate", 1e-3, "--rows", 2]
+    command += ["--data_path", texts, "--valid_path", texts, "--cache_dir", tmp_path / "cache", *SIZES]
+    recipe.main([str(part) for part in [*command, "--ideas", f"{idea}=0.5"]])
+    (run,) = recipe.read_results(results)
+    assert run["bits_per_byte"] < 9
 
 
 def test_flags_after_two_dashes_belong_to_the_training_script():

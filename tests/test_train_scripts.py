@@ -143,7 +143,7 @@ def test_packed_loss_is_that_of_the_documents_one_by_one(tmp_path, tokenizer, ki
 
 LINE = re.compile(
     r"Epoch:\[(\d+)/(\d+)\]\((\d+)/(\d+)\) loss:(\d+\.\d+) lr:(\S+) epoch_Time:(\d+\.\d)min \| "
-    r"([\d,]+) tokens/s, MFU (\d+)%, grad_norm (\d+\.\d+), padding (\d+\.\d)%"
+    r"([\d,]+) tokens/s, MFU (\d+)%, grad_norm (\d+\.\d+), padding (\d+\.\d)%, waiting (\d+\.\d)%"
 )
 
 
@@ -160,6 +160,7 @@ def test_log_lines_on_screen_and_in_the_file(train, tmp_path, texts, capsys):
         assert float(line[7].replace(",", "")) == pytest.approx(record["tokens_per_second"], abs=1)
         assert float(line[9]) == pytest.approx(record["grad_norm"], abs=0.01)
         assert float(line[10]) == pytest.approx(100 * record["padding"], abs=0.1)
+        assert float(line[11]) == pytest.approx(100 * record["waiting"], abs=0.1) and 0 < record["waiting"] < 1
     (start,) = read_log(tmp_path, event="start")
     assert start["total_steps"] == 10 and start["first_step"] == 0 and start["flags"]["batch_size"] == 8
     assert start["versions"]["torch"] == torch.__version__
@@ -237,7 +238,7 @@ def test_what_a_run_writes(train, tmp_path, inputs, tokenizer, stage, use_moe):
     assert written == {f"{name}.pth", f"{name}.json", f"logs/{name}.jsonl", f"resume/{name}.resume"}
 
 
-COMMON_METRICS = {"loss", "lr", "grad_norm", "tokens_per_second", "mfu", "padding", "aux_loss"}
+COMMON_METRICS = {"loss", "lr", "grad_norm", "tokens_per_second", "mfu", "padding", "waiting", "aux_loss"}
 OWN_METRICS = {
     DPO: {"reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected", "kl"},
     DISTILLATION: {"ce", "kl"},

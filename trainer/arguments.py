@@ -45,13 +45,25 @@ def add_boolean(parser: argparse.ArgumentParser, flag: str, default: bool | None
     parser.add_argument(flag, type=boolean, nargs="?", const=True, default=default, metavar="BOOL", help=help)
 
 
+class PerOptimizer(dict):
+    """A default for each --optimizer, shown in words by --help."""
+
+    def __str__(self) -> str:
+        return ", ".join(f"{value:g} with {optimizer}" for optimizer, value in self.items())
+
+
 def from_root(path: str | Path) -> Path:
     """Path defaults are anchored on the repository root, so that a script does the same from any folder."""
     return ROOT / path
 
 
 def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
-    """The flags shared by all stages. `defaults` sets what differs between them (learning_rate, data_path, ...)."""
+    """The flags shared by all stages. `defaults` sets what differs between them (data_path, batch_size, ...).
+
+    Some are given for each optimizer; the first of learning_rate is the one that the stage takes by itself.
+    """
+    defaults = {"learning_rate": {"adamw": 5e-4}} | defaults
+    defaults = {name: PerOptimizer(value) if isinstance(value, dict) else value for name, value in defaults.items()}
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -86,7 +98,13 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
     )
     group("--batch_size", type=int, default=32, help="rows per process and micro-batch (default: %(default)s)")
     group("--accumulation_steps", type=int, default=1, help="micro-batches per optimizer step (default: %(default)s)")
-    group("--learning_rate", type=float, default=5e-4, help="peak learning rate (default: %(default)s)")
+    group("--learning_rate", type=float, help="peak learning rate (default: %(default)s)")
+    group(
+        "--embedding_lr_scale",
+        type=float,
+        default=1.0,
+        help="the embedding, which is also the head, learns so many times as fast (default: %(default)s)",
+    )
     group(
         "--min_lr_ratio",
         type=float,
@@ -96,9 +114,9 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
     group("--warmup_iters", type=int, default=0, help="optimizer steps of linear warm-up (default: %(default)s)")
     group(
         "--optimizer",
-        choices=("adamw", "muon", "sgd"),
-        default="adamw",
-        help="sgd is for checks (default: %(default)s)",
+        choices=("muon", "adamw", "sgd"),
+        help="muon: the matrices inside the blocks, adamw for the rest; under ZeRO only adamw; sgd is for checks "
+        f"(default: {next(iter(defaults['learning_rate']))})",
     )
     group("--beta1", type=float, default=0.9)
     group("--beta2", type=float, default=0.95)
@@ -154,6 +172,11 @@ def parse_arguments(
     checks: for flags of one stage, name -> (whether a value is right, what it must be).
     """
     args = parser.parse_args(argv)
+    if args.optimizer is None:
+        args.optimizer = "adamw" if args.zero_stage else next(iter(parser.get_default("learning_rate")))
+    for name, value in vars(args).items():
+        if isinstance(value, PerOptimizer):
+            setattr(args, name, value.get(args.optimizer, value["adamw"]))
     mistakes = []
 
     def expect(flag: str, ok: Callable[[float], bool], wanted: str) -> None:
@@ -175,6 +198,7 @@ def parse_arguments(
     for flag in ("warmup_iters", "max_steps", "num_workers", "weight_decay", "grad_clip", "seed", "price_per_hour"):
         expect(flag, lambda v: v >= 0, "0 or more")
     expect("learning_rate", lambda v: 0 < v < float("inf"), "a number above 0")
+    expect("embedding_lr_scale", lambda v: 0 <= v < float("inf"), "0 or more")
     expect("min_lr_ratio", lambda v: 0 <= v <= 1, "between 0 and 1")
     for flag in ("beta1", "beta2"):
         expect(flag, lambda v: 0 <= v < 1, "at least 0 and below 1")

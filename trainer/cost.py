@@ -52,19 +52,25 @@ def matmul_flops_per_second(device: torch.device, dtype: torch.dtype, size: int 
     return 2 * size**3 / best
 
 
-def activation_bytes(config: MiniMindConfig, positions: int, checkpointing: bool = False) -> int:
-    """What a forward on CUDA keeps for the backward pass, in half precision over a float32 residual stream.
+def activation_bytes(
+    config: MiniMindConfig, positions: int, checkpointing: bool = False, size: int = 2, whole_head: bool = True
+) -> int:
+    """What a forward on CUDA, compiled, keeps for the backward pass over a float32 residual stream.
 
-    Per layer and position: the inputs of both norms in float32; in two bytes each what the projections read, query,
-    key, value and the attention's result, gate, up and their product. An estimate: compilers keep somewhat less.
+    Per layer and position: the inputs of both norms and the attention's normaliser of each head in float32; in `size`
+    bytes each what the projections read, query, key, value and the attention's result, gate, up and their product.
+    After the layers the last norm's input and result and, with whole_head, the probabilities of the vocabulary, which
+    the loss per token keeps. On top what the backward pass makes first: the gradients of one feed-forward.
     """
     hidden, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
-    experts = config.num_experts_per_tok + config.n_shared_experts if config.use_moe else 1
-    layer = 8 * hidden + 4 * hidden + 2 * (2 * hidden + 2 * kv) + 6 * config.intermediate_size * experts
-    layer += 4 * hidden * (config.num_experts_per_tok if config.use_moe else 0)  # what experts read and give
+    chosen, shared = (config.num_experts_per_tok, config.n_shared_experts) if config.use_moe else (0, 1)
+    feed_forward = 3 * config.intermediate_size * (chosen + shared)
+    layer = 8 * hidden + 4 * config.num_attention_heads + size * (4 * hidden + 2 * kv + feed_forward)
+    layer += size * 2 * hidden * chosen  # what experts read and give
+    end = (4 + size) * hidden + size * feed_forward + size * config.vocab_size * whole_head
     if checkpointing:  # the input of every layer, and one layer in full
-        return positions * (4 * hidden * config.num_hidden_layers + layer)
-    return positions * layer * config.num_hidden_layers
+        return positions * (4 * hidden * config.num_hidden_layers + layer + end)
+    return positions * (layer * config.num_hidden_layers + end)
 
 
 class Memory:
@@ -102,6 +108,17 @@ class Memory:
             text = Path("/proc/meminfo").read_text("ascii")
             return int(re.search(r"^MemTotal:\s+(\d+) kB", text, re.MULTILINE)[1]) * 1024
         return 0
+
+
+def mapped_bytes(folder: Path) -> int:
+    """Memory of this process that shows files of a folder; 0 where the system does not tell."""
+    with contextlib.suppress(OSError):
+        text, found = Path("/proc/self/smaps").read_text("utf-8", errors="replace"), 0
+        mapping = rf"^[0-9a-f]+-[0-9a-f]+ .* {re.escape(str(folder.resolve()))}/.*\n(?:[A-Z].*\n)*?Rss:\s+(\d+) kB"
+        for resident in re.findall(mapping, text, re.MULTILINE):
+            found += int(resident) * 1024
+        return found
+    return 0
 
 
 def _status(name: str) -> int:

@@ -7,7 +7,9 @@ same flags says at its end how far off the estimate was.
 """
 
 import argparse
+import itertools
 import json
+import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from torch import nn
 
 from model.model_minimind import MiniMindConfig
 from model.weights import write_json
-from trainer.cost import Memory, activation_bytes
+from trainer.cost import Memory, activation_bytes, mapped_bytes
 from trainer.distributed import Process
 from trainer.loader import PackedData, plural
 
@@ -68,34 +70,66 @@ def assumed_mfu(config: MiniMindConfig, cards: int) -> float:
 class Calibration:
     """Times the optimizer steps of a run, and says what all of them will take."""
 
-    def __init__(self, args: argparse.Namespace, process: Process, model: nn.Module, data: PackedData, name: str):
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        process: Process,
+        model: nn.Module,
+        data: PackedData,
+        name: str,
+        teacher: nn.Module | None = None,
+    ):
         self.args, self.process, self.data = args, process, data
         self.path = Path(args.out_dir) / "logs" / f"{name}.estimate.json"
         self.memory = Memory(process.device)
         self.parts = memory_parts(model, args, process)
+        if teacher is not None:
+            self.parts["teacher"] = sum(p.nbytes for p in teacher.parameters())
         self.memory.reset()
-        self.moments, self.flops, self.tokens = [time.perf_counter()], [], []
+        self.moments, self.processor = [time.perf_counter()], [time.process_time()]
+        self.flops, self.tokens, self.positions = [], [], []
 
-    def step_done(self, flops: float, tokens: float) -> None:
+    def step_done(self, flops: float, tokens: float, positions: float) -> None:
         if self.process.device.type == "cuda":
             torch.cuda.synchronize()
         self.moments.append(time.perf_counter())
+        self.processor.append(time.process_time())
         self.flops.append(flops)
         self.tokens.append(tokens)
+        self.positions.append(positions)
 
     def measured(self) -> dict:
-        """Seconds of one step, its operations and tokens on all processes, peak bytes of this process."""
-        seconds = [end - start for start, end in zip(self.moments, self.moments[1:], strict=False)]
+        """Seconds of one step, its operations and tokens on all processes, peak bytes of this process: of the steps of
+        the whole run, of which the timed ones are a sample. processor: of its seconds, those of the first step and of
+        another. to_come: of the bytes, those of tokens not read yet."""
+        data = self.data
+        seconds, processor = ([b - a for a, b in itertools.pairwise(m)] for m in (self.moments, self.processor))
         timed = slice(min(1, len(seconds) - 1), None)  # the first one compiles and fills caches
+        tokens = data.tokens_per_step
+        larger = tokens / statistics.fmean(self.tokens[timed])
+        to_come = self._tokens_to_come()
+        # packed rows are as many in each step; pairs take as many rows as they need
+        longer = larger if data.cache.kind == "preference" else 1.0
         return {
             "first": seconds[0],
             "steps": len(seconds[timed]),
-            "step": statistics.fmean(seconds[timed]),
-            "spread": statistics.pstdev(seconds[timed]),
-            "flops": statistics.fmean(self.flops[timed]),
-            "tokens": statistics.fmean(self.tokens[timed]),
-            "bytes": self.memory.peak(),
+            "step": statistics.fmean(seconds[timed]) * longer,
+            "processor": (processor[0], statistics.fmean(processor[timed]) * longer),
+            "spread": statistics.pstdev(seconds[timed]) / statistics.fmean(seconds[timed]),
+            "flops": statistics.fmean(self.flops[timed]) * larger,
+            "tokens": tokens,
+            "to_come": to_come,
+            "bytes": self.memory.peak() + to_come,
         }
+
+    def _tokens_to_come(self) -> int:
+        """Bytes of the mapped token file that the rest of the run will bring into a CPU process."""
+        if self.process.device.type == "cuda":
+            return 0
+        share = min(self.data.total_steps / self.data.steps_per_epoch, 1.0)
+        whole = sum(file.stat().st_size for file in self.data.cache.folder.glob("*.bin"))
+        self.parts["tokens"] = int(share * whole)
+        return max(self.parts["tokens"] - mapped_bytes(self.data.cache.folder), 0)
 
     def report(self, config: MiniMindConfig, parameters: int, frozen: int) -> str:
         """All that is known, as text; also written beside the logs, for the comparison after the run."""
@@ -103,17 +137,19 @@ class Calibration:
         m, steps = self.measured(), data.total_steps
         passes, threads = sum(data.passes.values()), plural(torch.get_num_threads(), "thread")
         total = steps * m["step"] + max(m["first"] - m["step"], 0) + passes
-        write_json(self.path, {"seconds": total, "bytes": m["bytes"], "flags": relevant_flags(args, self.process)})
+        record = {"seconds": total, "bytes": m["bytes"], "step": m["step"], "steps": steps}
+        record |= {"timed": m["steps"], "processor": m["processor"], "to_come": m["to_come"]}
+        write_json(self.path, record | {"flags": relevant_flags(args, self.process)})
         lines = [
             f"{parameters / 1e6:.2f}M parameters, {(parameters - frozen) / 1e6:.2f}M of them trained",
             f"{m['tokens'] * steps / 1e6:,.1f}M tokens in {plural(steps, 'step')}, {m['tokens']:,.0f} tokens a step"
             + f" ({plural(args.epochs, 'epoch')})" * (args.epochs > 1),
             "",
             f"this machine ({self.process.device}, {plural(world, 'process')} of {threads})",
-            f"  {m['step']:.2f} s a step ± {m['spread'] / m['step']:.0%} ({m['steps']} timed), "
+            f"  {m['step']:.3g} s a step ± {m['spread']:.0%} ({m['steps']} timed), "
             f"{m['tokens'] / m['step']:,.0f} tokens/s",
             *(f"  beforehand: {title}, {duration(seconds)}" for title, seconds in data.passes.items()),
-            f"  {duration(total)}{self._price(total)}, without evaluations",
+            f"  {duration(total)}{self._price(total)}, without evaluations and saving",
             *self._memory_lines(m["bytes"]),
             "",
             f"other cards, computed, not measured: {assumed_mfu(config, 1):.0%} of the peak is assumed",
@@ -144,22 +180,58 @@ class Calibration:
 
     def _card_lines(self, config: MiniMindConfig, flops: float, beforehand: float) -> list[str]:
         args, lines = self.args, []
-        fixed = sum(self.parts.values()) + CONTEXT_BYTES
-        row = activation_bytes(config, args.max_seq_len, args.gradient_checkpointing)
         for card in CARDS:
             seconds = beforehand * flops / (card.count * card.teraflops * 1e12 * assumed_mfu(config, card.count))
-            needed, room = fixed + row * args.batch_size, 0.95 * card.gigabytes * 1e9
+            needed, room = self.bytes_on_a_card(config, args.batch_size), 0.95 * card.gigabytes * 1e9
             advice = ""
             if needed > room:
-                rows = int((room - fixed) // row)
-                advice = f"  does not fit: --batch_size {rows}" if rows > 0 else "  does not fit"
-                advice += "" if args.gradient_checkpointing else ", or --gradient_checkpointing"
+                advice = f"  does not fit: {self._cure(config, room)}"
             cost = seconds / 3600 * card.count * card.dollars
             lines.append(
                 f"  {card.name:14}{f'{gigabytes(needed)} of {card.gigabytes:g}':>16}{duration(seconds):>12}"
                 f"{f'${cost:,.2f}' if cost >= 0.01 else 'a cent':>10}{advice}"
             )
         return lines
+
+    def bytes_on_a_card(self, config: MiniMindConfig, batch_size: int, checkpointing: bool = False) -> float:
+        """Highest memory of training with CUDA and this batch size, computed."""
+        args, parts = self.args, dict(self.parts)
+        checkpointing = checkpointing or args.gradient_checkpointing
+        size = 4 if args.dtype == "float32" else 2
+        whole_head = "teacher" not in parts  # distillation computes its loss in chunks that are not kept
+        positions = args.max_seq_len * self.rows * batch_size / args.batch_size
+        activations = activation_bytes(config, positions, checkpointing, size, whole_head)
+        activations += parts["weights"] // 2 if size == 2 else 0  # autocast's copies
+        gradients = parts.pop("gradients")
+        parts.pop("tokens", None)
+        # within one micro-batch the activations go as the gradients come; those of earlier ones are there all the time
+        alone = args.accumulation_steps == 1 and self.process.world_size == 1
+        step = max(gradients, activations) if alone else gradients + activations
+        return sum(parts.values()) + step + CONTEXT_BYTES
+
+    @property
+    def rows(self) -> int:
+        """Rows of a micro-batch; of pairs, which take as many as they need, the most that were seen, and on a GPU
+        a multiple of --batch_size."""
+        args = self.args
+        if self.data.cache.kind != "preference":
+            return args.batch_size
+        most = max(self.positions) / (args.accumulation_steps * self.process.world_size * args.max_seq_len)
+        return -(-math.ceil(most) // args.batch_size) * args.batch_size
+
+    def _cure(self, config: MiniMindConfig, room: float) -> str:
+        """Flags with which it fits into so many bytes, and the optimizer step stays what it is where that can be."""
+        args = self.args
+        whole = args.batch_size * args.accumulation_steps
+        for checkpointing in (False, True)[args.gradient_checkpointing :]:
+            fitting = [
+                rows for rows in range(args.batch_size, 0, -1)
+                if whole % rows == 0 and self.bytes_on_a_card(config, rows, checkpointing) <= room
+            ]  # fmt: skip
+            if fitting:
+                flags = f"--batch_size {fitting[0]} --accumulation_steps {whole // fitting[0]}"
+                return flags + " --gradient_checkpointing" * (checkpointing and not args.gradient_checkpointing)
+        return "use a smaller model, --zero_stage 3 on several cards, or a lower --max_seq_len"
 
 
 def memory_parts(model: nn.Module, args: argparse.Namespace, process: Process) -> dict[str, int]:

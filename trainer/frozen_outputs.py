@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from trainer.distributed import Process, barrier
-from trainer.loader import CALIBRATION_STEPS, PackedData
+from trainer.loader import CALIBRATION_SECONDS, PackedData
 
 FLUSH_SECONDS = 20
 
@@ -110,13 +110,11 @@ class FrozenOutputs:
         self.done.flush()
         self.pending, self.flushed = [], time.monotonic()
 
-    def finish(self, whole: bool = True) -> None:
-        """Every process calls this when it has written its share, or, not whole, a part of it."""
+    def finish(self) -> None:
+        """Every process calls this when it has written its share."""
         if self.complete:
             return
         self.flush()
-        if not whole:
-            return
         barrier(self.process)
         if not self.done.all():
             raise ValueError(
@@ -136,21 +134,30 @@ def _fits(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> bool:
     return array.shape == tuple(shape) and array.dtype == dtype
 
 
-def counted(data: PackedData, title: str) -> Iterator[dict]:
-    """All batches of a file, with a line every 20 seconds that says how far they are.
+def missing_batches(data: PackedData, title: str, outputs: FrozenOutputs, items: str) -> Iterator[dict]:
+    """The batches of a file whose outputs are not all there, with a line every 20 seconds that says how far they are.
 
-    For --estimate some of them: what all would take is noted in data.passes.
+    items: what a batch calls its items. The seconds that it takes are noted in data.passes[title]; for --estimate some
+    batches are enough to tell.
     """
-    process, total = data.process, data.batches_in_file
-    enough = CALIBRATION_STEPS[process.device.type == "cuda"] if data.args.estimate else total
-    started = last = time.monotonic()
-    for number, batch in enumerate(data.all_batches(), start=1):
+    process, number = data.process, 0
+    moments = [time.monotonic()]
+    total = max(round(data.batches_in_file * (1 - float(outputs.done.mean()))), 1)
+    started = last = moments[0]
+    for batch in data.all_batches():
+        wanted = batch[items].cpu().numpy()
+        if not (len(wanted) and outputs.missing(wanted).any()):
+            continue
         yield batch
-        if number == enough < total:
-            data.passes[title] = (time.monotonic() - started) / number * total
-            return
-        now = time.monotonic()
+        number, now = number + 1, time.monotonic()
+        if data.args.estimate:
+            moments.append(now)
+            if 1 < number < total and now - started >= CALIBRATION_SECONDS:
+                warm = (number + 1) // 2  # until then kernels may have been compiled
+                data.passes[title] = now - started + (now - moments[warm]) / (number - warm) * (total - number)
+                return
         if process.is_main and now - last > FLUSH_SECONDS:
             rest = (now - started) / number * (total - number)
             print(f"{title}: {number / total:.0%}, {rest / 60:.1f} min left", flush=True)
             last = now
+    data.passes[title] = time.monotonic() - started

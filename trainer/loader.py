@@ -1,8 +1,10 @@
 """From a jsonl file to the micro-batches of this process: token cache, packing plan, loader, transfer to the device."""
 
 import argparse
+import itertools
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -11,9 +13,10 @@ from torch.utils.data import DataLoader
 from dataset.packing import PackedBatches, PreferenceBatches, build_plan
 from dataset.token_cache import open_token_cache
 from dataset.tokenization import ChatTokenizer
-from trainer.distributed import Process
+from trainer.distributed import Process, sum_over_ranks
 
-CALIBRATION_STEPS = {False: 5, True: 21}  # of --estimate on a CPU, on a GPU; the first one is not timed
+CALIBRATION_STEPS = {False: 5, True: 21}  # of --estimate on a CPU, on a GPU, at least; the first one is not timed
+CALIBRATION_SECONDS = 10  # and at least so long
 MODEL_INPUTS = ("input_ids", "position_ids", "document_ids", "cu_seqlens", "max_seqlen")
 
 
@@ -45,7 +48,8 @@ class PackedData:
             show_progress=process.is_main,
         )
         self.plan = build_plan(self.cache, args.max_seq_len, show_progress=process.is_main)
-        self.passes: dict[str, float] = {}  # --estimate: seconds of what is computed before the first step
+        self.passes: dict[str, float] = {}  # seconds of what is computed before the first step; of --estimate: foretold
+        self.waited = 0.0  # seconds that this process has spent on getting batches
         self.batches_class = PreferenceBatches if kind == "preference" else PackedBatches
 
     def fingerprint(self) -> dict:
@@ -101,33 +105,48 @@ class PackedData:
     def steps(self, start_step: int = 0) -> Iterator[tuple[int, list[dict]]]:
         """(step, micro-batches on the device) for every optimizer step from start_step on, over all epochs."""
         per_epoch, total = self.steps_per_epoch, self.total_steps
-        if self.args.estimate:
-            total = min(total, CALIBRATION_STEPS[self.process.device.type == "cuda"])
-        step = start_step
+        step, started = start_step, time.monotonic()
         while step < total:
             epoch, first = divmod(step, per_epoch)
             batches = self._batches(epoch)
             last = min(per_epoch, total - epoch * per_epoch)
             accumulation = self.args.accumulation_steps
-            loader = self._loader(batches, range(first * accumulation, last * accumulation))
-            micro_batches = []
-            for batch in loader:
-                micro_batches.append(batch)
-                if len(micro_batches) == accumulation:
-                    yield step, micro_batches
-                    step, micro_batches = step + 1, []
+            loader = self.load(batches, range(first * accumulation, last * accumulation))
+            micro_batches = MicroBatches(loader, accumulation)
+            while micro_batches:
+                yield step, micro_batches
+                step, micro_batches = step + 1, micro_batches.following()
+                if step == 1:
+                    started = time.monotonic()
+                if self.args.estimate and self.enough(step, time.monotonic() - started):
+                    return
+
+    def enough(self, steps: int, seconds: float) -> bool:
+        """Whether so many steps are a calibration for --estimate; all processes agree."""
+        seconds = sum_over_ranks([seconds], self.process)[0] / self.process.world_size
+        return steps >= CALIBRATION_STEPS[self.process.device.type == "cuda"] and seconds >= CALIBRATION_SECONDS
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Real tokens of an optimizer step of all processes, on average over an epoch."""
+        return self.plan.stats["positions"] / self.steps_per_epoch
 
     @property
     def batches_in_file(self) -> int:
         """Number of all_batches()."""
-        return len(self._batches(0, shuffle=False, accumulation_steps=1))
+        return len(self.all_of_the_file())
+
+    def all_of_the_file(self) -> PackedBatches | PreferenceBatches:
+        """This process's share of the whole file, in file order."""
+        return self._batches(0, shuffle=False, accumulation_steps=1)
 
     def all_batches(self) -> Iterator[dict]:
-        """This process's share of the whole file, once, in file order."""
-        batches = self._batches(0, shuffle=False, accumulation_steps=1)
-        yield from self._loader(batches, range(len(batches)))
+        """The same, on the device, once."""
+        batches = self.all_of_the_file()
+        yield from self.load(batches, range(len(batches)))
 
-    def _loader(self, batches, indices: range) -> Iterator[dict]:
+    def load(self, batches: PackedBatches | PreferenceBatches, indices: Iterable[int]) -> Iterator[dict]:
+        """Some of these batches on the device, assembled and brought there beforehand on a GPU."""
         cuda = self.process.device.type == "cuda"
         workers = self.args.num_workers if self.args.num_workers is not None else int(cuda)
         loader = DataLoader(
@@ -139,13 +158,38 @@ class PackedData:
             worker_init_fn=leave_signals_to_the_parent,
             generator=torch.Generator(),  # a loader draws a seed, and a resumed run makes one loader more
         )
-        for batch in loader:
+        asked = time.perf_counter()
+        batches = iter(loader)
+        while (batch := next(batches, None)) is not None:
             seen = (batch["position_ids"] + 1) * (batch["document_ids"] >= 0)
             batch["attended"] = int(seen.sum())  # (token, position it looks at) pairs, for the count of operations
-            yield {
+            batch = {
                 name: value.to(self.process.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
                 for name, value in batch.items()
             }
+            self.waited += time.perf_counter() - asked
+            yield batch
+            asked = time.perf_counter()
+
+
+class MicroBatches(list):
+    """The micro-batches of one optimizer step. Whoever goes through them also fetches those of the next step, one each:
+    a GPU still works on what was asked of it meanwhile, and the transfers wait in line behind that."""
+
+    def __init__(self, loader: Iterator[dict], count: int, fetched: list[dict] | None = None):
+        super().__init__(fetched or [])
+        self.loader, self.count, self.next_ones = loader, count, []
+        self.extend(itertools.islice(loader, count - len(self)))
+
+    def __iter__(self) -> Iterator[dict]:
+        for batch in super().__iter__():
+            yield batch
+            if len(self.next_ones) < self.count:
+                self.next_ones.extend(itertools.islice(self.loader, 1))
+
+    def following(self) -> "MicroBatches":
+        """Those of the next step; empty after the last."""
+        return MicroBatches(self.loader, self.count, self.next_ones)
 
 
 def leave_signals_to_the_parent(_: int) -> None:

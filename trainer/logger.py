@@ -85,14 +85,16 @@ class Logger:
         if teacher is not None:
             self.flops_per_token += flops_per_token(teacher.config, count_parameters(teacher)[0]) / 3
         self.peak = matmul_flops_per_second(process.device, precision.dtype) * process.world_size
-        self.calibration = Calibration(args, process, model, data, name) if args.estimate else None
+        self.calibration = Calibration(args, process, model, data, name, teacher) if args.estimate else None
         if process.is_main and not args.estimate:
             self._open(name)
             if first_step < self.total_steps:  # else a complete run was resumed, and nothing is about to happen
                 self._introduce(data, precision)
         self.memory = Memory(process.device)
         self.memory.reset()
+        self.data, self.beforehand = data, sum(data.passes.values())
         self.started, self.not_training = time.perf_counter(), 0.0
+        self.processor_started = time.process_time()
         self._clear_interval()
 
     def _open(self, name: str) -> None:
@@ -134,7 +136,7 @@ class Logger:
     def _clear_interval(self) -> None:
         self.sums = {"loss": 0.0, "steps": 0, "tokens": 0.0, "positions": 0.0, "attended": 0.0}
         self.more: dict[str, float] = {}
-        self.interval_started, self.paused = time.perf_counter(), 0.0
+        self.interval_started, self.paused, self.waited = time.perf_counter(), 0.0, self.data.waited
 
     @contextlib.contextmanager
     def clock_stopped(self) -> Iterator[None]:
@@ -147,7 +149,7 @@ class Logger:
     def step(self, step: int, loss: float, lr: float, grad_norm: float, counts: "StepCounts", **more) -> None:
         """One optimizer step, numbers of all processes together. `more`: further means to log, such as aux_loss."""
         if self.calibration:
-            self.calibration.step_done(self._flops(counts.tokens, counts.attended), counts.tokens)
+            self.calibration.step_done(self._flops(counts.tokens, counts.attended), counts.tokens, counts.positions)
         for name, value in (("loss", loss), ("steps", 1), *vars(counts).items()):
             self.sums[name] += value
         for name, value in more.items():
@@ -171,6 +173,7 @@ class Logger:
             "tokens_per_second": sums["tokens"] / seconds,
             "mfu": flops / seconds / self.peak,
             "padding": 1 - sums["tokens"] / sums["positions"],
+            "waiting": (self.data.waited - self.waited) / seconds,  # for the loader, of this process
         }
         means = {name: value / sums["steps"] for name, value in self.more.items()}
         metrics |= means
@@ -179,7 +182,8 @@ class Logger:
             f"Epoch:[{epoch + 1}/{self.args.epochs}]({epoch_step + 1}/{epoch_steps}) "
             f"loss:{metrics['loss']:.4f} lr:{lr:.3e} epoch_Time:{minutes:.1f}min | "
             f"{metrics['tokens_per_second']:,.0f} tokens/s, MFU {metrics['mfu']:.0%}, "
-            f"grad_norm {grad_norm:.2f}, padding {metrics['padding']:.1%}{shown}"
+            f"grad_norm {grad_norm:.2f}, padding {metrics['padding']:.1%}, "
+            f"waiting {metrics['waiting']:.1%}{shown}"
         )
         self.record({"event": "step", **metrics})
         self._clear_interval()
@@ -230,10 +234,13 @@ class Logger:
             if self.process.is_main:
                 self.say(self.calibration.report(self.config, self.parameters, self.frozen))
             return
+        seconds = self.beforehand + time.perf_counter() - self.started - self.not_training
+        peak = self.memory.peak()
+        end = {"event": "end", "step": progress.step, "seconds": seconds, "peak_memory_bytes": peak}
+        self.record(end | {"processor_seconds": time.process_time() - self.processor_started})
         if progress.complete and self.first_step == 0 and self.process.is_main:
-            seconds = time.perf_counter() - self.started - self.not_training
             estimate = Path(self.args.out_dir) / "logs" / f"{self.name}.estimate.json"
-            if off := compared(estimate, self.args, self.process, seconds, self.memory.peak()):
+            if off := compared(estimate, self.args, self.process, seconds, peak):
                 self.say(off)
         if progress.complete:
             self.say(f"{weights} is ready; next: {next_command}")

@@ -58,12 +58,15 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.O
 
     adamw: arXiv:1711.05101; matrices decay, norms do not. muon: orthogonalised momentum (arXiv:2502.16982,
     whose scale of the update makes AdamW's learning rates fit) for the matrices inside the blocks, AdamW for the rest.
-    sgd: plain, for checks of gradients.
+    sgd: plain, for checks of gradients. The embedding may have a rate of its own: lr_scale, see optimizer_step.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     inside = [p for name, p in named if p.dim() == 2 and ".layers." in name] if args.optimizer == "muon" else []
-    taken = {id(p) for p in inside}
+    scale = args.embedding_lr_scale
+    embedding = [p for name, p in named if p.dim() == 2 and ".layers." not in name] if scale != 1 else []
+    taken = {id(p) for p in inside + embedding}
     groups = [
+        {"params": embedding, "weight_decay": args.weight_decay, "lr_scale": scale},
         {"params": [p for _, p in named if p.dim() >= 2 and id(p) not in taken], "weight_decay": args.weight_decay},
         {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0},
     ]
@@ -163,11 +166,12 @@ def optimizer_step(
 ) -> float:
     """Clips, steps and clears the gradients; returns the gradient norm before clipping.
 
+    A group's rate is lr times its lr_scale, if it has one.
     Raises FloatingPointError when the gradient is not finite, before any weight changes. Under float16 the scaler
     skips such a step and lowers its scale instead. Under ZeRO the engine does all this, clipping as --grad_clip says.
     """
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
     if zero_stage(model):
         model.step()
         norm = float(model.get_global_grad_norm())

@@ -10,7 +10,7 @@ from dataset.tokenization import ChatTokenizer
 from model.weights import load_model
 from trainer.checkpoint import file_sha256
 from trainer.distributed import Process
-from trainer.frozen_outputs import FrozenOutputs, counted
+from trainer.frozen_outputs import FrozenOutputs, missing_batches
 from trainer.loader import PackedData, model_inputs
 from trainer.optimization import Precision
 from trainer.token_losses import token_cross_entropy
@@ -44,12 +44,12 @@ def reference_log_probs(
     if outputs.complete:
         return outputs.arrays["log_probs"]
     model = load_model(path, tokenizer.sha256)[0].to(process.device)
-    for batch in counted(data, f"log-probs of {path.name}"):
+    for batch in missing_batches(data, f"log-probs of {path.name}", outputs, "pair_ids"):
         pairs = batch["pair_ids"].cpu().numpy()
-        if len(pairs) and outputs.missing(pairs).any():
-            with precision.autocast():
-                head = functools.partial(token_cross_entropy, labels=batch["labels"])
-                log_probs, _ = answer_log_probs(model(**model_inputs(batch), head=head).logits, batch)
-            outputs.write(pairs, pairs, log_probs=log_probs.cpu().numpy())
-    outputs.finish(whole=not data.passes)
+        with precision.autocast():
+            head = functools.partial(token_cross_entropy, labels=batch["labels"])
+            log_probs, _ = answer_log_probs(model(**model_inputs(batch), head=head).logits, batch)
+        outputs.write(pairs, pairs, log_probs=log_probs.cpu().numpy())
+    if not data.args.estimate:  # an estimate leaves it all to the run
+        outputs.finish()
     return outputs.arrays["log_probs"]

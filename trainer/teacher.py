@@ -12,7 +12,7 @@ from dataset.tokenization import ChatTokenizer
 from model.weights import load_model
 from trainer.checkpoint import file_sha256
 from trainer.distributed import Process
-from trainer.frozen_outputs import FrozenOutputs, counted
+from trainer.frozen_outputs import FrozenOutputs, missing_batches
 from trainer.loader import PackedData, model_inputs
 from trainer.optimization import Precision, prepare_forward
 from trainer.token_losses import even_chunks
@@ -65,16 +65,15 @@ class Teacher:
         place = self.args.cache_dir / f"{data.path.stem}-teacher"
         kept = FrozenOutputs(place, identity, data.plan.num_rows, shapes, self.process)
         if not kept.complete:
-            for batch in counted(data, f"likeliest tokens of {self.path.name}"):
+            for batch in missing_batches(data, f"likeliest tokens of {self.path.name}", kept, "row_ids"):
                 rows = batch["row_ids"].cpu().numpy()
-                if not (len(rows) and kept.missing(rows).any()):
-                    continue
                 with self.precision.autocast():
                     log_probs = self.log_probs(batch, target_places(batch))
                     chunks = [log_probs(chunk)[0].topk(k) for chunk in even_chunks(batch["target_tokens"])]
                 values, ids = (torch.cat(part).cpu().numpy() for part in zip(*chunks, strict=True))
                 kept.write(rows, self._places(batch), token_ids=ids, log_probs=values)
-            kept.finish(whole=not data.passes)
+            if not self.args.estimate:  # an estimate leaves it all to the run
+                kept.finish()
         self.kept, self.model = kept, None
 
     def _places(self, batch: dict) -> np.ndarray:

@@ -51,9 +51,9 @@ class _TokenCrossEntropy(torch.autograd.Function):
             chunk = slice(start, start + CHUNK)
             scale = grad_losses[chunk].unsqueeze(1).to(hidden.dtype)
             grad_logits = probabilities[index].mul_(scale)
-            targets = labels[chunk].clamp(min=0).unsqueeze(1)
-            # not scatter_add_: on a CPU that goes through a float32 copy of everything
-            grad_logits.scatter_(1, targets, grad_logits.gather(1, targets) - scale)
+            targets = labels[chunk].clamp(min=0)
+            # not scatter_: on a CPU that goes through a float32 copy of everything
+            grad_logits[torch.arange(len(targets), device=targets.device), targets] -= scale.squeeze(1)
             grad_hidden[chunk] = grad_logits @ weight
             if grad_weight is not None:
                 grad_weight += grad_logits.t() @ hidden[chunk]

@@ -66,7 +66,7 @@ def parse(argv: list[str] | None):
         epochs=6,
         batch_size=32,
         accumulation_steps=1,
-        learning_rate=5e-4,
+        learning_rate={"adamw": 5e-4, "muon": 4e-3},
         max_seq_len=512,
     )
     add = parser.add_argument

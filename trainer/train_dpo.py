@@ -58,7 +58,7 @@ def parse(argv: list[str] | None):
         epochs=2,
         batch_size=4,
         accumulation_steps=1,
-        learning_rate=2e-5,
+        learning_rate={"adamw": 2e-5},
         max_seq_len=1024,
     )
     add = parser.add_argument

@@ -53,7 +53,7 @@ def parse(argv: list[str] | None):
         epochs=2,
         batch_size=16,
         accumulation_steps=1,
-        learning_rate=5e-4,
+        learning_rate={"adamw": 5e-4, "muon": 1e-3},
         max_seq_len=512,
     )
     parser.add_argument(

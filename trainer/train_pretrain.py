@@ -47,10 +47,18 @@ def parse(argv: list[str] | None):
         epochs=1,
         batch_size=32,
         accumulation_steps=8,
-        learning_rate=5e-4,
+        learning_rate={"muon": 2e-3, "adamw": 5e-4},
+        embedding_lr_scale={"muon": 16.0, "adamw": 1.0},
         max_seq_len=512,
     )
     return parse_arguments(parser, argv)
+
+
+def start_as_identity(model: MiniMindForCausalLM) -> None:
+    """Every block starts by adding nothing to its input, as in arXiv:1901.09321: its last matrices are zero."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            torch.nn.init.zeros_(parameter)
 
 
 def pretrain_loss(token_losses: torch.Tensor, aux_loss: torch.Tensor, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,6 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     data = PackedData(args, "pretrain", tokenizer, process)
     evaluator = Evaluator(args, "pretrain", tokenizer, process)
     model = MiniMindForCausalLM(config).to(process.device)
+    start_as_identity(model)
     optimizer = build_optimizer(model, args)
     precision = Precision(args.dtype, process.device)
     prepare_forward(model, args, process.device)
