@@ -219,7 +219,7 @@ def test_killed_between_the_two_files_of_the_last_save(launcher, tmp_path, input
 def test_resumed_on_another_number_of_processes(launcher, tmp_path, inputs, stage):
     """accumulation_steps gives way, so that the global batch stays as it was."""
     whole, parts, name = tmp_path / "whole", tmp_path / "parts", stage.name()
-    flags = inputs(stage) | {"batch_size": 2, "accumulation_steps": 4, "save_interval": 1}
+    flags = inputs(stage) | {"batch_size": 2, "accumulation_steps": 4, "save_interval": 1, "optimizer": "adamw"}
     launcher.run(stage.script, tiny_flags(whole, **flags))
     line = tiny_flags(parts, **flags)
     assert launcher.start(stage.script, line, patches=[killed_at_step_4]).wait() == -signal.SIGKILL
@@ -441,15 +441,17 @@ def test_every_flag_is_either_free_or_compared():
 
 def test_what_does_not_change_the_result_may_change(launcher, tmp_path, texts):
     whole, parts, valid = tmp_path / "whole", tmp_path / "parts", write_texts(tmp_path / "valid.jsonl", 5, seed=9)
-    launcher.run("train_pretrain", tiny_flags(whole, texts))
-    flags = {"save_interval": 1, "accumulation_steps": 2}
+    launcher.run("train_pretrain", tiny_flags(whole, texts, optimizer="adamw"))
+    flags = {"save_interval": 1, "accumulation_steps": 2, "optimizer": "adamw"}
     line = tiny_flags(parts, texts, **flags | {"batch_size": 2})
     assert launcher.start("train_pretrain", line, patches=[killed_at_step_4]).wait() == -signal.SIGKILL
     moved = tmp_path / "moved.jsonl"
     moved.write_bytes(texts.read_bytes())
     changes = {"save_interval": 3, "log_interval": 5, "eval_interval": 2, "num_workers": 2, "valid_path": valid}
     changes |= {"sample_prompt": "the old king", "gradient_checkpointing": True, "cache_dir": tmp_path / "cache"}
-    printed = launcher.run("train_pretrain", tiny_flags(parts, moved, resume=True, accumulation_steps=1, **changes))
+    printed = launcher.run(
+        "train_pretrain", tiny_flags(parts, moved, resume=True, accumulation_steps=1, optimizer="adamw", **changes)
+    )
     assert "stands at step 3; going on" in printed and "held out" in printed
     assert relative_error(read_resume(parts)["model"], read_resume(whole)["model"]) < 1e-5
     assert_identical(read_resume(parts)["rng"], read_resume(whole)["rng"])

@@ -102,7 +102,7 @@ def test_what_is_off_is_the_share_by_which_the_run_took_more(tmp_path):
 def test_memory_of_optimizer_state_is_what_the_optimizer_holds(optimizer, use_moe):
     model = sharp_model(use_moe)
     names = {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "device": "cpu"}
-    args = argparse.Namespace(optimizer=optimizer, zero_stage=0, **names)
+    args = argparse.Namespace(optimizer=optimizer, zero_stage=0, embedding_lr_scale=2.0, **names)
     built = build_optimizer(model, args)
     sum(p.square().sum() for p in model.parameters()).backward()
     built.step()

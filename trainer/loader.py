@@ -112,14 +112,17 @@ class PackedData:
             last = min(per_epoch, total - epoch * per_epoch)
             accumulation = self.args.accumulation_steps
             loader = self.load(batches, range(first * accumulation, last * accumulation))
-            micro_batches = MicroBatches(loader, accumulation)
-            while micro_batches:
-                yield step, micro_batches
-                step, micro_batches = step + 1, micro_batches.following()
-                if step == 1:
-                    started = time.monotonic()
-                if self.args.estimate and self.enough(step, time.monotonic() - started):
-                    return
+            try:
+                micro_batches = MicroBatches(loader, accumulation)
+                while micro_batches:
+                    yield step, micro_batches
+                    step, micro_batches = step + 1, micro_batches.following()
+                    if step == 1:
+                        started = time.monotonic()
+                    if self.args.estimate and self.enough(step, time.monotonic() - started):
+                        return
+            finally:
+                loader.close()  # its workers end here; whoever keeps the last micro-batches would keep them alive
 
     def enough(self, steps: int, seconds: float) -> bool:
         """Whether so many steps are a calibration for --estimate; all processes agree."""

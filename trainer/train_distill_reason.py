@@ -54,7 +54,7 @@ def parse(argv: list[str] | None):
         epochs=1,
         batch_size=8,
         accumulation_steps=1,
-        learning_rate={"adamw": 5e-4},
+        learning_rate={"adamw": 1e-3},
         max_seq_len=1024,
     )
     add = parser.add_argument

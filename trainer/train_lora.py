@@ -70,7 +70,7 @@ def parse(argv: list[str] | None):
         epochs=10,
         batch_size=32,
         accumulation_steps=1,
-        learning_rate={"adamw": 1e-3},
+        learning_rate={"adamw": 3e-3},
         max_seq_len=512,
         weight_decay=0.0,
     )
