@@ -9,7 +9,7 @@
 Every run has a full schedule for its own budget of tokens and is appended to --results as one line of JSON; what stands
 there already is not run again, so an interrupted search goes on where it stopped. `report` prints the settings, best
 first, with the mean over seeds and their standard deviation; `versus` what the default recipe needs to come to where
-each other one ends.
+`adamw` (this pipeline, one classic rate for all) and `original` end.
 
 Recipes: `original` is the loop that people know: 32 padded documents a micro-batch, 8 of them a step, float32, AdamW
 with betas 0.9 and 0.999 and decay 0.01, a cosine from 1.1 times the peak to 0.1 of it, no warm-up, gradients averaged
@@ -44,13 +44,13 @@ from trainer.evaluation import evaluate
 from trainer.loader import PackedData
 from trainer.optimization import Precision
 
-# flags of train_pretrain.py, and what of recipe_ideas.py undoes its defaults
-PLAIN = ["output_init=1"]
+# flags of train_pretrain.py; "default" has none
+ONE_RATE = ["--embedding_lr_scale", "1", "--warmup_iters", "50"]
 RECIPES = {
-    "default": ([], []),
-    "adamw": (["--optimizer", "adamw", "--warmup_iters", "50"], PLAIN),
-    "muon": (["--optimizer", "muon", "--warmup_iters", "50"], PLAIN),
-    "muon-to-zero": (["--optimizer", "muon", "--warmup_iters", "50", "--min_lr_ratio", "0"], PLAIN),
+    "default": [],
+    "adamw": ["--optimizer", "adamw", *ONE_RATE],
+    "muon": ["--optimizer", "muon", *ONE_RATE],
+    "muon-to-zero": ["--optimizer", "muon", *ONE_RATE, "--min_lr_ratio", "0"],
 }
 PADDED_LENGTH, ORIGINAL_ROWS, ORIGINAL_ACCUMULATION = 512, 32, 8
 
@@ -122,9 +122,8 @@ def run_ours(run: dict, args: argparse.Namespace) -> dict:
             "max_steps": steps, "epochs": 1000, "seed": run["seed"], "device": args.device,
             "log_interval": 50, "save_interval": 10**6, "eval_interval": 10**6,
         }  # fmt: skip
-        recipe_flags, ideas = RECIPES[run["recipe"]]
-        command = [sys.executable, str(ROOT / "benchmarks" / "recipe_ideas.py"), *ideas, *run["ideas"], "--"]
-        command += [*(f"--{name}={value}" for name, value in flags.items()), *recipe_flags, *run["more"]]
+        command = [sys.executable, str(ROOT / "benchmarks" / "recipe_ideas.py"), *run["ideas"], "--"]
+        command += [*(f"--{name}={value}" for name, value in flags.items()), *RECIPES[run["recipe"]], *run["more"]]
         done = subprocess.run(
             command, env=os.environ | {"OMP_NUM_THREADS": str(args.threads)}, capture_output=True, text=True
         )
@@ -250,7 +249,7 @@ def report(runs: list[dict]) -> str:
 
 
 def versus(runs: list[dict], ours: str = "default") -> str:
-    """What the default recipe needs to come to where each other recipe ends: shares of its tokens and of its seconds.
+    """What the default recipe needs to come to where AdamW and the original end: shares of their tokens and seconds.
 
     A peer is the best setting of its largest budget; ours is the smallest budget whose mean is as good. Its seconds
     are those of its fastest seed, ours are the mean: other programs can only slow a run down.
@@ -266,7 +265,7 @@ def versus(runs: list[dict], ours: str = "default") -> str:
         return f"{key[-1]}: {means[key]:.4f}{spread} bits per byte, {len(values)} seeds, {seconds:.0f} s"
 
     lines = []
-    for peer in sorted({key[:3] for key in settings if key[2] != ours}):
+    for peer in sorted({key[:3] for key in settings if key[2] in ("adamw", "original")}):
         budgets = [key for key in settings if key[:3] == peer]
         last = max(key[3] for key in budgets)
         theirs = min((key for key in budgets if key[3] == last), key=means.get)

@@ -35,24 +35,20 @@ def after_init(change) -> None:
     train_pretrain.MiniMindForCausalLM = changed
 
 
-def outputs_start(scale: float) -> None:
-    def start(model):
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.endswith((".o_proj.weight", ".down_proj.weight")):
-                    parameter.mul_(scale if scale is not None else (2 * model.config.num_hidden_layers) ** -0.5)
-
-    train_pretrain.start_as_identity = start
+BLOCK_OUTPUTS = (".o_proj.weight", ".down_proj.weight")
 
 
 def output_init(scale: float) -> None:
-    """The matrices that write into the residual stream start `scale` times as large as the others; 0 is the default."""
-    outputs_start(scale)
+    """The matrices that write into the residual stream start `scale` times as large; 0: every block is the identity
+    (arXiv:1901.09321)."""
+    after_init(lambda config, name, p: p.mul_(scale) if name.endswith(BLOCK_OUTPUTS) else None)
 
 
 def depth_init(_: float) -> None:
     """The same with 1 / sqrt(2 · layers), as GPT-2 does (Radford et al. 2019, section 2.3)."""
-    outputs_start(None)
+    after_init(
+        lambda config, name, p: p.mul_((2 * config.num_hidden_layers) ** -0.5) if name.endswith(BLOCK_OUTPUTS) else None
+    )
 
 
 def embedding_init(scale: float) -> None:
@@ -114,16 +110,6 @@ def before_step(change) -> None:
 
 def is_embedding(group: dict) -> bool:
     return group["params"][0].dim() == 2 and "betas" in group
-
-
-def embedding_rate(scale: float) -> None:
-    """The embedding (and head: they are tied) learns `scale` times as fast as the rest. With Muon only."""
-
-    def change(group, lr, peak):
-        if is_embedding(group):
-            group["lr"] = lr * scale
-
-    before_step(change)
 
 
 def norm_rate(scale: float) -> None:
@@ -286,7 +272,7 @@ def file_order(_: float) -> None:
 IDEAS = {
     function.__name__: function
     for function in (
-        output_init, depth_init, embedding_init, matrix_init, linear, stable_then_decay, embedding_rate, norm_rate,
+        output_init, depth_init, embedding_init, matrix_init, linear, stable_then_decay, norm_rate,
         decay_follows, embedding_decay, muon_momentum, z_loss, tail_average, batch_ramp, short_first, file_order,
     )
 }  # fmt: skip

@@ -54,13 +54,6 @@ def parse(argv: list[str] | None):
     return parse_arguments(parser, argv)
 
 
-def start_as_identity(model: MiniMindForCausalLM) -> None:
-    """Every block starts by adding nothing to its input, as in arXiv:1901.09321: its last matrices are zero."""
-    for name, parameter in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            torch.nn.init.zeros_(parameter)
-
-
 def pretrain_loss(token_losses: torch.Tensor, aux_loss: torch.Tensor, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """This micro-batch's share of the optimizer step's cross-entropy per target token and of its balance loss, in nats.
 
@@ -79,7 +72,6 @@ def main(argv: list[str] | None = None) -> None:
     data = PackedData(args, "pretrain", tokenizer, process)
     evaluator = Evaluator(args, "pretrain", tokenizer, process)
     model = MiniMindForCausalLM(config).to(process.device)
-    start_as_identity(model)
     optimizer = build_optimizer(model, args)
     precision = Precision(args.dtype, process.device)
     prepare_forward(model, args, process.device)
