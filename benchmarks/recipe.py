@@ -256,6 +256,8 @@ def versus(runs: list[dict], ours: str = "default") -> str:
     """
     settings: dict[tuple, list[dict]] = defaultdict(list)
     for run in runs:
+        if run["more"] or run.get("ideas"):
+            continue  # a variant, not the recipe
         settings[run["hidden_size"], run["num_hidden_layers"], run["recipe"], run["tokens"], describe(run)].append(run)
     means = {key: statistics.fmean(run["bits_per_byte"] for run in group) for key, group in settings.items()}
 

@@ -77,7 +77,7 @@ class Runs:
 
     def __init__(self, launcher, folder, stage, flags):
         self.launcher, self.folder, self.stage = launcher, folder, stage
-        self.flags = SIZES | flags
+        self.flags = SIZES | {"optimizer": "adamw"} | flags  # what ZeRO takes
         self.name = stage.name(self.flags.get("use_moe", False))
 
     def line(self, name, **flags):

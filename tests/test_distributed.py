@@ -135,7 +135,7 @@ def test_more_processes_than_rows(launcher, tmp_path, inputs, stage):
 @pytest.mark.full
 def test_torchrun(tmp_path, texts):
     """The real launcher, two processes, the flags that old commands pass."""
-    flags = tiny_flags(tmp_path, texts, batch_size=2, accumulation_steps=2)
+    flags = tiny_flags(tmp_path, texts, batch_size=2, accumulation_steps=2, optimizer="adamw")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_pretrain.py"]
     done = subprocess.run(
         [*command, "--ddp", *flags], cwd=ROOT / "trainer", env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -145,7 +145,7 @@ def test_torchrun(tmp_path, texts):
     assert "2 processes" in done.stdout and done.stdout.count("(5/5)") == 1, "only the first process prints"
     whole = tmp_path / "whole"
     single = subprocess.run(
-        [sys.executable, "train_pretrain.py", *tiny_flags(whole, texts, batch_size=8)],
+        [sys.executable, "train_pretrain.py", *tiny_flags(whole, texts, batch_size=8, optimizer="adamw")],
         cwd=ROOT / "trainer", env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert single.returncode == 0, single.stderr

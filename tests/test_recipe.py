@@ -55,6 +55,8 @@ def test_the_shares_of_tokens_and_time_are_those_of_the_smallest_budget_that_is_
     ]  # fmt: skip
     names = ("recipe", "tokens", "seed", "bits_per_byte", "seconds")
     runs = [run | dict(zip(names, row, strict=True)) for row in rows]
+    variant = {"recipe": "default", "tokens": 100, "seed": 0, "bits_per_byte": 1.0, "seconds": 1.0}
+    runs += [run | variant | {"ideas": ["linear=0"]}, run | variant | {"more": ["--beta1=0"]}]  # not the recipe itself
     results = tmp_path / "runs.jsonl"
     results.write_text("".join(json.dumps(run) + "\n" for run in runs), "utf-8")
     recipe.main(["--results", str(results), "versus"])
