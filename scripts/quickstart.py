@@ -19,10 +19,9 @@ SAMPLE = ROOT / "dataset" / "sample"
 # Muon learns this world in about a third of AdamW's steps
 COMMON = (
     "--hidden_size 192 --num_hidden_layers 4 --num_attention_heads 6 --num_key_value_heads 2 --max_seq_len 256 "
-    "--optimizer muon --min_lr_ratio 0.05 --warmup_iters 20 --batch_size 8 --accumulation_steps 1 "
+    "--optimizer muon --learning_rate 4e-3 --min_lr_ratio 0.05 --warmup_iters 20 --batch_size 8 --accumulation_steps 1 "
     "--log_interval 50 --save_interval 1000 --eval_interval 1000 --overwrite"
 )
-PRETRAIN, SFT = "--learning_rate 8e-3 --embedding_lr_scale 4", "--learning_rate 4e-3"
 PRETRAIN_EPOCHS, SFT_EPOCHS = 2, 3
 DIALOGUE = (
     "你好，你是谁？",
@@ -52,14 +51,14 @@ def main(argv: list[str] | None = None) -> None:
         "1. Pretraining: reading",
         "trainer/train_pretrain.py",
         *("--data_path", SAMPLE / "pretrain.jsonl", "--valid_path", SAMPLE / "valid.jsonl"),
-        *("--epochs", PRETRAIN_EPOCHS, *COMMON.split(), *PRETRAIN.split()),
+        *("--epochs", PRETRAIN_EPOCHS, *COMMON.split(), "--embedding_lr_scale", 1),
         *out,
     )
     run(
         "2. Fine-tuning: answering",
         "trainer/train_full_sft.py",
         *("--data_path", SAMPLE / "sft.jsonl"),
-        *("--epochs", SFT_EPOCHS, *COMMON.split(), *SFT.split()),
+        *("--epochs", SFT_EPOCHS, *COMMON.split()),
         *out,
     )
     run("3. Questions it was never asked before", "scripts/score_sample.py", *out)
