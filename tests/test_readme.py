@@ -259,7 +259,7 @@ def test_flags_in_running_text_exist(name):
     scripts = [path for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")) if path.parent.name != "tests"]
     runnable = [path for path in scripts if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")]
     declared = set().union(*map(declared_flags, runnable))
-    others = {"--server", "--served-model-name"}  # of streamlit, of vLLM
+    others = {"--server", "--served-model-name", "--nproc_per_node"}  # of streamlit, of vLLM, of torchrun
     unknown = set().union(*map(flags_in, inline_code(name))) - declared - others
     assert not unknown
 
