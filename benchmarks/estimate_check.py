@@ -36,7 +36,7 @@ def settings(cuda: bool) -> dict[str, tuple[str, tuple[int, int], str]]:
     """name -> (stage script, hidden size and layers, its other flags)"""
     if cuda:
         return {
-            "pretrain": ("pretrain", BASE, ""),
+            "pretrain": ("pretrain", BASE, "--optimizer adamw"),
             "pretrain 104M": ("pretrain", LARGE, ""),
             "muon": ("pretrain", BASE, "--optimizer muon"),
             "moe": ("pretrain", (640, 8), "--use_moe"),
@@ -48,7 +48,7 @@ def settings(cuda: bool) -> dict[str, tuple[str, tuple[int, int], str]]:
             "distillation": ("distillation", BASE, f"--teacher_hidden_size {LARGE[0]}"),
         }
     return {
-        "pretrain": ("pretrain", BASE, "--batch_size 8 --accumulation_steps 1"),
+        "pretrain": ("pretrain", BASE, "--batch_size 8 --accumulation_steps 1 --optimizer adamw"),
         "muon": ("pretrain", SMALL, "--batch_size 8 --accumulation_steps 2 --optimizer muon"),
         "moe": ("pretrain", SMALL, "--batch_size 8 --accumulation_steps 1 --use_moe"),
         "checkpointing": ("pretrain", BASE, "--batch_size 8 --accumulation_steps 1 --gradient_checkpointing"),
