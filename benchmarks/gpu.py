@@ -8,6 +8,7 @@ For the 26M, the 104M and the MoE 145M preset, in bfloat16, one optimizer step f
   - compile, - varlen, - fused AdamW, - loss in blocks, - grouped products, - packing
                          the same with that one thing turned off, what it was worth
   + Muon                 the same with Muon, which steps once for 32 rows here and for 256 in pretraining
+  + Muon one by one      the same with torch's Muon, which takes its matrices in turn
   transformers, padded   LlamaForCausalLM, eager, each document padded to 512 (dense presets)
   transformers, packed   the same model compiled, with our packed rows (dense presets)
 
@@ -172,7 +173,7 @@ def measure(
     loss_of: Callable,
     args: argparse.Namespace,
     fused: bool = True,
-    muon: bool = False,
+    muon: str = "",
 ) -> dict:
     """Trains for a while; rates of this process and its peak memory."""
     device, memory = torch.device(args.device), Memory(args.device)
@@ -182,6 +183,8 @@ def measure(
     if muon:
         rates = {"learning_rate": 1e-4, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "embedding_lr_scale": 1.0}
         optimizer = build_optimizer(model, argparse.Namespace(optimizer="muon", **rates))
+    if muon == "one by one":
+        optimizer.parts[0].step = functools.partial(torch.optim.Muon.step, optimizer.parts[0])
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     def step(batch: dict) -> tuple[int, int]:
@@ -256,7 +259,8 @@ def training_contenders(config: MiniMindConfig, rows: Rows, args: argparse.Names
         "- packing": lambda: measure(ours(), rows.padded(), peer_loss, args),
         "- loss in blocks": lambda: measure(ours(), rows.packed(), whole_loss, args),
         "- fused AdamW": lambda: measure(ours(), rows.packed(), training_loss, args, fused=False),
-        "+ Muon": lambda: measure(ours(), rows.packed(), training_loss, args, muon=True),
+        "+ Muon": lambda: measure(ours(), rows.packed(), training_loss, args, muon="grouped"),
+        "+ Muon one by one": lambda: measure(ours(), rows.packed(), training_loss, args, muon="one by one"),
     }
     # no class of transformers is a mixture of experts like ours
     absent = (

@@ -1,5 +1,6 @@
 """What only a GPU can run: the packed attention kernel, compiling, grouped experts, float16 with a scaler."""
 
+import argparse
 import functools
 import importlib
 import json
@@ -26,6 +27,8 @@ from model.generation import SamplingParams, stream
 from model.model_lora import apply_lora, lora_layers, merge_lora
 from model.model_minimind import HAS_VARLEN, AttentionPlan, MiniMindConfig, MiniMindForCausalLM
 from trainer import train_full_sft, train_pretrain
+from trainer.muon import GroupedMuon
+from trainer.optimization import build_optimizer
 from trainer.teacher import target_places
 from trainer.token_losses import chunked_loss, token_cross_entropy
 
@@ -126,6 +129,24 @@ def test_pretrain_and_sft_on_the_gpu_compiled(tmp_path, dtype, use_moe):
     losses = [record["loss"] for record in map(json.loads, log) if record["event"] == "step"]
     assert losses[-1] < losses[0]
     assert (tmp_path / f"full_sft_128{suffix}.pth").exists()
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_muon_in_groups_is_torchs_muon(use_moe):
+    models = [sharp_model(use_moe=use_moe, hidden_size=128, scale=1.0).cuda() for _ in range(2)]
+    settings = {"optimizer": "muon", "learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1}
+    ours, theirs = (
+        build_optimizer(model, argparse.Namespace(**settings, embedding_lr_scale=1.0)).parts[0] for model in models
+    )
+    assert isinstance(ours, GroupedMuon)
+    before = [[p.detach().clone() for p in group["params"]] for group in ours.param_groups][0]
+    for a, b in zip(ours.param_groups[0]["params"], theirs.param_groups[0]["params"], strict=True):
+        a.grad = torch.randn_like(a)
+        b.grad = a.grad.clone()
+    ours.step()
+    torch.optim.Muon.step(theirs)
+    for start, a, b in zip(before, ours.param_groups[0]["params"], theirs.param_groups[0]["params"], strict=True):
+        assert (a - b).norm() <= 0.02 * (b - start).norm()
 
 
 # --- LoRA, DPO, reason distillation, knowledge distillation ----------------------------------------------------------

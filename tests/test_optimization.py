@@ -9,7 +9,7 @@ from conftest import assert_identical, read_log, relative_error, tiny_flags
 from torch import nn
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from trainer import optimization
+from trainer import muon, optimization
 from trainer.optimization import (
     Precision,
     build_optimizer,
@@ -98,6 +98,27 @@ def test_muon_takes_the_matrices_inside_the_blocks_and_adamw_the_rest():
     assert {group["lr"] for group in optimizer.param_groups} == {1e-3}
     assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("elements", [1, 10**9])  # stacks of one matrix, and of all of a shape
+def test_muon_in_groups_is_torchs_muon(elements, monkeypatch):
+    """Up to roundings of bfloat16: batched products may add in another order (here they do not)."""
+    monkeypatch.setattr(muon, "STACK_ELEMENTS", elements)
+    before, *matrices = ([p for p in tiny_model(use_moe=True).parameters() if p.dim() == 2] for _ in range(3))
+    assert len({tuple(sorted(p.shape)) for p in matrices[0]}) < len({p.shape for p in matrices[0]}), "some transposed"
+    theirs = torch.optim.Muon(matrices[0], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    ours = muon.GroupedMuon(matrices[1], lr=1e-2, weight_decay=0.1)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(4):
+        for index, (a, b) in enumerate(zip(*matrices, strict=True)):
+            a.grad = None if step == index == 1 else torch.randn(a.shape, generator=generator)
+            b.grad = a.grad
+        theirs.step()
+        ours.step()
+    for start, a, b in zip(before, *matrices, strict=True):
+        assert (a - b).norm() <= 5e-3 * (a - start).norm()
+    assert_identical(ours.state_dict(), theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])

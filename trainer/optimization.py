@@ -2,12 +2,14 @@
 
 import argparse
 import contextlib
+import functools
 import math
 
 import torch
 from torch import nn
 
 from trainer.distributed import Process
+from trainer.muon import GroupedMuon
 from trainer.zero import zero_stage
 
 
@@ -73,13 +75,13 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.O
     groups = [group for group in groups if group["params"]]
     if args.optimizer == "sgd":
         return torch.optim.SGD([dict(group, weight_decay=0.0) for group in groups], lr=args.learning_rate)
-    parts = []
+    parts, device = [], named[0][1].device.type
     if inside:
-        options = {"weight_decay": args.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-        parts.append(torch.optim.Muon(inside, lr=args.learning_rate, **options))
+        muon = GroupedMuon if device == "cuda" else functools.partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
+        parts.append(muon(inside, lr=args.learning_rate, weight_decay=args.weight_decay))
     if groups:  # adapters lie inside the blocks, all of them
         options = {"betas": (args.beta1, args.beta2), "eps": 1e-8}
-        fused = named[0][1].device.type in ("cpu", "cuda")
+        fused = device in ("cpu", "cuda")
         parts.append(torch.optim.AdamW(groups, lr=args.learning_rate, fused=fused, **options))
     return parts[0] if len(parts) == 1 else OptimizerPair(*parts)
 
