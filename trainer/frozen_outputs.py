@@ -110,12 +110,14 @@ class FrozenOutputs:
         self.done.flush()
         self.pending, self.flushed = [], time.monotonic()
 
-    def finish(self) -> None:
-        """Every process calls this when it has written its share."""
+    def finish(self, in_part: bool = False) -> None:
+        """Every process calls this when it has written its share; in_part: of what this run needs, not of all."""
         if self.complete:
             return
         self.flush()
         barrier(self.process)
+        if in_part and not self.done.all():
+            return
         if not self.done.all():
             raise ValueError(
                 f"{self.folder} lacks what other machines computed: --cache_dir must lie on a disk that all share"
@@ -135,16 +137,19 @@ def _fits(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> bool:
 
 
 def missing_batches(data: PackedData, title: str, outputs: FrozenOutputs, items: str) -> Iterator[dict]:
-    """The batches of a file whose outputs are not all there, with a line every 20 seconds that says how far they are.
+    """The batches that the run looks at whose outputs are not all there, with a line every 20 seconds that says how far
+    they are.
 
     items: what a batch calls its items. The seconds that it takes are noted in data.passes[title]; for --estimate some
     batches are enough to tell.
     """
     process, number = data.process, 0
     moments = [time.monotonic()]
-    total = max(round(data.batches_in_file * (1 - float(outputs.done.mean()))), 1)
+    batches, indices = data.each_batch_once()
+    there = 0.0 if data.looked_at_in_part else float(outputs.done.mean())
+    total = max(round(len(indices) * (1 - there)), 1)
     started = last = moments[0]
-    for batch in data.all_batches():
+    for batch in data.load(batches, indices):
         wanted = batch[items].cpu().numpy()
         if not (len(wanted) and outputs.missing(wanted).any()):
             continue

@@ -37,8 +37,9 @@ class PackedData:
         process: Process,
         data_path: Path | None = None,
     ):
+        """data_path: of a held-out file, in place of --data_path."""
         self.args, self.process, self.pad_id = args, process, tokenizer.pad_id
-        self.path = data_path or args.data_path
+        self.path, self.held_out = data_path or args.data_path, data_path is not None
         self.cache = open_token_cache(
             self.path,
             tokenizer,
@@ -135,9 +136,17 @@ class PackedData:
         return self.plan.stats["positions"] / self.steps_per_epoch
 
     @property
-    def batches_in_file(self) -> int:
-        """Number of all_batches()."""
-        return len(self.all_of_the_file())
+    def looked_at_in_part(self) -> bool:
+        """Whether --max_steps ends the run within its first epoch."""
+        return not self.held_out and self.total_steps < self.steps_per_epoch
+
+    def each_batch_once(self) -> tuple[PackedBatches | PreferenceBatches, range]:
+        """What this process looks at of the file, with the indices: the batches of its steps where these are but a
+        part, else all in file order."""
+        if self.looked_at_in_part:
+            return self._batches(0), range(self.total_steps * self.args.accumulation_steps)
+        batches = self.all_of_the_file()
+        return batches, range(len(batches))
 
     def all_of_the_file(self) -> PackedBatches | PreferenceBatches:
         """This process's share of the whole file, in file order."""

@@ -33,7 +33,8 @@ def answer_log_probs(token_losses: torch.Tensor, batch: dict) -> tuple[torch.Ten
 def reference_log_probs(
     path: Path, data: PackedData, tokenizer: ChatTokenizer, precision: Precision, process: Process
 ) -> np.ndarray:
-    """Log-probs of all answers of a file under the reference, (pairs, 2), from disk as far as they are there."""
+    """Log-probs of a file's answers under the reference, (pairs, 2), of those that the run looks at; from disk as far
+    as they are there."""
     identity = {
         "weights": file_sha256(path), "data": data.fingerprint(), "precision": precision.name,
         "max_seq_len": data.args.max_seq_len,
@@ -51,5 +52,5 @@ def reference_log_probs(
             log_probs, _ = answer_log_probs(model(**model_inputs(batch), head=head).logits, batch)
         outputs.write(pairs, pairs, log_probs=log_probs.cpu().numpy())
     if not data.args.estimate:  # an estimate leaves it all to the run
-        outputs.finish()
+        outputs.finish(data.looked_at_in_part)
     return outputs.arrays["log_probs"]

@@ -53,8 +53,8 @@ class Teacher:
         return lambda chunk: (F.log_softmax((hidden[chunk] @ weight.t()).float() / temperature, dim=-1), None)
 
     def keep(self, data: PackedData, k: int) -> None:
-        """Computes the k likeliest tokens at every target of the file, as far as they are not on disk, and frees the
-        model."""
+        """Computes the k likeliest tokens at every target that the run looks at, as far as they are not on disk, and
+        frees the model."""
         identity = {
             "weights": file_sha256(self.path), "data": data.fingerprint(), "precision": self.precision.name,
             "max_seq_len": self.args.max_seq_len, "temperature": self.args.temperature, "k": k,
@@ -73,7 +73,7 @@ class Teacher:
                 values, ids = (torch.cat(part).cpu().numpy() for part in zip(*chunks, strict=True))
                 kept.write(rows, self._places(batch), token_ids=ids, log_probs=values)
             if not self.args.estimate:  # an estimate leaves it all to the run
-                kept.finish()
+                kept.finish(data.looked_at_in_part)
         self.kept, self.model = kept, None
 
     def _places(self, batch: dict) -> np.ndarray:
