@@ -94,10 +94,16 @@ def compare(name: str, setting: tuple, folder: Path, args: argparse.Namespace) -
     flags = ["--data_path", str(data), "--out_dir", str(out), "--cache_dir", str(args.cache_dir or folder / "cache")]
     flags += ["--hidden_size", str(hidden), "--num_hidden_layers", str(layers), "--epochs", str(EPOCHS), *more.split()]
     flags += ["--device", args.device, "--save_interval", "1000000"]
-    run_stage(script, [*flags, "--estimate"])
-    (estimate,) = out.glob("logs/**/*.estimate.json")
-    estimate = json.loads(estimate.read_text("utf-8"))
+
+    def estimated(*more: str) -> dict:
+        run_stage(script, [*flags, "--estimate", *more])
+        (file,) = out.glob("logs/**/*.estimate.json")
+        return json.loads(file.read_text("utf-8"))
+
+    estimate = estimated()
     steps = max(round(args.seconds / estimate["step"]), estimate["timed"] + 1)
+    if script == "dpo":  # how much the reference has to read depends on it
+        estimate = estimated("--max_steps", str(steps))
     run_stage(script, [*flags, "--max_steps", str(steps)])
     (log,) = out.glob("logs/**/*.jsonl")
     measured = [json.loads(line) for line in log.read_text("utf-8").splitlines()][-1]

@@ -266,7 +266,7 @@ def test_the_deepspeed_launcher(tmp_path, texts):
     for name, more in (("plain", []), ("zero", ["--zero_stage=2"])):
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "train_pretrain.py"]
         done = subprocess.run(
-            [*command, *tiny_flags(tmp_path / name, texts, batch_size=4), *more], cwd=ROOT / "trainer",
+            [*command, *tiny_flags(tmp_path / name, texts, batch_size=4, optimizer="adamw"), *more], cwd=ROOT / "trainer",
             env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}, capture_output=True, text=True,
             timeout=SECONDS,
         )  # fmt: skip
@@ -280,7 +280,7 @@ def test_the_deepspeed_launcher(tmp_path, texts):
 @pytest.mark.full
 @pytest.mark.parametrize("number", [1, 3])
 def test_one_process_needs_no_launcher(launcher, tmp_path, texts, number):
-    flags = {"batch_size": 8}
+    flags = {"batch_size": 8, "optimizer": "adamw"}
     launcher.run("train_pretrain", tiny_flags(tmp_path / "plain", texts, **flags))
     launcher.run("train_pretrain", tiny_flags(tmp_path / "zero", texts, zero_stage=number, **flags), seconds=SECONDS)
     halves = [torch.load(tmp_path / name / "pretrain_32.pth", weights_only=True) for name in ("zero", "plain")]
