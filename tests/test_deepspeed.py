@@ -265,8 +265,9 @@ def test_the_deepspeed_launcher(tmp_path, texts):
     outputs = []
     for name, more in (("plain", []), ("zero", ["--zero_stage=2"])):
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "train_pretrain.py"]
+        flags = tiny_flags(tmp_path / name, texts, batch_size=4, optimizer="adamw")
         done = subprocess.run(
-            [*command, *tiny_flags(tmp_path / name, texts, batch_size=4, optimizer="adamw"), *more], cwd=ROOT / "trainer",
+            [*command, *flags, *more], cwd=ROOT / "trainer",
             env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}, capture_output=True, text=True,
             timeout=SECONDS,
         )  # fmt: skip
