@@ -91,7 +91,10 @@ def stable_then_decay(share: float) -> None:
 
 
 def before_step(change) -> None:
-    """change(group, lr, peak) sets what it wants of a parameter group, right before the optimizer steps."""
+    """change(group, lr, peak) sets what it wants of a parameter group, right before the optimizer steps.
+
+    lr is the schedule's, without the embedding's scale.
+    """
     build = train_pretrain.build_optimizer
 
     def built(model, args):
@@ -99,7 +102,7 @@ def before_step(change) -> None:
 
         def hook(part, *_):
             for group in part.param_groups:
-                change(group, group["lr"], args.learning_rate)
+                change(group, group["lr"] / group.get("lr_scale", 1.0), args.learning_rate)
 
         for part in getattr(optimizer, "parts", (optimizer,)):
             part.register_step_pre_hook(hook)
