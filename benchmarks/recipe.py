@@ -52,6 +52,7 @@ RECIPES = {
     "muon": ["--optimizer", "muon", *ONE_RATE],
     "muon-to-zero": ["--optimizer", "muon", *ONE_RATE, "--min_lr_ratio", "0"],
 }
+AS_SHIPPED = {"learning_rate": 5e-4, "rows": 256}  # of the original recipe
 PADDED_LENGTH, ORIGINAL_ROWS, ORIGINAL_ACCUMULATION = 512, 32, 8
 
 
@@ -249,16 +250,18 @@ def report(runs: list[dict]) -> str:
 
 
 def versus(runs: list[dict], ours: str = "default") -> str:
-    """What the default recipe needs to come to where AdamW and the original end: shares of their tokens and seconds.
+    """What the default recipe needs to come to where others end: shares of their tokens and seconds.
 
-    A peer is the best setting of its largest budget; ours is the smallest budget whose mean is as good. Its seconds
-    are those of its fastest seed, ours are the mean: other programs can only slow a run down.
+    The others: AdamW and the original, each at its best setting of its largest budget, and the original as it was
+    shipped. Ours is the smallest budget whose mean is as good. Their seconds are those of the fastest seed, ours are
+    the mean: other programs can only slow a run down.
     """
     settings: dict[tuple, list[dict]] = defaultdict(list)
     for run in runs:
         if run["more"] or run.get("ideas"):
             continue  # a variant, not the recipe
-        settings[run["hidden_size"], run["num_hidden_layers"], run["recipe"], run["tokens"], describe(run)].append(run)
+        size = (run["hidden_size"], run["num_hidden_layers"])
+        settings[size, run["recipe"], run["tokens"], describe(run)].append(run)
     means = {key: statistics.fmean(run["bits_per_byte"] for run in group) for key, group in settings.items()}
 
     def said(key: tuple, seconds: float) -> str:
@@ -267,18 +270,24 @@ def versus(runs: list[dict], ours: str = "default") -> str:
         return f"{key[-1]}: {means[key]:.4f}{spread} bits per byte, {len(values)} seeds, {seconds:.0f} s"
 
     lines = []
-    for peer in sorted({key[:3] for key in settings if key[2] in ("adamw", "original")}):
-        budgets = [key for key in settings if key[:3] == peer]
-        last = max(key[3] for key in budgets)
-        theirs = min((key for key in budgets if key[3] == last), key=means.get)
-        as_good = [key for key in settings if key[:3] == (*peer[:2], ours) and means[key] <= means[theirs]]
-        if not as_good:
-            continue
-        best = min(as_good, key=lambda key: (key[3], means[key]))
-        their_seconds = min(run["seconds"] for run in settings[theirs])
-        our_seconds = statistics.fmean(run["seconds"] for run in settings[best])
-        lines += [said(theirs, their_seconds), "  " + said(best, our_seconds)]
-        lines += [f"  {best[3] / last:.2f} of the tokens, {our_seconds / their_seconds:.2f} of the time"]
+    for size, recipe in sorted({key[:2] for key in settings if key[1] in ("adamw", "original")}):
+        budgets = [key for key in settings if key[:2] == (size, recipe)]
+        last = max(key[2] for key in budgets)
+        ended = [key for key in budgets if key[2] == last]
+        shipped = [key for key in ended if recipe == "original" and AS_SHIPPED.items() <= settings[key][0].items()]
+        for theirs in dict.fromkeys((min(ended, key=means.get), *shipped)):
+            as_good = [key for key in settings if key[:2] == (size, ours) and means[key] <= means[theirs]]
+            if not as_good:
+                continue
+            best = min(as_good, key=lambda key: (key[2], means[key]))
+            their_seconds = min(run["seconds"] for run in settings[theirs])
+            our_seconds = statistics.fmean(run["seconds"] for run in settings[best])
+            lines += [said(theirs, their_seconds), "  " + said(best, our_seconds)]
+            tokens, time = (
+                f"{share:.2f}" if share >= 0.1 else f"{share:.2g}"
+                for share in (best[2] / last, our_seconds / their_seconds)
+            )
+            lines += [f"  {tokens} of the tokens, {time} of the time"]
     return "\n".join(lines) or f"no run of recipe {ours} is as good as another recipe's longest"
 
 
