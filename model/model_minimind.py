@@ -361,8 +361,10 @@ def attention_tiles(cu_seqlens: torch.Tensor, dtype: torch.dtype, tile: int = 12
 
 @torch.compiler.assume_constant_result
 def flash_runs_on(device_index: int) -> bool:
-    """Whether this GPU is new enough (Ampere) for the flash kernels behind varlen_attn."""
-    return torch.cuda.get_device_capability(device_index) >= (8, 0)
+    """Whether the flash kernels behind varlen_attn are there: in this torch (not on Windows) and for this GPU (Ampere
+    or newer)."""
+    built = torch.backends.cuda.is_flash_attention_available()
+    return built and torch.cuda.get_device_capability(device_index) >= (8, 0)
 
 
 class AttentionPlan:
@@ -377,12 +379,19 @@ class AttentionPlan:
         self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen
 
     @classmethod
-    def packed(cls, cu_seqlens: torch.Tensor, max_seqlen: int, hidden_states: torch.Tensor, shape: tuple[int, int]):
+    def packed(
+        cls,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        hidden_states: torch.Tensor,
+        shape: tuple[int, int],
+        head_dim: int,
+    ):
         dtype = compute_dtype(hidden_states)
         if hidden_states.device.type == "cpu":
             return cls("tiles", tiles=attention_tiles(cu_seqlens, dtype))
-        half = dtype in (torch.float16, torch.bfloat16)
-        if HAS_VARLEN and hidden_states.is_cuda and half and flash_runs_on(hidden_states.device.index):
+        fits = dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0 and head_dim <= 256
+        if HAS_VARLEN and hidden_states.is_cuda and fits and flash_runs_on(hidden_states.device.index):
             return cls("varlen", cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
         batch, seq = shape
         positions = torch.arange(batch * seq, device=cu_seqlens.device)
@@ -452,8 +461,13 @@ class Attention(nn.Module):
             query, key, value = (t.transpose(1, 2) for t in (query, key, value))
             if past_key_values is not None:
                 key, value = past_key_values.update(key, value, self.layer_idx)
+            grouped = self.heads != self.kv_heads
+            if grouped and query.is_cuda and (plan.mask is not None or query.dtype == torch.float32):
+                # flash attention takes neither, and the memory-efficient kernel, which does, knows no groups
+                key, value = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (key, value))
+                grouped = False
             out = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=plan.mask, is_causal=plan.kind == "causal", enable_gqa=True
+                query, key, value, attn_mask=plan.mask, is_causal=plan.kind == "causal", enable_gqa=grouped
             ).transpose(1, 2)
         return self.o_proj(out.reshape(batch, seq, self.heads * self.head_dim))
 
@@ -530,6 +544,23 @@ class Router(nn.Module):
         return scores, experts, weights
 
 
+class Reordered(torch.autograd.Function):
+    """x[order // copies], where order (tokens · copies,) is a permutation and inverse its inverse. Of any indices
+    autograd would add the gradients up, with atomics or a sort; of a permutation they only have to be put back."""
+
+    @staticmethod
+    def forward(ctx, x, order, inverse, copies):
+        ctx.save_for_backward(inverse)
+        ctx.copies = copies
+        return x[order // copies]
+
+    @staticmethod
+    def backward(ctx, grad):
+        (inverse,) = ctx.saved_tensors
+        grad = grad[inverse]
+        return grad.view(-1, ctx.copies, grad.shape[-1]).sum(dim=1) if ctx.copies > 1 else grad, None, None, None
+
+
 class MoEFeedForward(nn.Module):
     """Routed experts, top-k per token, plus shared experts that see every token (arXiv:2401.06066)."""
 
@@ -556,29 +587,33 @@ class MoEFeedForward(nn.Module):
         """Sorts the (token, expert) pairs by expert, so that each expert is one product over a contiguous slice."""
         top_k = experts.shape[1]
         order = experts.flatten().argsort(stable=True)
-        token = order // top_k
-        inputs = x[token]
+        inverse = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=x.device))
+        inputs = Reordered.apply(x, order, inverse, top_k)
         counts = torch.zeros(len(self.experts), dtype=torch.int64, device=x.device)
         counts = counts.index_add_(0, experts.flatten(), torch.ones_like(order))
         plain = all(type(layer) is nn.Linear for expert in self.experts for layer in expert.children())  # no adapters
-        if plain and x.is_cuda and hasattr(F, "grouped_mm") and compute_dtype(x) == torch.bfloat16:
-            outputs = self._grouped(inputs, counts)
-        else:
-            # an expert that got no token still takes part, with an empty slice: its gradient is zero, not missing
-            slices = inputs.split(counts.tolist())
-            # in CPU training sizes are rounded up: blocks of ever other sizes would fragment the allocator's memory
-            multiple = 128 if self.training and not x.is_cuda else 1
-            outputs = torch.cat(
-                [
-                    expert(F.pad(part, (0, 0, 0, -len(part) % multiple)))[: len(part)]
-                    for expert, part in zip(self.experts, slices, strict=True)
-                ]
-            )
-        outputs = outputs * weights.flatten()[order].unsqueeze(-1).to(outputs.dtype)
-        return torch.zeros_like(x, dtype=outputs.dtype).index_add_(0, token, outputs)
+        grouped = plain and x.is_cuda and hasattr(F, "grouped_mm") and compute_dtype(x) == torch.bfloat16
+        outputs = self._grouped(inputs, counts) if grouped else self._sliced(inputs, counts)
+        outputs = Reordered.apply(outputs, inverse, order, 1).view(len(x), top_k, -1)
+        return (outputs * weights.unsqueeze(-1).to(outputs.dtype)).sum(dim=1)
+
+    @torch.compiler.disable  # the sizes of the slices are new each time, and each would be compiled
+    def _sliced(self, inputs: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Expert by expert, over its slice of the sorted inputs."""
+        # an expert that got no token still takes part, with an empty slice: its gradient is zero, not missing
+        slices = inputs.split(counts.tolist())
+        # in CPU training sizes are rounded up: blocks of ever other sizes would fragment the allocator's memory
+        multiple = 128 if self.training and not inputs.is_cuda else 1
+        return torch.cat(
+            [
+                expert(F.pad(part, (0, 0, 0, -len(part) % multiple)))[: len(part)]
+                for expert, part in zip(self.experts, slices, strict=True)
+            ]
+        )
 
     def _grouped(self, inputs: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """All experts in three grouped products: no loop and no copy of the counts to the host."""
+        """All experts in three grouped products: no loop. On Hopper and B200 they run without a copy of the counts to
+        the host; on other cards torch still loops over the experts inside."""
         dtype = compute_dtype(inputs)
         ends = counts.cumsum(0).to(torch.int32)
 
@@ -713,7 +748,8 @@ class MiniMindModel(MiniMindPreTrainedModel):
             else:
                 position_ids = torch.arange(past, past + seq, device=device).expand(batch, seq)
         if cu_seqlens is not None:
-            plan = AttentionPlan.packed(cu_seqlens, max_seqlen or seq, hidden_states, (batch, seq))
+            head_dim = self.config.head_dim
+            plan = AttentionPlan.packed(cu_seqlens, max_seqlen or seq, hidden_states, (batch, seq), head_dim)
         else:
             keys = past + seq
             if hasattr(past_key_values, "get_mask_sizes"):  # a transformers cache may hold more slots than tokens

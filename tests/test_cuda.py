@@ -21,14 +21,16 @@ from conftest import (
     write_data,
     write_weights,
 )
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.batching import Engine
 from model.generation import SamplingParams, stream
 from model.model_lora import apply_lora, lora_layers, merge_lora
 from model.model_minimind import HAS_VARLEN, AttentionPlan, MiniMindConfig, MiniMindForCausalLM
 from trainer import train_full_sft, train_pretrain
+from trainer.evaluation import sample_text
 from trainer.muon import GroupedMuon
-from trainer.optimization import build_optimizer
+from trainer.optimization import Precision, build_optimizer
 from trainer.teacher import target_places
 from trainer.token_losses import chunked_loss, token_cross_entropy
 
@@ -38,6 +40,12 @@ pytestmark = [
         not torch.cuda.is_available(), reason="needs a CUDA device; run it on one: pytest tests/test_cuda.py"
     ),
 ]
+
+
+@pytest.fixture(autouse=True)
+def compiled_anew():
+    """torch counts what it compiles over all models of a process and gives up after eight."""
+    torch._dynamo.reset()
 
 
 def packed_batch(lengths=(5, 70, 1, 128, 52), seq=128, rows=2, vocab=97):
@@ -87,11 +95,31 @@ def test_varlen_attention_is_chosen_in_bfloat16_and_equals_float32():
     model = MiniMindForCausalLM(MiniMindConfig(hidden_size=128, num_hidden_layers=2, vocab_size=97))
     batch = packed_batch()
     hidden = torch.zeros(1, device="cuda", dtype=torch.bfloat16)
-    assert AttentionPlan.packed(batch["cu_seqlens"].cuda(), 128, hidden, (2, 128)).kind == "varlen"
+    assert AttentionPlan.packed(batch["cu_seqlens"].cuda(), 128, hidden, (2, 128), 16).kind == "varlen"
+    assert AttentionPlan.packed(batch["cu_seqlens"].cuda(), 128, hidden, (2, 128), 12).kind == "mask"
     loss32, grad32 = gradients(model, batch, "cuda", torch.float32, 0.0)
     loss16, grad16 = gradients(model, batch, "cuda", torch.bfloat16, 0.0)
     assert loss16 == pytest.approx(loss32, rel=1e-2)
     assert (grad16 - grad32).norm() <= 0.05 * grad32.norm()
+
+
+def test_masked_and_float32_attention_take_the_memory_efficient_kernel():
+    model = sharp_model(hidden_size=128, scale=1.0).cuda()
+    ids = torch.randint(3, 97, (2, 64), device="cuda")
+    with torch.no_grad(), sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION]):
+        plain = model(ids).logits
+        padded = model(ids, attention_mask=torch.ones_like(ids).index_fill(1, torch.tensor([0], device="cuda"), 0))
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        assert (model(ids).logits - plain).norm() <= 1e-2 * plain.norm()
+    assert padded.logits[:, 1:].isfinite().all()
+
+
+def test_a_sample_in_training_compiles_nothing(tmp_path, tokenizer):
+    model = sharp_model(hidden_size=128, scale=1.0).cuda()
+    model.model.compile(dynamic=False)
+    torch._dynamo.utils.counters.clear()
+    sample_text(model, tokenizer, Precision("bfloat16", torch.device("cuda")), [1, 5, 9], max_new_tokens=12)
+    assert not torch._dynamo.utils.counters["stats"]
 
 
 def test_grouped_experts_equal_sliced_experts():

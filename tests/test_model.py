@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from model import model_minimind
 from model.model_minimind import (
     AttentionPlan,
     DocumentIndex,
@@ -263,8 +264,8 @@ def use_mask_path(monkeypatch):
     original = AttentionPlan.packed.__func__
     elsewhere = SimpleNamespace(device=SimpleNamespace(type="cuda"), is_cuda=False, dtype=torch.float32)
 
-    def packed(cls, cu_seqlens, max_seqlen, hidden_states, shape):
-        plan = original(cls, cu_seqlens, max_seqlen, elsewhere, shape)
+    def packed(cls, cu_seqlens, max_seqlen, hidden_states, shape, head_dim):
+        plan = original(cls, cu_seqlens, max_seqlen, elsewhere, shape, head_dim)
         assert plan.kind == "mask"
         return plan
 
@@ -276,6 +277,22 @@ def loss_and_gradients(model, run):
     losses, logits = run()
     losses.backward()
     return losses.detach(), logits, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "head_dim, capability, built, kind",
+    [
+        (64, (8, 0), True, "varlen"), (256, (9, 0), True, "varlen"), (64, (7, 5), True, "mask"),
+        (64, (8, 9), False, "mask"), (12, (8, 0), True, "mask"), (264, (9, 0), True, "mask"),
+    ],
+)  # fmt: skip
+def test_the_variable_length_kernel_is_taken_where_it_is_there_and_fits(head_dim, capability, built, kind, monkeypatch):
+    monkeypatch.setattr(model_minimind, "HAS_VARLEN", True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
+    gpu = SimpleNamespace(device=SimpleNamespace(type="cuda", index=0), is_cuda=True, dtype=torch.bfloat16)
+    borders = torch.tensor([0, 3, 8], dtype=torch.int32)
+    assert AttentionPlan.packed(borders, 8, gpu, (1, 8), head_dim).kind == kind
 
 
 @both_kinds

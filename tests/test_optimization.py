@@ -10,6 +10,7 @@ from torch import nn
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer import muon, optimization
+from trainer.evaluation import sample_text
 from trainer.optimization import (
     Precision,
     build_optimizer,
@@ -119,6 +120,18 @@ def test_muon_in_groups_is_torchs_muon(elements, monkeypatch):
         assert (a - b).norm() <= 5e-3 * (a - start).norm()
     assert_identical(ours.state_dict(), theirs.state_dict())
     ours.load_state_dict(theirs.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])  # float16 on GPUs without bfloat16
+def test_newton_schulz_brings_all_singular_values_close_to_one(dtype, monkeypatch):
+    monkeypatch.setattr(muon, "product_dtype", lambda device: dtype)
+    stack = torch.randn(3, 48, 128, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-6, 1.0, 1e4]).view(
+        3, 1, 1
+    )
+    found = muon.orthogonalise(stack, (3.4445, -4.7750, 2.0315), steps=5, eps=1e-7)
+    assert found.dtype == dtype
+    values = torch.linalg.svdvals(found.float())
+    assert 0.6 < values.min() and values.max() < 1.3
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
@@ -304,3 +317,35 @@ def test_compiled_losses_are_the_same(launcher, tmp_path, texts, use_moe, works)
     losses = [[line["loss"] for line in read_log(folder, name)] for folder in (plain, compiled)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert torch.load(compiled / f"{name}.pth").keys() == torch.load(plain / f"{name}.pth").keys()
+
+
+def compiled_graphs(counters) -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def test_a_sample_in_training_compiles_nothing(tokenizer):
+    """Every token is a new shape, and torch gives a model up that it had to compile for eight of them."""
+    counters = torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    counters.clear()
+    model = MiniMindForCausalLM(
+        MiniMindConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=tokenizer.vocab_size)
+    )
+    model.model.compile(dynamic=False, backend="eager")
+    sample_text(model, tokenizer, Precision("bfloat16", CPU), [1, 5, 9], max_new_tokens=5)
+    assert compiled_graphs(counters) == 0
+    model(torch.tensor([[1, 5, 9]]))
+    assert compiled_graphs(counters) > 0, "training is compiled all the same"
+
+
+def test_a_compiled_mixture_is_not_compiled_anew_for_every_division_of_its_tokens():
+    counters = torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    model = tiny_model(use_moe=True)
+    model.model.compile(dynamic=False, backend="eager")
+    generator, graphs = torch.Generator().manual_seed(0), []
+    for _ in range(4):
+        counters.clear()
+        model(torch.randint(3, 50, (2, 16), generator=generator)).logits.sum().backward()
+        graphs.append(compiled_graphs(counters))
+    assert graphs[0] > 0 and graphs[1:] == [0, 0, 0]

@@ -323,7 +323,7 @@ def chunk_example(dtype: torch.dtype):
 # of 33 tokens: many chunks, a ragged last one, exactly one, room to spare
 @pytest.mark.parametrize("chunk", [1, 4, 33, 1024])
 def test_chunked_loss_and_its_gradient_are_those_of_the_whole_logits(monkeypatch, chunk):
-    monkeypatch.setattr(token_losses, "DISTRIBUTIONS", chunk)
+    monkeypatch.setattr(token_losses, "DISTRIBUTIONS", {"cpu": chunk})
     hidden, weight, labels, teacher = chunk_example(torch.float32)
     expected = distillation_loss(hidden @ weight.t(), labels, teacher, 0.4, 2.0)
     expected_grads = torch.autograd.grad(expected[0] * 0.37, (hidden, weight))
@@ -344,7 +344,7 @@ def test_chunked_loss_and_its_gradient_are_those_of_the_whole_logits(monkeypatch
 
 
 def test_chunked_loss_in_bfloat16(monkeypatch):
-    monkeypatch.setattr(token_losses, "DISTRIBUTIONS", 4)
+    monkeypatch.setattr(token_losses, "DISTRIBUTIONS", {"cpu": 4})
     hidden, weight, labels, teacher = chunk_example(torch.float32)
     expected = distillation_loss(hidden @ weight.t(), labels, teacher, 0.4, 2.0)
     expected_grads = torch.autograd.grad(expected[0], (hidden, weight))
@@ -653,7 +653,7 @@ def test_training_from_the_kept_teacher_is_training_from_the_live_one(train, mon
 
 
 def test_the_teacher_on_disk_holds_the_likeliest_tokens_of_every_target(tmp_path, tokenizer, chats, monkeypatch):
-    monkeypatch.setattr(token_losses, "DISTRIBUTIONS", 7)
+    monkeypatch.setattr(token_losses, "DISTRIBUTIONS", {"cpu": 7})
     path = save_stage(tmp_path, "full_sft", tokenizer, sharp_model(seed=1))
     args = train_distillation.parse(
         tiny_flags(tmp_path, chats, max_steps=1, batch_size=3, temperature=3, teacher_hidden_size=32)

@@ -34,7 +34,7 @@ def torch_losses(hidden, weight, labels):
 @pytest.mark.parametrize("chunk", [1, 4, 33, 1024])
 @pytest.mark.parametrize("targets", ["all", "some", "none"])
 def test_losses_and_gradients_are_those_of_torch(monkeypatch, chunk, targets):
-    monkeypatch.setattr(token_losses, "CHUNK", chunk)
+    monkeypatch.setattr(token_losses, "CHUNK", {"cpu": chunk})
     hidden, weight, labels, scale = example(targets)
     expected = torch_losses(hidden, weight, labels)
     expected_grads = torch.autograd.grad((expected * scale).sum(), (hidden, weight))
@@ -50,7 +50,7 @@ def test_losses_and_gradients_are_those_of_torch(monkeypatch, chunk, targets):
 @pytest.mark.parametrize("chunk", [4, 1024])
 def test_the_path_without_selection_of_targets_is_equal(monkeypatch, chunk):
     """Devices other than the CPU keep the tokens without a target and set their losses and gradients to zero."""
-    monkeypatch.setattr(token_losses, "CHUNK", chunk)
+    monkeypatch.setattr(token_losses, "CHUNK", {"cpu": chunk})
     hidden, weight, labels, scale = example()
     losses = token_losses._TokenCrossEntropy.apply(hidden.flatten(0, 1), weight, labels.flatten(), True)
     losses = losses.view(labels.shape)
@@ -98,7 +98,7 @@ class Operations(TorchDispatchMode):
 
 def test_without_gradients_nothing_is_kept(monkeypatch):
     """Evaluation needs no softmax, though the head's weight is a parameter."""
-    monkeypatch.setattr(token_losses, "CHUNK", 4)
+    monkeypatch.setattr(token_losses, "CHUNK", {"cpu": 4})
     monkeypatch.setattr(token_losses, "ROUNDING", 4)
     hidden, weight, labels, _ = example("all")
     with torch.no_grad(), Operations() as operations:
@@ -110,7 +110,7 @@ def test_without_gradients_nothing_is_kept(monkeypatch):
 
 
 def test_logits_exist_for_one_chunk_at_a_time_and_for_targets_only(monkeypatch):
-    monkeypatch.setattr(token_losses, "CHUNK", 4)
+    monkeypatch.setattr(token_losses, "CHUNK", {"cpu": 4})
     monkeypatch.setattr(token_losses, "ROUNDING", 2)
     hidden, weight, labels, _ = example()
     with Operations() as operations:

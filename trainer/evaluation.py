@@ -53,7 +53,8 @@ def sample_text(
     was_training = model.training
     model.eval()
     params = SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens, stop_ids=(tokenizer.eos_id,))
-    with precision.autocast():
+    # every token is a new shape: compiled anew each time, they would use up what may be compiled
+    with torch.compiler.set_stance("force_eager"), precision.autocast():
         text = tokenizer.decode(list(stream(model, prompt_ids, params)))
     model.train(was_training)
     return text

@@ -9,14 +9,20 @@ import torch
 STACK_ELEMENTS = 2**25  # of a stack, at most: it, its momentum and three products of it are there for a moment
 
 
+def product_dtype(device: torch.device) -> torch.dtype:
+    emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.float16 if emulated else torch.bfloat16
+
+
 def orthogonalise(
     stack: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> torch.Tensor:
     """Newton-Schulz iterations for every matrix of a stack (n, rows, columns), rows <= columns, in bfloat16: all
-    singular values come close to 1 (arXiv:2502.16982, eq. 2)."""
+    singular values come close to 1 (arXiv:2502.16982, eq. 2). In float16 on GPUs that can only emulate bfloat16."""
     a, b, c = coefficients
     x = stack.bfloat16()
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps)
+    x = x.to(product_dtype(x.device))  # no entry is above 1, and small ones do not matter
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

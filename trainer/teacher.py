@@ -15,7 +15,7 @@ from trainer.distributed import Process
 from trainer.frozen_outputs import FrozenOutputs, missing_batches
 from trainer.loader import PackedData, model_inputs
 from trainer.optimization import Precision, prepare_forward
-from trainer.token_losses import even_chunks
+from trainer.token_losses import DISTRIBUTIONS, chunk_size, even_chunks
 
 
 class Teacher:
@@ -69,7 +69,8 @@ class Teacher:
                 rows = batch["row_ids"].cpu().numpy()
                 with self.precision.autocast():
                     log_probs = self.log_probs(batch, target_places(batch))
-                    chunks = [log_probs(chunk)[0].topk(k) for chunk in even_chunks(batch["target_tokens"])]
+                    parts = even_chunks(batch["target_tokens"], chunk_size(DISTRIBUTIONS, batch["labels"]))
+                    chunks = [log_probs(part)[0].topk(k) for part in parts]
                 values, ids = (torch.cat(part).cpu().numpy() for part in zip(*chunks, strict=True))
                 kept.write(rows, self._places(batch), token_ids=ids, log_probs=values)
             if not self.args.estimate:  # an estimate leaves it all to the run

@@ -6,10 +6,14 @@ import torch
 
 from model.model_minimind import compute_dtype
 
-CHUNK = 1024  # tokens whose float32 logits are held at once
+CHUNK = {"cpu": 1024, "cuda": 4096}  # tokens whose float32 logits are held at once; a GPU wants few, large kernels
 BLOCK = 128  # on a CPU: tokens whose float32 logits stay in its cache while the softmax passes over them
-DISTRIBUTIONS = 512  # the same where a loss holds several float32 distributions of each token
+DISTRIBUTIONS = {"cpu": 512, "cuda": 2048}  # the same where a loss holds several float32 distributions of each token
 ROUNDING = 256  # on a CPU the number of tokens with a target is rounded up to a multiple of this
+
+
+def chunk_size(sizes: dict[str, int], tensor: torch.Tensor) -> int:
+    return sizes.get(tensor.device.type, sizes["cpu"])
 
 
 class _TokenCrossEntropy(torch.autograd.Function):
@@ -20,9 +24,10 @@ class _TokenCrossEntropy(torch.autograd.Function):
         ctx.weight_dtype, weight = weight.dtype, weight.to(hidden.dtype)
         losses = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
         probabilities = []
-        block = BLOCK if hidden.device.type == "cpu" else CHUNK
-        for start in range(0, len(labels), CHUNK):
-            logits = hidden[start : start + CHUNK] @ weight.t()
+        rows = chunk_size(CHUNK, hidden)
+        block = BLOCK if hidden.device.type == "cpu" else rows
+        for start in range(0, len(labels), rows):
+            logits = hidden[start : start + rows] @ weight.t()
             for first in range(0, len(logits), block):
                 part = logits[first : first + block]
                 tokens = slice(start + first, start + first + len(part))
@@ -47,8 +52,9 @@ class _TokenCrossEntropy(torch.autograd.Function):
         grad_weight = None
         if ctx.needs_input_grad[1]:  # not with a frozen head
             grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for index, start in enumerate(range(0, len(labels), CHUNK)):
-            chunk = slice(start, start + CHUNK)
+        rows = chunk_size(CHUNK, hidden)
+        for index, start in enumerate(range(0, len(labels), rows)):
+            chunk = slice(start, start + rows)
             scale = grad_losses[chunk].unsqueeze(1).to(hidden.dtype)
             grad_logits = probabilities[index].mul_(scale)
             targets = labels[chunk].clamp(min=0)
@@ -84,10 +90,10 @@ def token_cross_entropy(hidden_states: torch.Tensor, weight: torch.Tensor, label
         return torch.zeros(len(flat_labels)).index_copy(0, targets[:count], losses[:count]).view(labels.shape)
 
 
-def even_chunks(count: int) -> Iterator[slice]:
-    """Slices that cover `count` tokens: of DISTRIBUTIONS, then of ever smaller powers of two. Blocks of few distinct
-    sizes come and go; arbitrary ones would fragment the allocator's memory."""
-    start, size = 0, DISTRIBUTIONS
+def even_chunks(count: int, size: int) -> Iterator[slice]:
+    """Slices that cover `count` tokens: of `size`, then of ever smaller powers of two. Blocks of few distinct sizes
+    come and go; arbitrary ones would fragment the allocator's memory."""
+    start = 0
     while start < count:
         while size > count - start and size > 16:
             size //= 2
@@ -106,7 +112,7 @@ class _ChunkedLoss(torch.autograd.Function):
             grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         weight_dtype, weight = weight.dtype, weight.to(hidden.dtype)
         sums = torch.zeros(losses, device=hidden.device)
-        for chunk in even_chunks(len(hidden)):
+        for chunk in even_chunks(len(hidden), chunk_size(DISTRIBUTIONS, hidden)):
             with torch.set_grad_enabled(with_gradient):
                 logits = (hidden[chunk].detach() @ weight.detach().t()).requires_grad_(with_gradient)
                 parts = loss_of_logits(logits.float(), chunk)

@@ -49,6 +49,7 @@ def parse(argv: list[str] | None):
         accumulation_steps=8,
         learning_rate={"muon": 2e-3, "adamw": 5e-4},
         embedding_lr_scale={"muon": 16.0, "adamw": 1.0},
+        warmup_iters={"muon": 20, "adamw": 0},
         max_seq_len=512,
     )
     return parse_arguments(parser, argv)
