@@ -9,7 +9,8 @@
 Every run has a full schedule for its own budget of tokens and is appended to --results as one line of JSON; what stands
 there already is not run again, so an interrupted search goes on where it stopped. `report` prints the settings, best
 first, with the mean over seeds and their standard deviation; `versus` what the default recipe needs to come to where
-`adamw` (this pipeline, one classic rate for all) and `original` end.
+`adamw` (this pipeline, one classic rate for all) and `original` end. Each training file has a table of its own; for
+yours give --results, before the command, a file of its own too.
 
 Recipes: `original` is the loop that people know: 32 padded documents a micro-batch, 8 of them a step, float32, AdamW
 with betas 0.9 and 0.999 and decay 0.01, a cosine from 1.1 times the peak to 0.1 of it, no warm-up, gradients averaged
@@ -233,6 +234,17 @@ def describe(run: dict) -> str:
     )
 
 
+def seconds_of(group: list[dict]) -> float | None:
+    """Mean over the runs beside which no other program ran, as far as is known; None where there is no such run."""
+    quiet = [run["seconds"] for run in group if run.get("quiet", True)]
+    return statistics.fmean(quiet) if quiet else None
+
+
+def shown(group: list[dict]) -> str:
+    seconds = seconds_of(group)
+    return "busy" if seconds is None else f"{seconds:.0f}"
+
+
 def report(runs: list[dict]) -> str:
     """Settings by bits per byte with their spread over seeds."""
     groups: dict[str, list[dict]] = defaultdict(list)
@@ -242,19 +254,20 @@ def report(runs: list[dict]) -> str:
     for title, group in sorted(groups.items(), key=lambda item: statistics.fmean(r["bits_per_byte"] for r in item[1])):
         values = [run["bits_per_byte"] for run in group]
         spread = f"{statistics.stdev(values):.4f}" if len(values) > 1 else "-"
-        seconds = statistics.fmean(run["seconds"] for run in group)
-        lines.append(
-            f"{statistics.fmean(values):14.4f}{spread:>9}{len(values):7}{group[0]['steps']:7}{seconds:9.0f}   {title}"
-        )
+        mean, steps = statistics.fmean(values), group[0]["steps"]
+        lines.append(f"{mean:14.4f}{spread:>9}{len(values):7}{steps:7}{shown(group):>9}   {title}")
     return "\n".join(lines)
+
+
+def share(part: float, whole: float) -> str:
+    return f"{part / whole:.2f}" if part >= 0.1 * whole else f"{part / whole:.2g}"
 
 
 def versus(runs: list[dict], ours: str = "default") -> str:
     """What the default recipe needs to come to where others end: shares of their tokens and seconds.
 
     The others: AdamW and the original, each at its best setting of its largest budget, and the original as it was
-    shipped. Ours is the smallest budget whose mean is as good. Their seconds are those of the fastest seed, ours are
-    the mean: other programs can only slow a run down.
+    shipped. Ours is the smallest budget whose mean is as good.
     """
     settings: dict[tuple, list[dict]] = defaultdict(list)
     for run in runs:
@@ -264,10 +277,10 @@ def versus(runs: list[dict], ours: str = "default") -> str:
         settings[size, run["recipe"], run["tokens"], describe(run)].append(run)
     means = {key: statistics.fmean(run["bits_per_byte"] for run in group) for key, group in settings.items()}
 
-    def said(key: tuple, seconds: float) -> str:
+    def said(key: tuple) -> str:
         values = [run["bits_per_byte"] for run in settings[key]]
         spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-        return f"{key[-1]}: {means[key]:.4f}{spread} bits per byte, {len(values)} seeds, {seconds:.0f} s"
+        return f"{key[-1]}: {means[key]:.4f}{spread} bits per byte, {len(values)} seeds, {shown(settings[key])} s"
 
     lines = []
     for size, recipe in sorted({key[:2] for key in settings if key[1] in ("adamw", "original")}):
@@ -280,26 +293,25 @@ def versus(runs: list[dict], ours: str = "default") -> str:
             if not as_good:
                 continue
             best = min(as_good, key=lambda key: (key[2], means[key]))
-            their_seconds = min(run["seconds"] for run in settings[theirs])
-            our_seconds = statistics.fmean(run["seconds"] for run in settings[best])
-            lines += [said(theirs, their_seconds), "  " + said(best, our_seconds)]
-            tokens, time = (
-                f"{share:.2f}" if share >= 0.1 else f"{share:.2g}"
-                for share in (best[2] / last, our_seconds / their_seconds)
-            )
-            lines += [f"  {tokens} of the tokens, {time} of the time"]
+            lines += [said(theirs), "  " + said(best), f"  {share(best[2], last)} of the tokens"]
+            seconds = [seconds_of(settings[key]) for key in (best, theirs)]
+            if None not in seconds:
+                lines[-1] += f", {share(*seconds)} of the time"
     return "\n".join(lines) or f"no run of recipe {ours} is as good as another recipe's longest"
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     keep_freed_memory()
-    if args.command == "report":
-        print(report(read_results(args.results)))
-    elif args.command == "versus":
-        print(versus(read_results(args.results)))
-    else:
-        execute(args)
+    if args.command in ("search", "run"):
+        return execute(args)
+    by_data: dict[str, list[dict]] = defaultdict(list)
+    for run in read_results(args.results):
+        by_data[run.get("data", "")].append(run)
+    for data, runs in by_data.items():
+        if len(by_data) > 1:
+            print(f"data {data}:")
+        print(report(runs) if args.command == "report" else versus(runs))
 
 
 if __name__ == "__main__":

@@ -61,8 +61,8 @@ def test_the_shares_of_tokens_and_time_are_those_of_the_smallest_budget_that_is_
     results.write_text("".join(json.dumps(run) + "\n" for run in runs), "utf-8")
     recipe.main(["--results", str(results), "versus"])
     theirs, ours, shares = capsys.readouterr().out.splitlines()  # nothing of ours is as good as the original's
-    assert "adamw" in theirs and "2.1000 ± 0.1414 bits per byte, 2 seeds, 40 s" in theirs
-    assert "default" in ours and "2.0500" in ours and shares.split() == "0.67 of the tokens, 0.55 of the time".split()
+    assert "adamw" in theirs and "2.1000 ± 0.1414 bits per byte, 2 seeds, 45 s" in theirs
+    assert "default" in ours and "2.0500" in ours and shares.split() == "0.67 of the tokens, 0.49 of the time".split()
     shipped = run | recipe.AS_SHIPPED | {"recipe": "original", "tokens": 500, "seed": 0}
     runs += [shipped | {"bits_per_byte": 3.0, "seconds": 300.0}]
     runs += [run | {"recipe": "default", "tokens": 10, "seed": 0, "bits_per_byte": 2.9, "seconds": 3.0}]
@@ -71,6 +71,13 @@ def test_the_shares_of_tokens_and_time_are_those_of_the_smallest_budget_that_is_
     theirs, ours, shares = capsys.readouterr().out.splitlines()[3:]
     assert "256 rows" in theirs and "3.0000 bits per byte, 1 seeds, 300 s" in theirs and "2.9000" in ours
     assert shares.split() == "0.02 of the tokens, 0.01 of the time".split()
+    runs[-1] |= {"quiet": False}  # whose seconds mean nothing
+    runs += [shipped | {"data": "other", "bits_per_byte": 1.0, "seconds": 1.0}]
+    results.write_text("".join(json.dumps(run) + "\n" for run in runs), "utf-8")
+    recipe.main(["--results", str(results), "versus"])
+    head, *_, ours, shares, other, nothing = capsys.readouterr().out.splitlines()
+    assert head == "data :" and "busy s" in ours and shares == "  0.02 of the tokens"
+    assert other == "data other:" and nothing.startswith("no run of recipe default")
 
 
 def test_ideas_change_the_training_script_and_belong_to_the_record(tmp_path):

@@ -164,6 +164,14 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
     return parser
 
 
+def show_defaults(parser: argparse.ArgumentParser) -> None:
+    """Adds the default to each help text that does not speak of it."""
+    for action in parser._actions:
+        said = action.help or ""
+        if "default" not in said and action.default not in (None, "", False, argparse.SUPPRESS):
+            action.help = f"{said} (default: %(default)s)".lstrip()
+
+
 def parse_arguments(
     parser: argparse.ArgumentParser, argv: list[str] | None = None, **checks: tuple[Callable, str]
 ) -> argparse.Namespace:
@@ -171,6 +179,7 @@ def parse_arguments(
 
     checks: for flags of one stage, name -> (whether a value is right, what it must be).
     """
+    show_defaults(parser)
     args = parser.parse_args(argv)
     if args.optimizer is None:
         args.optimizer = "adamw" if args.zero_stage else next(iter(parser.get_default("learning_rate")))
