@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from model.model_minimind import MiniMindConfig
+from model.model_minimind import HAS_VARLEN, MiniMindConfig
 from model.weights import write_json
-from trainer.cost import Memory, activation_bytes, mapped_bytes
+from trainer.cost import Memory, activation_bytes, attention_backward_bytes, mapped_bytes
 from trainer.distributed import Process
 from trainer.loader import PackedData, plural
 
@@ -202,6 +202,8 @@ class Calibration:
         positions = args.max_seq_len * self.rows * batch_size / args.batch_size
         activations = activation_bytes(config, positions, checkpointing, size, whole_head)
         activations += parts["weights"] // 2 if size == 2 else 0  # autocast's copies
+        if HAS_VARLEN and size == 2:
+            activations += attention_backward_bytes(config, positions, self.borders(batch_size))
         gradients = parts.pop("gradients")
         parts.pop("tokens", None)
         # within one micro-batch the activations go as the gradients come; those of earlier ones are there all the time
@@ -218,6 +220,12 @@ class Calibration:
             return args.batch_size
         most = max(self.positions) / (args.accumulation_steps * self.process.world_size * args.max_seq_len)
         return -(-math.ceil(most) // args.batch_size) * args.batch_size
+
+    def borders(self, batch_size: int) -> int:
+        """Ends of documents that a GPU's micro-batch of so many rows or pairs has room for: see dataset/packing.py."""
+        if self.data.cache.kind == "preference":
+            return 5 * batch_size - 1
+        return batch_size * (self.data.plan.max_segments_per_row + 1)
 
     def _cure(self, config: MiniMindConfig, room: float) -> str:
         """Flags with which it fits into so many bytes, and the optimizer step stays what it is where that can be."""
