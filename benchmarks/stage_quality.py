@@ -262,7 +262,7 @@ def pair_log_probs(model: torch.nn.Module, data: PackedData, precision: Precisio
         with precision.autocast():
             head = functools.partial(token_cross_entropy, labels=batch["labels"])
             sums, tokens = answer_log_probs(model(**model_inputs(batch), head=head).logits, batch)
-        pairs = batch["pair_ids"].cpu()
+        pairs = batch["pair_ids"]
         log_probs[pairs], counts[pairs] = sums.double().cpu(), tokens.double().cpu()
     return log_probs, counts
 

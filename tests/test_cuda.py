@@ -1,10 +1,12 @@
 """What only a GPU can run: the packed attention kernel, compiling, grouped experts, float16 with a scaler."""
 
 import argparse
+import contextlib
 import functools
 import importlib
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,11 +29,11 @@ from model.batching import Engine
 from model.generation import SamplingParams, stream
 from model.model_lora import apply_lora, lora_layers, merge_lora
 from model.model_minimind import HAS_VARLEN, AttentionPlan, MiniMindConfig, MiniMindForCausalLM
-from trainer import train_full_sft, train_pretrain
+from trainer import train_dpo, train_full_sft, train_pretrain
 from trainer.evaluation import sample_text
 from trainer.muon import GroupedMuon
 from trainer.optimization import Precision, build_optimizer
-from trainer.teacher import target_places
+from trainer.teacher import Teacher, target_places
 from trainer.token_losses import chunked_loss, token_cross_entropy
 
 pytestmark = [
@@ -249,17 +251,51 @@ def test_distillation_from_what_the_teacher_said_once(tmp_path, stage_flags, use
             assert ours[name] == pytest.approx(theirs[name], rel=2e-2, abs=1e-3), name
 
 
+@contextlib.contextmanager
+def waiting_for_the_gpu_raises():
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_places_of_targets_are_found_without_waiting_for_the_gpu():
     labels = torch.full((2, 64), -100, device="cuda")
     labels[0, 3:9], labels[1, 60:] = 5, 7
     batch = {"labels": labels, "target_tokens": 10}
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_for_the_gpu_raises():
         places = target_places(batch)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert places.tolist() == [*range(3, 9), *range(124, 128)]
+
+
+def test_what_frozen_models_said_is_fetched_without_waiting_for_the_gpu():
+    """DPO's reference and the kept teacher: all on the GPU but the numbers of pairs and rows."""
+    args, reference = train_dpo.parse([]), np.random.default_rng(0).random((6, 2), np.float32)
+    losses, labels = torch.rand(2, 64), torch.full((2, 64), -100)
+    numbers = torch.arange(4, dtype=torch.int32).repeat_interleave(32).view(2, 64).clone()
+    numbers[:, 60:], labels[:, 20:28], labels[:, 40:50] = -1, 5, 7
+    batch = {"pair_ids": torch.tensor([4, 1]), "row_ids": torch.tensor([2, 0]), "document_ids": numbers}
+    batch |= {"labels": labels, "target_tokens": 36}
+    teacher = Teacher.__new__(Teacher)
+    ids = np.arange(40_000, 40_012, dtype=np.uint16).reshape(6, 2)
+    teacher.kept = argparse.Namespace(arrays={"token_ids": ids, "log_probs": reference.astype(np.float16)})
+    teacher.ends = np.array([2, 3, 6])
+
+    def fetched(losses, batch):
+        said = teacher.log_probs(batch, target_places(batch))(slice(None))
+        return *train_dpo.preference_loss(losses, batch, reference, args), *said
+
+    expected = fetched(losses, batch)
+    on_gpu = {name: batch[name].cuda() for name in ("document_ids", "labels")}
+    losses = losses.cuda()
+    with waiting_for_the_gpu_raises():
+        found = fetched(losses, batch | on_gpu)
+    assert expected[3][:, 0].tolist() == [40_006, 40_008, 40_010, 40_000, 40_002]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.is_cuda
+        torch.testing.assert_close(ours.cpu(), theirs)
 
 
 def test_chunked_loss_on_the_gpu_equals_full_logits():

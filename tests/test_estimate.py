@@ -10,16 +10,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DISTILLATION, DPO, PRETRAIN, each_stage, sharp_model, tiny_flags
+from conftest import DISTILLATION, DPO, PRETRAIN, each_stage, sharp_model, tiny_flags, write_data
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from model import model_minimind
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer import estimate, frozen_outputs, loader
-from trainer.cost import activation_bytes, mapped_bytes
+from trainer.arguments import stage_parser
+from trainer.cost import activation_bytes, attention_backward_bytes, mapped_bytes
 from trainer.distributed import Process
 from trainer.estimate import CARDS, Calibration, assumed_mfu, compared, memory_parts
+from trainer.loader import PackedData
 from trainer.optimization import build_optimizer
 
 
@@ -52,6 +54,7 @@ def test_an_estimate_of_every_stage_prints_the_whole_and_saves_nothing_else(stag
         10 * seconds, abs=0.01
     )
     assert ("beforehand: log-probs of" in shown) == (stage is DPO)
+    assert ("log-probs" in shown.split("disk: ")[1].splitlines()[0]) == (stage is DPO)
 
 
 def test_the_pass_of_a_cached_teacher_is_part_of_the_estimate(train, inputs, tmp_path, capsys):
@@ -143,6 +146,11 @@ def test_activations_by_hand():
     assert activation_bytes(moe, 10) == 10 * (2 * (layer + 2 * 8448 + 4096) + end + 2 * 8448)
 
 
+def test_memory_of_attentions_backward_by_hand():
+    # 4 × 512 bytes for each of 10 positions and of 128 for each of 3 documents
+    assert attention_backward_bytes(MiniMindConfig(hidden_size=512), 10, 3) == 2048 * 394
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("use_moe", [False, True])
 def test_activations_are_those_that_the_compiled_forward_of_a_gpu_keeps(use_moe, monkeypatch):
@@ -212,7 +220,8 @@ def calibration(kind: str = "pretrain", positions: int = 512, **flags) -> Calibr
     made.args = argparse.Namespace(**values | {"dtype": "bfloat16"} | flags)
     made.parts = {"weights": 10**8, "gradients": 10**8, "optimizer state": 2 * 10**8}
     made.process, made.positions = alone(), [positions]
-    made.data = argparse.Namespace(cache=argparse.Namespace(kind=kind))
+    plan = argparse.Namespace(max_segments_per_row=7)
+    made.data = argparse.Namespace(cache=argparse.Namespace(kind=kind), plan=plan)
     return made
 
 
@@ -227,9 +236,11 @@ def test_time_and_cost_of_a_card_by_hand():
     assert lines["8 × RTX 4090"].split()[-3:] == ["8.3", "min", "$0.56"]
 
 
-def test_memory_of_a_card_by_hand():
+def test_memory_of_a_card_by_hand(monkeypatch):
     config = MiniMindConfig()
-    row = activation_bytes(config, 512)
+    # seven documents and their padding are the most that a row holds
+    backward = 4 * 512 * (512 + 128 * 8)
+    row = activation_bytes(config, 512) + backward
     fixed = 10**8 + 2 * 10**8 + estimate.CONTEXT_BYTES  # weights, optimizer state
     copies = 10**8 // 2  # of the weights in bfloat16
     assert 32 * row + copies > 10**8, "else gradients, which come as activations go, are what is largest"
@@ -240,8 +251,19 @@ def test_memory_of_a_card_by_hand():
     assert single.bytes_on_a_card(config, 32) == fixed + 32 * activation_bytes(config, 512, size=4)
     distilled = calibration()
     distilled.parts["teacher"] = 5 * 10**7
-    without_head = activation_bytes(config, 512, whole_head=False)
+    without_head = activation_bytes(config, 512, whole_head=False) + backward
     assert distilled.bytes_on_a_card(config, 32) == fixed + 5 * 10**7 + 32 * without_head + copies
+    monkeypatch.setattr(estimate, "HAS_VARLEN", False)
+    assert calibration().bytes_on_a_card(config, 32) == fixed + 32 * (row - backward) + copies
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "preference"])
+def test_borders_are_as_many_as_batches_of_a_gpu_have(tmp_path, tokenizer, kind):
+    path = write_data(kind, tmp_path / "data.jsonl", count=12)
+    args = stage_parser("").parse_args(tiny_flags(tmp_path, path, cache_dir=tmp_path, batch_size=3))
+    made = calibration(kind)
+    made.data = PackedData(args, kind, tokenizer, Process(0, 0, 1, torch.device("cuda")))
+    assert made.borders(3) == len(made.data._batches(0)[0]["cu_seqlens"]) - 1
 
 
 @pytest.mark.parametrize("positions, rows", [(2 * 512, 4), (4 * 512, 4), (5 * 512, 8)])

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from conftest import read_log, tiny_flags
+from conftest import read_log, tiny_flags, write_data
 
 from dataset.packing import PackedBatches
 from trainer.arguments import stage_parser
@@ -41,9 +41,9 @@ def test_a_step_that_nobody_goes_through_is_followed_by_the_next_one():
     assert not micro_batches.following().following()
 
 
-def packed(texts, tmp_path, tokenizer, **flags) -> PackedData:
-    args = stage_parser("").parse_args(tiny_flags(tmp_path, texts, cache_dir=tmp_path, **flags))
-    return PackedData(args, "pretrain", tokenizer, Process(0, 0, 1, torch.device("cpu")))
+def packed(path, tmp_path, tokenizer, kind="pretrain", device="cpu", **flags) -> PackedData:
+    args = stage_parser("").parse_args(tiny_flags(tmp_path, path, cache_dir=tmp_path, **flags))
+    return PackedData(args, kind, tokenizer, Process(0, 0, 1, torch.device(device)))
 
 
 @pytest.mark.parametrize("first", [0, 3, 12])
@@ -56,6 +56,18 @@ def test_every_step_has_its_own_micro_batches_in_order(texts, tmp_path, tokenize
         batches = data._batches(epoch)
         expected.append((step, [batches[2 * place + i]["row_ids"].tolist() for i in (0, 1)]))
     assert steps == expected
+
+
+@pytest.mark.parametrize("kind, ids", [("pretrain", "row_ids"), ("preference", "pair_ids")])
+def test_all_of_a_batch_goes_to_the_device_but_what_files_are_looked_up_with(tmp_path, tokenizer, kind, ids):
+    path = write_data(kind, tmp_path / "data.jsonl", count=6)
+    expected, found = (
+        next(packed(path, tmp_path, tokenizer, kind, device).all_batches()) for device in ("cpu", "meta")
+    )
+    assert found.keys() == expected.keys()
+    devices = {name: value.device.type for name, value in found.items() if isinstance(value, torch.Tensor)}
+    assert devices.pop(ids) == "cpu" and found[ids].equal(expected[ids])
+    assert devices.keys() > {"input_ids", "labels", "cu_seqlens"} and set(devices.values()) == {"meta"}
 
 
 def test_time_spent_on_batches_is_logged_as_a_share(train, texts, tmp_path, monkeypatch, tokenizer):

@@ -40,6 +40,7 @@ from trainer.train_distillation import distillation_loss
 from trainer.train_dpo import dpo_loss
 
 CPU = Process(0, 0, 1, torch.device("cpu"))
+META = Process(0, 0, 1, torch.device("meta"))
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
@@ -158,6 +159,16 @@ def reference_of(model, batch):
     head = functools.partial(token_cross_entropy, labels=batch["labels"])
     with torch.no_grad():
         return answer_log_probs(model(**model_inputs(batch), head=head).logits, batch)[0].numpy()
+
+
+def test_no_value_is_read_from_the_device_for_the_kept_reference(tmp_path, tokenizer):
+    """A tensor on "meta" has none: to read one raises, where a GPU would be waited for."""
+    path = write_pairs(tmp_path / "a.jsonl", 6)
+    args = train_dpo.parse(tiny_flags(tmp_path, path, cache_dir=tmp_path / "cache"))
+    batch = next(PackedData(args, "preference", tokenizer, META).all_batches())
+    losses = torch.empty_like(batch["labels"], dtype=torch.float32)
+    loss, shown = train_dpo.preference_loss(losses, batch, torch.zeros(6, 2).numpy(), args)
+    assert loss.is_meta and shown.is_meta and shown.shape == (len(train_dpo.METRICS),)
 
 
 def test_dpo_is_trls_sigmoid_loss(tmp_path, tokenizer, monkeypatch):
@@ -672,6 +683,10 @@ def test_the_teacher_on_disk_holds_the_likeliest_tokens_of_every_target(tmp_path
         assert float((ids == expected_ids).float().mean()) > 0.99  # but for ties
         steps += 1
     assert steps == 1
+    # on the device nothing has a value: none is read to find what is on disk
+    (batch,) = next(PackedData(args, "conversation", tokenizer, META).steps())[1]
+    values, ids = kept.log_probs(batch, batch["labels"])(slice(3))
+    assert values.is_meta and ids.is_meta and values.shape == ids.shape == (3, 5)
 
 
 # --- when something is wrong -----------------------------------------------------------------------------------------
@@ -748,7 +763,7 @@ def test_teachers_that_do_not_fit(train, tmp_path, tokenizer, chats):
 def test_reference_of_other_weights_is_computed_anew(train, tmp_path, tokenizer, capsys):
     """Its log-probs lie on disk under the hash of the weights; a run with the same ones reads them."""
     data = write_pairs(tmp_path / "a.jsonl")
-    flags = tiny_flags(tmp_path, data, max_steps=1)
+    flags = tiny_flags(tmp_path, data)
     save_stage(tmp_path, "full_sft", tokenizer, sharp_model())
     train("train_dpo", flags)
     first = read_resume(tmp_path, "rlhf_32")

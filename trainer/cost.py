@@ -73,6 +73,12 @@ def activation_bytes(
     return positions * (layer * config.num_hidden_layers + end)
 
 
+def attention_backward_bytes(config: MiniMindConfig, positions: int, borders: int) -> int:
+    """What FlashAttention's backward over packed documents adds the query's gradient up in, for one layer at a time:
+    float32, and 128 positions more for each document that `borders` have room for, also where there is none."""
+    return 4 * config.hidden_size * (positions + 128 * borders)
+
+
 class Memory:
     """Memory of this process in bytes: on a GPU what is allocated there, on a CPU what is resident."""
 

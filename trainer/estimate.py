@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from model.model_minimind import MiniMindConfig
+from model.model_minimind import HAS_VARLEN, MiniMindConfig
 from model.weights import write_json
-from trainer.cost import Memory, activation_bytes, mapped_bytes
+from trainer.cost import Memory, activation_bytes, attention_backward_bytes, mapped_bytes
 from trainer.distributed import Process
 from trainer.loader import PackedData, plural
 
@@ -140,14 +140,14 @@ class Calibration:
         record = {"seconds": total, "bytes": m["bytes"], "step": m["step"], "steps": steps}
         record |= {"timed": m["steps"], "processor": m["processor"], "to_come": m["to_come"]}
         write_json(self.path, record | {"flags": relevant_flags(args, self.process)})
+        timed = f"± {m['spread']:.0%} ({m['steps']} timed)" if m["steps"] > 1 else "(one timed: no spread is known)"
         lines = [
             f"{parameters / 1e6:.2f}M parameters, {(parameters - frozen) / 1e6:.2f}M of them trained",
             f"{m['tokens'] * steps / 1e6:,.1f}M tokens in {plural(steps, 'step')}, {m['tokens']:,.0f} tokens a step"
             + f" ({plural(args.epochs, 'epoch')})" * (args.epochs > 1),
             "",
             f"this machine ({self.process.device}, {plural(world, 'process')} of {threads})",
-            f"  {m['step']:.3g} s a step ± {m['spread']:.0%} ({m['steps']} timed), "
-            f"{m['tokens'] / m['step']:,.0f} tokens/s",
+            f"  {m['step']:.3g} s a step {timed}, {m['tokens'] / m['step']:,.0f} tokens/s",
             *(f"  beforehand: {title}, {duration(seconds)}" for title, seconds in data.passes.items()),
             f"  {duration(total)}{self._price(total)}, without evaluations and saving",
             *self._memory_lines(m["bytes"]),
@@ -175,7 +175,8 @@ class Calibration:
             lines.append("  that is nearly all there is: lower --batch_size and raise --accumulation_steps as much")
         cache = sum(file.stat().st_size for file in self.data.cache.folder.iterdir())
         saved = self.parts["weights"] // 2, self.parts["weights"] + self.parts["optimizer state"]
-        lines.append(f"  disk: tokens {gigabytes(cache)}, weights {gigabytes(saved[0])}, resume {gigabytes(saved[1])}")
+        stored = {"tokens": cache, **self.data.stores, "weights": saved[0], "resume": saved[1]}
+        lines.append("  disk: " + ", ".join(f"{name} {gigabytes(size)}" for name, size in stored.items()))
         return lines
 
     def _card_lines(self, config: MiniMindConfig, flops: float, beforehand: float) -> list[str]:
@@ -189,7 +190,7 @@ class Calibration:
             cost = seconds / 3600 * card.count * card.dollars
             lines.append(
                 f"  {card.name:14}{f'{gigabytes(needed)} of {card.gigabytes:g}':>16}{duration(seconds):>12}"
-                f"{f'${cost:,.2f}' if cost >= 0.01 else 'a cent':>10}{advice}"
+                f"{f'${cost:,.2f}' if cost >= 0.01 else '< $0.01':>10}{advice}"
             )
         return lines
 
@@ -202,6 +203,8 @@ class Calibration:
         positions = args.max_seq_len * self.rows * batch_size / args.batch_size
         activations = activation_bytes(config, positions, checkpointing, size, whole_head)
         activations += parts["weights"] // 2 if size == 2 else 0  # autocast's copies
+        if HAS_VARLEN and size == 2:
+            activations += attention_backward_bytes(config, positions, self.borders(batch_size))
         gradients = parts.pop("gradients")
         parts.pop("tokens", None)
         # within one micro-batch the activations go as the gradients come; those of earlier ones are there all the time
@@ -218,6 +221,12 @@ class Calibration:
             return args.batch_size
         most = max(self.positions) / (args.accumulation_steps * self.process.world_size * args.max_seq_len)
         return -(-math.ceil(most) // args.batch_size) * args.batch_size
+
+    def borders(self, batch_size: int) -> int:
+        """Ends of documents that a GPU's micro-batch of so many rows or pairs has room for: see dataset/packing.py."""
+        if self.data.cache.kind == "preference":
+            return 5 * batch_size - 1
+        return batch_size * (self.data.plan.max_segments_per_row + 1)
 
     def _cure(self, config: MiniMindConfig, room: float) -> str:
         """Flags with which it fits into so many bytes, and the optimizer step stays what it is where that can be."""

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from trainer.distributed import Process, barrier
 from trainer.loader import CALIBRATION_SECONDS, PackedData
@@ -56,6 +57,10 @@ class FrozenOutputs:
             ) from error
         self.pending: list[np.ndarray] = []
         self.flushed = time.monotonic()
+
+    @property
+    def bytes(self) -> int:
+        return sum(array.nbytes for array in (self.done, *self.arrays.values()))
 
     @property
     def complete(self) -> bool:
@@ -136,6 +141,14 @@ def _fits(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> bool:
     return array.shape == tuple(shape) and array.dtype == dtype
 
 
+def upload(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """What was read from disk, on the device. A GPU is not waited for: the copy waits in line behind its work."""
+    tensor = torch.from_numpy(values)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # from other memory a copy does wait
+    return tensor.to(device, non_blocking=True)
+
+
 def missing_batches(data: PackedData, title: str, outputs: FrozenOutputs, items: str) -> Iterator[dict]:
     """The batches that the run looks at whose outputs are not all there, with a line every 20 seconds that says how far
     they are.
@@ -150,7 +163,7 @@ def missing_batches(data: PackedData, title: str, outputs: FrozenOutputs, items:
     total = max(round(len(indices) * (1 - there)), 1)
     started = last = moments[0]
     for batch in data.load(batches, indices):
-        wanted = batch[items].cpu().numpy()
+        wanted = batch[items].numpy()
         if not (len(wanted) and outputs.missing(wanted).any()):
             continue
         yield batch

@@ -17,6 +17,8 @@ from trainer.distributed import Process, sum_over_ranks
 
 CALIBRATION_STEPS = {False: 5, True: 21}  # of --estimate on a CPU, on a GPU, at least; the first one is not timed
 CALIBRATION_SECONDS = 10  # and at least so long
+# Files on disk are looked up with these. From a GPU they would come back only after all that it was asked for before.
+STAY_ON_CPU = ("row_ids", "pair_ids")
 MODEL_INPUTS = ("input_ids", "position_ids", "document_ids", "cu_seqlens", "max_seqlen")
 
 
@@ -50,6 +52,7 @@ class PackedData:
         )
         self.plan = build_plan(self.cache, args.max_seq_len, show_progress=process.is_main)
         self.passes: dict[str, float] = {}  # seconds of what is computed before the first step; of --estimate: foretold
+        self.stores: dict[str, int] = {}  # bytes on disk of what is kept of that
         self.waited = 0.0  # seconds that this process has spent on getting batches
         self.batches_class = PreferenceBatches if kind == "preference" else PackedBatches
 
@@ -158,7 +161,7 @@ class PackedData:
         yield from self.load(batches, range(len(batches)))
 
     def load(self, batches: PackedBatches | PreferenceBatches, indices: Iterable[int]) -> Iterator[dict]:
-        """Some of these batches on the device, assembled and brought there beforehand on a GPU."""
+        """Some of these batches on the device but for STAY_ON_CPU, assembled and brought there beforehand on a GPU."""
         cuda = self.process.device.type == "cuda"
         workers = self.args.num_workers if self.args.num_workers is not None else int(cuda)
         loader = DataLoader(
@@ -175,10 +178,9 @@ class PackedData:
         while (batch := next(batches, None)) is not None:
             seen = (batch["position_ids"] + 1) * (batch["document_ids"] >= 0)
             batch["attended"] = int(seen.sum())  # (token, position it looks at) pairs, for the count of operations
-            batch = {
-                name: value.to(self.process.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-                for name, value in batch.items()
-            }
+            for name, value in batch.items():
+                if isinstance(value, torch.Tensor) and name not in STAY_ON_CPU:
+                    batch[name] = value.to(self.process.device, non_blocking=True)
             self.waited += time.perf_counter() - asked
             yield batch
             asked = time.perf_counter()

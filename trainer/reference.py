@@ -23,7 +23,8 @@ def answer_log_probs(token_losses: torch.Tensor, batch: dict) -> tuple[torch.Ten
     """
     documents = 2 * len(batch["pair_ids"])
     numbers = batch["document_ids"].flatten().long()
-    numbers = torch.where(numbers < 0, documents, numbers)  # padding goes to an extra place
+    # padding goes to an extra place (torch.where would copy this number to a GPU and wait)
+    numbers = numbers.masked_fill(numbers < 0, documents)
     sums = token_losses.new_zeros(documents + 1).index_add(0, numbers, -token_losses.flatten())
     counts = token_losses.new_zeros(documents + 1).index_add(0, numbers, (batch["labels"] >= 0).flatten().float())
     return sums[:documents].view(-1, 2), counts[:documents].view(-1, 2)
@@ -42,11 +43,12 @@ def reference_log_probs(
     shapes = {"log_probs": ((data.plan.num_rows, 2), np.float32)}
     place = data.args.cache_dir / f"{data.path.stem}-reference"
     outputs = FrozenOutputs(place, identity, data.plan.num_rows, shapes, process)
+    data.stores["log-probs"] = outputs.bytes
     if outputs.complete:
         return outputs.arrays["log_probs"]
     model = load_model(path, tokenizer.sha256)[0].to(process.device)
     for batch in missing_batches(data, f"log-probs of {path.name}", outputs, "pair_ids"):
-        pairs = batch["pair_ids"].cpu().numpy()
+        pairs = batch["pair_ids"].numpy()
         with precision.autocast():
             head = functools.partial(token_cross_entropy, labels=batch["labels"])
             log_probs, _ = answer_log_probs(model(**model_inputs(batch), head=head).logits, batch)

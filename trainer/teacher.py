@@ -12,7 +12,7 @@ from dataset.tokenization import ChatTokenizer
 from model.weights import load_model
 from trainer.checkpoint import file_sha256
 from trainer.distributed import Process
-from trainer.frozen_outputs import FrozenOutputs, missing_batches
+from trainer.frozen_outputs import FrozenOutputs, missing_batches, upload
 from trainer.loader import PackedData, model_inputs
 from trainer.optimization import Precision, prepare_forward
 from trainer.token_losses import DISTRIBUTIONS, chunk_size, even_chunks
@@ -45,8 +45,10 @@ class Teacher:
         """A function: which of the targets -> (log-probs, token ids or None), as distillation_loss takes them."""
         if self.kept:
             place = self._places(batch)
-            ids, values = (torch.from_numpy(self.kept.arrays[name][place]) for name in ("token_ids", "log_probs"))
-            ids, values = ids.to(targets.device, torch.int64), values.to(targets.device, torch.float32)
+            ids, values = (
+                upload(self.kept.arrays[name][place], targets.device).to(dtype)
+                for name, dtype in (("token_ids", torch.int64), ("log_probs", torch.float32))
+            )
             return lambda chunk: (values[chunk], ids[chunk])
         hidden = self.model.model(**model_inputs(batch)).last_hidden_state.flatten(0, 1)[targets]
         weight, temperature = self.model.lm_head.weight, self.args.temperature
@@ -64,9 +66,10 @@ class Teacher:
         shapes = {"token_ids": ((targets, k), np.uint16), "log_probs": ((targets, k), np.float16)}
         place = self.args.cache_dir / f"{data.path.stem}-teacher"
         kept = FrozenOutputs(place, identity, data.plan.num_rows, shapes, self.process)
+        data.stores["teacher's tokens"] = kept.bytes
         if not kept.complete:
             for batch in missing_batches(data, f"likeliest tokens of {self.path.name}", kept, "row_ids"):
-                rows = batch["row_ids"].cpu().numpy()
+                rows = batch["row_ids"].numpy()
                 with self.precision.autocast():
                     log_probs = self.log_probs(batch, target_places(batch))
                     parts = even_chunks(batch["target_tokens"], chunk_size(DISTRIBUTIONS, batch["labels"]))
@@ -79,7 +82,7 @@ class Teacher:
 
     def _places(self, batch: dict) -> np.ndarray:
         """Where the targets of a batch lie in the arrays on disk."""
-        rows = batch["row_ids"].cpu().numpy()
+        rows = batch["row_ids"].numpy()
         starts = np.where(rows > 0, self.ends[rows - 1], 0)
         spans = [np.arange(start, end) for start, end in zip(starts, self.ends[rows], strict=True)]
         return np.concatenate(spans) if spans else np.empty(0, np.int64)

@@ -34,6 +34,7 @@ from trainer.arguments import chat_command, from_root, model_config, parse_argum
 from trainer.checkpoint import Checkpoint, file_sha256, output_path
 from trainer.distributed import gradient_sync, start_process, stop_on_signal, stop_process, sum_over_ranks, wrap_model
 from trainer.evaluation import Evaluator
+from trainer.frozen_outputs import upload
 from trainer.loader import PackedData, model_inputs
 from trainer.logger import Logger
 from trainer.optimization import (
@@ -93,8 +94,7 @@ def preference_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed DPO loss of the micro-batch's pairs, and the sums of METRICS over them."""
     policy, counts = answer_log_probs(token_losses, batch)
-    pairs = batch["pair_ids"].cpu().numpy()
-    frozen = torch.from_numpy(np.array(reference[pairs])).to(policy.device)
+    frozen = upload(reference[batch["pair_ids"].numpy()], policy.device)
     drift = (policy.detach() - frozen) / counts
     if args.logp == "mean":
         policy, frozen = policy / counts, frozen / counts
