@@ -347,6 +347,8 @@ class LeanDecoder:
         self.keys, self.values = [m[0] for m in self.memory], [m[1] for m in self.memory]
         self.groups, self.groups_of = [], None
         self.graphs = {}
+        # torch would record all graphs of a process on one stream, that of the device which came first
+        self.recording_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def _turns(self, model: nn.Module) -> torch.Tensor:
         """cos + i sin of each position and pair, (capacity + 1, 1, head_dim / 2)."""
@@ -427,7 +429,8 @@ class LeanDecoder:
         (rows, vocab) in float32."""
         with torch.autocast(self.device.type, enabled=False):
             if self.device.type == "cuda":
-                return self._decode_all_slots(slots, ids, lengths)
+                with torch.cuda.device(self.device):  # graphs are recorded and replayed on the current device
+                    return self._decode_all_slots(slots, ids, lengths)
             self._group(slots, lengths)
             lengths = torch.tensor(lengths, device=self.device)
             return self._decode(torch.tensor(ids, device=self.device), lengths)
@@ -510,7 +513,8 @@ class LeanDecoder:
                 self._decode_group(count)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # thread_local: what other threads do meanwhile, such as pinning a batch, does not break the recording
+            with torch.cuda.graph(graph, stream=self.recording_stream, capture_error_mode="thread_local"):
                 logits = self._decode_group(count)
             return graph, logits
         except RuntimeError as error:

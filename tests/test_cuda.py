@@ -312,3 +312,17 @@ def test_engine_on_the_gpu_in_bfloat16_follows_the_models_forward():
         logits = engine._decoder.decode_one_token([1], ids[-1:], [len(ids) - 1])
         expected = model(torch.tensor([ids], device="cuda")).logits[:, -1].float()
     assert (logits - expected).norm() <= 0.03 * expected.norm()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_engines_on_the_first_and_the_last_device_answer_alike():
+    """Neither is made the current device, and each records its graphs."""
+    model = sharp_model(hidden_size=128, scale=1.0).eval().requires_grad_(False)
+    prompts, answers = [list(range(5, 35)), list(range(40, 60))], []
+    params = SamplingParams(temperature=0, max_new_tokens=20, stop_ids=())
+    for number in (0, torch.cuda.device_count() - 1):
+        engine = Engine(model.to(f"cuda:{number}"), slots=3, context_length=64)
+        requests = [engine.submit(prompt, params) for prompt in prompts]
+        answers.append([[token.id for token in request] for request in requests])
+        assert engine._decoder.graphs and all(graph is not None for graph, _ in engine._decoder.graphs.values())
+    assert answers[0] == answers[1]
