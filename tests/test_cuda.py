@@ -4,6 +4,7 @@ import argparse
 import functools
 import importlib
 import json
+import warnings
 
 import pytest
 import torch
@@ -326,3 +327,25 @@ def test_engines_on_the_first_and_the_last_device_answer_alike():
         answers.append([[token.id for token in request] for request in requests])
         assert engine._decoder.graphs and all(graph is not None for graph, _ in engine._decoder.graphs.values())
     assert answers[0] == answers[1]
+
+
+def test_a_step_waits_for_the_gpu_once():
+    model = sharp_model(hidden_size=128, scale=1.0).eval().requires_grad_(False).cuda()
+    engine = Engine(model, slots=4, context_length=64)
+    params = [
+        SamplingParams(max_new_tokens=20, stop_ids=(), **fields)
+        for fields in ({"temperature": 0}, {}, {"top_p": 0.9, "top_k": 5}, {"frequency_penalty": 0.1})
+    ]
+    requests = [engine.submit(list(range(5, 25)), p) for p in params]
+    for _ in range(3):  # prompts, the recording of the graph, what is made once
+        engine.step()
+    assert all(request._next_id is not None for request in requests)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(5):
+                engine.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sum("called a synchronizing" in str(warning.message) for warning in caught) == 5

@@ -225,6 +225,23 @@ def test_steps_of_a_gpu_computed_on_the_cpu(any_model):
     assert not any(memory[: 2 * 2, :40].any() for memory in decoder.keys)
 
 
+def test_steps_of_a_gpu_follow_slots_that_change(dense):
+    """Which rows are asked for is kept on the device while it stays the same, and only then."""
+    decoder = new_decoder(dense, 3, 40)
+    texts = [random_ids(20, seed) for seed in range(3)]
+    for slot, text in enumerate(texts):
+        decoder.prefill(slot, text[:10], 0)
+    read, kept = [10] * 3, []
+    for slots in ([0, 2], [0, 2], [1, 2], [1], [0, 1, 2], [0, 1, 2]):
+        logits = decoder._decode_all_slots(slots, [texts[s][read[s]] for s in slots], [read[s] for s in slots])
+        for slot in slots:
+            read[slot] += 1
+        expected = torch.cat([dense(torch.tensor([texts[s][: read[s]]])).logits[:, -1] for s in slots])
+        torch.testing.assert_close(logits, expected, atol=2e-5, rtol=2e-5)
+        kept.append(decoder.rows)
+    assert [a is b for a, b in itertools.pairwise(kept)] == [True, False, False, False, True]
+
+
 class Noted(contextlib.AbstractContextManager):
     """Stands for a class of torch.cuda: writes down what it is called with, and when it is entered and left."""
 
