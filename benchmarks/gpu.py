@@ -309,6 +309,8 @@ def decoding_contenders(config: MiniMindConfig, args: argparse.Namespace) -> dic
         params = SamplingParams(temperature=0.0, max_new_tokens=args.new_tokens, stop_ids=())
 
         def run() -> None:
+            for slot in engine._slots:  # no run is to find what the one before has read
+                slot.ids = []
             requests = [engine.submit(ids, params) for ids in prompts(batch).tolist()]
             while engine.step():
                 pass

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from model.decoder import WeightsState, new_decoder
+from model.decoder import WeightsState, new_decoder, to_device
 from model.sampling import SamplingParams, SamplingRows, choose, penalise
 
 # Tokens of prompts that one step reads: while nothing else runs, and while other answers wait for their next token.
@@ -348,24 +348,24 @@ class Engine:
             self._end(request, "length")
 
     def _choose(self, requests: list[Request], logits: torch.Tensor) -> list[Token | Exception]:
-        finite = logits.sum(dim=-1).isfinite()
-        if not bool(finite.all()):
-            logits = torch.where(finite.unsqueeze(1), logits, 0.0)
+        broken = logits.sum(dim=-1) * 0 != 0  # not finite: nan or infinite
         if self._rows_of != requests:
             self._rows_of, self._rows = list(requests), SamplingRows([r.params for r in requests], logits.device)
             penalised = [r._slot.index for r in requests if r.params.penalises]
-            self._penalised_slots = torch.tensor(penalised, device=logits.device)
+            self._penalised_slots = to_device(penalised, logits.device)
         allowed = logits
         if self._rows.penalised is not None:
             slots = self._penalised_slots
             allowed = penalise(logits, self._rows, self._seen[slots], self._counts[slots])
-        draws = torch.tensor([[r._random.random()] for r in requests], dtype=torch.float64, device=logits.device)
+        draws = to_device([[r._random.random()] for r in requests], logits.device, torch.float64)
         ids = choose(allowed, self._rows, draws)
         logprobs = self._logprobs(requests, logits, ids)
+        # read at once: each word from a GPU waits for all that it has to do
+        chosen = ids.masked_fill_(broken, -1).tolist()
         message = "the logits are not finite: the weights are broken, or --dtype float16 is too narrow for them"
         return [
-            Token(token_id, *logprobs.get(row, ())) if good else ValueError(message)
-            for row, (token_id, good) in enumerate(zip(ids.tolist(), finite.tolist(), strict=True))
+            ValueError(message) if token_id < 0 else Token(token_id, *logprobs.get(row, ()))
+            for row, token_id in enumerate(chosen)
         ]
 
     def _logprobs(self, requests: list[Request], logits: torch.Tensor, ids: torch.Tensor) -> dict[int, tuple]:

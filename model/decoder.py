@@ -36,6 +36,14 @@ def new_decoder(model: nn.Module, slots: int, capacity: int) -> "LeanDecoder | F
     return ForwardDecoder(model, slots, capacity)
 
 
+def to_device(values: Sequence, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Without waiting for what a GPU is doing: the copy goes through pinned memory, which torch gives to nobody else
+    before the GPU has read it."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+
+
 class WeightsState:
     """Which parameters a model had, and what was in them: to see whether they were replaced or written to since. It
     keeps the parameters, or the next ones could come to lie where they lay and pass for them."""
@@ -346,7 +354,9 @@ class LeanDecoder:
         self.places = [memory.view(-1, self.head_dim) for memory in self.memory]
         self.keys, self.values = [m[0] for m in self.memory], [m[1] for m in self.memory]
         self.groups, self.groups_of = [], None
-        self.graphs = {}
+        self.graphs, self.rows_of = {}, None
+        # torch would record all graphs of a process on one stream, that of the device which came first
+        self.recording_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def _turns(self, model: nn.Module) -> torch.Tensor:
         """cos + i sin of each position and pair, (capacity + 1, 1, head_dim / 2)."""
@@ -417,7 +427,7 @@ class LeanDecoder:
             return out.transpose(0, 1).reshape(len(ids), -1)
 
         with torch.autocast(self.device.type, enabled=False):
-            tokens = torch.tensor(ids, device=self.device)
+            tokens = to_device(ids, self.device)
             return self._forward(tokens, self.turns[start:end], attend, last_only=True)
 
     # --- a token of each text ----------------------------------------------------------------------------------------
@@ -427,7 +437,8 @@ class LeanDecoder:
         (rows, vocab) in float32."""
         with torch.autocast(self.device.type, enabled=False):
             if self.device.type == "cuda":
-                return self._decode_all_slots(slots, ids, lengths)
+                with torch.cuda.device(self.device):  # graphs are recorded and replayed on the current device
+                    return self._decode_all_slots(slots, ids, lengths)
             self._group(slots, lengths)
             lengths = torch.tensor(lengths, device=self.device)
             return self._decode(torch.tensor(ids, device=self.device), lengths)
@@ -480,11 +491,13 @@ class LeanDecoder:
         all_ids, all_lengths = [0] * self.slots, [self.capacity] * self.slots
         for slot, token, length in zip(slots, ids, lengths, strict=True):
             all_ids[slot], all_lengths[slot] = token, length
+        inputs = to_device([all_ids, all_lengths], self.device)
         if not self.graphs:
-            self.static_ids, self.static_lengths = torch.tensor([all_ids, all_lengths], device=self.device)
+            self.inputs = torch.empty_like(inputs)
             self._place(range(self.slots))
-        self.static_ids.copy_(torch.tensor(all_ids))
-        self.static_lengths.copy_(torch.tensor(all_lengths))
+        self.inputs.copy_(inputs)
+        if self.rows_of != slots:
+            self.rows_of, self.rows = list(slots), to_device(slots, self.device)
         count = min(max(256, 1 << max(lengths).bit_length()), self.capacity + 1)
         if count not in self.graphs:
             self.graphs[count] = self._record(count)
@@ -493,11 +506,11 @@ class LeanDecoder:
             logits = self._decode_group(count)
         else:
             graph.replay()
-        return logits[torch.tensor(slots, device=self.device)]
+        return logits[self.rows]
 
     def _decode_group(self, count: int) -> torch.Tensor:
         self.groups = [SlotGroup(self, 0, slice(0, self.slots), count)]
-        return self._decode(self.static_ids, self.static_lengths)
+        return self._decode(*self.inputs)
 
     def _record(self, count: int) -> tuple:
         """(graph, its logits), or (None, None) where recording fails."""
@@ -510,7 +523,8 @@ class LeanDecoder:
                 self._decode_group(count)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # thread_local: what other threads do meanwhile, such as pinning a batch, does not break the recording
+            with torch.cuda.graph(graph, stream=self.recording_stream, capture_error_mode="thread_local"):
                 logits = self._decode_group(count)
             return graph, logits
         except RuntimeError as error:

@@ -3,10 +3,12 @@
 import gc
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from test_generation import VOCAB, assert_same_answer, random_ids, sharpen_adapters, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import batching
 from model.batching import Engine, QueueFull, Token
@@ -183,6 +185,56 @@ def test_log_probs_are_those_of_the_raw_logits(dense):
 
 
 # --- ends ------------------------------------------------------------------------------------------------------------
+
+
+class Words(TorchDispatchMode):
+    """How often a number is read from a tensor, which waits for a GPU, except with tolist: bool, item, int, ..."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_hears_from_the_device_once(dense, monkeypatch):
+    engine = Engine(dense, slots=8)
+    params = [replace(p, logprobs=None, stop_ids=()) for p in various_params()]
+    requests = [engine.submit(random_ids(8, n), p) for n, p in enumerate(params)]
+    while any(request._next_id is None for request in requests):
+        engine.step()
+    lists, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: lists.append(1) or tolist(tensor))
+    with Words() as words:
+        bool(torch.ones(1))
+        for _ in range(3):
+            engine.step()
+    assert words.count == 1, "none but that of this test"
+    assert len(lists) == 3
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_rows_that_are_not_finite_do_not_change_the_choice_of_others(dense, value):
+    engine = Engine(dense, slots=6)
+    requests = [engine.submit(random_ids(8, n), replace(p, stop_ids=())) for n, p in enumerate(various_params())]
+    while any(request._next_id is None for request in requests):
+        engine.step()
+    logits = torch.randn(len(requests), VOCAB, generator=torch.Generator().manual_seed(0))
+    states = [request._random.getstate() for request in requests]
+
+    def choose(logits: torch.Tensor) -> list:
+        for request, state in zip(requests, states, strict=True):
+            request._random.setstate(state)
+        return engine._choose(requests, logits)
+
+    expected = choose(logits)
+    for rows in (slice(0, None, 2), slice(1, None, 2)):
+        broken = logits.clone()
+        broken[rows, 3:70] = value
+        chosen = choose(broken)
+        assert all(isinstance(token, ValueError) for token in chosen[rows])
+        chosen[rows] = expected[rows]
+        assert chosen == expected
 
 
 def test_finish_reasons(dense):

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import importlib
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -376,3 +377,39 @@ def test_engine_on_the_gpu_in_bfloat16_follows_the_models_forward():
         logits = engine._decoder.decode_one_token([1], ids[-1:], [len(ids) - 1])
         expected = model(torch.tensor([ids], device="cuda")).logits[:, -1].float()
     assert (logits - expected).norm() <= 0.03 * expected.norm()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_engines_on_the_first_and_the_last_device_answer_alike():
+    """Neither is made the current device, and each records its graphs."""
+    model = sharp_model(hidden_size=128, scale=1.0).eval().requires_grad_(False)
+    prompts, answers = [list(range(5, 35)), list(range(40, 60))], []
+    params = SamplingParams(temperature=0, max_new_tokens=20, stop_ids=())
+    for number in (0, torch.cuda.device_count() - 1):
+        engine = Engine(model.to(f"cuda:{number}"), slots=3, context_length=64)
+        requests = [engine.submit(prompt, params) for prompt in prompts]
+        answers.append([[token.id for token in request] for request in requests])
+        assert engine._decoder.graphs and all(graph is not None for graph, _ in engine._decoder.graphs.values())
+    assert answers[0] == answers[1]
+
+
+def test_a_step_waits_for_the_gpu_once():
+    model = sharp_model(hidden_size=128, scale=1.0).eval().requires_grad_(False).cuda()
+    engine = Engine(model, slots=4, context_length=64)
+    params = [
+        SamplingParams(max_new_tokens=20, stop_ids=(), **fields)
+        for fields in ({"temperature": 0}, {}, {"top_p": 0.9, "top_k": 5}, {"frequency_penalty": 0.1})
+    ]
+    requests = [engine.submit(list(range(5, 25)), p) for p in params]
+    for _ in range(3):  # prompts, the recording of the graph, what is made once
+        engine.step()
+    assert all(request._next_id is not None for request in requests)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(5):
+                engine.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sum("called a synchronizing" in str(warning.message) for warning in caught) == 5

@@ -1,6 +1,8 @@
 """Decoding: the cache changes nothing, greedy equals transformers' generate, sampling follows its distribution."""
 
+import contextlib
 import itertools
+import unittest.mock
 
 import pytest
 import torch
@@ -221,6 +223,59 @@ def test_steps_of_a_gpu_computed_on_the_cpu(any_model):
         expected = any_model(torch.tensor([text[: length + 1]])).logits[:, -1]
         torch.testing.assert_close(logits, expected, atol=2e-5, rtol=2e-5)
     assert not any(memory[: 2 * 2, :40].any() for memory in decoder.keys)
+
+
+def test_steps_of_a_gpu_follow_slots_that_change(dense):
+    """Which rows are asked for is kept on the device while it stays the same, and only then."""
+    decoder = new_decoder(dense, 3, 40)
+    texts = [random_ids(20, seed) for seed in range(3)]
+    for slot, text in enumerate(texts):
+        decoder.prefill(slot, text[:10], 0)
+    read, kept = [10] * 3, []
+    for slots in ([0, 2], [0, 2], [1, 2], [1], [0, 1, 2], [0, 1, 2]):
+        logits = decoder._decode_all_slots(slots, [texts[s][read[s]] for s in slots], [read[s] for s in slots])
+        for slot in slots:
+            read[slot] += 1
+        expected = torch.cat([dense(torch.tensor([texts[s][: read[s]]])).logits[:, -1] for s in slots])
+        torch.testing.assert_close(logits, expected, atol=2e-5, rtol=2e-5)
+        kept.append(decoder.rows)
+    assert [a is b for a, b in itertools.pairwise(kept)] == [True, False, False, False, True]
+
+
+class Noted(contextlib.AbstractContextManager):
+    """Stands for a class of torch.cuda: writes down what it is called with, and when it is entered and left."""
+
+    def __init__(self, notes: list, name: str):
+        self.notes, self.name = notes, name
+
+    def __call__(self, *args, **kwargs) -> "Noted":
+        self.notes.append((self.name, *args, kwargs) if kwargs else (self.name, *args))
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.notes.append(f"end of {self.name}")
+
+
+def test_a_gpu_that_is_not_the_current_one_decodes_on_itself(dense, monkeypatch):
+    decoder, notes = new_decoder(dense, 1, 16), []
+    decoder.device = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "device", Noted(notes, "device"))
+    monkeypatch.setattr(decoder, "_decode_all_slots", lambda *_: notes.append("decodes"))
+    decoder.decode_one_token([0], [5], [0])
+    assert notes == [("device", torch.device("cuda", 1)), "decodes", "end of device"]
+
+
+def test_graphs_are_recorded_on_a_stream_of_their_device_whatever_other_threads_do(dense, monkeypatch):
+    decoder, notes = new_decoder(dense, 1, 16), []
+    decoder.device, decoder.recording_stream = torch.device("cuda", 1), "its own"
+    monkeypatch.setattr(decoder, "_decode_group", lambda count: notes.append("decodes"))
+    monkeypatch.setattr(torch.cuda, "stream", Noted(notes, "stream"))
+    monkeypatch.setattr(torch.cuda, "graph", Noted(notes, "graph"))
+    for name in ("Stream", "current_stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, unittest.mock.Mock())
+    assert decoder._record(256)[0] is torch.cuda.CUDAGraph.return_value
+    how = {"stream": "its own", "capture_error_mode": "thread_local"}
+    assert notes[3:] == [("graph", torch.cuda.CUDAGraph.return_value, how), "decodes", "end of graph"]
 
 
 def test_interrupted_forward_leaves_the_text_as_it_was():

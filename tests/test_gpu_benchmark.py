@@ -106,3 +106,14 @@ def test_rates_are_those_of_the_time_that_passed(monkeypatch):
     per_token = 6 * sum(p.numel() for p in model.parameters())
     expected = (2 * 32 * per_token + 12 * 32 * 2 * 2 * 136) / 8  # 136 = 16 · 17 / 2 pairs in each row
     assert result["flops_per_second"] == pytest.approx(expected)
+
+
+def test_decoding_is_timed_with_its_prompts(monkeypatch):
+    requests, submit = [], gpu.Engine.submit
+    monkeypatch.setattr(gpu.Engine, "submit", lambda *args: requests.append(submit(*args)) or requests[-1])
+    config = MiniMindConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    args = argparse.Namespace(device="cpu", new_tokens=2, batches=[2])
+    with one_thread():
+        result = gpu.decoding_contenders(config, args)["ours, 2"]()
+    assert result["tokens_per_second"] > 0
+    assert [request.cached_tokens for request in requests] == [0] * 4, "two texts, to warm up and on the clock"
