@@ -215,6 +215,7 @@ def execute(args: argparse.Namespace) -> None:
             continue
         run |= run_original(run, args) if args.recipe == "original" else run_ours(run, args)
         run |= {"threads": args.threads, "device": args.device, "torch": torch.__version__, "time": int(time.time())}
+        args.results.parent.mkdir(parents=True, exist_ok=True)
         with args.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(run) + "\n")
         print(

@@ -521,8 +521,8 @@ parameters.
 {losses}
 
 Time and money follow from the operations (`trainer/cost.py`; rows of one document of 512) at the share of the peak
-that `--estimate` assumes (`trainer/estimate.py`; the README's table assumes more and counts no attention), with its
-prices for renting, and what network, optimizer and loader take on top (below). **None of it was measured on a GPU.**
+that `--estimate` assumes (`trainer/estimate.py`; so does the README's table), with its prices for renting,
+and what network, optimizer and loader take on top (below). **None of it was measured on a GPU.**
 Flags: the batch of the one-card default, doubled until nothing takes more than {bearable:.0%} of the computing time,
 at most to the critical batch and to {fewest:,} steps. `--optimizer {optimizer}`, the default.
 

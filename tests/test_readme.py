@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import pytest
 
-from model.model_minimind import MiniMindConfig
-from trainer.cost import flops_per_token
+from benchmarks import scaling
+from trainer.estimate import assumed_mfu
 
 ROOT = Path(__file__).resolve().parents[1]
 README, README_ZH = "README.md", "README_zh.md"
@@ -153,8 +153,11 @@ def check_flags(script: Path, words: list[str]) -> None:
         return
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            assert words and words[0] in action.choices, f"{script.name} has no {words[:1]}"
-            parser, words = action.choices[words[0]], words[1:]
+            at = next((i for i, word in enumerate(words) if word in action.choices), None)
+            assert at is not None, f"{script.name} has no {words[:1]}"
+            own = {word.split("=")[0] for word in words[:at] if word.startswith("--")}  # flags before the subcommand
+            assert own <= set(parser._option_string_actions), f"{script.name} declares not all of {own}"
+            parser, words = action.choices[words[at]], words[at + 1 :]
     undeclared = {word.split("=")[0] for word in words if word.startswith("--")} - set(parser._option_string_actions)
     assert not undeclared, f"{script.name} declares no {undeclared}"
 
@@ -282,10 +285,10 @@ def test_defaults_are_those_of_the_scripts(name):
 
 
 def test_estimated_hours_follow_from_the_formula():
-    moe = MiniMindConfig(hidden_size=640, use_moe=True)
-    parameters = {"26M": 25.83e6, "104M": 104.03e6, "145M": flops_per_token(moe, 145.03e6) / 6}
-    assert f"{parameters['145M'] / 1e6:.2f}M" in text_of(README)
-    tokens = {"pretrain": 0.44e9, "SFT": 2 * 0.33e9}
+    models = {name.split()[-1]: config for name, config in scaling.MODELS.items()}
+    works = {name: scaling.work_of(config) for name, config in models.items()}
+    assert f"{works['145M'].active / 1e6:.2f}M" in text_of(README)
+    tokens = {"pretrain": scaling.DATA["1.6 GB"], "SFT": 2 * 1.2e9 / 3.77}
     header, rows = table(README, "pretrain 26M")
     peaks = [float(re.search(r"\((\d+)", cell)[1]) * 1e12 for cell in header[1:]]
     for label, *cells in rows:
@@ -294,10 +297,8 @@ def test_estimated_hours_follow_from_the_formula():
             numbers, kind = cell.split()
             assert kind in ("estimated", "measured")
             if kind == "estimated":
-                fastest, slowest = (6 * parameters[size] * tokens[stage] / (peak * mfu) / 3600 for mfu in (0.40, 0.35))
-                stated = [float(number) for number in numbers.split("–")]
-                assert stated[0] == pytest.approx(fastest, rel=0.05, abs=0.005), f"{label}: {cell}"
-                assert stated[-1] == pytest.approx(slowest, rel=0.05, abs=0.005), f"{label}: {cell}"
+                hours = works[size].token_flops * tokens[stage] / (peak * assumed_mfu(models[size], 1)) / 3600
+                assert float(numbers) == pytest.approx(hours, rel=0.01, abs=0.005), f"{label}: {cell}"
 
 
 @pytest.mark.parametrize("name", [README, README_ZH])
