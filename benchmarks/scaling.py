@@ -619,7 +619,7 @@ def page(setting: dict, points: list[Point], results: Path) -> str:
         tokenize_times=" and ".join(
             f"{duration(size / TOKENIZE_BYTES)} of one core for {data}" for data, size in DATA_BYTES.items()
         ),
-        shortest=duration(DATA["1.6 + 20 GB"] / (SETUPS[-1].cards * rates[smallest, SETUPS[-1].card])),
+        shortest=duration(DATA["1.6 + 20 GB"] / rate_of_all(smallest, works[smallest], SETUPS[-1])),
         largest_setup=SETUPS[-1].name,
         smallest_model=smallest,
         network=network_table(works),
@@ -765,6 +765,11 @@ def largest_part(step: Step) -> str:
 def card_rate(name: str, work: Work, card: str) -> float:
     """Tokens a second of one card."""
     return peak_flops(card) * assumed_mfu(MODELS[name], 1) / work.token_flops
+
+
+def rate_of_all(name: str, work: Work, setup: Setup) -> float:
+    """Tokens a second of many cards that wait for nothing."""
+    return setup.cards * peak_flops(setup.card) * assumed_mfu(MODELS[name], setup.cards) / work.token_flops
 
 
 def network_table(works: dict[str, Work]) -> str:

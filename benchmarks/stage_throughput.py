@@ -109,7 +109,7 @@ def settings(args: argparse.Namespace, folder: Path, data_path: Path, what: str)
             "cache_dir": folder / "token_cache", "skip_bad_lines": False, "num_workers": None, "accumulation_steps": 1,
             "seed": 1337, "dtype": "bfloat16", "optimizer": "adamw", "learning_rate": LEARNING_RATE, "beta1": 0.9,
             "beta2": 0.95, "embedding_lr_scale": 1.0, "weight_decay": 0.0, "grad_clip": 1.0, "compile": None,
-            "threads": torch.get_num_threads(), "estimate": False,
+            "threads": torch.get_num_threads(), "estimate": False, "epochs": 1, "max_steps": 0,
         }
     )  # fmt: skip
 
