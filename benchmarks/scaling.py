@@ -586,7 +586,7 @@ def page(setting: dict, points: list[Point], results: Path) -> str:
     works = {name: work_of(config) for name, config in MODELS.items()}
     losses, runs = predictions(points, chosen, fits, works, defaults)
     rates = {(name, card): card_rate(name, work, card) for card in WIRING for name, work in works.items()}
-    smallest = next(iter(MODELS))
+    smallest, largest = next(iter(MODELS)), SETUPS[-1]
     filled = PAGE.format(
         file=results.name,
         setting=describe(setting),
@@ -619,8 +619,10 @@ def page(setting: dict, points: list[Point], results: Path) -> str:
         tokenize_times=" and ".join(
             f"{duration(size / TOKENIZE_BYTES)} of one core for {data}" for data, size in DATA_BYTES.items()
         ),
-        shortest=duration(DATA["1.6 + 20 GB"] / rate_of_all(smallest, works[smallest], SETUPS[-1])),
-        largest_setup=SETUPS[-1].name,
+        shortest=duration(
+            DATA["1.6 + 20 GB"] / (largest.cards * card_rate(smallest, works[smallest], largest.card, largest.cards))
+        ),
+        largest_setup=largest.name,
         smallest_model=smallest,
         network=network_table(works),
         optimizer_bytes=OPTIMIZER_BYTES,
@@ -762,14 +764,9 @@ def largest_part(step: Step) -> str:
     return f"{name}, {share:.0%}"
 
 
-def card_rate(name: str, work: Work, card: str) -> float:
-    """Tokens a second of one card."""
-    return peak_flops(card) * assumed_mfu(MODELS[name], 1) / work.token_flops
-
-
-def rate_of_all(name: str, work: Work, setup: Setup) -> float:
-    """Tokens a second of many cards that wait for nothing."""
-    return setup.cards * peak_flops(setup.card) * assumed_mfu(MODELS[name], setup.cards) / work.token_flops
+def card_rate(name: str, work: Work, card: str, cards: int = 1) -> float:
+    """Tokens a second of one card among so many that wait for nothing."""
+    return peak_flops(card) * assumed_mfu(MODELS[name], cards) / work.token_flops
 
 
 def network_table(works: dict[str, Work]) -> str:

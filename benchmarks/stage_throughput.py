@@ -44,13 +44,13 @@ sys.path.insert(0, str(ROOT))
 
 from dataset.lm_dataset import parse_record
 from dataset.tokenization import ChatTokenizer
+from model.decoder import to_device
 from model.model_lora import TARGETS, apply_lora
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import save_weights
 from trainer.arguments import add_boolean, run_script
 from trainer.cost import Memory
 from trainer.distributed import Process, keep_freed_memory
-from trainer.frozen_outputs import upload
 from trainer.loader import PackedData, model_inputs
 from trainer.optimization import Precision, build_optimizer, optimizer_step, prepare_forward
 from trainer.reference import answer_log_probs, reference_log_probs
@@ -185,7 +185,7 @@ def dpo_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: Ste
         with precision.autocast():
             head = functools.partial(token_cross_entropy, labels=batch["labels"])
             policy, _ = answer_log_probs(model(**model_inputs(batch), head=head).logits, batch)
-            frozen = upload(reference[batch["pair_ids"].numpy()], policy.device)
+            frozen = to_device(reference[batch["pair_ids"].numpy()], policy.device)
             margin = BETA * ((policy - frozen)[:, 0] - (policy - frozen)[:, 1])
             loss = -F.logsigmoid(margin).sum() / batch["step_pairs"]
         loss.backward()

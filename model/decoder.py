@@ -12,6 +12,7 @@ import mmap
 import warnings
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -36,7 +37,7 @@ def new_decoder(model: nn.Module, slots: int, capacity: int) -> "LeanDecoder | F
     return ForwardDecoder(model, slots, capacity)
 
 
-def to_device(values: Sequence, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+def to_device(values: Sequence | np.ndarray, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Without waiting for what a GPU is doing: the copy goes through pinned memory, which torch gives to nobody else
     before the GPU has read it."""
     if device.type != "cuda":

@@ -33,11 +33,9 @@ from trainer import token_losses, train_distill_reason, train_distillation, trai
 from trainer.distributed import Process
 from trainer.loader import PackedData, model_inputs
 from trainer.optimization import Precision
-from trainer.reference import answer_log_probs
-from trainer.teacher import Teacher
+from trainer.reference import answer_log_probs, dpo_loss
+from trainer.teacher import Teacher, distillation_loss
 from trainer.token_losses import chunked_loss, token_cross_entropy
-from trainer.train_distillation import distillation_loss
-from trainer.train_dpo import dpo_loss
 
 CPU = Process(0, 0, 1, torch.device("cpu"))
 META = Process(0, 0, 1, torch.device("meta"))

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from trainer.distributed import Process, barrier
 from trainer.loader import CALIBRATION_SECONDS, PackedData
@@ -139,14 +138,6 @@ def _fits(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> bool:
     except (OSError, ValueError, EOFError):  # numpy raises the last for an empty file
         return False
     return array.shape == tuple(shape) and array.dtype == dtype
-
-
-def upload(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """What was read from disk, on the device. A GPU is not waited for: the copy waits in line behind its work."""
-    tensor = torch.from_numpy(values)
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()  # from other memory a copy does wait
-    return tensor.to(device, non_blocking=True)
 
 
 def missing_batches(data: PackedData, title: str, outputs: FrozenOutputs, items: str) -> Iterator[dict]:

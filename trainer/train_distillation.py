@@ -19,11 +19,9 @@ Writes  out/full_dist_{hidden_size}{_moe}.pth and a .json beside it, out/resume/
 
 import functools
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -53,8 +51,7 @@ from trainer.optimization import (
     optimizer_step,
     prepare_forward,
 )
-from trainer.teacher import Teacher, target_places
-from trainer.token_losses import chunked_loss
+from trainer.teacher import Teacher, distillation_head, target_places
 
 CACHE_HELP = "keep the teacher's K likeliest tokens on disk, 4 K bytes a target, and train without it (0: no)"
 
@@ -85,51 +82,6 @@ def parse(argv: list[str] | None):
         temperature=(lambda temperature: 0 < temperature < float("inf"), "above 0"),
         cache_teacher=(lambda k: 0 <= k < 6400, "0 or more and smaller than the vocabulary"),
     )
-
-
-def distillation_loss(
-    student_logits: torch.Tensor,
-    labels: torch.Tensor,
-    teacher_log_probs: torch.Tensor,
-    alpha: float,
-    temperature: float,
-    token_ids: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Sums over tokens in nats: (the loss, cross-entropy, KL divergence).
-
-    student_logits (tokens, vocab), labels (tokens,). teacher_log_probs (tokens, vocab): log softmax(teacher logits
-    / T); with token_ids (tokens, K) those of the K likeliest tokens: the rest of the vocabulary then counts as one.
-    """
-    cross_entropy = F.cross_entropy(student_logits, labels, reduction="sum")
-    log_probs = F.log_softmax(student_logits / temperature, dim=-1)
-    if token_ids is not None:
-        log_probs, teacher_log_probs = with_rest(log_probs.gather(1, token_ids)), with_rest(teacher_log_probs)
-    divergence = F.kl_div(log_probs, teacher_log_probs, log_target=True, reduction="sum")
-    loss = alpha * cross_entropy + (1 - alpha) * temperature**2 * divergence
-    return torch.stack((loss, cross_entropy, divergence))
-
-
-def with_rest(log_probs: torch.Tensor) -> torch.Tensor:
-    """(tokens, K) log-probs and that of all other tokens together, (tokens, K + 1)."""
-    known = log_probs.exp().sum(dim=-1, keepdim=True).clamp(max=1 - 1e-6)
-    return torch.cat((log_probs, torch.log1p(-known)), dim=-1)
-
-
-def distillation_head(
-    hidden: torch.Tensor, weight: torch.Tensor, batch: dict, teacher_log_probs: Callable, args
-) -> torch.Tensor:
-    """The student's head and loss, a chunk of targets at a time: sums of (loss, cross-entropy, KL).
-
-    teacher_log_probs: what Teacher.log_probs gives for the targets of the batch.
-    """
-    targets = target_places(batch)
-    labels = batch["labels"].flatten()[targets]
-
-    def loss_of_logits(logits: torch.Tensor, chunk: slice) -> torch.Tensor:
-        log_probs, token_ids = teacher_log_probs(chunk)
-        return distillation_loss(logits, labels[chunk], log_probs, args.alpha, args.temperature, token_ids)
-
-    return chunked_loss(hidden.flatten(0, 1)[targets], weight, loss_of_logits, losses=3)
 
 
 def main(argv: list[str] | None = None) -> None:

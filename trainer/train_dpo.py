@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -34,7 +33,6 @@ from trainer.arguments import chat_command, from_root, model_config, parse_argum
 from trainer.checkpoint import Checkpoint, file_sha256, output_path
 from trainer.distributed import gradient_sync, start_process, stop_on_signal, stop_process, sum_over_ranks, wrap_model
 from trainer.evaluation import Evaluator
-from trainer.frozen_outputs import upload
 from trainer.loader import PackedData, model_inputs
 from trainer.logger import Logger
 from trainer.optimization import (
@@ -46,10 +44,8 @@ from trainer.optimization import (
     optimizer_step,
     prepare_forward,
 )
-from trainer.reference import answer_log_probs, reference_log_probs
+from trainer.reference import METRICS, preference_loss, reference_log_probs
 from trainer.token_losses import token_cross_entropy
-
-METRICS = ("loss", "reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected", "kl")
 
 
 def parse(argv: list[str] | None):
@@ -74,35 +70,6 @@ def parse(argv: list[str] | None):
         beta=(lambda beta: 0 < beta < float("inf"), "above 0"),
         label_smoothing=(lambda share: 0 <= share < 0.5, "at least 0 and below 0.5"),
     )
-
-
-def dpo_loss(
-    policy: torch.Tensor, reference: torch.Tensor, beta: float, label_smoothing: float = 0.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of each pair and its reward margin, both (pairs,); a reward is beta * (logpi - logref), in nats.
-
-    policy, reference (pairs, 2): log-probs of the chosen and the rejected answer.
-    """
-    rewards = beta * (policy - reference)
-    margin = rewards[:, 0] - rewards[:, 1]
-    loss = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
-    return loss, margin
-
-
-def preference_loss(
-    token_losses: torch.Tensor, batch: dict, reference: np.ndarray, args
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed DPO loss of the micro-batch's pairs, and the sums of METRICS over them."""
-    policy, counts = answer_log_probs(token_losses, batch)
-    frozen = upload(reference[batch["pair_ids"].numpy()], policy.device)
-    drift = (policy.detach() - frozen) / counts
-    if args.logp == "mean":
-        policy, frozen = policy / counts, frozen / counts
-    loss, margin = dpo_loss(policy, frozen, args.beta, args.label_smoothing)
-    correct = (margin > 0).float() + 0.5 * (margin == 0)
-    # the mean of log(pi / ref) per token, over the data's answers in place of samples of the model's own
-    metrics = (loss, margin, correct, policy[:, 0], policy[:, 1], drift.mean(dim=1))
-    return loss.sum(), torch.stack([metric.detach().sum() for metric in metrics])
 
 
 @torch.no_grad()
