@@ -125,7 +125,7 @@ def whole_loss(model: nn.Module, batch: dict) -> torch.Tensor:
 def training_loss(model: nn.Module, batch: dict) -> torch.Tensor:
     """As train_pretrain.py computes it."""
     output = model(**model_inputs(batch), head=functools.partial(token_cross_entropy, labels=batch["labels"]))
-    return output.logits.sum() / batch["step_targets"] + output.aux_loss
+    return output.head_output.sum() / batch["step_targets"] + output.aux_loss
 
 
 def joined(source: Path, target: Path, count: int = 2) -> Path:

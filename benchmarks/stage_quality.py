@@ -261,7 +261,7 @@ def pair_log_probs(model: torch.nn.Module, data: PackedData, precision: Precisio
     for batch in data.all_batches():
         with precision.autocast():
             head = functools.partial(token_cross_entropy, labels=batch["labels"])
-            sums, tokens = answer_log_probs(model(**model_inputs(batch), head=head).logits, batch)
+            sums, tokens = answer_log_probs(model(**model_inputs(batch), head=head).head_output, batch)
         pairs = batch["pair_ids"]
         log_probs[pairs], counts[pairs] = sums.double().cpu(), tokens.double().cpu()
     return log_probs, counts

@@ -184,7 +184,7 @@ def dpo_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: Ste
     for batch in endless(data.all_batches):
         with precision.autocast():
             head = functools.partial(token_cross_entropy, labels=batch["labels"])
-            policy, _ = answer_log_probs(model(**model_inputs(batch), head=head).logits, batch)
+            policy, _ = answer_log_probs(model(**model_inputs(batch), head=head).head_output, batch)
             frozen = to_device(reference[batch["pair_ids"].numpy()], policy.device)
             margin = BETA * ((policy - frozen)[:, 0] - (policy - frozen)[:, 1])
             loss = -F.logsigmoid(margin).sum() / batch["step_pairs"]
@@ -202,7 +202,7 @@ def reference_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_don
         for batch in endless(data.all_batches):
             with precision.autocast():
                 head = functools.partial(token_cross_entropy, labels=batch["labels"])
-                log_probs, _ = answer_log_probs(model(**model_inputs(batch), head=head).logits, batch)
+                log_probs, _ = answer_log_probs(model(**model_inputs(batch), head=head).head_output, batch)
             step_done(len(log_probs))
 
 
@@ -269,7 +269,7 @@ def lora_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: St
     for batch in endless(data.all_batches):
         with precision.autocast():
             head = functools.partial(token_cross_entropy, labels=batch["labels"])
-            loss = model(**model_inputs(batch), head=head).logits.sum() / batch["step_targets"]
+            loss = model(**model_inputs(batch), head=head).head_output.sum() / batch["step_targets"]
         loss.backward()
         optimizer_step(model, optimizer, precision, LEARNING_RATE, args.grad_clip)
         step_done(batch["real_tokens"])
@@ -421,7 +421,7 @@ def chunked_step(student, teacher, batch: dict) -> torch.Tensor:
     def head(student_hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return chunked_loss(student_hidden.flatten(0, 1)[targets], weight, loss_of_logits, losses=1)
 
-    return student(**model_inputs(batch), head=head).logits[0] / batch["step_targets"]
+    return student(**model_inputs(batch), head=head).head_output[0] / batch["step_targets"]
 
 
 def full_logits_step(student, teacher, batch: dict) -> torch.Tensor:

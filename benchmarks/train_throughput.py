@@ -158,7 +158,7 @@ def count(model) -> int:
 def our_loss(model, batch: dict) -> torch.Tensor:
     head = functools.partial(token_cross_entropy, labels=batch["labels"])
     output = model(**model_inputs(batch), head=head)
-    return output.logits.sum() / batch["step_targets"] + output.aux_loss
+    return output.head_output.sum() / batch["step_targets"] + output.aux_loss
 
 
 def peer_loss(model, batch: dict) -> torch.Tensor:

@@ -12,6 +12,7 @@ kv_heads = key/value heads; group = heads // kv_heads; head_dim = hidden // head
 import inspect
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -776,6 +777,13 @@ class MiniMindModel(MiniMindPreTrainedModel):
         return output
 
 
+@dataclass
+class MiniMindOutput(MoeCausalLMOutputWithPast):
+    """Logits (batch, seq, vocab), or head_output: what the caller's `head` returned in their place."""
+
+    head_output: Any = None
+
+
 class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
     """The language model: MiniMindModel and a head that shares the embedding's weight."""
 
@@ -821,15 +829,16 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         document_ids: torch.Tensor | None = None,
         head=None,
         **kwargs: Any,
-    ) -> MoeCausalLMOutputWithPast:
-        """Logits (batch, seq, vocab), or those of the last `logits_to_keep` positions.
+    ) -> MiniMindOutput:
+        """Return logits (batch, seq, vocab), or those of the last `logits_to_keep` positions.
 
         input_ids (batch, seq); attention_mask (batch, past + seq), 0 = padding; position_ids (batch, seq).
         Packed rows: cu_seqlens (documents + 1,) int32, borders of the documents in the flattened stream of batch * seq
         positions, the last entry repeated as padding; max_seqlen, an upper bound of their lengths; document_ids
         (batch, seq), -1 on padding, for the balance loss.
-        head: a function (hidden_states, lm_head.weight) -> anything, called in place of the head, returned as `logits`:
-        a loss can then avoid logits that it does not need, and all weights are still used inside forward (DDP, ZeRO).
+        head: a function (hidden_states, lm_head.weight) -> anything, called instead of the head and returned as
+        `head_output`; `logits` is then None. A loss can avoid logits that it does not need, and every weight is still
+        used inside forward, as DDP and ZeRO require.
         labels (batch, seq), as transformers defines them: shifted inside, -100 ignored.
         past_key_values: an object with `update(key, value, layer_idx)` -> all keys and values, and `get_seq_length()`.
 
@@ -850,9 +859,9 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             document_ids=document_ids,
         )
         hidden_states = outputs.last_hidden_state
-        loss = None
+        loss = logits = head_output = None
         if head is not None:
-            logits = head(hidden_states, self.lm_head.weight)
+            head_output = head(hidden_states, self.lm_head.weight)
         else:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, keep])
@@ -861,8 +870,12 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
                     raise ValueError("labels need the logits of all positions; leave logits_to_keep at 0")
                 loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
                 loss = loss + outputs["aux_loss"]
-        return MoeCausalLMOutputWithPast(
-            loss=loss, logits=logits, aux_loss=outputs["aux_loss"], past_key_values=past_key_values
+        return MiniMindOutput(
+            loss=loss,
+            logits=logits,
+            head_output=head_output,
+            aux_loss=outputs["aux_loss"],
+            past_key_values=past_key_values,
         )
 
 

@@ -75,7 +75,7 @@ def gradients(model, batch, device, dtype, loss_weight):
     with torch.autocast(device, dtype, enabled=dtype != torch.float32):
         head = functools.partial(token_cross_entropy, labels=batch["input_ids"].roll(-1, 1))
         out = model(**batch, head=head)
-        loss = out.logits.mean() + loss_weight * out.aux_loss
+        loss = out.head_output.mean() + loss_weight * out.aux_loss
     loss.backward()
     return float(loss), torch.cat([p.grad.flatten().cpu().double() for p in model.parameters()])
 

@@ -170,8 +170,9 @@ def test_logits_to_keep_and_head():
     with torch.no_grad():
         logits = model(input_ids).logits
         torch.testing.assert_close(model(input_ids, logits_to_keep=3).logits, logits[:, -3:])
-        seen = model(input_ids, head=lambda hidden, weight: F.linear(hidden, weight) * 2).logits
-    torch.testing.assert_close(seen, logits * 2)
+        seen = model(input_ids, head=lambda hidden, weight: F.linear(hidden, weight) * 2)
+    torch.testing.assert_close(seen.head_output, logits * 2)
+    assert seen.logits is None  # the field of that name holds logits or nothing
 
 
 def test_embedding_and_head_are_one_tensor():

@@ -151,13 +151,13 @@ def pair_batch(path: Path, tokenizer, tmp_path: Path, pairs: int) -> dict:
 def preference_sums(model, batch, reference, **options):
     args = train_dpo.parse([f"--{name}={value}" for name, value in options.items()])
     head = functools.partial(token_cross_entropy, labels=batch["labels"])
-    return train_dpo.preference_loss(model(**model_inputs(batch), head=head).logits, batch, reference, args)
+    return train_dpo.preference_loss(model(**model_inputs(batch), head=head).head_output, batch, reference, args)
 
 
 def float32_log_probs(model, batch):
     head = functools.partial(token_cross_entropy, labels=batch["labels"])
     with torch.no_grad():
-        return answer_log_probs(model(**model_inputs(batch), head=head).logits, batch)[0].numpy()
+        return answer_log_probs(model(**model_inputs(batch), head=head).head_output, batch)[0].numpy()
 
 
 def test_no_value_is_read_from_the_device_for_the_kept_reference(tmp_path, tokenizer):
@@ -496,7 +496,7 @@ def test_packed_loss_is_that_of_the_documents_one_by_one(tmp_path, tokenizer, st
         def loss_of(batch):
             head = functools.partial(token_cross_entropy, labels=batch["labels"])
             output = model(**model_inputs(batch), head=head)
-            loss, _ = train_dpo.preference_loss(output.logits, batch, reference.numpy(), args)
+            loss, _ = train_dpo.preference_loss(output.head_output, batch, reference.numpy(), args)
             return loss / batch["step_pairs"], output.aux_loss
     else:
         documents = one_by_one(path, tokenizer)
@@ -531,11 +531,11 @@ def test_packed_loss_is_that_of_the_documents_one_by_one(tmp_path, tokenizer, st
                     train_distillation.distillation_head, batch=batch, teacher_log_probs=log_probs, args=args
                 )
                 output = model(**model_inputs(batch), head=head)
-                return output.logits[0] / batch["step_targets"], output.aux_loss
+                return output.head_output[0] / batch["step_targets"], output.aux_loss
             head = functools.partial(token_cross_entropy, labels=batch["labels"])
             output = model(**model_inputs(batch), head=head)
             weights = train_distill_reason.target_weights(batch["labels"], [[int(i)] for i in tag_ids], 10.0)
-            return train_distill_reason.reason_loss(output.logits, weights, output.aux_loss, batch)[0], output.aux_loss
+            return train_distill_reason.reason_loss(output.head_output, weights, output.aux_loss, batch)[0], output.aux_loss
 
     expected = gradients(model)
     packed_loss = packed_aux = 0.0

@@ -126,7 +126,7 @@ def test_packed_loss_is_that_of_the_documents_one_by_one(tmp_path, tokenizer, ki
     packed_ce = packed_aux = 0.0
     for batch in (batches[i] for i in range(len(batches))):
         output = model(**model_inputs(batch), head=functools.partial(token_cross_entropy, labels=batch["labels"]))
-        ce, aux = loss_of(output.logits, output.aux_loss, batch)
+        ce, aux = loss_of(output.head_output, output.aux_loss, batch)
         (ce + aux).backward()
         packed_ce, packed_aux = packed_ce + ce.item(), packed_aux + aux.item()
 

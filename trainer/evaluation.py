@@ -37,7 +37,7 @@ def evaluate(
         labels = batch["labels"]
         with precision.autocast():
             head = functools.partial(token_cross_entropy, labels=labels)
-            nats += model(**model_inputs(batch), head=head).logits.sum(dtype=torch.float64)
+            nats += model(**model_inputs(batch), head=head).head_output.sum(dtype=torch.float64)
         num_bytes += (byte_counts[labels.clamp(min=0)] * (labels >= 0)).sum()
         targets += batch["target_tokens"]
     model.train(was_training)

@@ -55,7 +55,7 @@ def reference_log_probs(
         pairs = batch["pair_ids"].numpy()
         with precision.autocast():
             head = functools.partial(token_cross_entropy, labels=batch["labels"])
-            log_probs, _ = answer_log_probs(model(**model_inputs(batch), head=head).logits, batch)
+            log_probs, _ = answer_log_probs(model(**model_inputs(batch), head=head).head_output, batch)
         outputs.write(pairs, pairs, log_probs=log_probs.cpu().numpy())
     if not data.args.estimate:  # an estimate leaves it all to the run
         outputs.finish(data.looked_at_in_part)

@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
                         head = functools.partial(token_cross_entropy, labels=batch["labels"])
                         output = model(**model_inputs(batch), head=head)
                         tag_weights = target_weights(batch["labels"], tags, args.tag_weight)
-                        cross_entropy, aux_loss = reason_loss(output.logits, tag_weights, output.aux_loss, batch)
+                        cross_entropy, aux_loss = reason_loss(output.head_output, tag_weights, output.aux_loss, batch)
                     backward(model, cross_entropy + aux_loss, precision, process)
                 losses += torch.stack((cross_entropy, aux_loss)).detach()
             cross_entropy, aux_loss = sum_over_ranks(losses.tolist(), process)

@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
                         log_probs = teacher.log_probs(batch, target_places(batch))
                         head = functools.partial(distillation_head, batch=batch, teacher_log_probs=log_probs, args=args)
                         output = model(**model_inputs(batch), head=head)
-                        losses = output.logits / batch["step_targets"]
+                        losses = output.head_output / batch["step_targets"]
                         aux_loss = output.aux_loss * batch["num_documents"] / batch["step_documents"]
                     backward(model, losses[0] + aux_loss, precision, process)
                 sums += torch.cat((losses, aux_loss.view(1))).detach()

@@ -80,7 +80,7 @@ def evaluate_pairs(model, data, precision, process, tokenizer, reference: np.nda
     for batch in data.all_batches():
         with precision.autocast():
             head = functools.partial(token_cross_entropy, labels=batch["labels"])
-            sums += preference_loss(model(**model_inputs(batch), head=head).logits, batch, reference, args)[1].cpu()
+            sums += preference_loss(model(**model_inputs(batch), head=head).head_output, batch, reference, args)[1].cpu()
         pairs += len(batch["pair_ids"])
     model.train()
     *sums, pairs = sum_over_ranks([*sums.tolist(), pairs], process)
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
                     with precision.autocast():
                         head = functools.partial(token_cross_entropy, labels=batch["labels"])
                         output = model(**model_inputs(batch), head=head)
-                        loss, shown = preference_loss(output.logits, batch, reference, args)
+                        loss, shown = preference_loss(output.head_output, batch, reference, args)
                         loss = loss / batch["step_pairs"]
                         aux_loss = output.aux_loss * batch["num_documents"] / batch["step_documents"]
                     backward(model, loss + aux_loss, precision, process)

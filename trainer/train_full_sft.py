@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
                     with precision.autocast():
                         head = functools.partial(token_cross_entropy, labels=batch["labels"])
                         output = model(**model_inputs(batch), head=head)
-                        cross_entropy, aux_loss = sft_loss(output.logits, output.aux_loss, batch)
+                        cross_entropy, aux_loss = sft_loss(output.head_output, output.aux_loss, batch)
                     backward(model, cross_entropy + aux_loss, precision, process)
                 losses += torch.stack((cross_entropy, aux_loss)).detach()
             cross_entropy, aux_loss = sum_over_ranks(losses.tolist(), process)
