@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from dataset.token_cache import Progress, TokenCache, file_lock, replaced_folder, write_array, writing_errors
+from dataset.progress import ProgressBar
+from dataset.token_cache import TokenCache, file_lock, replaced_folder, write_array, writing_errors
 
 PLAN_VERSION = 1
 SCAN_TOKENS = 4 << 20  # looked at together while planning: bounds memory, whatever the size of the data
@@ -88,7 +89,7 @@ def _write_plan(folder: Path, cache: TokenCache, max_seq_len: int, show_progress
     waiting = []  # (start, length, targets) arrays of segments that are not in a row yet
     with ExitStack() as stack:
         files = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in PLAN_ARRAYS}
-        progress = stack.enter_context(Progress("packing", cache.meta["tokens"], " tokens", show_progress))
+        bar = stack.enter_context(ProgressBar("packing", cache.meta["tokens"], "tokens", show=show_progress))
 
         def write_rows() -> None:
             nonlocal num_rows, max_segments, lone_rows
@@ -119,7 +120,7 @@ def _write_plan(folder: Path, cache: TokenCache, max_seq_len: int, show_progress
             if sum(len(start) for start, _, _ in waiting) >= WINDOW_SEGMENTS:
                 write_rows()
             stats["documents"] += last - first
-            progress.update(int(cache.offsets[last] - cache.offsets[first]))
+            bar.update(int(cache.offsets[last] - cache.offsets[first]))
         if waiting:
             write_rows()
         write_array(files["row_start"], np.array([stats["segments"]], np.int64))

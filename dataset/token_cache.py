@@ -23,7 +23,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +34,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from dataset.lm_dataset import FORMS, RecordError, check_kind, count_target_bytes, parse_record, tokenize_records
+from dataset.progress import ProgressBar
 from dataset.tokenization import ChatTokenizer
 
 FORMAT_VERSION = 1
@@ -182,8 +182,8 @@ class _Builder:
                 digests[name].update(np.ascontiguousarray(array))
 
             write("offsets", np.zeros(1, np.int64))
-            progress = stack.enter_context(
-                Progress(f"tokenizing {self.data_path.name}", self.ranges[-1][1], "B", self.show_progress)
+            bar = stack.enter_context(
+                ProgressBar(f"tokenizing {self.data_path.name}", self.ranges[-1][1], "B", show=self.show_progress)
             )
             results = self._results()
             stack.callback(results.close)
@@ -203,7 +203,7 @@ class _Builder:
                     tokens += len(result["tokens"])
                 # A bad line ends the run, but people want to know all of them: the rest is only looked at.
                 self.tokenize = not skipped or self.skip_bad_lines
-                progress.update(end - start, f"{tokens:,} tokens")
+                bar.update(end - start, f"{tokens:,} tokens")
         if skipped and not self.skip_bad_lines:
             more = f"\n  … and {skipped - len(first_skipped):,} more" if skipped > len(first_skipped) else ""
             raise ValueError(
@@ -504,40 +504,6 @@ def writing_errors(folder: Path, what: str) -> Iterator[None]:
 def write_array(file, array: np.ndarray) -> None:
     # Not ndarray.tofile: on a full disk that says how many items were written, but not why no more.
     file.write(memoryview(np.ascontiguousarray(array)).cast("B"))
-
-
-class Progress:
-    """A bar that is redrawn on a terminal, a line every ten seconds elsewhere."""
-
-    def __init__(self, title: str, total: int, unit: str, show: bool):
-        self.title, self.total, self.unit, self.show = title, total, unit, show
-        self.terminal = show and sys.stderr.isatty()
-        self.done = 0
-        self.start = self.shown_at = time.monotonic()
-
-    def update(self, amount: int, note: str = "") -> None:
-        self.done += amount
-        now = time.monotonic()
-        if self.show and now - self.shown_at >= (0.2 if self.terminal else 10):
-            self.shown_at = now
-            self._draw(now - self.start, note)
-
-    def _draw(self, seconds: float, note: str) -> None:
-        share = self.done / self.total
-        rest = seconds * (1 - share) / share
-        text = f"{self.title}: {share:4.0%} {note} ({self.done / seconds / 1e6:.1f} M{self.unit}/s, {rest:.0f} s left)"
-        if self.terminal:
-            bar = "#" * int(20 * share)
-            print(f"\r\x1b[K[{bar:.<20}] {text}", end="", file=sys.stderr, flush=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.terminal:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _checked_stat(data_path: Path) -> os.stat_result:

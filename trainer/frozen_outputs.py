@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dataset.progress import ProgressBar
 from trainer.distributed import Process, barrier
 from trainer.loader import CALIBRATION_SECONDS, PackedData
 
@@ -141,32 +142,28 @@ def _fits(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> bool:
 
 
 def missing_batches(data: PackedData, title: str, outputs: FrozenOutputs, items: str) -> Iterator[dict]:
-    """The batches that the run looks at whose outputs are not all there, with a line every 20 seconds that says how far
-    they are.
+    """Yield the batches of this run whose outputs are not all on disk yet, under a progress bar.
 
     items: what a batch calls its items. The seconds that it takes are noted in data.passes[title]; for --estimate some
     batches are enough to tell.
     """
-    process, number = data.process, 0
-    moments = [time.monotonic()]
     batches, indices = data.each_batch_once()
     there = 0.0 if data.looked_at_in_part else float(outputs.done.mean())
     total = max(round(len(indices) * (1 - there)), 1)
-    started = last = moments[0]
-    for batch in data.load(batches, indices):
-        wanted = batch[items].numpy()
-        if not (len(wanted) and outputs.missing(wanted).any()):
-            continue
-        yield batch
-        number, now = number + 1, time.monotonic()
-        if data.args.estimate:
-            moments.append(now)
-            if 1 < number < total and now - started >= CALIBRATION_SECONDS:
-                warm = (number + 1) // 2  # until then kernels may have been compiled
-                data.passes[title] = now - started + (now - moments[warm]) / (number - warm) * (total - number)
-                return
-        if process.is_main and now - last > FLUSH_SECONDS:
-            rest = (now - started) / number * (total - number)
-            print(f"{title}: {number / total:.0%}, {rest / 60:.1f} min left", flush=True)
-            last = now
+    number, started = 0, time.monotonic()
+    moments = [started]
+    with ProgressBar(title, total, "batches", show=data.process.is_main) as bar:
+        for batch in data.load(batches, indices):
+            wanted = batch[items].numpy()
+            if not (len(wanted) and outputs.missing(wanted).any()):
+                continue
+            yield batch
+            bar.update()
+            number, now = number + 1, time.monotonic()
+            if data.args.estimate:
+                moments.append(now)
+                if 1 < number < total and now - started >= CALIBRATION_SECONDS:
+                    warm = (number + 1) // 2  # until then kernels may have been compiled
+                    data.passes[title] = now - started + (now - moments[warm]) / (number - warm) * (total - number)
+                    return
     data.passes[title] = time.monotonic() - started
