@@ -118,7 +118,7 @@ async def run_load(base_url: str, clients: int, seconds: float, max_tokens: int)
 def held_by_server(base_url: str) -> int:
     """Answers under way and waiting."""
     text = httpx.get(base_url.removesuffix("/v1") + "/metrics", trust_env=False).text
-    return sum(int(n) for n in re.findall(r"^minimind_(?:running|waiting)\{.*\} (\d+)$", text, re.MULTILINE))
+    return int(sum(map(float, re.findall(r"^minimind_(?:running|waiting)\{.*\} (\S+)$", text, re.MULTILINE))))
 
 
 def slots_leaked(base_url: str) -> int:

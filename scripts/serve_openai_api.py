@@ -25,8 +25,7 @@ import socket
 import sys
 import time
 import warnings
-from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,10 +35,12 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+import prometheus_client as prometheus
 import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client.metrics_core import GaugeMetricFamily
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
@@ -67,6 +68,9 @@ Echo = tuple[str, list[Token]]  # a prompt's text and, where log-probs are asked
 
 BODY_SECONDS = 30  # a body that has not arrived by then is given up
 FIRST_TOKEN_BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)  # seconds
+
+
+prometheus.disable_created_metrics()  # a second series for every counter
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -172,60 +176,38 @@ def make_loader(args: argparse.Namespace, default: Offer) -> Callable[[Offer], t
 
 
 class Metrics:
-    """Counts what went through, in the text format of Prometheus."""
+    """Counts requests and tokens for Prometheus.
 
-    def __init__(self):
-        self.requests: Counter[tuple[str, int]] = Counter()  # (path, status)
-        self.tokens: Counter[tuple[str, str]] = Counter()  # (kind, model)
-        self.first_token: Counter[float] = Counter()  # upper bound in seconds
-        self.first_token_sum = 0.0
+    stats: returns each model's engine statistics; the gauges show what it says when they are read.
+    """
+
+    def __init__(self, stats: Callable[[], dict[str, dict]]):
+        self.stats, self.registry = stats, prometheus.CollectorRegistry()
+
+        def counter(name: str, about: str, *labels: str) -> prometheus.Counter:
+            return prometheus.Counter(f"minimind_{name}", about, labels, registry=self.registry)
+
+        self.requests = counter("requests", "HTTP requests by path and status.", "path", "status")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens.", "model")
+        self.cached_tokens = counter("cached_tokens", "Prompt tokens that were already in the cache.", "model")
+        self.generated_tokens = counter("generated_tokens", "Answer tokens.", "model")
+        name, about = "minimind_time_to_first_token_seconds", "Time from request to first token."
+        self.first_token = prometheus.Histogram(name, about, buckets=FIRST_TOKEN_BOUNDS, registry=self.registry)
+        self.registry.register(self)
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Yield the gauges: slots in all, answers being made, requests waiting for a slot."""
+        stats = self.stats()
+        for key in ("slots", "running", "waiting"):
+            gauge = GaugeMetricFamily(f"minimind_{key}", f"Answers: {key}.", labels=("model",))
+            for model, counts in stats.items():
+                gauge.add_metric((model,), counts[key])
+            yield gauge
 
     def count_usage(self, model: str, usage: dict) -> None:
-        self.tokens["prompt", model] += usage["prompt_tokens"]
-        self.tokens["cached", model] += usage["prompt_tokens_details"]["cached_tokens"]
-        self.tokens["generated", model] += usage["completion_tokens"]
-
-    def count_first_token(self, seconds: float) -> None:
-        self.first_token[next((bound for bound in FIRST_TOKEN_BOUNDS if seconds <= bound), float("inf"))] += 1
-        self.first_token_sum += seconds
-
-    def text(self, engines: dict[str, dict]) -> str:
-        lines = []
-
-        def family(name: str, kind: str, about: str, samples: list[tuple[dict, float]]) -> None:
-            lines.append(f"# HELP minimind_{name} {about}\n# TYPE minimind_{name} {kind}")
-            lines.extend(f"minimind_{name}{_labels(labels)} {value}" for labels, value in samples)
-
-        requests = [({"path": path, "status": status}, n) for (path, status), n in sorted(self.requests.items())]
-        family("requests_total", "counter", "HTTP requests by path and status.", requests)
-        for kind, about in (
-            ("prompt", "Tokens of prompts."),
-            ("cached", "Tokens of prompts that an earlier request had left in the cache."),
-            ("generated", "Tokens of answers."),
-        ):
-            samples = [({"model": model}, n) for (of, model), n in sorted(self.tokens.items()) if of == kind]
-            family(f"{kind}_tokens_total", "counter", about, samples)
-        for key, about in (
-            ("slots", "Answers that can be made together."),
-            ("running", "Answers that are being made."),
-            ("waiting", "Requests that wait for a slot."),
-        ):
-            samples = [({"model": model}, stats[key]) for model, stats in sorted(engines.items())]
-            family(key, "gauge", about, samples)
-        name, below = "minimind_time_to_first_token_seconds", 0
-        lines.append(f"# HELP {name} From request to first token.\n# TYPE {name} histogram")
-        for bound in (*FIRST_TOKEN_BOUNDS, float("inf")):
-            below += self.first_token[bound]
-            lines.append(f'{name}_bucket{{le="{"+Inf" if bound == float("inf") else bound}"}} {below}')
-        lines.append(f"{name}_sum {self.first_token_sum}\n{name}_count {below}")
-        return "\n".join(lines) + "\n"
-
-
-def _labels(labels: dict) -> str:
-    def quoted(value) -> str:
-        return str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-
-    return "{" + ",".join(f'{key}="{quoted(value)}"' for key, value in labels.items()) + "}"
+        self.prompt_tokens.labels(model).inc(usage["prompt_tokens"])
+        self.cached_tokens.labels(model).inc(usage["prompt_tokens_details"]["cached_tokens"])
+        self.generated_tokens.labels(model).inc(usage["completion_tokens"])
 
 
 class CountRequests:
@@ -238,7 +220,7 @@ class CountRequests:
         async def counting_send(message):
             if message["type"] == "http.response.start":
                 path = scope["path"] if scope["path"] in self.paths else "other"
-                self.metrics.requests[path, message["status"]] += 1
+                self.metrics.requests.labels(path, message["status"]).inc()
             await send(message)
 
         await self.app(scope, receive, counting_send if scope["type"] == "http" else send)
@@ -301,7 +283,7 @@ class Api:
     """The endpoints. generations: what is being answered, so that a shutdown can end it."""
 
     def __init__(self, pool: ModelPool, args: argparse.Namespace):
-        self.pool, self.args, self.metrics = pool, args, Metrics()
+        self.pool, self.args, self.metrics = pool, args, Metrics(pool.stats)
         self.generations: set[Generation] = set()
         # prompts whose log-probs are asked for are read outside the engine, one at a time
         self.reader, self.readings = ThreadPoolExecutor(1, "prompts"), 0
@@ -353,9 +335,10 @@ class Api:
     async def health(self) -> dict:
         return {"status": "ok"}
 
-    async def show_metrics(self) -> PlainTextResponse:
-        text = self.metrics.text(self.pool.stats())
-        return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+    async def show_metrics(self) -> Response:
+        return Response(
+            prometheus.generate_latest(self.metrics.registry), media_type=prometheus.CONTENT_TYPE_PLAIN_0_0_4
+        )
 
     async def models(self) -> dict:
         offers = await asyncio.to_thread(self.pool.offers)
@@ -470,7 +453,7 @@ class Api:
             waiting = True
             async for choice, new in generation.parts():
                 if waiting:
-                    self.metrics.count_first_token(time.monotonic() - started)
+                    self.metrics.first_token.observe(time.monotonic() - started)
                     waiting = False
                 yield choice, new
 

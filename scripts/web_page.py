@@ -42,42 +42,7 @@ SUGGESTIONS = (
     "Give me three tips for learning a language.",
 )
 BEGINNINGS = ("世界上最高的山峰是", "The capital of France is", "人工智能的发展", "Once upon a time")
-STYLE = """<style>
-.stMainBlockContainer { max-width: 46rem; padding: 3.2rem 1.25rem 1rem; }
-.stBottomBlockContainer, [data-testid="stBottomBlockContainer"] { max-width: 46rem; padding: .5rem 1.25rem 1.2rem; }
-[data-testid="stSidebarHeader"] { height: 2.6rem; margin: 0; }
-[data-testid="stSidebarUserContent"] { padding-bottom: 1.5rem; }
-[data-testid="stSidebarUserContent"] [data-testid="stVerticalBlock"] { gap: .75rem; }
-[data-testid="stSidebarUserContent"] h3 { padding: 0 0 1rem; font-size: 1.25rem; letter-spacing: -.01em; }
-.st-key-model-row { gap: .5rem; }
-.st-key-turns { gap: 1.1rem; }
-[class*="st-key-question-"] { align-items: flex-end; padding-top: .6rem; }
-[class*="st-key-bubble-"] {
-  background: color-mix(in srgb, currentColor 7%, transparent); border-radius: 1.1rem; padding: .6rem 1rem;
-  max-width: 85%; width: fit-content; align-self: flex-end; overflow-wrap: anywhere;
-}
-[class*="st-key-bubble-"] p, [class*="st-key-answer-"] p { line-height: 1.65; }
-[class*="st-key-answer-"] { overflow-wrap: anywhere; gap: .4rem; }
-[class*="st-key-actions-"] { gap: .9rem; min-height: 1.6rem; }
-[class*="st-key-actions-"] button { min-height: 1.6rem; padding: 0; opacity: .65; }
-[class*="st-key-actions-"] button:hover, [class*="st-key-actions-"] button:focus-visible { opacity: 1; }
-[class*="st-key-actions-"] [data-testid="stCaptionContainer"] { margin: 0; }
-[class*="st-key-actions-"] p { font-size: .82rem; line-height: 1.6rem !important; margin: 0 !important; }
-@media (hover: hover) {
-  [class*="st-key-actions-question-"] { opacity: 0; transition: opacity .15s; }
-  [class*="st-key-question-"]:hover [class*="st-key-actions-question-"],
-  [class*="st-key-actions-question-"]:focus-within { opacity: 1; }
-}
-[class*="st-key-editing-"] { padding-top: .6rem; }
-.st-key-settings { padding-top: .6rem; }
-.st-key-keeping { padding-top: .4rem; }
-[data-testid="stBottomBlockContainer"] { position: relative; }
-.st-key-stop { position: absolute; right: 2rem; bottom: 1.8rem; width: auto; z-index: 1; }
-.st-key-welcome { padding-top: 12vh; align-items: center; gap: .5rem; }
-.st-key-welcome h1 { font-size: 2.1rem; font-weight: 650; letter-spacing: -.02em; padding: .6rem 0 0; }
-.st-key-suggestions { padding-top: 1.4rem; gap: .6rem; }
-.st-key-suggestions button { border-radius: 1rem; font-weight: 400; }
-</style>"""
+STYLE = Path(__file__).with_suffix(".css")
 
 
 @dataclass
