@@ -1,12 +1,15 @@
 """MiniMind: a Llama-style decoder, dense or mixture of experts, in one file that imports nothing else of this project.
 
 Pre-norm blocks with RMSNorm (arXiv:1910.07467), rotary positions (arXiv:2104.09864), grouped-query attention
-(arXiv:2305.13245) and SwiGLU (arXiv:2002.05202); the mixture of experts has shared and routed experts as in
+(arXiv:2305.13245) and SwiGLU (arXiv:2002.05202). The mixture of experts has shared and routed experts as in
 arXiv:2401.06066. The classes are transformers classes, so `save_pretrained`, `from_pretrained` and `generate` work, and
 the file travels with exported weights as remote code.
 
-Shapes: batch, seq = rows and positions of the input; tokens = batch * seq; heads = query heads;
-kv_heads = key/value heads; group = heads // kv_heads; head_dim = hidden // heads.
+Read it from top to bottom: config, norm, rotary positions, attention, feed-forward, experts, block, model. The last
+section holds hand-written kernels for training on a CPU; the model is complete without them.
+
+Shapes: batch, seq = rows and positions of the input; tokens = batch · seq; heads = query heads; head_dim = hidden / heads;
+kv_heads = key/value heads; group = heads // kv_heads, the query heads that share a key head.
 """
 
 import inspect
@@ -19,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, MoeCausalLMOutputWithPast
 
 try:  # FlashAttention over packed documents; its arguments differ between torch releases
     from torch.nn.attention.varlen import varlen_attn
@@ -35,11 +38,11 @@ class MiniMindConfig(PretrainedConfig):
     `intermediate_size=None` means 64 * ceil(8 * hidden_size / 3 / 64), the SwiGLU width of the presets.
     `rope_scaling` stretches the context by YaRN, in transformers' form: {"rope_type": "yarn", "factor": 4.0,
     "original_max_position_embeddings": trained length}, optionally "beta_fast", "beta_slow" and "attention_factor"; see
-    rotary_frequencies. None: positions as they are.
+    rotary_frequencies. None leaves positions as they are.
     """
 
     model_type = "minimind"
-    rope_scaling: ClassVar[dict[str, Any] | None] = None  # takes the place of transformers' property
+    rope_scaling: ClassVar[dict[str, Any] | None] = None  # replaces transformers' property of that name
 
     def __init__(
         self,
@@ -127,7 +130,7 @@ class MiniMindConfig(PretrainedConfig):
 
 
 def yarn_parameters(rope_scaling: dict[str, Any]) -> dict[str, Any]:
-    """The checked and complete form of MiniMindConfig's rope_scaling."""
+    """Check MiniMindConfig's rope_scaling and fill in its defaults."""
     given = {**rope_scaling}
     kind = given.pop("rope_type", given.pop("type", None))
     values = {"factor": None, "original_max_position_embeddings": None, "beta_fast": 32.0, "beta_slow": 1.0}
@@ -142,36 +145,17 @@ def yarn_parameters(rope_scaling: dict[str, Any]) -> dict[str, Any]:
     if length is None or length < 1:
         raise ValueError(f"rope_scaling: original_max_position_embeddings is {length}, and must be the trained length")
     if not values["beta_fast"] > values["beta_slow"] > 0:
-        raise ValueError(f"rope_scaling: beta_fast must exceed beta_slow, and that 0: {values}")
+        raise ValueError(f"rope_scaling: beta_fast must exceed beta_slow, and beta_slow must exceed 0: {values}")
     if values["attention_factor"] is None:
-        values["attention_factor"] = 0.1 * math.log(factor) + 1.0  # arXiv:2309.00071, eq. 22, on cos and sin both
+        values["attention_factor"] = 0.1 * math.log(factor) + 1.0  # arXiv:2309.00071, eq. 22, on both cos and sin
     return {"rope_type": "yarn", **values}
 
 
-class RMSNormFunction(torch.autograd.Function):
-    """y = x / sqrt(mean(x²) + eps) · weight in float32, in few passes over memory, which bound eager CPU training."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps, dtype):
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_().div_(x.shape[-1])
-        inverse_rms = mean_square.add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, inverse_rms)
-        return torch.mul(x, inverse_rms).mul_(weight).to(dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, inverse_rms = ctx.saved_tensors
-        grad = grad.to(x.dtype)
-        product = grad * x
-        grad_weight = inverse_rms.flatten() @ product.flatten(0, -2)
-        # d/dx of x / rms(x): the part of weight · grad along x does not change the norm of the result
-        along = (product @ weight).unsqueeze(-1).mul_(inverse_rms.pow(3).div_(x.shape[-1]))
-        grad_x = torch.mul(grad, weight, out=product).mul_(inverse_rms).addcmul_(x, along, value=-1)
-        return grad_x, grad_weight, None, None
+# --- norm ------------------------------------------------------------------------------------------------------------
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, computed in float32; under autocast the result has the autocast dtype."""
+    """x / sqrt(mean(x²) + eps) · weight, computed in float32; under autocast the result has the autocast dtype."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -185,25 +169,20 @@ class RMSNorm(nn.Module):
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype that the next matrix product will use: autocast's when it is on, else x's own."""
+    """Return the dtype of the next matrix product: autocast's when it is on, else that of x."""
     device_type = x.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
-
-
-def trains_eagerly_on_cpu(x: torch.Tensor) -> bool:
-    """Where functions written by hand save passes over memory; a compiler fuses the plain ones by itself."""
-    return x.device.type == "cpu" and x.requires_grad and not torch.compiler.is_compiling()
 
 
 # --- rotary positions ------------------------------------------------------------------------------------------------
 
 
 def rotary_frequencies(config: MiniMindConfig, device: torch.device | None = None) -> torch.Tensor:
-    """Radians per position of each pair of dimensions, (head_dim / 2) in float32: theta^(-2i/head_dim).
+    """Return the radians per position of each pair of dimensions, (head_dim / 2) in float32: theta^(-2i/head_dim).
 
     With YaRN (arXiv:2309.00071, section 3.2, "NTK-by-parts") pairs that turn more than beta_fast times within the
-    trained length keep their frequency, those that turn less than beta_slow times are slowed down by the factor, so
-    that they never reach an angle that training did not show, and the pairs between are blended.
+    trained length keep their frequency. Pairs that turn less than beta_slow times are slowed by the factor, so they
+    never reach an angle that training did not show. The pairs between are blended.
     """
     exponent = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
     frequencies = config.rope_theta**-exponent
@@ -212,21 +191,22 @@ def rotary_frequencies(config: MiniMindConfig, device: torch.device | None = Non
         return frequencies
 
     def pair_that_turns(times: float) -> float:
+        """Return the (fractional) index of the pair that turns this often within the trained length."""
         wavelength = scaling["original_max_position_embeddings"] / times
         return config.head_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(config.rope_theta))
 
     first = max(math.floor(pair_that_turns(scaling["beta_fast"])), 0)
     last = min(math.ceil(pair_that_turns(scaling["beta_slow"])), config.head_dim - 1)
     pairs = torch.arange(len(frequencies), device=device, dtype=torch.float32)
-    slowed = ((pairs - first) / max(last - first, 1e-3)).clamp(0, 1)
-    wavelengths = config.rope_theta**exponent  # two roundings as in transformers: at position 10,000 one more shows
+    slowed = ((pairs - first) / max(last - first, 1e-3)).clamp(0, 1)  # 0 keeps the frequency, 1 slows it
+    wavelengths = config.rope_theta**exponent  # rounded twice, as in transformers: it shows at position 10,000
     return 1 / (scaling["factor"] * wavelengths) * slowed + 1 / wavelengths * (1 - slowed)
 
 
 def rotary_tables(position_ids: torch.Tensor, config: MiniMindConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of position · frequency, each (batch, seq, head_dim / 2) in float32; with YaRN times its factor.
+    """Return cos and sin of position · frequency, each (batch, seq, head_dim / 2) in float32, times YaRN's factor.
 
-    Computed from the positions once per forward: there is no buffer that a reload or a `.to(bfloat16)` could spoil.
+    They are computed once per forward: there is no buffer that a reload or a `.to(bfloat16)` could spoil.
     """
     with torch.autocast(position_ids.device.type, enabled=False):
         angles = position_ids.unsqueeze(-1).float() * rotary_frequencies(config, position_ids.device)
@@ -236,193 +216,17 @@ def rotary_tables(position_ids: torch.Tensor, config: MiniMindConfig) -> tuple[t
         return cos * config.rope_scaling["attention_factor"], sin * config.rope_scaling["attention_factor"]
 
 
-class HeadsFirstRotation(torch.autograd.Function):
-    """The rotation for eager CPU training, which also brings the heads to the front, as TiledAttention takes them.
-
-    Half by half with the heads outside: every pass then runs over (tokens · head_dim / 2) numbers in a row, where
-    turning each head's halves in place makes loops of 32. The gradient is the rotation backwards.
-
-    x (tokens, kv_heads, group, head_dim), cos and sin (tokens, head_dim / 2) -> (kv_heads, tokens, group, head_dim).
-    """
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        out = x.new_empty((x.shape[1], x.shape[0], *x.shape[2:]))
-        HeadsFirstRotation.turn(x.permute(1, 2, 0, 3), cos, sin, out.transpose(1, 2))
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        cos, sin = ctx.saved_tensors
-        grad_x = grad.new_empty((grad.shape[1], grad.shape[0], *grad.shape[2:]))
-        HeadsFirstRotation.turn(grad.transpose(1, 2), cos, -sin, grad_x.permute(1, 2, 0, 3))
-        return grad_x, None, None
-
-    @staticmethod
-    def turn(x, cos, sin, out):
-        """x and out (kv_heads, group, tokens, head_dim) in any layout."""
-        halves = x.unflatten(-1, (2, -1)).movedim(-2, 0)
-        first, second = torch.empty(halves.shape, dtype=torch.float32).copy_(halves)
-        turned = torch.empty(halves.shape, dtype=torch.float32)
-        torch.mul(first, cos, out=turned[0]).addcmul_(second, sin, value=-1)
-        torch.mul(second, cos, out=turned[1]).addcmul_(first, sin)
-        out.unflatten(-1, (2, -1)).movedim(-2, 0).copy_(turned)
-
-
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates the pairs (x_i, x_{i + head_dim/2}), the split-halves convention of Hugging Face's Llama.
+    """Rotate the pairs (x_i, x_{i + head_dim/2}), the split-halves convention of Hugging Face's Llama.
 
     x (batch, seq, heads, head_dim), cos and sin (batch, seq, head_dim / 2). float32 inside, x's dtype outside.
     """
-    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)  # the same angle for every head
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
-
-
-class TiledAttention(torch.autograd.Function):
-    """Causal attention inside packed documents, as matrix products over tiles of queries: the CPU's path.
-
-    A tile of queries meets the keys from the start of its first document to its own end; a bias hides what lies outside
-    each query's document or after it. The query heads of a group share one product with their key head, so keys
-    and values are never repeated. On a CPU this is several times faster than `scaled_dot_product_attention`, whose
-    kernel does not reach the rate of the matrix library.
-
-    query (kv_heads, tokens, group, head_dim), already scaled by 1/sqrt(head_dim); key and value (kv_heads, tokens,
-    head_dim) -> (tokens, kv_heads, group, head_dim). recompute: the backward pass computes the probabilities again, to
-    the same bits, instead of keeping them.
-    """
-
-    @staticmethod
-    def forward(ctx, query, key, value, tiles, recompute):
-        kv_heads, tokens, group, head_dim = query.shape
-        out = query.new_empty((tokens, kv_heads, group, head_dim))
-        kept = []
-        for tile in tiles:
-            start, end, first_key, _ = tile
-            probabilities = TiledAttention.probabilities(query, key, tile)
-            attended = torch.bmm(probabilities, value[:, first_key:end])
-            out[start:end] = attended.view(kv_heads, end - start, group, head_dim).transpose(0, 1)
-            if not recompute:
-                kept.append(probabilities)
-        ctx.save_for_backward(query, key, value, *kept)
-        ctx.tiles = tiles
-        return out
-
-    @staticmethod
-    def backward(ctx, grad_out):
-        query, key, value, *kept = ctx.saved_tensors
-        grad_query = torch.empty_like(query)
-        grad_key = torch.zeros(key.shape, dtype=torch.float32)
-        grad_value = torch.zeros(value.shape, dtype=torch.float32)
-        for number, tile in enumerate(ctx.tiles):
-            start, end, first_key, _ = tile
-            probabilities = kept[number] if kept else TiledAttention.probabilities(query, key, tile)
-            keys, values = key[:, first_key:end], value[:, first_key:end]
-            queries = query[:, start:end].flatten(1, 2)
-            grad = grad_out[start:end].transpose(0, 1).reshape(queries.shape)
-            grad_value[:, first_key:end] += torch.bmm(probabilities.transpose(1, 2), grad)
-            grad_scores = torch.bmm(grad, values.transpose(1, 2))
-            grad_scores = torch._softmax_backward_data(grad_scores, probabilities, -1, grad_scores.dtype)
-            grad_query[:, start:end] = torch.bmm(grad_scores, keys).view(len(key), end - start, *query.shape[2:])
-            grad_key[:, first_key:end] += torch.bmm(grad_scores.transpose(1, 2), queries)
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
-
-    @staticmethod
-    def probabilities(query, key, tile):
-        start, end, first_key, bias = tile
-        scores = torch.bmm(query[:, start:end].flatten(1, 2), key[:, first_key:end].transpose(1, 2))
-        scores.view(len(key), end - start, -1, end - first_key).add_(bias)
-        return torch.softmax(scores, dim=-1)
-
-
-def attention_tiles(cu_seqlens: torch.Tensor, dtype: torch.dtype, tile: int = 128, rounding: int = 64) -> list[tuple]:
-    """Tiles (start, end, first_key, bias) that cover a stream of packed documents; see TiledAttention.
-
-    cu_seqlens (documents + 1,): borders of the documents in the stream. Key ranges are rounded so that few
-    distinct matrix shapes occur: the CPU's matrix library compiles a kernel for each.
-    """
-    borders = cu_seqlens.to("cpu", torch.int64)
-    tokens = int(borders[-1])
-    document_start = borders[:-1].repeat_interleave(borders.diff())
-    positions = torch.arange(tokens)
-    tiles = []
-    for start in range(0, tokens, tile):
-        end = min(start + tile, tokens)
-        first_key = int(document_start[start]) // rounding * rounding
-        queries, keys = positions[start:end, None], positions[None, first_key:end]
-        hidden = (keys > queries) | (keys < document_start[start:end, None])
-        bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
-        tiles.append((start, end, first_key, bias.unsqueeze(1)))
-    return tiles
-
-
-@torch.compiler.assume_constant_result
-def flash_runs_on(device_index: int) -> bool:
-    """Whether the flash kernels behind varlen_attn are there: in this torch (not on Windows) and for this GPU (Ampere
-    or newer)."""
-    built = torch.backends.cuda.is_flash_attention_available()
-    return built and torch.cuda.get_device_capability(device_index) >= (8, 0)
-
-
-class AttentionPlan:
-    """How the attention of one forward is computed; chosen here, once, for all layers.
-
-    kind "causal": plain rows. "mask": a boolean mask (batch, 1, queries, keys), True = may look; None = everything.
-    "tiles", "varlen": packed documents.
-    """
-
-    def __init__(self, kind: str, mask=None, tiles=None, cu_seqlens=None, max_seqlen: int | None = None):
-        self.kind, self.mask, self.tiles = kind, mask, tiles
-        self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen
-
-    @classmethod
-    def packed(
-        cls,
-        cu_seqlens: torch.Tensor,
-        max_seqlen: int,
-        hidden_states: torch.Tensor,
-        shape: tuple[int, int],
-        head_dim: int,
-    ):
-        dtype = compute_dtype(hidden_states)
-        if hidden_states.device.type == "cpu":
-            return cls("tiles", tiles=attention_tiles(cu_seqlens, dtype))
-        fits = dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0 and head_dim <= 256
-        if HAS_VARLEN and hidden_states.is_cuda and fits and flash_runs_on(hidden_states.device.index):
-            return cls("varlen", cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
-        batch, seq = shape
-        positions = torch.arange(batch * seq, device=cu_seqlens.device)
-        document = torch.bucketize(positions, cu_seqlens[1:].long(), right=True).view(batch, seq)
-        mask = (document.unsqueeze(2) == document.unsqueeze(1)).tril()
-        return cls("mask", mask=mask.unsqueeze(1))
-
-    @classmethod
-    def rows(
-        cls, attention_mask: torch.Tensor | None, past: int, keys: int, shape: tuple[int, int], device: torch.device
-    ):
-        """Rows that may be padded (attention_mask (batch, keys), 0 = padding) and may continue `past` cached tokens."""
-        batch, queries = shape
-        if attention_mask is not None and attention_mask.dim() == 4:
-            return cls("mask", mask=attention_mask)
-        if attention_mask is not None and attention_mask.shape[1] > keys:
-            attention_mask = attention_mask[:, :keys]
-        padded = attention_mask is not None and not bool(attention_mask.all())
-        if not padded and past == 0 and keys == queries:
-            return cls("causal")
-        key_positions = torch.arange(keys, device=device)
-        query_positions = torch.arange(past, past + queries, device=device).unsqueeze(1)
-        if not padded and queries == 1 and keys == past + 1:
-            return cls("mask")  # one new token sees everything
-        mask = (key_positions <= query_positions).expand(batch, 1, queries, keys)
-        if padded:
-            real = F.pad(attention_mask.bool(), (0, keys - attention_mask.shape[1]), value=True)
-            # a padding query looks at itself, or its softmax would be over nothing
-            mask = mask & real[:, None, None, :] | (key_positions == query_positions)
-        return cls("mask", mask=mask)
 
 
 class Attention(nn.Module):
@@ -439,57 +243,105 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x, rotary, plan: AttentionPlan, past_key_values=None) -> torch.Tensor:
+    def forward(self, x, rotary, plan: "AttentionPlan", past_key_values=None) -> torch.Tensor:
+        """x (batch, seq, hidden) -> the same shape; rotary: see rotary_tables."""
         batch, seq, _ = x.shape
         query = self.q_proj(x).view(batch, seq, self.heads, self.head_dim)
         key = self.k_proj(x).view(batch, seq, self.kv_heads, self.head_dim)
         value = self.v_proj(x).view(batch, seq, self.kv_heads, self.head_dim)
         if plan.kind == "tiles":
-            query, key, value = (t.view(batch * seq, self.kv_heads, -1, self.head_dim) for t in (query, key, value))
-            (cos, sin), scale = (table.flatten(0, 1) for table in rotary), self.head_dim**-0.5
-            query = HeadsFirstRotation.apply(query, cos * scale, sin * scale)
-            key = HeadsFirstRotation.apply(key, cos, sin).squeeze(2)
-            out = TiledAttention.apply(query, key, value.squeeze(2).transpose(0, 1), plan.tiles, self.recompute)
-            return self.o_proj(out.view(batch, seq, self.heads * self.head_dim))
-        query, key = rotate(query, *rotary), rotate(key, *rotary)
-        if plan.kind == "varlen":
-            query, key, value = (t.flatten(0, 1) for t in (query, key, value))
-            borders, longest = plan.cu_seqlens, plan.max_seqlen
-            out = varlen_attn(
-                query, key, value, borders, borders, longest, longest, window_size=(-1, 0), enable_gqa=True
-            )
+            out = attend_in_tiles(query, key, value, rotary, plan.tiles, self.recompute)
+        elif plan.kind == "varlen":
+            query, key, value = (t.flatten(0, 1) for t in (rotate(query, *rotary), rotate(key, *rotary), value))
+            # arguments: borders and longest document, of queries and of keys; window (-1, 0) is causal
+            documents = (plan.cu_seqlens, plan.cu_seqlens, plan.max_seqlen, plan.max_seqlen)
+            out = varlen_attn(query, key, value, *documents, window_size=(-1, 0), enable_gqa=True)
         else:
-            query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-            if past_key_values is not None:
-                key, value = past_key_values.update(key, value, self.layer_idx)
-            grouped = self.heads != self.kv_heads
-            if grouped and query.is_cuda and (plan.mask is not None or query.dtype == torch.float32):
-                # flash attention takes neither, and the memory-efficient kernel, which does, knows no groups
-                key, value = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (key, value))
-                grouped = False
-            out = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=plan.mask, is_causal=plan.kind == "causal", enable_gqa=grouped
-            ).transpose(1, 2)
+            out = self._attend(rotate(query, *rotary), rotate(key, *rotary), value, plan, past_key_values)
         return self.o_proj(out.reshape(batch, seq, self.heads * self.head_dim))
+
+    def _attend(self, query, key, value, plan: "AttentionPlan", past_key_values) -> torch.Tensor:
+        """Attend with torch's scaled_dot_product_attention; (batch, seq, heads, head_dim) in and out."""
+        query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # (batch, heads, seq, head_dim)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        grouped = self.heads != self.kv_heads
+        if grouped and query.is_cuda and (plan.mask is not None or query.dtype == torch.float32):
+            # flash attention supports neither, and the memory-efficient kernel, which does, supports no groups
+            key, value = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (key, value))
+            grouped = False
+        causal = plan.kind == "causal"
+        out = F.scaled_dot_product_attention(query, key, value, plan.mask, is_causal=causal, enable_gqa=grouped)
+        return out.transpose(1, 2)
+
+
+class AttentionPlan:
+    """How one forward computes attention, chosen once for all layers.
+
+    kind "causal": plain rows. "mask": a boolean mask (batch, 1, queries, keys), True = may attend, None = to all.
+    "tiles" (CPU) and "varlen" (FlashAttention): packed documents.
+    """
+
+    def __init__(self, kind: str, mask=None, tiles=None, cu_seqlens=None, max_seqlen: int | None = None):
+        self.kind, self.mask, self.tiles = kind, mask, tiles
+        self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen
+
+    @classmethod
+    def packed(
+        cls,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        hidden_states: torch.Tensor,
+        shape: tuple[int, int],
+        head_dim: int,
+    ):
+        """Plan rows of shape (batch, seq) whose documents have the borders cu_seqlens (documents + 1,)."""
+        dtype = compute_dtype(hidden_states)
+        if hidden_states.device.type == "cpu":
+            return cls("tiles", tiles=attention_tiles(cu_seqlens, dtype))
+        fits = dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0 and head_dim <= 256
+        if HAS_VARLEN and hidden_states.is_cuda and fits and flash_runs_on(hidden_states.device.index):
+            return cls("varlen", cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        batch, seq = shape
+        positions = torch.arange(batch * seq, device=cu_seqlens.device)
+        # number of the document at each position: how many documents end at or before it
+        document = torch.bucketize(positions, cu_seqlens[1:].long(), right=True).view(batch, seq)
+        mask = (document.unsqueeze(2) == document.unsqueeze(1)).tril()  # (batch, queries, keys)
+        return cls("mask", mask=mask.unsqueeze(1))
+
+    @classmethod
+    def rows(
+        cls, attention_mask: torch.Tensor | None, past: int, keys: int, shape: tuple[int, int], device: torch.device
+    ):
+        """Plan rows that may be padded (attention_mask (batch, keys), 0 = padding) and may continue `past` tokens."""
+        batch, queries = shape
+        if attention_mask is not None and attention_mask.dim() == 4:  # the caller knows exactly
+            return cls("mask", mask=attention_mask)
+        if attention_mask is not None and attention_mask.shape[1] > keys:
+            attention_mask = attention_mask[:, :keys]
+        padded = attention_mask is not None and not bool(attention_mask.all())
+        if not padded and past == 0 and keys == queries:
+            return cls("causal")
+        key_positions = torch.arange(keys, device=device)
+        query_positions = torch.arange(past, past + queries, device=device).unsqueeze(1)
+        if not padded and queries == 1 and keys == past + 1:
+            return cls("mask")  # one new token attends to everything
+        mask = (key_positions <= query_positions).expand(batch, 1, queries, keys)
+        if padded:
+            real = F.pad(attention_mask.bool(), (0, keys - attention_mask.shape[1]), value=True)
+            # a padding query attends to itself, or its softmax would have no terms
+            mask = mask & real[:, None, None, :] | (key_positions == query_positions)
+        return cls("mask", mask=mask)
+
+
+@torch.compiler.assume_constant_result
+def flash_runs_on(device_index: int) -> bool:
+    """Return whether varlen_attn's flash kernels exist in this torch (not on Windows) and for this GPU (Ampere up)."""
+    built = torch.backends.cuda.is_flash_attention_available()
+    return built and torch.cuda.get_device_capability(device_index) >= (8, 0)
 
 
 # --- feed-forward ----------------------------------------------------------------------------------------------------
-
-
-class SwiGLU(torch.autograd.Function):
-    """silu(gate) · up for eager CPU training. Keeps its two inputs for the backward pass and computes silu(gate) again:
-    a quarter less memory in the feed-forward."""
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
-        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
-        return grad_gate, F.silu(gate).mul_(grad)
 
 
 class FeedForward(nn.Module):
@@ -506,29 +358,83 @@ class FeedForward(nn.Module):
         gate, up = self.gate_proj(x), self.up_proj(x)
         if not trains_eagerly_on_cpu(gate):
             return self.down_proj(F.silu(gate) * up)
-        product = SwiGLU.apply(gate, up)
+        product = SwiGLUFunction.apply(gate, up)
         if not self.recompute:
             return self.down_proj(product)
         with recomputed(product, lambda: F.silu(gate.detach()).mul_(up.detach())):
             return self.down_proj(product)
 
 
-def recomputed(tensor: torch.Tensor, compute: Callable[[], torch.Tensor]) -> torch.autograd.graph.saved_tensors_hooks:
-    """A context in which autograd keeps, in place of this tensor, how it is computed again."""
-    storage, shape = tensor.data_ptr(), tensor.shape
+# --- mixture of experts ----------------------------------------------------------------------------------------------
 
-    def pack(saved: torch.Tensor) -> torch.Tensor | torch.Size:
-        same = saved.data_ptr() == storage and saved.numel() == shape.numel() and saved.is_contiguous()
-        return saved.shape if same else saved
 
-    def unpack(kept: torch.Tensor | torch.Size) -> torch.Tensor:
-        return kept if isinstance(kept, torch.Tensor) else compute().view(kept)
+class MoEFeedForward(nn.Module):
+    """Routed experts, top-k per token, plus shared experts that see every token (arXiv:2401.06066)."""
 
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    def __init__(self, config: MiniMindConfig):
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_routed_experts))
+        self.shared_experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_shared_experts))
+        self.aux_loss_alpha, self.seq_aux = config.aux_loss_alpha, config.seq_aux
+
+    def forward(self, x: torch.Tensor, documents: "DocumentIndex | None") -> tuple[torch.Tensor, torch.Tensor]:
+        """x (batch, seq, hidden) -> the same shape, and the balance loss (0 without documents)."""
+        shape = x.shape
+        x = x.reshape(-1, shape[-1])  # (tokens, hidden)
+        scores, experts, weights = self.gate(x)
+        out = self._routed(x, experts, weights)
+        for shared in self.shared_experts:
+            out = out + shared(x)
+        aux_loss = x.new_zeros((), dtype=torch.float32)
+        if documents is not None and self.aux_loss_alpha > 0:
+            aux_loss = self.aux_loss_alpha * documents.balance_loss(scores, experts, self.seq_aux)
+        return out.view(shape), aux_loss
+
+    def _routed(self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Sort the (token, expert) pairs by expert, so that each expert is one product over a contiguous slice."""
+        top_k = experts.shape[1]
+        order = experts.flatten().argsort(stable=True)  # (tokens · top_k,): pair p belongs to token p // top_k
+        inverse = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=x.device))
+        inputs = Permuted.apply(x, order, inverse, top_k)
+        counts = torch.zeros(len(self.experts), dtype=torch.int64, device=x.device)
+        counts = counts.index_add_(0, experts.flatten(), torch.ones_like(order))  # pairs of each expert
+        plain = all(type(layer) is nn.Linear for expert in self.experts for layer in expert.children())  # no adapters
+        grouped = plain and x.is_cuda and hasattr(F, "grouped_mm") and compute_dtype(x) == torch.bfloat16
+        outputs = self._grouped(inputs, counts) if grouped else self._sliced(inputs, counts)
+        outputs = Permuted.apply(outputs, inverse, order, 1).view(len(x), top_k, -1)  # back in the tokens' order
+        return (outputs * weights.unsqueeze(-1).to(outputs.dtype)).sum(dim=1)
+
+    @torch.compiler.disable  # the slices have new sizes every step, and each would be compiled
+    def _sliced(self, inputs: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Run each expert over its slice of the sorted inputs (pairs, hidden)."""
+        # an expert that got no token still takes part, with an empty slice: its gradient is zero, not missing
+        slices = inputs.split(counts.tolist())
+        # CPU training rounds sizes up, or blocks of ever new sizes would fragment the allocator's memory
+        multiple = 128 if self.training and not inputs.is_cuda else 1
+        return torch.cat(
+            [
+                expert(F.pad(part, (0, 0, 0, -len(part) % multiple)))[: len(part)]
+                for expert, part in zip(self.experts, slices, strict=True)
+            ]
+        )
+
+    def _grouped(self, inputs: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Run all experts in three grouped products, without a loop. On Hopper and B200 the counts are not even copied
+        to the host; on other cards torch still loops over the experts inside."""
+        dtype = compute_dtype(inputs)
+        ends = counts.cumsum(0).to(torch.int32)
+
+        def product(tensor: torch.Tensor, name: str) -> torch.Tensor:
+            stacked = torch.stack([getattr(expert, name).weight.to(dtype) for expert in self.experts])
+            return F.grouped_mm(tensor, stacked.transpose(1, 2), offs=ends)
+
+        inputs = inputs.to(dtype)
+        return product(F.silu(product(inputs, "gate_proj")) * product(inputs, "up_proj"), "down_proj")
 
 
 class Router(nn.Module):
-    """Chooses top-k experts per token by softmax over all experts, the chosen weights renormalised to one."""
+    """Choose top-k experts per token by softmax over all experts; the chosen weights are renormalised to sum to one."""
 
     def __init__(self, config: MiniMindConfig):
         super().__init__()
@@ -545,102 +451,21 @@ class Router(nn.Module):
         return scores, experts, weights
 
 
-class Reordered(torch.autograd.Function):
-    """x[order // copies], where order (tokens · copies,) is a permutation and inverse its inverse. Of any indices
-    autograd would add the gradients up, with atomics or a sort; of a permutation they only have to be put back."""
-
-    @staticmethod
-    def forward(ctx, x, order, inverse, copies):
-        ctx.save_for_backward(inverse)
-        ctx.copies = copies
-        return x[order // copies]
-
-    @staticmethod
-    def backward(ctx, grad):
-        (inverse,) = ctx.saved_tensors
-        grad = grad[inverse]
-        return grad.view(-1, ctx.copies, grad.shape[-1]).sum(dim=1) if ctx.copies > 1 else grad, None, None, None
-
-
-class MoEFeedForward(nn.Module):
-    """Routed experts, top-k per token, plus shared experts that see every token (arXiv:2401.06066)."""
-
-    def __init__(self, config: MiniMindConfig):
-        super().__init__()
-        self.gate = Router(config)
-        self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_routed_experts))
-        self.shared_experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_shared_experts))
-        self.aux_loss_alpha, self.seq_aux = config.aux_loss_alpha, config.seq_aux
-
-    def forward(self, x: torch.Tensor, documents: "DocumentIndex | None") -> tuple[torch.Tensor, torch.Tensor]:
-        shape = x.shape
-        x = x.reshape(-1, shape[-1])
-        scores, experts, weights = self.gate(x)
-        out = self._routed(x, experts, weights)
-        for shared in self.shared_experts:
-            out = out + shared(x)
-        aux_loss = x.new_zeros((), dtype=torch.float32)
-        if documents is not None and self.aux_loss_alpha > 0:
-            aux_loss = self.aux_loss_alpha * documents.balance_loss(scores, experts, self.seq_aux)
-        return out.view(shape), aux_loss
-
-    def _routed(self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Sorts the (token, expert) pairs by expert, so that each expert is one product over a contiguous slice."""
-        top_k = experts.shape[1]
-        order = experts.flatten().argsort(stable=True)
-        inverse = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=x.device))
-        inputs = Reordered.apply(x, order, inverse, top_k)
-        counts = torch.zeros(len(self.experts), dtype=torch.int64, device=x.device)
-        counts = counts.index_add_(0, experts.flatten(), torch.ones_like(order))
-        plain = all(type(layer) is nn.Linear for expert in self.experts for layer in expert.children())  # no adapters
-        grouped = plain and x.is_cuda and hasattr(F, "grouped_mm") and compute_dtype(x) == torch.bfloat16
-        outputs = self._grouped(inputs, counts) if grouped else self._sliced(inputs, counts)
-        outputs = Reordered.apply(outputs, inverse, order, 1).view(len(x), top_k, -1)
-        return (outputs * weights.unsqueeze(-1).to(outputs.dtype)).sum(dim=1)
-
-    @torch.compiler.disable  # the sizes of the slices are new each time, and each would be compiled
-    def _sliced(self, inputs: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """Expert by expert, over its slice of the sorted inputs."""
-        # an expert that got no token still takes part, with an empty slice: its gradient is zero, not missing
-        slices = inputs.split(counts.tolist())
-        # in CPU training sizes are rounded up: blocks of ever other sizes would fragment the allocator's memory
-        multiple = 128 if self.training and not inputs.is_cuda else 1
-        return torch.cat(
-            [
-                expert(F.pad(part, (0, 0, 0, -len(part) % multiple)))[: len(part)]
-                for expert, part in zip(self.experts, slices, strict=True)
-            ]
-        )
-
-    def _grouped(self, inputs: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """All experts in three grouped products: no loop. On Hopper and B200 they run without a copy of the counts to
-        the host; on other cards torch still loops over the experts inside."""
-        dtype = compute_dtype(inputs)
-        ends = counts.cumsum(0).to(torch.int32)
-
-        def product(tensor: torch.Tensor, name: str) -> torch.Tensor:
-            stacked = torch.stack([getattr(expert, name).weight.to(dtype) for expert in self.experts])
-            return F.grouped_mm(tensor, stacked.transpose(1, 2), offs=ends)
-
-        inputs = inputs.to(dtype)
-        return product(F.silu(product(inputs, "gate_proj")) * product(inputs, "up_proj"), "down_proj")
-
-
 class DocumentIndex:
-    """Which document each token belongs to, for the balance loss: packing and padding must not change it.
+    """The document of each token, for the balance loss, which packing and padding must not change.
 
-    ids (tokens,) from 0 to slots - 1; padding has the extra number `slots`.
+    ids (tokens,) from 0 to slots - 1; padding has the extra number `slots`. A slot may be empty.
     """
 
     def __init__(self, ids: torch.Tensor, slots: int):
         self.ids, self.slots = ids, slots
-        self.lengths = torch.zeros(slots + 1, device=ids.device).index_add_(0, ids, torch.ones_like(ids).float())[
-            :slots
-        ]
+        lengths = torch.zeros(slots + 1, device=ids.device).index_add_(0, ids, torch.ones_like(ids).float())
+        self.lengths = lengths[:slots]  # tokens of each document, without padding
         self.documents = (self.lengths > 0).sum().clamp(min=1)
 
     @classmethod
     def build(cls, shape, device, document_ids=None, attention_mask=None, slots: int | None = None):
+        """Index rows of shape (batch, seq): by document_ids where given (-1 = padding), else one document a row."""
         batch, seq = shape
         if document_ids is None:
             slots = batch
@@ -653,15 +478,15 @@ class DocumentIndex:
         return cls(torch.where(ids < 0, slots, ids), slots)
 
     def balance_loss(self, scores: torch.Tensor, experts: torch.Tensor, per_document: bool) -> torch.Tensor:
-        """Mean over documents of sum_e f_e · P_e (arXiv:2401.06066, eq. 12-14): f_e is the share of its choices that
-        fell on expert e, times the number of experts; P_e its mean score. Without per_document one pool is taken.
+        """Return the mean over documents of sum_e f_e · P_e (arXiv:2401.06066, eq. 12-14).
 
-        scores (tokens, experts), experts (tokens, top_k)
+        f_e is the share of choices that fell on expert e, times the number of experts; P_e is its mean score. Without
+        per_document all tokens form one pool. scores (tokens, experts), experts (tokens, top_k).
         """
         num_experts, top_k = scores.shape[1], experts.shape[1]
         chosen = torch.zeros_like(scores).scatter_(1, experts, 1.0)
         zeros = scores.new_zeros(self.slots + 1, num_experts)
-        load = zeros.index_add(0, self.ids, chosen)[: self.slots]
+        load = zeros.index_add(0, self.ids, chosen)[: self.slots]  # (slots, experts), summed over a document's tokens
         importance = zeros.index_add(0, self.ids, scores)[: self.slots]
         lengths = self.lengths.clamp(min=1).unsqueeze(1)
         if not per_document:
@@ -672,10 +497,12 @@ class DocumentIndex:
         return per_document_loss.sum() / self.documents
 
 
-# --- the model -------------------------------------------------------------------------------------------------------
+# --- block and model -------------------------------------------------------------------------------------------------
 
 
 class MiniMindBlock(nn.Module):
+    """Attention and feed-forward, each behind a norm and added to what came in."""
+
     def __init__(self, config: MiniMindConfig, layer_idx: int):
         super().__init__()
         self.self_attn = Attention(config, layer_idx)
@@ -685,7 +512,7 @@ class MiniMindBlock(nn.Module):
         self.mlp = MoEFeedForward(config) if config.use_moe else FeedForward(config)
 
     def forward(self, hidden_states, rotary, plan, past_key_values=None, documents=None):
-        """Returns the hidden states and the layer's balance loss (None when dense)."""
+        """Return the hidden states (batch, seq, hidden) and the layer's balance loss (None when dense)."""
         attended = self.self_attn(self.input_layernorm(hidden_states), rotary, plan, past_key_values)
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
@@ -696,6 +523,8 @@ class MiniMindBlock(nn.Module):
 
 
 class MiniMindPreTrainedModel(PreTrainedModel):
+    """What transformers asks of a model class."""
+
     config_class = MiniMindConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -708,6 +537,13 @@ class MiniMindPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
+
+
+@dataclass
+class MiniMindModelOutput(BaseModelOutputWithPast):
+    """Hidden states after the final norm, and the balance loss summed over layers."""
+
+    aux_loss: torch.Tensor | None = None
 
 
 class MiniMindModel(MiniMindPreTrainedModel):
@@ -738,13 +574,14 @@ class MiniMindModel(MiniMindPreTrainedModel):
         max_seqlen: int | None = None,
         document_ids: torch.Tensor | None = None,
         **_: Any,
-    ) -> MoeModelOutputWithPast:
+    ) -> MiniMindModelOutput:
+        """Return hidden states (batch, seq, hidden); for the arguments see MiniMindForCausalLM.forward."""
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, seq = hidden_states.shape[:2]
         device = hidden_states.device
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         if position_ids is None:
-            if attention_mask is not None and attention_mask.dim() == 2:
+            if attention_mask is not None and attention_mask.dim() == 2:  # padding on the left takes no position
                 position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, past : past + seq]
             else:
                 position_ids = torch.arange(past, past + seq, device=device).expand(batch, seq)
@@ -772,9 +609,9 @@ class MiniMindModel(MiniMindPreTrainedModel):
                 hidden_states, layer_aux = layer(*arguments)
             if layer_aux is not None:
                 aux_loss = aux_loss + layer_aux
-        output = MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
-        output["aux_loss"] = aux_loss
-        return output
+        return MiniMindModelOutput(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values, aux_loss=aux_loss
+        )
 
 
 @dataclass
@@ -808,8 +645,8 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         self.lm_head = value
 
     def recompute_activations(self, enable: bool = True) -> None:
-        """Keeps a third less for the backward pass of CPU training, which computes attention probabilities and the
-        products of SwiGLU again, to the same bits. CUDA's kernels and compiler do so by themselves."""
+        """Keep a third less for the backward pass of CPU training: attention probabilities and the products of SwiGLU
+        are computed again, to the same bits. CUDA's kernels and compiler do this by themselves."""
         for module in self.modules():
             if isinstance(module, (Attention, FeedForward)):
                 module.recompute = enable
@@ -827,13 +664,13 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         cu_seqlens: torch.Tensor | None = None,
         max_seqlen: int | None = None,
         document_ids: torch.Tensor | None = None,
-        head=None,
+        head: Callable[[torch.Tensor, torch.Tensor], Any] | None = None,
         **kwargs: Any,
     ) -> MiniMindOutput:
         """Return logits (batch, seq, vocab), or those of the last `logits_to_keep` positions.
 
         input_ids (batch, seq); attention_mask (batch, past + seq), 0 = padding; position_ids (batch, seq).
-        Packed rows: cu_seqlens (documents + 1,) int32, borders of the documents in the flattened stream of batch * seq
+        Packed rows: cu_seqlens (documents + 1,) int32, borders of the documents in the flattened stream of batch · seq
         positions, the last entry repeated as padding; max_seqlen, an upper bound of their lengths; document_ids
         (batch, seq), -1 on padding, for the balance loss.
         head: a function (hidden_states, lm_head.weight) -> anything, called instead of the head and returned as
@@ -858,7 +695,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             max_seqlen=max_seqlen,
             document_ids=document_ids,
         )
-        hidden_states = outputs.last_hidden_state
+        hidden_states, aux_loss = outputs.last_hidden_state, outputs.aux_loss
         loss = logits = head_output = None
         if head is not None:
             head_output = head(hidden_states, self.lm_head.weight)
@@ -868,16 +705,222 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             if labels is not None:
                 if logits.shape[1] != labels.shape[1]:
                     raise ValueError("labels need the logits of all positions; leave logits_to_keep at 0")
-                loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
-                loss = loss + outputs["aux_loss"]
+                loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten()) + aux_loss
         return MiniMindOutput(
-            loss=loss,
-            logits=logits,
-            head_output=head_output,
-            aux_loss=outputs["aux_loss"],
-            past_key_values=past_key_values,
+            loss=loss, logits=logits, head_output=head_output, aux_loss=aux_loss, past_key_values=past_key_values
         )
 
 
 MiniMindConfig.register_for_auto_class()
 MiniMindForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+
+# --- kernels of eager CPU training -----------------------------------------------------------------------------------
+#
+# Why they exist: without a compiler every operation passes over memory on its own, and on a CPU that traffic, not the
+# arithmetic, is most of a step. These functions save passes, or memory, by computing gradients by hand. The model above
+# is complete without them: RMSNorm is F.rms_norm, FeedForward is down(silu(gate) · up), packed attention is a mask.
+# `Permuted` alone serves GPUs too; in its place `x[order // copies]` would do.
+
+
+def trains_eagerly_on_cpu(x: torch.Tensor) -> bool:
+    """Return whether a hand-written function saves passes over memory here; a compiler fuses plain ones by itself."""
+    return x.device.type == "cpu" and x.requires_grad and not torch.compiler.is_compiling()
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """y = x / sqrt(mean(x²) + eps) · weight in float32. x (..., size), weight (size,)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps, dtype):
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_().div_(x.shape[-1])
+        inverse_rms = mean_square.add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse_rms)
+        return torch.mul(x, inverse_rms).mul_(weight).to(dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, inverse_rms = ctx.saved_tensors
+        grad = grad.to(x.dtype)
+        product = grad * x
+        grad_weight = inverse_rms.flatten() @ product.flatten(0, -2)
+        # d/dx of x / rms(x): the part of weight · grad along x does not change the norm of the result
+        along = (product @ weight).unsqueeze(-1).mul_(inverse_rms.pow(3).div_(x.shape[-1]))
+        grad_x = torch.mul(grad, weight, out=product).mul_(inverse_rms).addcmul_(x, along, value=-1)
+        return grad_x, grad_weight, None, None
+
+
+class SwiGLUFunction(torch.autograd.Function):
+    """silu(gate) · up. Keeps its two inputs for the backward pass and computes silu(gate) again: a quarter less memory
+    in the feed-forward."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        return grad_gate, F.silu(gate).mul_(grad)
+
+
+def recomputed(tensor: torch.Tensor, compute: Callable[[], torch.Tensor]) -> torch.autograd.graph.saved_tensors_hooks:
+    """Return a context in which autograd does not keep this tensor, but calls `compute` when it needs it."""
+    storage, shape = tensor.data_ptr(), tensor.shape
+
+    def pack(saved: torch.Tensor) -> torch.Tensor | torch.Size:
+        same = saved.data_ptr() == storage and saved.numel() == shape.numel() and saved.is_contiguous()
+        return saved.shape if same else saved
+
+    def unpack(kept: torch.Tensor | torch.Size) -> torch.Tensor:
+        return kept if isinstance(kept, torch.Tensor) else compute().view(kept)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def attend_in_tiles(query, key, value, rotary, tiles, recompute: bool) -> torch.Tensor:
+    """Rotate and attend inside packed documents: query (batch, seq, heads, head_dim), key and value with kv_heads.
+
+    Returns (tokens, kv_heads, group, head_dim).
+    """
+    kv_heads, head_dim = key.shape[2:]
+    # one stream of tokens; query heads that share a key head lie next to each other (key and value have a group of 1)
+    query, key, value = (t.view(-1, kv_heads, t.shape[2] // kv_heads, head_dim) for t in (query, key, value))
+    (cos, sin), scale = (table.flatten(0, 1) for table in rotary), head_dim**-0.5
+    query = HeadsFirstRotation.apply(query, cos * scale, sin * scale)  # the scale costs nothing here
+    key = HeadsFirstRotation.apply(key, cos, sin).squeeze(2)
+    return TiledAttention.apply(query, key, value.squeeze(2).transpose(0, 1), tiles, recompute)
+
+
+class HeadsFirstRotation(torch.autograd.Function):
+    """Rotate, and bring the heads to the front as TiledAttention takes them.
+
+    It turns half by half with the heads outside, so every pass runs over (tokens · head_dim / 2) numbers in a row;
+    turning each head's halves in place would make loops of 32. The gradient is the rotation backwards.
+
+    x (tokens, kv_heads, group, head_dim), cos and sin (tokens, head_dim / 2) -> (kv_heads, tokens, group, head_dim).
+    """
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        out = x.new_empty((x.shape[1], x.shape[0], *x.shape[2:]))
+        # both seen as (kv_heads, group, tokens, head_dim), so that cos and sin broadcast over the heads
+        HeadsFirstRotation.turn(x.permute(1, 2, 0, 3), cos, sin, out.transpose(1, 2))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        grad_x = grad.new_empty((grad.shape[1], grad.shape[0], *grad.shape[2:]))
+        HeadsFirstRotation.turn(grad.transpose(1, 2), cos, -sin, grad_x.permute(1, 2, 0, 3))
+        return grad_x, None, None
+
+    @staticmethod
+    def turn(x, cos, sin, out):
+        """Write the rotated x into out, both (kv_heads, group, tokens, head_dim) in any layout."""
+        halves = x.unflatten(-1, (2, -1)).movedim(-2, 0)  # (2, kv_heads, group, tokens, head_dim / 2)
+        first, second = torch.empty(halves.shape, dtype=torch.float32).copy_(halves)
+        turned = torch.empty(halves.shape, dtype=torch.float32)
+        torch.mul(first, cos, out=turned[0]).addcmul_(second, sin, value=-1)
+        torch.mul(second, cos, out=turned[1]).addcmul_(first, sin)
+        out.unflatten(-1, (2, -1)).movedim(-2, 0).copy_(turned)  # the halves side by side again
+
+
+class TiledAttention(torch.autograd.Function):
+    """Causal attention inside packed documents, as matrix products over tiles of queries.
+
+    A tile of queries meets the keys from the start of its first document to its own end; a bias hides what lies outside
+    each query's document or after it. The query heads of a group share one product with their key head, so keys
+    and values are never repeated. On a CPU this is several times faster than `scaled_dot_product_attention`, whose
+    kernel does not reach the rate of the matrix library.
+
+    query (kv_heads, tokens, group, head_dim), already scaled by 1/sqrt(head_dim); key and value (kv_heads, tokens,
+    head_dim) -> (tokens, kv_heads, group, head_dim). recompute: the backward pass computes the probabilities again, to
+    the same bits, instead of keeping them.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, tiles, recompute):
+        kv_heads, tokens, group, head_dim = query.shape
+        out = query.new_empty((tokens, kv_heads, group, head_dim))
+        kept = []
+        for tile in tiles:
+            start, end, first_key, _ = tile
+            probabilities = TiledAttention.probabilities(query, key, tile)
+            attended = torch.bmm(probabilities, value[:, first_key:end])  # (kv_heads, queries · group, head_dim)
+            out[start:end] = attended.view(kv_heads, end - start, group, head_dim).transpose(0, 1)
+            if not recompute:
+                kept.append(probabilities)
+        ctx.save_for_backward(query, key, value, *kept)
+        ctx.tiles = tiles
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        query, key, value, *kept = ctx.saved_tensors
+        grad_query = torch.empty_like(query)
+        # several tiles add to the same key, so the sums are float32
+        grad_key = torch.zeros(key.shape, dtype=torch.float32)
+        grad_value = torch.zeros(value.shape, dtype=torch.float32)
+        for number, tile in enumerate(ctx.tiles):
+            start, end, first_key, _ = tile
+            probabilities = kept[number] if kept else TiledAttention.probabilities(query, key, tile)
+            keys, values = key[:, first_key:end], value[:, first_key:end]
+            queries = query[:, start:end].flatten(1, 2)  # (kv_heads, queries · group, head_dim)
+            grad = grad_out[start:end].transpose(0, 1).reshape(queries.shape)
+            grad_value[:, first_key:end] += torch.bmm(probabilities.transpose(1, 2), grad)
+            grad_scores = torch.bmm(grad, values.transpose(1, 2))
+            grad_scores = torch._softmax_backward_data(grad_scores, probabilities, -1, grad_scores.dtype)
+            grad_query[:, start:end] = torch.bmm(grad_scores, keys).view(len(key), end - start, *query.shape[2:])
+            grad_key[:, first_key:end] += torch.bmm(grad_scores.transpose(1, 2), queries)
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
+
+    @staticmethod
+    def probabilities(query, key, tile):
+        """Return the softmax of a tile's scores, (kv_heads, queries · group, keys)."""
+        start, end, first_key, bias = tile
+        scores = torch.bmm(query[:, start:end].flatten(1, 2), key[:, first_key:end].transpose(1, 2))
+        # the bias (queries, 1, keys) is the same for all heads
+        scores.view(len(key), end - start, -1, end - first_key).add_(bias)
+        return torch.softmax(scores, dim=-1)
+
+
+def attention_tiles(cu_seqlens: torch.Tensor, dtype: torch.dtype, tile: int = 128, rounding: int = 64) -> list[tuple]:
+    """Return tiles (start, end, first_key, bias) that cover a stream of packed documents; see TiledAttention.
+
+    cu_seqlens (documents + 1,): borders of the documents in the stream. Key ranges are rounded so that few
+    distinct matrix shapes occur: the CPU's matrix library compiles a kernel for each.
+    """
+    borders = cu_seqlens.to("cpu", torch.int64)
+    tokens = int(borders[-1])
+    document_start = borders[:-1].repeat_interleave(borders.diff())  # (tokens,): where the token's document begins
+    positions = torch.arange(tokens)
+    tiles = []
+    for start in range(0, tokens, tile):
+        end = min(start + tile, tokens)
+        first_key = int(document_start[start]) // rounding * rounding
+        queries, keys = positions[start:end, None], positions[None, first_key:end]
+        hidden = (keys > queries) | (keys < document_start[start:end, None])
+        bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+        tiles.append((start, end, first_key, bias.unsqueeze(1)))
+    return tiles
+
+
+class Permuted(torch.autograd.Function):
+    """x[order // copies], where order (tokens · copies,) is a permutation and inverse is its inverse. For arbitrary
+    indices autograd would add gradients up, with atomics or a sort; of a permutation they only go back in place."""
+
+    @staticmethod
+    def forward(ctx, x, order, inverse, copies):
+        ctx.save_for_backward(inverse)
+        ctx.copies = copies
+        return x[order // copies]
+
+    @staticmethod
+    def backward(ctx, grad):
+        (inverse,) = ctx.saved_tensors
+        grad = grad[inverse]
+        return grad.view(-1, ctx.copies, grad.shape[-1]).sum(dim=1) if ctx.copies > 1 else grad, None, None, None
