@@ -1,4 +1,4 @@
-"""The README keeps its word: commands parse, files exist, defaults are those of the scripts, both languages agree."""
+"""The pages keep their word: commands parse, files exist, defaults and figures are real, both languages agree."""
 
 import argparse
 import functools
@@ -11,22 +11,31 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import pytest
+import torch
 
 from benchmarks import scaling
-from trainer.estimate import assumed_mfu
+from model.model_minimind import MiniMindForCausalLM
+from trainer.cost import activation_bytes, attention_backward_bytes, count_parameters
+from trainer.estimate import CONTEXT_BYTES, assumed_mfu
 
 ROOT = Path(__file__).resolve().parents[1]
 README, README_ZH = "README.md", "README_zh.md"
+PAGES = [README, *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md")), "CONTRIBUTING.md"]
+CHINESE = {page: README_ZH if page == README else page.replace("docs/", "docs/zh/") for page in PAGES[:-1]}
+ALL_PAGES = [*PAGES, *CHINESE.values()]
+STAGES_PAGE, SCALING_PAGE, HOUSE_PAGE = "docs/stages.md", "docs/scaling.md", "CONTRIBUTING.md"
 STAGE_SCRIPTS = sorted(ROOT.glob("trainer/train_*.py"))
-OTHER_PROGRAMS = {"source", "head", "tail"}  # used in command lines, and no business of this test
+# used in command lines, and no business of this test
+OTHER_PROGRAMS = set("source head tail git ssh tmux rsync nvidia-smi pre-commit llama-cli ollama vllm".split())
+DATA_SET = "jingyaogong/minimind_dataset"
 LAUNCHERS = {"python", "python3", "torchrun", "deepspeed", "streamlit"}
 
 
-# --- reading a README ------------------------------------------------------------------------------------------------
+# --- reading a page --------------------------------------------------------------------------------------------------
 
 
 class Command(NamedTuple):
-    """One command line of a README and the folder, seen from the root, that it runs in."""
+    """One command line of a page and the folder, seen from the root, that it runs in."""
 
     words: tuple[str, ...]
     folder: str = "."
@@ -58,16 +67,17 @@ def headings(name: str) -> list[str]:
 
 
 def block_commands(name: str) -> list[Command]:
-    """The commands of all shell blocks, in order; each block begins in the root."""
-    commands = []
-    for block in fences(name, "bash"):
-        folder = PurePosixPath(".")
-        for line in block.replace("\\\n", " ").splitlines():
-            for words in _split(shlex.split(line, comments=True), "&&"):
-                if words and words[0] == "cd":
+    """The commands of all shell blocks in printed order, as one shell would run them from the root."""
+    commands, folder = [], PurePosixPath(".")
+    for line in "".join(fences(name, "bash")).replace("\\\n", " ").splitlines():
+        for words in _split(shlex.split(line, comments=True), "&&"):
+            if words and words[0] == "cd":
+                cloned = any(command.words[:2] == ("git", "clone") for command in commands)
+                if words[1] == ".." or not (cloned and words[1] == "minimind"):  # there the clone is the root
                     folder = folder.parent if words[1] == ".." else folder / words[1]
-                elif words:
-                    commands.append(Command(tuple(words), str(folder)))
+            elif words:
+                commands.append(Command(tuple(words), str(folder)))
+    assert folder == PurePosixPath("."), f"{name}: a command leaves the shell in {folder}"
     return commands
 
 
@@ -89,7 +99,7 @@ def _split(words: list[str], separator: str) -> list[list[str]]:
 
 def tree_paths(name: str) -> list[str]:
     """Paths of the file tree; those of folders end with /, those of several files hold a *."""
-    block = next(block for block in fences(name, "text") if block.startswith("README.md "))
+    block = next(block for block in fences(name, "text") if re.search(r"^model/$", block, re.MULTILINE))
     paths, folders = [], []
     for line in filter(str.strip, block.splitlines()):
         entry = line.split()[0]
@@ -103,11 +113,20 @@ def tree_paths(name: str) -> list[str]:
 
 def table(name: str, first_row: str) -> tuple[list[str], list[list[str]]]:
     """(header, rows) of the table whose first row below the header begins with first_row."""
-    lines = text_of(name).splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first_row} |"))
-    end = next(i for i in range(start, len(lines)) if not lines[i].startswith("|"))
-    header, *rows = ([cell.strip() for cell in lines[i].strip("|").split("|")] for i in (start - 2, *range(start, end)))
-    return header, rows
+    return next((header, rows) for header, rows in tables(name) if rows[0][0] == first_row)
+
+
+def tables(name: str) -> list[tuple[list[str], list[list[str]]]]:
+    """(header, rows) of every table."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\n)+", prose_of(name), re.MULTILINE):
+        header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines())
+        found.append((header, rows))
+    return found
+
+
+def numbers_in(text: str) -> list[str]:
+    return re.findall(r"\d[\d.,]*\d|\d", text)
 
 
 def flags_in(text: str) -> set[str]:
@@ -182,8 +201,14 @@ def check_command(command: Command) -> None:
     assert folder.is_dir(), f"no folder {command.folder}"
     if program == "make":
         assert rest and set(rest) <= makefile_targets(), f"Makefile has no {rest}"
+    elif program == "pip" and rest[:2] == ["install", "pre-commit"]:
+        assert (ROOT / ".pre-commit-config.yaml").is_file()
     elif program == "pip":
+        rest = [word for word in rest if word not in ("-i", "ADDRESS")]
         assert rest[:2] == ["install", "-r"] and (folder / rest[2]).is_file()
+    elif program == "hf":
+        files = rest[2 : rest.index("--repo-type")]
+        assert rest[:2] == ["download", DATA_SET] and all(f"`{file}`" in text_of("docs/data.md") for file in files)
     elif program in LAUNCHERS and "-m" in rest[:1]:
         assert rest[1] in ("venv", "pytest")
     elif program in LAUNCHERS or program.endswith(".py"):
@@ -205,7 +230,11 @@ def makefile_targets() -> set[str]:
 # --- tests -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", dict.fromkeys(block_commands(README) + inline_commands(README)), ids=str)
+def commands_of_all_pages() -> list[Command]:
+    return list(dict.fromkeys(command for page in PAGES for command in block_commands(page) + inline_commands(page)))
+
+
+@pytest.mark.parametrize("command", commands_of_all_pages(), ids=str)
 def test_command_parses(command):
     check_command(command)
 
@@ -220,6 +249,8 @@ def test_command_parses(command):
         "torchrun --nproc_per_node 2 trainer/train_pretrain.py --epochs many",
         "make nothing",
         "pip install -r nothing.txt",
+        f"hf download {DATA_SET} nothing.jsonl --repo-type dataset",
+        "sudo reboot",
     ],
 )
 def test_wrong_command_is_noticed(line):
@@ -228,11 +259,17 @@ def test_wrong_command_is_noticed(line):
 
 
 def test_first_commands_are_the_two():
-    assert [str(command) for command in block_commands(README)[:2]] == ["make quickstart", "make test"]
+    commands = [str(command) for command in block_commands(README)]
+    assert commands[0].startswith("git clone ") and commands[1:3] == ["make quickstart", "make test"]
 
 
-def test_tree_names_files_that_exist():
-    for path in tree_paths(README):
+def test_readme_is_short():
+    assert len(text_of(README).split()) <= 2000
+
+
+@pytest.mark.parametrize("name", [README, HOUSE_PAGE])
+def test_tree_names_files_that_exist(name):
+    for path in tree_paths(name):
         found = list(ROOT.glob(path)) if "*" in path else [ROOT / path]
         assert found and all(p.is_dir() if path.endswith("/") else p.is_file() for p in found), f"{path} does not exist"
 
@@ -242,22 +279,22 @@ def test_tree_leaves_nothing_out():
     if git.returncode:
         pytest.skip("no git checkout: there is no telling which files belong to it")
     tracked = [PurePosixPath(line) for line in git.stdout.splitlines() if (ROOT / line).is_file()]
-    named = tree_paths(README)
+    named = tree_paths(HOUSE_PAGE)
     top_level = {path.parts[0] + "/" * (len(path.parts) > 1) for path in tracked if not path.parts[0].startswith(".")}
     assert not top_level - set(named)
     sources = [path for path in tracked if path.suffix == ".py" and (ROOT / path).stat().st_size]
     unnamed = [str(path) for path in sources if not any(path.match(pattern) for pattern in named)]
-    assert not unnamed, f"add a line for each to the tree: {unnamed}"
+    assert not unnamed, f"add a line for each to the tree in {HOUSE_PAGE}: {unnamed}"
 
 
 @pytest.mark.parametrize("script", STAGE_SCRIPTS, ids=lambda path: path.name)
 def test_every_flag_of_a_stage_is_named(script):
     aliases = {"--help", "--local-rank"}
-    missing = declared_flags(script) - aliases - flags_in(text_of(README))
-    assert not missing
+    missing = declared_flags(script) - aliases - flags_in(text_of(STAGES_PAGE))
+    assert not missing, f"add these to the tables of {STAGES_PAGE}: {missing}"
 
 
-@pytest.mark.parametrize("name", [README, README_ZH])
+@pytest.mark.parametrize("name", ALL_PAGES)
 def test_flags_in_running_text_exist(name):
     scripts = [path for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")) if path.parent.name != "tests"]
     runnable = [path for path in scripts if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")]
@@ -267,7 +304,7 @@ def test_flags_in_running_text_exist(name):
     assert not unknown
 
 
-@pytest.mark.parametrize("name", [README, README_ZH])
+@pytest.mark.parametrize("name", [STAGES_PAGE, CHINESE[STAGES_PAGE]])
 def test_defaults_are_those_of_the_scripts(name):
     header, rows = table(name, "train_pretrain.py")
     assert sorted(row[0] for row in rows) == [path.name for path in STAGE_SCRIPTS]
@@ -287,9 +324,9 @@ def test_defaults_are_those_of_the_scripts(name):
 def test_estimated_hours_follow_from_the_formula():
     models = {name.split()[-1]: config for name, config in scaling.MODELS.items()}
     works = {name: scaling.work_of(config) for name, config in models.items()}
-    assert f"{works['145M'].active / 1e6:.2f}M" in text_of(README)
+    assert f"{works['145M'].active / 1e6:.2f}M" in text_of(SCALING_PAGE)
     tokens = {"pretrain": scaling.DATA["1.6 GB"], "SFT": 2 * 1.2e9 / 3.77}
-    header, rows = table(README, "pretrain 26M")
+    header, rows = table(SCALING_PAGE, "pretrain 26M")
     peaks = [float(re.search(r"\((\d+)", cell)[1]) * 1e12 for cell in header[1:]]
     for label, *cells in rows:
         stage, *_, size = label.split()
@@ -299,27 +336,83 @@ def test_estimated_hours_follow_from_the_formula():
             if kind == "estimated":
                 hours = works[size].token_flops * tokens[stage] / (peak * assumed_mfu(models[size], 1)) / 3600
                 assert float(numbers) == pytest.approx(hours, rel=0.01, abs=0.005), f"{label}: {cell}"
+    for row, stage in zip(table(README, "pretraining")[1], ("pretrain", "SFT"), strict=False):
+        assert row[-1].split(",")[0] == table(SCALING_PAGE, "pretrain 26M")[1][stage == "SFT"][2].split()[0]
+
+
+def test_memory_of_cards_follows_from_the_formula():
+    """Pretraining with Muon and bfloat16 on one CUDA device, as trainer/estimate.py adds it up."""
+    card_rows = next(rows for header, rows in tables(SCALING_PAGE) if header[-1] == "24 GB")
+    for label, *cells in card_rows:
+        config = next(config for name, config in scaling.MODELS.items() if name.endswith(label.split()[-1]))
+        with torch.device("meta"):
+            model = MiniMindForCausalLM(config)
+        parameters, _ = count_parameters(model)
+        for room, cell in zip((8, 12, 24), cells, strict=True):
+            rows = int(re.search(r"--batch_size (\d+)", cell)[1]) if "--batch_size" in cell else 32
+            steps = int(re.search(r"--accumulation_steps (\d+)", cell)[1]) if "--accumulation_steps" in cell else 8
+            assert rows * steps == 256
+            state = 4 * parameters + 4 * config.vocab_size * config.hidden_size  # Muon's momentum, Adam's second moment
+            activations = activation_bytes(config, rows * 512) + 2 * parameters
+            activations += attention_backward_bytes(config, rows * 512, 9 * rows)
+            gigabytes = (8 * parameters + state + activations + CONTEXT_BYTES) / 1e9
+            stated = float(numbers_in(cell)[-1])
+            assert stated == pytest.approx(gigabytes, abs=0.06) and stated < 0.95 * room, f"{label}: {cell}"
+
+
+@pytest.mark.parametrize("name", ALL_PAGES)
+def test_links_lead_somewhere(name):
+    folder = (ROOT / name).parent
+    targets = re.findall(r"\]\(([^)]+)\)", prose_of(name)) + re.findall(r'(?:src|srcset)="([^"]+)"', prose_of(name))
+    for target in targets:
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        page = (folder / path).resolve() if path else ROOT / name
+        assert page.exists(), target
+        if anchor:
+            assert anchor in anchors_of(str(page.relative_to(ROOT))), target
+
+
+def anchors_of(name: str) -> set[str]:
+    return {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in headings(name)}
+
+
+def test_every_page_is_linked_from_the_readme():
+    for readme, pages in ((README, PAGES[1:]), (README_ZH, list(CHINESE.values())[1:])):
+        links = re.findall(r"\]\(([^)#]+)[)#]", prose_of(readme))
+        assert set(pages) <= set(links)
 
 
 @pytest.mark.parametrize("name", [README, README_ZH])
-def test_links_lead_somewhere(name):
-    anchors = {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in headings(name)}
-    for target in re.findall(r"\]\(([^)]+)\)", prose_of(name)):
-        if target.startswith("#"):
-            assert target[1:] in anchors, target
-        elif "://" not in target:
-            assert (ROOT / target).exists(), target
+def test_loop_is_that_of_the_script(name):
+    script = (line.strip() for line in text_of("trainer/train_pretrain.py").splitlines())
+    loop = next(block for block in fences(name, "python") if block.startswith("for step"))
+    for line in filter(None, map(str.strip, loop.splitlines())):
+        assert any(line == other for other in script), f"not in the script, or not in this order: {line}"
 
 
-def test_both_languages_name_the_same():
-    assert block_commands(README_ZH) == block_commands(README)
-    assert set(inline_commands(README_ZH)) == set(inline_commands(README))
-    assert tree_paths(README_ZH) == tree_paths(README)
-    assert flags_in(text_of(README_ZH)) == flags_in(text_of(README))
-    assert len(headings(README_ZH)) == len(headings(README))
-    for first_row in ("26M", "pretrain 26M", "train_pretrain.py"):
-        ours, theirs = (table(name, first_row)[1] for name in (README, README_ZH))
-        assert len(ours) == len(theirs)
-        for row, row_zh in zip(ours, theirs, strict=True):
-            assert [re.findall(r"[\d.]+", cell) for cell in row] == [re.findall(r"[\d.]+", cell) for cell in row_zh]
-    assert set(re.findall(r"<!--.*?-->", text_of(README_ZH))) == set(re.findall(r"<!--.*?-->", text_of(README)))
+@pytest.mark.parametrize("name", [README, README_ZH])
+def test_figures_are_those_of_the_results(name):
+    results = set(numbers_in(text_of("benchmarks/RESULTS.md")))
+    for row in table(name, "quickstart")[1]:
+        for cell in row[1:]:
+            missing = [number for number in numbers_in(cell) if number not in results]
+            assert not missing, f"{row[0]}: {missing}"
+
+
+@pytest.mark.parametrize("page", CHINESE)
+def test_both_languages_name_the_same(page):
+    chinese = CHINESE[page]
+    assert block_commands(chinese) == block_commands(page)
+    assert set(inline_commands(chinese)) == set(inline_commands(page))
+    assert flags_in(text_of(chinese)) == flags_in(text_of(page))
+    assert len(headings(chinese)) == len(headings(page))
+    assert fences(chinese, "python") == fences(page, "python")
+    assert len(tables(chinese)) == len(tables(page))
+    for (_, rows), (_, rows_zh) in zip(tables(page), tables(chinese), strict=True):
+        assert [[sorted(numbers_in(cell)) for cell in row] for row in rows] == [
+            [sorted(numbers_in(cell)) for cell in row] for row in rows_zh
+        ]
+    if page == README:
+        assert tree_paths(chinese) == tree_paths(page)
