@@ -29,22 +29,17 @@ from dataset.tokenization import ChatTokenizer, StreamDecoder
 from model.batching import Engine
 from model.generation import SamplingParams, stream
 from model.loading import (
-    DTYPES,
-    STAGE_OF_MODE,
-    boolean,
+    READY_FLAGS,
+    ReadyModel,
+    add_flags,
     check_sizes,
-    check_vocabulary,
-    choose_device,
-    choose_dtype,
     experts_in,
-    find_weights,
-    load_folder,
-    read_facts,
-    stretch_context,
-    trained_length,
+    load_ready,
+    named_path,
+    ready_flags,
+    show_defaults,
 )
 from model.model_lora import find_lora, load_lora, lora_layers, remove_lora
-from model.weights import load_model
 
 ROOT = Path(__file__).resolve().parent
 PRETRAIN, REASON = 0, 3
@@ -71,40 +66,17 @@ TEST_BEGINNINGS = [
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Chat with MiniMind, or let pretrained weights continue a text.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    modes = ", ".join(f"{mode} {stage}" for mode, stage in STAGE_OF_MODE.items())
+    parser = argparse.ArgumentParser(description="Chat with MiniMind, or let pretrained weights continue a text.")
+    add_flags(parser, "model_mode", "load", "out_dir", "hf_path", "lora_name", "hidden_size", "num_hidden_layers")
+    add_flags(parser, "use_moe", *READY_FLAGS, "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
     add = parser.add_argument
-    add("--model_mode", type=int, default=1, choices=list(STAGE_OF_MODE), help=f"stage of the weights: {modes}")
-    add("--load", type=int, default=0, choices=[0, 1], help="0: .pth in --out_dir; 1: Hugging Face folder --hf_path")
-    add("--out_dir", default=str(ROOT / "out"), help="folder of the .pth files")
-    add("--hf_path", default=str(ROOT / "MiniMind2"), help="folder in Hugging Face format, for --load 1")
-    add("--trust_remote_code", type=boolean, nargs="?", const=True, default=False, help="run the folder's own code")
-    add("--tokenizer_path", default=None, help="folder of the tokenizer; default: --hf_path's own, else model/")
-    add("--lora_name", default="None", help="adapter to apply: a name in OUT_DIR/lora/, or a .pth file")
-    add("--hidden_size", type=int, default=None, help="chooses between files; default: the only one there, or 512")
-    add("--num_hidden_layers", type=int, default=None, help="read from the weights; checked against them if given")
-    add("--use_moe", type=boolean, nargs="?", const=True, default=None, help="chooses between files")
-    add("--max_seq_len", type=int, default=8192, help="context in tokens: conversation and answer")
-    add("--rope_scaling", type=float, default=None, help="YaRN: read this many times the trained length")
-    add("--trained_length", type=int, default=None, help="tokens, for --rope_scaling; default: what the sidecar says")
     add("--history_cnt", type=int, default=0, help="earlier messages kept, an even number; 0: each prompt alone")
-    add("--temperature", type=float, default=0.85, help="0: greedy")
-    add("--top_p", type=float, default=0.85, help="sample from the likeliest tokens with this probability; 1: all")
-    add("--top_k", type=int, default=0, help="sample from the k likeliest tokens; 0: all")
-    add("--repetition_penalty", type=float, default=1.0, help="above 1: tokens that were there become less likely")
-    add("--max_new_tokens", type=int, default=1024, help="longest answer in tokens")
-    add("--seed", type=int, default=None, help="of every answer; default: another one each time")
-    add("--prompt", default=None, help="answer this and exit")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps ...")
-    add("--dtype", default=None, choices=list(DTYPES), help="default: float32 on a CPU; bfloat16 on a GPU, or float16")
+    add("--seed", type=int, help="of every answer (default: another one each time)")
+    add("--prompt", help="answer this and exit")
+    show_defaults(parser)
     args = parser.parse_args(argv)
     if args.history_cnt < 0 or args.history_cnt % 2:
         parser.error(f"--history_cnt is {args.history_cnt}, and must be even: questions with their answers")
-    if args.max_seq_len < 2:
-        parser.error(f"--max_seq_len is {args.max_seq_len}, and must be at least 2")
     try:
         sampling_params(args, stop_ids=())
     except ValueError as error:
@@ -140,30 +112,12 @@ def noted_warnings() -> Iterator[None]:
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def load(args: argparse.Namespace) -> tuple[torch.nn.Module, ChatTokenizer, str]:
-    """The model on its device, its tokenizer and the name of what was loaded."""
-    device = choose_device(args.device)
-    dtype, hf_folder = choose_dtype(args.dtype, device), Path(args.hf_path)
-    tokenizer_path = args.tokenizer_path or ROOT / "model"
-    if args.load == 1 and not args.tokenizer_path and (hf_folder / "tokenizer.json").is_file():
-        tokenizer_path = hf_folder
-    if args.load == 1:
-        model, source, sidecar = load_folder(hf_folder, args.trust_remote_code, dtype), hf_folder, read_facts(hf_folder)
-        tokenizer = ChatTokenizer(tokenizer_path)
-    else:
-        tokenizer = ChatTokenizer(tokenizer_path)
-        source = find_weights(args.out_dir, STAGE_OF_MODE[args.model_mode], args.hidden_size, args.use_moe)
-        model, sidecar = load_model(source, tokenizer.sha256)
-        model.to(dtype)
-    check_sizes(model.config, source, args.hidden_size, args.num_hidden_layers, args.use_moe)
-    check_vocabulary(model, source, tokenizer.path, tokenizer.vocab_size)
-    if args.rope_scaling is not None:
-        stretch_context(model, args.rope_scaling, trained_length(sidecar, args.trained_length))
-    elif args.trained_length is not None:
-        raise ValueError("--trained_length belongs to --rope_scaling FACTOR")
-    model.to(device)
-    name = switch_lora(model, tokenizer, args, args.lora_name)
-    return model, tokenizer, f"{source} with {name}" if name else str(source)
+def load(args: argparse.Namespace) -> ReadyModel:
+    """Load the model and check it against the flags."""
+    path = named_path(args)
+    ready = load_ready(path, ChatTokenizer, **ready_flags(args))
+    check_sizes(ready.model.config, path, args.hidden_size, args.num_hidden_layers, args.use_moe)
+    return ready
 
 
 def switch_lora(model: torch.nn.Module, tokenizer: ChatTokenizer, args: argparse.Namespace, lora_name: str) -> str:
@@ -196,13 +150,11 @@ def describe(model: torch.nn.Module, source: str) -> str:
 class Conversation:
     """What was said, the engine that holds what it read of it, and how an answer is written out."""
 
-    def __init__(self, model: torch.nn.Module, tokenizer: ChatTokenizer, args: argparse.Namespace):
-        self.model, self.tokenizer, self.args = model, tokenizer, args
-        self.context_length = min(args.max_seq_len, model.config.max_position_embeddings)
-        if self.context_length < args.max_seq_len:
-            note(f"the context is {self.context_length} tokens: the model knows no more positions")
+    def __init__(self, ready: ReadyModel, args: argparse.Namespace):
+        self.model, self.tokenizer, self.args = ready.model, ready.tokenizer, args
+        self.context_length = ready.context_length
         self.history: list[dict] = []
-        self.engine = Engine(model, slots=1, context_length=self.context_length)
+        self.engine = Engine(self.model, slots=1, context_length=self.context_length)
 
     def encode(self, prompt: str) -> list[int]:
         """Ids that the model continues; the oldest turns are dropped where they leave an answer too little room."""
@@ -358,9 +310,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         with noted_warnings():
-            model, tokenizer, source = load(args)
-        note(describe(model, source))
-        return converse(args, Conversation(model, tokenizer, args))
+            ready = load(args)
+            lora = switch_lora(ready.model, ready.tokenizer, args, args.lora_name)
+        note(describe(ready.model, f"{ready.path} with {lora}" if lora else str(ready.path)))
+        return converse(args, Conversation(ready, args))
     except ValueError as error:
         note(f"error: {error}")
         return 1

@@ -1,30 +1,172 @@
-"""From what people name by flags (stage, size, folder, device, dtype) to a model that is ready to answer."""
+"""The one way from flags (stage, size, folder, device, dtype) to a model that is ready to answer.
+
+add_flags(parser, "model_mode", "out_dir", "hidden_size", "use_moe", *READY_FLAGS)
+ready = load_ready(named_path(args), ChatTokenizer, **ready_flags(args))
+"""
 
 import argparse
 import json
-import os
-import re
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from model.model_lora import find_lora, load_lora, merge_lora
 from model.model_minimind import MiniMindForCausalLM, yarn_parameters
-from model.weights import WeightsError, missing_message, read_sidecar, weight_path
+from model.weights import STAGE_OF_MODE, find_weights, load_model, read_sidecar
 
-STAGE_OF_MODE = {0: "pretrain", 1: "full_sft", 2: "rlhf", 3: "reason", 4: "full_dist"}
+ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Tokens of conversation and answer for weights that do not say how long their rows were in training.
+CONTEXT = 8192
+
+
+# --- flags -----------------------------------------------------------------------------------------------------------
 
 
 def boolean(text: str) -> bool:
     """`--flag`, `--flag true` and `--flag False` all mean what they say."""
-    if text.lower() not in ("true", "1", "yes", "false", "0", "no"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() in ("true", "1", "yes")
+    value = text.strip().lower()
+    if value in ("true", "1", "yes", "on"):
+        return True
+    if value in ("false", "0", "no", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        return int(text)
+
+    return number
+
+
+BOOL = {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
+MODES = ", ".join(f"{mode} {stage}" for mode, stage in sorted(STAGE_OF_MODE.items()))
+# The flags that chat, server, page, converter and scores share.
+SHARED_FLAGS = {
+    "model_mode": dict(type=int, default=1, choices=sorted(STAGE_OF_MODE), help=f"stage of the weights: {MODES}"),
+    "load": dict(type=int, default=0, choices=[0, 1], help="0: .pth in --out_dir; 1: Hugging Face folder --hf_path"),
+    "out_dir": dict(default=str(ROOT / "out"), help="folder of the .pth files, adapters in its lora/"),
+    "hf_path": dict(default=str(ROOT / "MiniMind2"), help="folder in Hugging Face format, for --load 1"),
+    "trust_remote_code": dict(BOOL, default=False, help="run the code in that folder"),
+    "tokenizer_path": dict(help="folder of the tokenizer (default: the model folder if it has one, else model/)"),
+    "lora_name": dict(default="None", help="adapter to apply: a name in OUT_DIR/lora/, or a .pth file"),
+    "hidden_size": dict(type=int, help="chooses between files (default: the only one there, or 512)"),
+    "num_hidden_layers": dict(type=int, help="read from the weights; checked against them if given"),
+    "use_moe": dict(BOOL, help="chooses between files"),
+    "max_seq_len": dict(
+        type=at_least(2),
+        help="context in tokens, conversation and answer (default: the length of the rows that the weights were "
+        f"trained on, {CONTEXT} if unknown)",
+    ),
+    "rope_scaling": dict(type=float, help="YaRN: read this many times the trained length"),
+    "trained_length": dict(type=at_least(1), help="tokens, for --rope_scaling (default: what the sidecar says)"),
+    "temperature": dict(type=float, default=0.85, help="0: greedy"),
+    "top_p": dict(type=float, default=0.85, help="sample from the most likely tokens that add up to this; 1: all"),
+    "top_k": dict(type=int, default=0, help="sample from the k most likely tokens; 0: all"),
+    "repetition_penalty": dict(type=float, default=1.0, help="above 1: tokens already there become less likely"),
+    "max_new_tokens": dict(type=at_least(1), default=1024, help="longest answer in tokens"),
+    "device": dict(default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps ..."),
+    "dtype": dict(choices=list(DTYPES), help="default: float32 on a CPU; on a GPU bfloat16, or float16 without it"),
+}
+
+
+def add_flags(parser: argparse._ActionsContainer, *names: str) -> None:
+    for name in names:
+        parser.add_argument(f"--{name}", **SHARED_FLAGS[name])
+
+
+def add_boolean(parser: argparse._ActionsContainer, flag: str, default: bool | None, help: str) -> None:
+    parser.add_argument(flag, default=default, help=help, **BOOL)
+
+
+def show_defaults(parser: argparse.ArgumentParser) -> None:
+    """Add the default to each help text that does not mention it."""
+    for action in parser._actions:
+        said = action.help or ""
+        if "default" not in said and action.default not in (None, "", False, "None", argparse.SUPPRESS):
+            action.help = f"{said} (default: %(default)s)".lstrip()
+
+
+# What load_ready takes by the same name.
+READY_FLAGS = (
+    "tokenizer_path", "trust_remote_code", "max_seq_len", "rope_scaling", "trained_length", "device", "dtype",
+)  # fmt: skip
+
+
+# --- a model that is ready -------------------------------------------------------------------------------------------
+
+
+class ReadyModel(NamedTuple):
+    """tokenizer: a ChatTokenizer. sidecar: {} if there is none. context_length: tokens of conversation and answer."""
+
+    model: nn.Module
+    tokenizer: Any
+    path: Path
+    sidecar: dict
+    context_length: int
+
+
+def named_path(args: argparse.Namespace) -> Path:
+    """Return the .pth file or the folder that the flags name."""
+    if args.load == 1:
+        return Path(args.hf_path)
+    return find_weights(STAGE_OF_MODE[args.model_mode], args.out_dir, args.hidden_size, args.use_moe)
+
+
+def ready_flags(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(args).items() if name in READY_FLAGS}
+
+
+def tokenizer_folder(path: Path, given: str | Path | None = None) -> Path:
+    """Return the folder of the tokenizer that belongs to these weights, as far as one can tell."""
+    return Path(given or (path if (path / "tokenizer.json").is_file() else ROOT / "model"))
+
+
+def load_ready(
+    path: Path,
+    read_tokenizer: Callable[[Path], Any],
+    *,
+    merged_lora: str | None = None,
+    out_dir: str | Path = ROOT / "out",
+    tokenizer_path: str | Path | None = None,
+    trust_remote_code: bool = False,
+    max_seq_len: int | None = None,
+    rope_scaling: float | None = None,
+    trained_length: int | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+) -> ReadyModel:
+    """Load a .pth file, or a folder in Hugging Face format, in eval mode on its device.
+
+    read_tokenizer: dataset.tokenization.ChatTokenizer, which this folder may not import. merged_lora: a name in
+    out_dir/lora/ or a .pth file, to be merged into the weights. Raises ValueError if files or flags are wrong.
+    """
+    place = choose_device(device)
+    compute = choose_dtype(dtype, place)
+    tokenizer = read_tokenizer(tokenizer_folder(path, tokenizer_path))
+    if path.suffix == ".pth":
+        model, sidecar = load_model(path, tokenizer.sha256)
+    else:
+        model = load_folder(path, trust_remote_code, torch.float32 if merged_lora else compute)
+        sidecar = read_sidecar(path)
+    check_vocabulary(model, path, tokenizer.path, tokenizer.vocab_size)
+    scale_positions(model, sidecar, rope_scaling, trained_length)
+    if merged_lora:
+        lora = find_lora(merged_lora, out_dir, model.config.hidden_size, experts_in(model.config) > 0)
+        merge_lora(load_lora(model, lora, tokenizer.sha256))
+    context = choose_context(model.config, sidecar, max_seq_len)
+    return ReadyModel(model.to(device=place, dtype=compute).eval(), tokenizer, path, sidecar or {}, context)
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that --device names; ValueError where it cannot be used."""
+    """Return the device that --device names. Raises ValueError if it cannot be used here."""
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -41,36 +183,12 @@ def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def find_weights(out_dir: str | Path, stage: str, hidden_size: int | None, use_moe: bool | None) -> Path:
-    """The stage's file: the one that the flags name, else the only one there, else the dense one of size 512."""
-    names = re.compile(rf"{stage}_(\d+)(_moe)?\.pth")
-    found = {}  # (hidden size, MoE) -> path
-    if os.path.isdir(out_dir):
-        for path in sorted(Path(out_dir).iterdir()):
-            if match := names.fullmatch(path.name):
-                found[int(match[1]), bool(match[2])] = path
-    fitting = {
-        (size, moe): path
-        for (size, moe), path in found.items()
-        if hidden_size in (None, size) and use_moe in (None, moe)
-    }
-    if len(fitting) == 1:
-        return next(iter(fitting.values()))
-    wanted = (hidden_size or 512, bool(use_moe))
-    if wanted in fitting:
-        return fitting[wanted]
-    if fitting:
-        listed = ", ".join(path.name for path in fitting.values())
-        raise WeightsError(f"{out_dir} holds several {stage} weights: {listed}. Choose by --hidden_size and --use_moe")
-    raise WeightsError(missing_message(weight_path(out_dir, stage, *wanted)))
-
-
 def read_config(folder: Path) -> dict:
-    """config.json of a folder in Hugging Face format."""
+    """Read config.json of a folder in Hugging Face format."""
     config_file = folder / "config.json"
     if not config_file.is_file():
-        beside = sorted(file.parent.name for file in folder.absolute().parent.glob("*/config.json"))
-        there = f"; there are: {', '.join(beside)}" if beside else ""
+        others = sorted(file.parent.name for file in folder.absolute().parent.glob("*/config.json"))
+        there = f"; there are: {', '.join(others)}" if others else ""
         raise ValueError(f"{config_file} not found; --hf_path takes a folder that save_pretrained wrote{there}")
     try:
         return json.loads(config_file.read_text(encoding="utf-8"))
@@ -78,20 +196,11 @@ def read_config(folder: Path) -> dict:
         raise ValueError(f"{config_file} is not valid JSON: {error}") from error
 
 
-def facts_path(path: Path) -> Path:
-    """The file of what a sidecar tells, in other formats: minimind.json in a folder, NAME.gguf.json beside a NAME.gguf
-    (NAME.json would be the sidecar of a NAME.pth)."""
-    return path / "minimind.json" if path.suffix != ".gguf" else path.with_name(path.name + ".json")
-
-
-def read_facts(path: Path) -> dict:
-    """Stage, flags, metrics and tokenizer of weights that scripts/convert_model.py wrote; {} where nothing tells."""
-    return read_sidecar(facts_path(path)) or {}
-
-
 def load_folder(folder: Path, trust_remote_code: bool, dtype: torch.dtype) -> nn.Module:
-    """A model in Hugging Face format. Our own architecture needs no code from the folder; Llama and others come with
-    transformers. Weights that lack a tensor are an error, where transformers would draw it at random and warn."""
+    """Load a model in Hugging Face format. Ours needs no code from the folder; Llama and others come with transformers.
+
+    Raises ValueError if a tensor is missing; transformers would fill it with random numbers and warn.
+    """
     config = read_config(folder)
     if config.get("model_type") == "minimind" and not trust_remote_code:
         loader, options = MiniMindForCausalLM, {}
@@ -114,7 +223,7 @@ def load_folder(folder: Path, trust_remote_code: bool, dtype: torch.dtype) -> nn
 
 
 def check_vocabulary(model: nn.Module, source: str | Path, tokenizer_path: str | Path, vocab_size: int) -> None:
-    """A tokenizer with more ids than the model belongs to other weights."""
+    """Raise ValueError if the tokenizer has more ids than the model: it belongs to other weights."""
     if vocab_size > model.config.vocab_size:
         raise ValueError(
             f"{tokenizer_path} has {vocab_size} token ids, and {source} {model.config.vocab_size}; "
@@ -123,7 +232,7 @@ def check_vocabulary(model: nn.Module, source: str | Path, tokenizer_path: str |
 
 
 def experts_in(config) -> int:
-    """Routed experts of a layer, in our configuration or in transformers'; 0 for a dense model."""
+    """Return the routed experts of a layer, in our configuration or in transformers'; 0 for a dense model."""
     if hasattr(config, "use_moe"):
         return config.n_routed_experts if config.use_moe else 0
     return getattr(config, "num_experts", 0)
@@ -132,7 +241,7 @@ def experts_in(config) -> int:
 def check_sizes(
     config, source: str | Path, hidden_size: int | None, num_hidden_layers: int | None, use_moe: bool | None
 ) -> None:
-    """Sizes come from the weights; a flag that says otherwise is a mistake to tell, not to ignore."""
+    """Raise ValueError if a flag contradicts the sizes, which the weights decide."""
     for flag, given, held in (
         ("hidden_size", hidden_size, config.hidden_size),
         ("num_hidden_layers", num_hidden_layers, config.num_hidden_layers),
@@ -142,9 +251,48 @@ def check_sizes(
             raise ValueError(f"--{flag} is {given}, and {source} has {held}; leave the flag out")
 
 
+# --- how far it reads ------------------------------------------------------------------------------------------------
+
+
+def choose_context(config: Any, sidecar: dict | None, wanted: int | None = None) -> int:
+    """Return the tokens that conversation and answer may have; warn if the model was not trained on as many."""
+    known = (sidecar or {}).get("flags", {}).get("max_seq_len")
+    scaling = getattr(config, "rope_parameters" if config.model_type != "minimind" else "rope_scaling", None) or {}
+    if "original_max_position_embeddings" in scaling:
+        known = round(scaling["original_max_position_embeddings"] * scaling["factor"])
+    if wanted and known and wanted > known:
+        warnings.warn(
+            f"--max_seq_len is {wanted}, and the weights have learned to read {known} tokens: answers get worse beyond "
+            "that. --rope_scaling FACTOR stretches it",
+            stacklevel=3,
+        )
+    longest = config.max_position_embeddings
+    if wanted and wanted > longest:
+        warnings.warn(f"the context is {longest} tokens: the model has no more positions", stacklevel=3)
+    return min(wanted or known or CONTEXT, longest)
+
+
+def scale_positions(model: nn.Module, sidecar: dict | None, factor: float | None, length: int | None) -> None:
+    """Do what --rope_scaling and --trained_length ask for."""
+    if factor is not None:
+        stretch_context(model, factor, trained_length(sidecar, length))
+    elif length is not None:
+        raise ValueError("--trained_length belongs to --rope_scaling FACTOR")
+
+
+def trained_length(sidecar: dict | None, given: int | None) -> int:
+    """Return the tokens of the longest rows that the weights were trained on: what is given, else their sidecar's."""
+    known = given or (sidecar or {}).get("flags", {}).get("max_seq_len")
+    if not known:
+        raise ValueError("--rope_scaling: name the length in tokens that the weights were trained on, --trained_length")
+    return known
+
+
 def stretch_context(model: nn.Module, factor: float, trained_length: int) -> None:
-    """YaRN: the model, ours or one of transformers' Llama family, then reads `factor` times the length in tokens that
-    it was trained on. ValueError for a factor below 1."""
+    """Make a model, ours or of transformers' Llama family, read `factor` times the tokens it was trained on (YaRN).
+
+    Raises ValueError for a factor below 1.
+    """
     try:
         scaling = yarn_parameters(
             {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": trained_length}
@@ -159,12 +307,3 @@ def stretch_context(model: nn.Module, factor: float, trained_length: int) -> Non
     config.rope_parameters = {**scaling, "rope_theta": config.rope_parameters["rope_theta"]}
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config).to(rotary.inv_freq.device)
-
-
-def trained_length(sidecar: dict | None, given: int | None) -> int:
-    """Tokens of the longest rows that the weights were trained on: what is given, else what their sidecar says (for a
-    folder in Hugging Face format, read_facts)."""
-    known = given or (sidecar or {}).get("flags", {}).get("max_seq_len")
-    if not known:
-        raise ValueError("--rope_scaling: name the length in tokens that the weights were trained on, --trained_length")
-    return known

@@ -1,33 +1,46 @@
 """The one rule for weight files: what they are called, how they are written and how they are read.
 
-A weight file is a plain state dict of half-precision tensors and nothing else. Beside it lies a sidecar, `NAME.json`,
-that says what the weights are (configuration, stage, tokenizer, losses); it is used when present and never required.
+A weight file is a plain state dict of half-precision tensors and nothing else. Its sidecar, a JSON file next to it,
+says what the weights are (configuration, stage, tokenizer, losses); it is used when present and never required.
 """
 
 import glob
 import json
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import nn
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 
-# stage -> what its weight file is called, and the script that makes it
+
+class Stage(NamedTuple):
+    """mode: --model_mode of the chats. script: what trains it. order: rank in a list of models to talk to."""
+
+    mode: int
+    script: str
+    order: int
+
+
+# A stage's name is also the beginning of its weight file's name.
 STAGES = {
-    "pretrain": "train_pretrain.py",
-    "full_sft": "train_full_sft.py",
-    "rlhf": "train_dpo.py",
-    "reason": "train_distill_reason.py",
-    "full_dist": "train_distillation.py",
+    "pretrain": Stage(0, "train_pretrain.py", 6),
+    "full_sft": Stage(1, "train_full_sft.py", 1),
+    "rlhf": Stage(2, "train_dpo.py", 2),
+    "reason": Stage(3, "train_distill_reason.py", 4),
+    "full_dist": Stage(4, "train_distillation.py", 5),
+    "grpo": Stage(5, "train_grpo.py", 3),
 }
+STAGE_OF_MODE = {stage.mode: name for name, stage in STAGES.items()}
 # prefixes that wrappers add to parameter names: torch.compile, DDP
 WRAPPER_PREFIXES = ("_orig_mod.", "module.")
+WEIGHT_NAME = re.compile(rf"(?P<stage>{'|'.join(STAGES)})_(?P<hidden_size>\d+)(?P<moe>_moe)?")
 
 
 class WeightsError(ValueError):
@@ -40,24 +53,50 @@ def weight_path(out_dir: str | Path, stage: str, hidden_size: int, use_moe: bool
 
 
 def find_weights(
-    stage_or_path: str, out_dir: str | Path, hidden_size: int, use_moe: bool, size_flag: str = "--hidden_size"
+    stage_or_path: str,
+    out_dir: str | Path,
+    hidden_size: int | None = None,
+    use_moe: bool | None = None,
+    size_flag: str = "--hidden_size",
 ) -> Path:
-    """The weight file that a flag names: a stage, whose file lies in out_dir, or a path. It must exist.
+    """Return the existing weight file that a flag names: a .pth, or a stage's file in out_dir.
 
-    size_flag: the flag that chose hidden_size, for the message.
+    A size of None is open: the only file of the stage that fits, else the dense one of size 512. size_flag: the flag
+    that chose hidden_size, for the message. Raises WeightsError if there is no such file, or no way to choose.
     """
-    path = Path(stage_or_path)
-    if stage_or_path in STAGES:
-        path = weight_path(out_dir, stage_or_path, hidden_size, use_moe)
-    elif path.suffix != ".pth":
-        raise WeightsError(f"{stage_or_path} is neither a .pth file nor a stage; the stages are {', '.join(STAGES)}")
-    if not path.is_file():
-        raise WeightsError(missing_message(path, size_flag))
-    return path
+    if stage_or_path not in STAGES:
+        path = Path(stage_or_path)
+        if path.suffix != ".pth":
+            raise WeightsError(
+                f"{stage_or_path} is neither a .pth file nor a stage; the stages are {', '.join(STAGES)}. "
+                f"{out_dir} holds: {listed_weights(Path(out_dir))}"
+            )
+        if not path.is_file():
+            raise WeightsError(missing_message(path, size_flag))
+        return path
+    fitting = {}  # (hidden size, MoE) -> path
+    for path in sorted(Path(out_dir).glob(f"{stage_or_path}_*.pth")):
+        if match := WEIGHT_NAME.fullmatch(path.stem):
+            size, moe = int(match["hidden_size"]), bool(match["moe"])
+            if hidden_size in (None, size) and use_moe in (None, moe) and path.is_file():
+                fitting[size, moe] = path
+    wanted = (hidden_size or 512, bool(use_moe))
+    if len(fitting) == 1 or wanted in fitting:
+        return fitting.get(wanted, next(iter(fitting.values())))
+    if fitting:
+        listed = ", ".join(path.name for path in fitting.values())
+        raise WeightsError(
+            f"{out_dir} holds several {stage_or_path} weights: {listed}. Choose by {size_flag} and --use_moe"
+        )
+    raise WeightsError(missing_message(weight_path(out_dir, stage_or_path, *wanted), size_flag))
 
 
 def sidecar_path(path: str | Path) -> Path:
-    return Path(path).with_suffix(".json")
+    """NAME.json of a NAME.pth, NAME.gguf.json of a NAME.gguf, minimind.json in a folder in Hugging Face format."""
+    path = Path(path)
+    if path.suffix == ".gguf":  # NAME.json would be the sidecar of a NAME.pth
+        return path.with_name(path.name + ".json")
+    return path.with_suffix(".json") if path.suffix == ".pth" else path / "minimind.json"
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
@@ -193,13 +232,22 @@ def read_state_dict(path: str | Path, old_names: bool = False) -> dict[str, torc
 
 
 def missing_message(path: Path, size_flag: str = "--hidden_size") -> str:
-    """What is missing, which script makes it, and what is there instead."""
-    stage = max((name for name in STAGES if path.name.startswith(name + "_")), key=len, default=None)
-    hint = f"; run trainer/{STAGES[stage]} first, or name another size with {size_flag}" if stage else ""
+    """Say what is missing, which script makes it, and what is there instead."""
+    match = WEIGHT_NAME.fullmatch(path.stem)
+    hint = ""
+    if match:
+        hint = f"; run trainer/{STAGES[match['stage']].script} first, or name another size with {size_flag}"
     if path.is_dir():
         return f"{path} is a folder, not a weight file{hint}"
-    found = sorted(p.name for p in path.parent.glob("*.pth")) if path.parent.is_dir() else []
-    return f"{path} not found{hint}. {path.parent} holds: {', '.join(found) or 'no weights'}"
+    message = f"{path} not found{hint}. {path.parent} holds: {listed_weights(path.parent)}"
+    quickstart = path.parent / "quickstart"
+    if match and any(quickstart.glob(f"{match['stage']}_*.pth")):
+        message += f". --out_dir {quickstart} holds: {listed_weights(quickstart)}"
+    return message
+
+
+def listed_weights(folder: Path) -> str:
+    return ", ".join(sorted(path.name for path in folder.glob("*.pth"))) or "no weights"
 
 
 def config_from_state_dict(state: dict[str, torch.Tensor], sidecar: dict | None = None) -> MiniMindConfig:

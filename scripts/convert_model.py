@@ -39,16 +39,13 @@ from model.export import from_hf, from_old_names, has_old_names, hf_config, hf_f
 from model.gguf_format import chat_template, check_gguf_type, read_gguf, round_to_gguf, write_gguf
 from model.loading import (
     DTYPES,
-    STAGE_OF_MODE,
-    boolean,
+    add_flags,
     check_sizes,
     check_vocabulary,
-    facts_path,
-    find_weights,
     load_folder,
-    read_facts,
-    stretch_context,
-    trained_length,
+    scale_positions,
+    show_defaults,
+    tokenizer_folder,
 )
 from model.model_lora import (
     LoRALinear,
@@ -65,10 +62,11 @@ from model.model_lora import (
 )
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import (
-    STAGES,
+    STAGE_OF_MODE,
     WeightsError,
     check_tokenizer,
     config_from_state_dict,
+    find_weights,
     load_model,
     missing_message,
     read_sidecar,
@@ -79,7 +77,6 @@ from model.weights import (
     write_atomically,
     write_json,
 )
-from model.weights import find_weights as find_named_weights
 
 FORMATS = ("llama", "qwen2_moe", "minimind", "gguf", "pth", "peft", "lora")
 HF_FORMATS = ("llama", "qwen2_moe", "minimind")
@@ -93,31 +90,24 @@ ROUNDING_TOLERANCE = 0.01
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    modes = ", ".join(f"{mode} {stage}" for mode, stage in STAGE_OF_MODE.items())
-    add = parser.add_argument_group("what is converted").add_argument
-    add(
-        "--input", default=None, help=".pth, .gguf, folder in Hugging Face or PEFT format; default: the stage's weights"
-    )
-    add("--model_mode", type=int, default=1, choices=list(STAGE_OF_MODE), help=f"stage of the weights: {modes} (1)")
-    add("--out_dir", default=str(ROOT / "out"), help="folder of the .pth files (out/)")
-    add("--hidden_size", type=int, default=None, help="chooses between files (the only one there, or 512)")
-    add("--num_hidden_layers", type=int, default=None, help="read from the weights; checked against them if given")
-    add("--use_moe", type=boolean, nargs="?", const=True, default=None, help="chooses between files")
-    add("--lora_name", default="None", help="adapter to merge on the way: a name in OUT_DIR/lora/, or a .pth file")
-    add("--tokenizer_path", default=None, help="folder of the weights' tokenizer (the input folder's own, else model/)")
+    group = parser.add_argument_group("what is converted")
+    add = group.add_argument
+    add("--input", help=".pth, .gguf, folder in Hugging Face or PEFT format (default: the stage's weights)")
+    add_flags(group, "model_mode", "out_dir", "hidden_size", "num_hidden_layers", "use_moe", "lora_name")
+    add_flags(group, "tokenizer_path")
     add("--base", default=None, help="weights that an adapter is checked on: a .pth or a stage (random ones)")
     add("--num_attention_heads", type=int, default=None, help="of weights without a sidecar; no tensor shows it (8)")
     add("--rope_theta", type=float, default=None, help="of weights without a sidecar (1e6)")
-    add = parser.add_argument_group("what comes out").add_argument
+    group = parser.add_argument_group("what comes out")
+    add = group.add_argument
     add("--to", default="auto", choices=["auto", *FORMATS], help="format (auto: .pth -> llama or qwen2_moe; old .pth, "
         "folder and .gguf -> pth; adapter -> peft; PEFT folder -> lora)")  # fmt: skip
     add("--output", default=None, help="folder, .pth or .gguf to write (named after the weights)")
     add("--dtype", default=None, choices=list(DTYPES), help="of the tensors in a Hugging Face folder (float16)")
     add("--gguf_type", default="F16", help="of the tensors in a GGUF file: F16 or Q8_0 (F16)")
-    add("--rope_scaling", type=float, default=None, help="YaRN: stretch the context by this factor, in the config")
-    add("--trained_length", type=int, default=None, help="tokens the weights were trained on, for --rope_scaling; "
-        "read from the sidecar")  # fmt: skip
+    add_flags(group, "rope_scaling", "trained_length")
     add("--force", action="store_true", help="replace files of the target that are there already")
+    show_defaults(parser)
     return parser.parse_args(argv)
 
 
@@ -157,16 +147,16 @@ class Source:
         return self.model.config
 
     @property
-    def facts(self) -> dict:
-        """What is known besides the configuration, for the sidecar or minimind.json."""
-        facts = {key: value for key, value in self.sidecar.items() if key not in ("config", "tokenizer_sha256")}
-        facts["converted_from"] = self.path.name
-        if "flags" in facts:  # without paths: folders are published, and where files lay is nobody else's business
-            flags = facts["flags"].items()
-            facts["flags"] = {name: v for name, v in flags if not (isinstance(v, str) and re.search(r"[/\\]", v))}
+    def new_sidecar(self) -> dict:
+        """The sidecar of what is written, without the configuration."""
+        sidecar = {key: value for key, value in self.sidecar.items() if key not in ("config", "tokenizer_sha256")}
+        sidecar["converted_from"] = self.path.name
+        if "flags" in sidecar:  # folders are published, and the paths of this machine are private
+            flags = sidecar["flags"].items()
+            sidecar["flags"] = {name: v for name, v in flags if not (isinstance(v, str) and re.search(r"[/\\]", v))}
         if self.knows_tokenizer:
-            facts["tokenizer_sha256"] = self.tokenizer.sha256
-        return facts
+            sidecar["tokenizer_sha256"] = self.tokenizer.sha256
+        return sidecar
 
     @property
     def name(self) -> str:
@@ -177,7 +167,7 @@ class Source:
 
 def input_path(args: argparse.Namespace) -> Path:
     if args.input is None:
-        return find_weights(args.out_dir, STAGE_OF_MODE[args.model_mode], args.hidden_size, args.use_moe)
+        return find_weights(STAGE_OF_MODE[args.model_mode], args.out_dir, args.hidden_size, args.use_moe)
     path = Path(args.input)
     if not path.exists():
         raise WeightsError(missing_message(path) if path.suffix == ".pth" else f"--input {path} not found")
@@ -202,7 +192,7 @@ def input_kind(path: Path) -> str:
 
 def read_source(path: Path, kind: str, args: argparse.Namespace) -> Source:
     own_tokenizer = kind == "hf" and (path / "tokenizer.json").is_file()
-    tokenizer = ChatTokenizer(args.tokenizer_path or (path if own_tokenizer else ROOT / "model"))
+    tokenizer = ChatTokenizer(tokenizer_folder(path, args.tokenizer_path))
     reference = None
     if kind in ("pth", "old"):
         state, sidecar = read_state_dict(path, old_names=True), read_sidecar(path) or {}
@@ -216,20 +206,17 @@ def read_source(path: Path, kind: str, args: argparse.Namespace) -> Source:
             state = from_old_names(state, fields.get("num_attention_heads", MiniMindConfig().num_attention_heads))
         config = config_from_state_dict(state, {"config": fields})
     elif kind == "gguf":
-        (state, config), sidecar = read_gguf(path), agreed_facts(path, tokenizer.sha256)
+        (state, config), sidecar = read_gguf(path), agreed_sidecar(path, tokenizer.sha256)
     else:
         reference = load_folder(path, trust_remote_code=False, dtype="auto")
-        sidecar = agreed_facts(path, tokenizer.sha256)
+        sidecar = agreed_sidecar(path, tokenizer.sha256)
         state, config = from_hf(reference.state_dict(), reference.config)
         reference = None if isinstance(reference, MiniMindForCausalLM) else reference
     model = build(state, config)
     check_sizes(config, path, args.hidden_size if args.input else None, args.num_hidden_layers, args.use_moe)
     check_vocabulary(model, path, tokenizer.path, tokenizer.vocab_size)
-    if args.rope_scaling is not None:
-        for part in filter(None, (model, reference)):
-            stretch_context(part, args.rope_scaling, trained_length(sidecar, args.trained_length))
-    elif args.trained_length is not None:
-        raise ValueError("--trained_length belongs to --rope_scaling FACTOR")
+    for part in filter(None, (model, reference)):
+        scale_positions(part, sidecar, args.rope_scaling, args.trained_length)
     known = "tokenizer_sha256" in sidecar or bool(args.tokenizer_path) or own_tokenizer
     source = Source(model, path, kind, tokenizer, sidecar, known, reference)
     if args.lora_name.lower() != "none":
@@ -237,13 +224,13 @@ def read_source(path: Path, kind: str, args: argparse.Namespace) -> Source:
     return source
 
 
-def agreed_facts(path: Path, tokenizer_sha256: str) -> dict:
-    """What minimind.json tells, if it is about weights of the tokenizer in use."""
-    facts = read_facts(path)
-    known = facts.get("tokenizer_sha256")
+def agreed_sidecar(path: Path, tokenizer_sha256: str) -> dict:
+    """Return the sidecar of a folder or a .gguf, or {} if it is about weights of another tokenizer."""
+    sidecar = read_sidecar(path) or {}
+    known = sidecar.get("tokenizer_sha256")
     if known not in (None, tokenizer_sha256):
-        warnings.warn(f"{facts_path(path)} names another tokenizer than the one in use; left aside", stacklevel=2)
-    return facts if known == tokenizer_sha256 else {}
+        warnings.warn(f"{sidecar_path(path)} names another tokenizer than the one in use; left aside", stacklevel=2)
+    return sidecar if known == tokenizer_sha256 else {}
 
 
 def merge_adapter(source: Source, path: Path) -> None:
@@ -405,7 +392,7 @@ def write_beside(source: Source, folder: Path, kind: str, dtype: torch.dtype, na
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (source.tokenizer.path / file).is_file():
             shutil.copyfile(source.tokenizer.path / file, folder / file)
-    write_json(facts_path(folder), source.facts)
+    write_json(sidecar_path(folder), source.new_sidecar)
     card = model_card(source, kind, dtype, name)
     write_atomically(folder / "README.md", lambda file: file.write(card.encode()))
 
@@ -484,7 +471,7 @@ def write_gguf_folder(source: Source, target: Path, gguf_type: str, args: argpar
     folder = target.parent if single else target
     name = target.stem if single else f"{source.name}-{gguf_type}"
     check_not_read(folder / f"{name}.gguf", source.path)
-    check_target(folder, args.force, *((target, folder / "Modelfile", facts_path(target)) if single else ()))
+    check_target(folder, args.force, *((target, folder / "Modelfile", sidecar_path(target)) if single else ()))
     with staging(target) as staged:
         file = staged / f"{name}.gguf"
         if gguf_type == "F16":
@@ -503,7 +490,7 @@ def write_gguf_folder(source: Source, target: Path, gguf_type: str, args: argpar
         compare(before, logits_of(build(*read_gguf(file))))
         text = modelfile(source.tokenizer, file.name)
         write_atomically(staged / "Modelfile", lambda out: out.write(text.encode()))
-        write_json(facts_path(file), source.facts)
+        write_json(sidecar_path(file), source.new_sidecar)
         publish(staged, folder)
     say(f"wrote {folder / file.name} and {folder / 'Modelfile'}")
 
@@ -532,7 +519,7 @@ PARAMETER repeat_penalty 1.0
 def write_pth(source: Source, target: Path, args: argparse.Namespace) -> None:
     """A weight file of ours, float16, with its sidecar."""
     check_target(target, args.force, target, sidecar_path(target))
-    sidecar = {"config": source.config.to_diff_dict(), **source.facts}
+    sidecar = {"config": source.config.to_diff_dict(), **source.new_sidecar}
     with staging(target) as folder:
         before = logits_of(source.computing(torch.float16))
         save_weights(folder / target.name, source.model, sidecar)
@@ -550,9 +537,9 @@ def convert_adapter(path: Path, kind: str, args: argparse.Namespace) -> None:
     if kind == "adapter":
         pairs, sidecar = read_lora(path), read_sidecar(path) or {}
     else:
-        pairs, sidecar = read_peft(path), read_facts(path)
+        pairs, sidecar = read_peft(path), read_sidecar(path) or {}
         if args.tokenizer_path:
-            sidecar = agreed_facts(path, ChatTokenizer(args.tokenizer_path).sha256)
+            sidecar = agreed_sidecar(path, ChatTokenizer(args.tokenizer_path).sha256)
     base = None if args.base is None else base_path(args)
     model = adapter_base(pairs, sidecar, base, args)
     if kind == "adapter":
@@ -562,7 +549,7 @@ def convert_adapter(path: Path, kind: str, args: argparse.Namespace) -> None:
         check_target(target, args.force)
         with staging(target) as folder:
             save_peft(folder, model, base_model=args.base or "")
-            write_json(facts_path(folder), {**sidecar, "converted_from": path.name})
+            write_json(sidecar_path(folder), {**sidecar, "converted_from": path.name})
             compare(logits_of(model), logits_of(with_peft(model, folder)))
             publish(folder, target)
     else:
@@ -610,15 +597,10 @@ def adapter_base(pairs: dict, sidecar: dict, base: Path | None, args: argparse.N
 
 
 def base_path(args: argparse.Namespace) -> Path:
-    if args.base in STAGES:
-        return find_weights(args.out_dir, args.base, args.hidden_size, args.use_moe)
     try:
-        return find_named_weights(args.base, args.out_dir, args.hidden_size or 512, bool(args.use_moe))
+        return find_weights(args.base, args.out_dir, args.hidden_size, args.use_moe)
     except WeightsError as error:
-        if args.base.endswith(".pth"):
-            raise
-        found = ", ".join(sorted(path.name for path in Path(args.out_dir).glob("*.pth"))) or "no weights"
-        raise WeightsError(f"--base {error}. {args.out_dir} holds: {found}") from error
+        raise WeightsError(f"--base {error}") from error
 
 
 def put_on(model: MiniMindForCausalLM, pairs: dict) -> None:

@@ -19,15 +19,8 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from dataset.tokenization import ChatTokenizer
-from model import loading
-from model.loading import check_vocabulary, choose_device, choose_dtype, load_folder, read_facts, stretch_context
-from model.model_lora import find_lora, load_lora, merge_lora
-from model.weights import STAGES, load_model
-
-# what someone who opens a chat wants first
-STAGE_ORDER = ("full_sft", "rlhf", "reason", "full_dist", "pretrain")
-assert sorted(STAGE_ORDER) == sorted(STAGES)
-WEIGHT_NAME = re.compile(rf"({'|'.join(STAGES)})_(\d+)(_moe)?")
+from model.loading import ReadyModel, load_ready
+from model.weights import STAGES, WEIGHT_NAME
 
 
 @dataclass(frozen=True)
@@ -58,7 +51,7 @@ def find_models(out_dir: str | Path = ROOT / "out", folders: tuple[str | Path, .
     out_dir = Path(out_dir).absolute()
     entries = [entry_of_file(path) for path in _listed(out_dir) if path.suffix == ".pth" and path.is_file()]
     entries = [entry for entry in entries if entry]
-    entries.sort(key=lambda entry: (STAGE_ORDER.index(entry.stage), entry.hidden_size, entry.use_moe))
+    entries.sort(key=lambda entry: (STAGES[entry.stage].order, entry.hidden_size, entry.use_moe))
     places = [Path(folder).absolute() for folder in folders]
     candidates = [path for place in [*places, out_dir] for path in [place, *_listed(place)]]
     names = {entry.name for entry in entries}
@@ -107,39 +100,9 @@ def find_adapters(out_dir: str | Path, hidden_size: int, use_moe: bool) -> tuple
     return tuple(sorted(stem.removesuffix(ending) for stem in stems if stem.endswith(ending) and stem != ending))
 
 
-def load_entry(
-    entry: Entry,
-    *,
-    lora_name: str | None = None,
-    device: str | torch.device = "cpu",
-    dtype: str | torch.dtype | None = None,
-    tokenizer_path: str | Path | None = None,
-    trust_remote_code: bool = False,
-    rope_scaling: float | None = None,
-    trained_length: int | None = None,
-) -> tuple[torch.nn.Module, ChatTokenizer]:
-    """The model in eval mode on its device, with the adapter (a name or a .pth) merged in, and its tokenizer.
-
-    dtype: a name or a torch dtype; None chooses by device. rope_scaling: YaRN's factor over trained_length, by default
-    what the sidecar, or the folder's minimind.json, says. ValueError says what is wrong with files or flags.
-    """
-    device = choose_device(str(device))
-    dtype = dtype if isinstance(dtype, torch.dtype) else choose_dtype(dtype, device)
-    own = entry.path if entry.kind == "hf" and (entry.path / "tokenizer.json").is_file() else ROOT / "model"
-    tokenizer = ChatTokenizer(tokenizer_path or own)
-    if entry.kind == "hf":
-        model = load_folder(entry.path, trust_remote_code, torch.float32 if lora_name else dtype)
-        sidecar = read_facts(entry.path)
-    else:
-        model, sidecar = load_model(entry.path, tokenizer.sha256)
-    if rope_scaling is not None:
-        stretch_context(model, rope_scaling, loading.trained_length(sidecar, trained_length))
-    check_vocabulary(model, entry.path, tokenizer.path, tokenizer.vocab_size)
-    if lora_name:
-        use_moe = bool(getattr(model.config, "use_moe", entry.use_moe))
-        load_lora(model, find_lora(lora_name, entry.out_dir, model.config.hidden_size, use_moe), tokenizer.sha256)
-        merge_lora(model)
-    return model.to(device=device, dtype=dtype).eval(), tokenizer
+def load_entry(entry: Entry, lora_name: str | None = None, **flags) -> ReadyModel:
+    """Load a model with the adapter (a name or a .pth) merged in. flags: those of load_ready."""
+    return load_ready(entry.path, ChatTokenizer, merged_lora=lora_name, out_dir=entry.out_dir, **flags)
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------

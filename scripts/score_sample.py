@@ -21,7 +21,8 @@ sys.path.insert(0, str(ROOT))
 
 from dataset.tokenization import ChatTokenizer
 from model.generation import SamplingParams, generate_batch
-from model.weights import STAGES, load_model, weight_path, write_json
+from model.loading import add_flags, load_ready, ready_flags, show_defaults
+from model.weights import STAGES, find_weights, write_json
 
 LONGEST_ANSWER = 128  # tokens; the longest expected answer is about half of it
 
@@ -43,22 +44,6 @@ def read_questions(path: Path) -> list[dict]:
     if not questions:
         raise ValueError(f"{path} holds no question; run python dataset/sample/make_sample.py")
     return questions
-
-
-def find_weight(weight: Path | None, stage: str, out_dir: Path, hidden_size: int | None) -> Path:
-    """The file that --weight names, or the only file of the stage in out_dir. ValueError: there is none, or several."""
-    if weight is not None:
-        return weight
-    if hidden_size is not None:
-        dense, moe = (weight_path(out_dir, stage, hidden_size, use_moe) for use_moe in (False, True))
-        return moe if moe.is_file() and not dense.is_file() else dense
-    found = sorted(out_dir.glob(f"{stage}_*.pth"))
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise ValueError(f"{out_dir} holds {', '.join(path.name for path in found)}; choose one with --weight")
-    held = ", ".join(sorted(path.name for path in out_dir.glob("*.pth"))) or "no weights"
-    raise ValueError(f"{out_dir} has no {stage}_*.pth; run trainer/{STAGES[stage]} first. It holds: {held}")
 
 
 def ask(model: torch.nn.Module, tokenizer: ChatTokenizer, questions: list[dict]) -> list[str]:
@@ -122,21 +107,18 @@ def printable(text: str, longest: int = 60) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--out_dir", type=Path, default=ROOT / "out", help="folder of the weights (default: out/)")
-    add("--stage", choices=sorted(STAGES), default="full_sft", help="whose weights (default: %(default)s)")
-    add("--hidden_size", type=int, help="which weights, where out_dir holds several sizes")
-    add("--weight", type=Path, help="a .pth file, instead of --out_dir and --stage")
+    add_flags(parser, "out_dir", "hidden_size", "use_moe", "tokenizer_path", "device")
+    add("--stage", choices=sorted(STAGES), default="full_sft", help="whose weights")
+    add("--weight", help="a .pth file, instead of --out_dir and --stage")
     add("--questions", type=Path, default=ROOT / "dataset" / "sample" / "questions.jsonl")
-    add("--tokenizer_path", type=Path, default=ROOT / "model", help="folder with tokenizer.json")
-    add("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
-    add("--examples", type=int, default=5, help="wrong answers to print (default: %(default)s)")
+    add("--examples", type=int, default=5, help="wrong answers to print")
+    show_defaults(parser)
     args = parser.parse_args(argv)
     try:
         questions = read_questions(args.questions)
-        path = find_weight(args.weight, args.stage, args.out_dir, args.hidden_size)
-        tokenizer = ChatTokenizer(args.tokenizer_path)
-        model, _ = load_model(path, tokenizer.sha256)
-        answers = ask(model.to(args.device).float(), tokenizer, questions)
+        path = find_weights(args.weight or args.stage, args.out_dir, args.hidden_size, args.use_moe)
+        ready = load_ready(path, ChatTokenizer, dtype="float32", **ready_flags(args))
+        answers = ask(ready.model, ready.tokenizer, questions)
         result = {"weights": path.name, "questions": args.questions.name, **score(questions, answers)}
         write_json(path.with_name(f"{path.stem}.score.json"), result)
     except ValueError as error:

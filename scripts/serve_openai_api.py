@@ -29,8 +29,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
@@ -48,7 +46,16 @@ from starlette.types import ASGIApp
 from dataset.tokenization import ChatTokenizer
 from model.batching import Engine, QueueFull, Token
 from model.generation import SamplingParams
-from model.loading import DTYPES, STAGE_OF_MODE, boolean, check_sizes, find_weights, read_config
+from model.loading import (
+    READY_FLAGS,
+    add_flags,
+    at_least,
+    check_sizes,
+    named_path,
+    read_config,
+    ready_flags,
+    show_defaults,
+)
 from model.model_lora import find_lora
 from scripts.model_catalog import entry_of_file, entry_of_folder, load_entry
 from scripts.model_pool import LoadedModel, ModelPool, Offer
@@ -73,40 +80,11 @@ FIRST_TOKEN_BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30
 prometheus.disable_created_metrics()  # a second series for every counter
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-        return int(text)
-
-    return number
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Serve MiniMind through an OpenAI-compatible API.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    modes = ", ".join(f"{mode} {stage}" for mode, stage in STAGE_OF_MODE.items())
+    parser = argparse.ArgumentParser(description="Serve MiniMind through an OpenAI-compatible API.")
+    add_flags(parser, "model_mode", "load", "out_dir", "hf_path", "lora_name", "hidden_size", "num_hidden_layers")
+    add_flags(parser, "use_moe", *READY_FLAGS, "temperature", "top_p", "max_new_tokens")
     add = parser.add_argument
-    add("--model_mode", type=int, default=1, choices=list(STAGE_OF_MODE), help=f"stage of the weights: {modes}")
-    add("--load", type=int, default=0, choices=[0, 1], help="0: .pth in --out_dir; 1: Hugging Face folder --hf_path")
-    add("--out_dir", default=str(ROOT / "out"), help="folder of the .pth files; all of them are served")
-    add("--hf_path", default=str(ROOT / "MiniMind2"), help="folder in Hugging Face format, for --load 1")
-    add("--trust_remote_code", type=boolean, nargs="?", const=True, default=False, help="run that folder's own code")
-    add("--tokenizer_path", default=None, help="folder of the tokenizer; default: --hf_path's own, else model/")
-    add("--lora_name", default="None", help="adapter on the default model: a name in OUT_DIR/lora/, or a .pth file")
-    add("--hidden_size", type=int, default=None, help="chooses between files; default: the only one there, or 512")
-    add("--num_hidden_layers", type=int, default=None, help="read from the weights; checked against them if given")
-    add("--use_moe", type=boolean, nargs="?", const=True, default=None, help="chooses between files")
-    add("--max_seq_len", type=at_least(2), default=8192, help="context in tokens: conversation and answer")
-    add("--rope_scaling", type=float, default=None, help="YaRN: read this many times the trained length")
-    add("--trained_length", type=at_least(1), default=None, help="tokens, for --rope_scaling; default: the sidecar's")
-    add("--temperature", type=float, default=0.85, help="for requests that name none; 0: greedy")
-    add("--top_p", type=float, default=0.85, help="for requests that name none")
-    add("--max_new_tokens", type=at_least(1), default=1024, help="longest chat answer where a request names no length")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps ...")
-    add("--dtype", default=None, choices=list(DTYPES), help="default: float32 on a CPU; bfloat16 on a GPU, or float16")
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: reachable from other machines")
     add("--port", type=int, default=8998, help="0: any free one")
     add("--model_name", default="minimind", help="what the default model is called in requests")
@@ -118,6 +96,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_messages", type=at_least(1), default=1000, help="in one request")
     add("--max_body_bytes", type=at_least(1), default=2**20, help="longest request")
     add("--shutdown_timeout", type=at_least(0), default=30, help="seconds that running answers get at the end")
+    show_defaults(parser)
     args = parser.parse_args(argv)
     args.api_key = args.api_key or None  # a variable that is set to nothing asks for no key
     try:
@@ -137,14 +116,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def default_offer(args: argparse.Namespace) -> Offer:
     """What the flags name. ValueError where it is missing."""
     lora_name = None if args.lora_name.lower() == "none" else args.lora_name
+    path = named_path(args).absolute()
     if args.load == 1:
-        folder = Path(args.hf_path).absolute()
-        read_config(folder)
-        entry = entry_of_folder(folder, Path(args.out_dir))
+        read_config(path)
+        entry = entry_of_folder(path, Path(args.out_dir))
         if entry is None:
-            raise ValueError(f"{folder} holds no language model with its weights; --hf_path takes such a folder")
+            raise ValueError(f"{path} holds no language model with its weights; --hf_path takes such a folder")
     else:
-        path = find_weights(args.out_dir, STAGE_OF_MODE[args.model_mode], args.hidden_size, args.use_moe)
         entry = entry_of_file(path)
     if lora_name:
         find_lora(lora_name, args.out_dir, entry.hidden_size, entry.use_moe)
@@ -153,21 +131,15 @@ def default_offer(args: argparse.Namespace) -> Offer:
 
 def make_loader(args: argparse.Namespace, default: Offer) -> Callable[[Offer], tuple[Engine, ChatTokenizer]]:
     def load(offer: Offer) -> tuple[Engine, ChatTokenizer]:
-        is_default = offer.entry == default.entry
-        model, tokenizer = load_entry(
-            offer.entry,
-            lora_name=offer.lora_name,
-            device=args.device,
-            dtype=args.dtype,
-            # a folder's own tokenizer fits it; the flag is for the weights that it was given with
-            tokenizer_path=args.tokenizer_path if is_default or offer.entry.kind == "pth" else None,
-            trust_remote_code=args.trust_remote_code and is_default,
-            rope_scaling=args.rope_scaling,
-            trained_length=args.trained_length,
-        )
-        engine = Engine(model, slots=args.slots, context_length=args.max_seq_len, max_queue=args.max_queue)
+        flags = ready_flags(args)
+        if offer.entry != default.entry:
+            flags["trust_remote_code"] = False
+            if offer.entry.kind == "hf":  # its own tokenizer fits it
+                flags["tokenizer_path"] = None
+        ready = load_entry(offer.entry, offer.lora_name, **flags)
+        engine = Engine(ready.model, slots=args.slots, context_length=ready.context_length, max_queue=args.max_queue)
         engine.start()
-        return engine, tokenizer
+        return engine, ready.tokenizer
 
     return load
 

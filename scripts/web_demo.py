@@ -21,6 +21,11 @@ import streamlit
 from starlette.middleware import Middleware
 
 ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from model.loading import add_flags, show_defaults
+
 FLAGS_VARIABLE = "MINIMIND_WEB_FLAGS"  # how the flags reach web_page.py, which Streamlit runs apart from this file
 
 
@@ -38,21 +43,13 @@ def content_security_policy() -> str:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="A web page to talk to MiniMind.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description="A web page to talk to MiniMind.")
+    add_flags(parser, "out_dir", "tokenizer_path", "max_seq_len", "device", "dtype")
     add = parser.add_argument
-    add("--out_dir", default=str(ROOT / "out"), help="folder of the .pth files, adapters in its lora/")
     add("--hf_path", nargs="+", default=[str(ROOT)], help="folders in Hugging Face format, or folders that hold such")
-    add("--tokenizer_path", default=None, help="folder of the tokenizer; default: a model's own, else model/")
-    add("--max_seq_len", type=int, default=8192, help="context in tokens: conversation and answer")
-    add("--device", default=None, help="cpu, cuda, cuda:1, mps ...; default: cuda where there is one")
-    add("--dtype", default=None, choices=["float32", "bfloat16", "float16"], help="default: float32 on a CPU")
     add("--base_url", default="http://127.0.0.1:8998/v1", help="server that the page offers under API")
-    args = parser.parse_args(argv)
-    if args.max_seq_len < 2:
-        parser.error(f"--max_seq_len is {args.max_seq_len}, and must be at least 2")
-    return args
+    show_defaults(parser)
+    return parser.parse_args(argv)
 
 
 class SecurityHeaders:

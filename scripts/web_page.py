@@ -22,9 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-import torch
-
 from model.batching import Engine
+from model.loading import READY_FLAGS
 from scripts.model_catalog import Entry, find_models, load_entry
 from scripts.web_answers import ApiModel, ApiRun, LocalModel, LocalRun, Settings, list_api_models
 from scripts.web_conversation import FAILED, STOPPED, Answer, Conversation, Turn
@@ -120,9 +119,7 @@ def undo() -> None:
 
 
 def read_flags() -> argparse.Namespace:
-    flags = argparse.Namespace(**json.loads(os.environ["MINIMIND_WEB_FLAGS"]))
-    flags.device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return flags
+    return argparse.Namespace(**json.loads(os.environ["MINIMIND_WEB_FLAGS"]))
 
 
 @st.cache_data(ttl=60, show_spinner=False)
@@ -152,19 +149,14 @@ def stamp_of(entry: Entry, adapter: str | None) -> tuple:
 def load_local(_entry: Entry, label: str, adapter: str | None, stamp: tuple, flags: dict) -> LocalModel:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        model, tokenizer = load_entry(
-            _entry,
-            lora_name=adapter,
-            device=flags["device"],
-            dtype=flags["dtype"],
-            tokenizer_path=flags["tokenizer_path"],
-        )
-    engine = Engine(model, slots=4, context_length=flags["max_seq_len"])
+        flags = {name: value for name, value in flags.items() if name in READY_FLAGS}
+        ready = load_entry(_entry, adapter, **flags)
+    engine = Engine(ready.model, slots=4, context_length=ready.context_length)
     engine.start()
     return LocalModel(
         f"{label} + {adapter}" if adapter else label,
         engine,
-        tokenizer,
+        ready.tokenizer,
         continues=_entry.stage == "pretrain",
         split_thoughts=_entry.stage in ("reason", ""),  # folders do not tell their stage: thoughts are looked for
         warning=" ".join(str(w.message) for w in caught if issubclass(w.category, UserWarning)),

@@ -19,10 +19,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import eval_model
 from dataset.tokenization import ChatTokenizer
+from model import loading
 from model.generation import SamplingParams, stream
 from model.model_lora import apply_lora, load_lora, lora_layers, lora_path, merge_lora, save_lora
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.weights import load_model, save_weights, weight_path
+from model.weights import STAGE_OF_MODE, find_weights, load_model, save_weights, weight_path
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = ChatTokenizer(ROOT / "model")
@@ -55,7 +56,7 @@ def save_tiny(out_dir: Path, stage: str, use_moe: bool = False) -> Path:
 @pytest.fixture(scope="module")
 def out_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("out")
-    for stage in eval_model.STAGE_OF_MODE.values():
+    for stage in STAGE_OF_MODE.values():
         save_tiny(folder, stage)
     return folder
 
@@ -106,7 +107,7 @@ def test_as_a_program(out_dir, tmp_path, mode):
     result = subprocess.run(command, capture_output=True, cwd=tmp_path, env=environment(), timeout=120)
     stdout, stderr = result.stdout.decode(), result.stderr.decode()
     assert result.returncode == 0, stderr
-    path = weight_path(out_dir, eval_model.STAGE_OF_MODE[mode], 32, False)
+    path = weight_path(out_dir, STAGE_OF_MODE[mode], 32, False)
     answer = greedy(path, continued_ids("你好，天空") if mode == 0 else chat_ids("你好，天空"))
     assert stdout == (answer.strip() if mode == 3 else answer) + "\n"
     assert f"{path}: 0.23M parameters (dense, hidden_size 32, 2 layers), float32 on cpu" in stderr
@@ -233,8 +234,21 @@ def test_answer_that_fills_the_context(run, out_dir):
 
 
 def test_context_of_the_model_bounds_max_seq_len(run, out_dir):
-    _, _, stderr = run("--out_dir", out_dir, *GREEDY, "--prompt", "天空")
+    _, _, stderr = run("--out_dir", out_dir, *GREEDY, "--prompt", "天空", "--max_seq_len", 8192)
     assert "the context is 2048 tokens" in stderr
+
+
+def test_the_context_is_the_trained_length_where_the_sidecar_knows_it(run, tmp_path):
+    path = save_tiny(tmp_path, "full_sft")
+    sidecar = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps({**sidecar, "flags": {"max_seq_len": 40}}))
+    flags = ["--out_dir", tmp_path, *GREEDY[:2], "--device", "cpu", "--prompt", "天空"]
+    status, _, stderr = run(*flags)
+    assert status == 0 and "cut: --max_seq_len is reached" in stderr and "warning" not in stderr
+    assert "--max_seq_len is 60, and the weights have learned to read 40" in run(*flags, "--max_seq_len", 60)[2]
+    stretched = ["--rope_scaling", 2, "--max_new_tokens", 30]
+    assert "--max_new_tokens is reached" in run(*flags, *stretched)[2]
+    assert "learned to read 80" in run(*flags, *stretched, "--max_seq_len", 81)[2]
 
 
 def test_control_strings_in_a_chat_are_text(run, out_dir):
@@ -360,7 +374,7 @@ def test_choice_between_files(tmp_path):
     """The only one there; else the one of the flags; else the dense one of size 512; else the choice is the user's."""
 
     def chosen(hidden_size=None, use_moe=None):
-        return eval_model.find_weights(str(tmp_path), "full_sft", hidden_size, use_moe).name
+        return find_weights("full_sft", str(tmp_path), hidden_size, use_moe).name
 
     def touch(name):
         (tmp_path / name).touch()
@@ -385,7 +399,7 @@ def test_choice_between_files(tmp_path):
         chosen(1024)
 
 
-@pytest.mark.parametrize("value", [[], ["true"], ["True"], ["1"]], ids=str)
+@pytest.mark.parametrize("value", [[], ["true"], ["True"], ["1"], ["on"]], ids=str)
 def test_use_moe_true(run, tmp_path, value):
     save_tiny(tmp_path, "full_sft", use_moe=True)
     save_tiny(tmp_path, "full_sft", use_moe=False)
@@ -393,7 +407,7 @@ def test_use_moe_true(run, tmp_path, value):
     assert "full_sft_32_moe.pth" in stderr and "MoE of 4 experts" in stderr
 
 
-@pytest.mark.parametrize("value", [["False"], ["false"], ["0"], None], ids=str)
+@pytest.mark.parametrize("value", [["False"], ["false"], ["0"], ["off"], None], ids=str)
 def test_use_moe_false(run, tmp_path, value):
     save_tiny(tmp_path, "full_sft", use_moe=True)
     save_tiny(tmp_path, "full_sft", use_moe=False)
@@ -527,9 +541,9 @@ def adapted_answer(path: Path, lora: Path | None, ids: list[int]) -> str:
     return TOKENIZER.decode(list(stream(model, ids, params)))
 
 
-@pytest.mark.parametrize("mode", eval_model.STAGE_OF_MODE)
+@pytest.mark.parametrize("mode", STAGE_OF_MODE)
 def test_an_adapter_goes_on_the_weights_of_any_stage(run, adapters, mode):
-    path = weight_path(adapters, eval_model.STAGE_OF_MODE[mode], 32, False)
+    path = weight_path(adapters, STAGE_OF_MODE[mode], 32, False)
     lora = adapters / "lora" / "first_32.pth"
     ids = continued_ids("天空") if mode == 0 else chat_ids("天空")
     flags = ["--out_dir", adapters, *GREEDY, "--model_mode", mode, "--prompt", "天空"]
@@ -589,7 +603,7 @@ def test_switching_adapters_in_a_conversation(run, adapters, monkeypatch):
 
     monkeypatch.setattr(io, "StringIO", Typed)
     loaded = []
-    monkeypatch.setattr(eval_model, "load_model", lambda *rest: (loaded.append(1), load_model(*rest))[1])
+    monkeypatch.setattr(loading, "load_model", lambda *rest: (loaded.append(1), load_model(*rest))[1])
     commands = ["/lora first", "天空", "/lora third", "/lora", "天空", " /lora  second ", "天空", "/lora None", "天空"]
     lines = ["1", "天空", *commands]
     flags = ["--out_dir", adapters, *GREEDY, "--history_cnt", "20"]
@@ -639,9 +653,9 @@ def test_an_adapter_on_a_llama_folder(run, tmp_path):
         (["--history_cnt", "-2"], "--history_cnt is -2"),
         (["--temperature", "-1"], "--temperature is -1"),
         (["--top_p", "0"], "--top_p is 0"),
-        (["--use_moe", "maybe"], "'maybe' is neither true nor false"),
+        (["--use_moe", "maybe"], "expected true or false, got 'maybe'"),
         (["--model_mode", "9"], "--model_mode"),
-        (["--max_seq_len", "1"], "--max_seq_len is 1"),
+        (["--max_seq_len", "1"], "--max_seq_len: 1 is less than 2"),
     ],
     ids=str,
 )

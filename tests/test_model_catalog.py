@@ -110,7 +110,7 @@ def test_a_file_that_changed_is_looked_at_again(tmp_path, tokenizer):
 
 def test_what_is_loaded_is_what_the_file_holds(out_dir, tokenizer):
     entry = find_models(out_dir, folders=())[0]
-    model, its_tokenizer = load_entry(entry)
+    model, its_tokenizer, *_ = load_entry(entry)
     assert torch.equal(logits(model), logits(load_model(entry.path)[0]))
     assert its_tokenizer.sha256 == tokenizer.sha256 and not model.training
     assert next(load_entry(entry, dtype="bfloat16")[0].parameters()).dtype == torch.bfloat16
@@ -118,7 +118,7 @@ def test_what_is_loaded_is_what_the_file_holds(out_dir, tokenizer):
 
 def test_an_adapter_is_merged(out_dir):
     entry = find_models(out_dir, folders=())[0]
-    plain, (merged, _) = load_model(entry.path)[0], load_entry(entry, lora_name="lora_medical")
+    plain, merged = load_model(entry.path)[0], load_entry(entry, lora_name="lora_medical").model
     from model.model_lora import load_lora
 
     adapted = load_lora(plain, out_dir / "lora" / "lora_medical_32.pth")
@@ -141,15 +141,16 @@ def test_a_folder_is_loaded_with_its_own_tokenizer(out_dir, tmp_path, other_toke
     assert load_entry(entry)[1].path == ROOT / "model"
     shutil.copy(other_tokenizer / "tokenizer.json", folder)
     shutil.copy(other_tokenizer / "tokenizer_config.json", folder)
-    model, tokenizer = load_entry(entry)
+    model, tokenizer, *_ = load_entry(entry)
     assert tokenizer.path == folder
     torch.testing.assert_close(logits(model), logits(sharp_model(seed=2).eval()))
 
 
 def test_the_context_is_stretched_when_asked(out_dir):
     entry = find_models(out_dir, folders=())[0]
-    plain, _ = load_entry(entry)
-    stretched, _ = load_entry(entry, rope_scaling=4.0, trained_length=16)
+    plain, stretched = (load_entry(entry, **flags) for flags in ({}, {"rope_scaling": 4.0, "trained_length": 16}))
+    assert plain.context_length == 8192 and stretched.context_length == 64
+    plain, stretched = plain.model, stretched.model
     assert plain.config.rope_scaling is None and stretched.config.rope_scaling["factor"] == 4
     assert not torch.allclose(logits(plain), logits(stretched), atol=1e-4)
     with pytest.raises(ValueError, match="--trained_length"):  # this sidecar knows no length

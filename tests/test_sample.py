@@ -216,7 +216,7 @@ def test_missing_and_ambiguous_weights_are_named(tmp_path):
         score_sample.main(["--out_dir", str(tmp_path)])
     save_tiny(tmp_path, 32)
     save_tiny(tmp_path, 48)
-    with pytest.raises(SystemExit, match="choose one with --weight"):
+    with pytest.raises(SystemExit, match="several .* full_sft_32.pth, full_sft_48.pth. Choose by --hidden_size"):
         score_sample.main(["--out_dir", str(tmp_path)])
 
 

@@ -16,6 +16,7 @@ from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import (
     WeightsError,
     config_from_state_dict,
+    find_weights,
     load_model,
     load_weights,
     read_sidecar,
@@ -41,6 +42,39 @@ def test_naming_rule(tmp_path):
     assert weight_path("out", "pretrain", 512, False) == Path("out/pretrain_512.pth")
     assert weight_path(tmp_path, "full_sft", 640, True) == tmp_path / "full_sft_640_moe.pth"
     assert sidecar_path("out/rlhf_512_moe.pth") == Path("out/rlhf_512_moe.json")
+    assert sidecar_path("w.gguf") == Path("w.gguf.json")
+    assert sidecar_path("MiniMind2") == Path("MiniMind2/minimind.json")
+
+
+def test_every_stage_has_its_own_mode_script_and_order():
+    modes = {"pretrain": 0, "full_sft": 1, "rlhf": 2, "reason": 3, "full_dist": 4, "grpo": 5}
+    assert {name: stage.mode for name, stage in weights.STAGES.items()} == modes
+    assert sorted(stage.order for stage in weights.STAGES.values()) == list(range(1, len(modes) + 1))
+    scripts = {stage.script for stage in weights.STAGES.values()} - {"train_grpo.py"}
+    assert scripts < {path.name for path in (Path(weights.__file__).parents[1] / "trainer").glob("train_*.py")}
+
+
+def test_weights_found_by_stage_or_path(tmp_path):
+    """A size of None is open; exact sizes never fall back to another file."""
+    path = weight_path(tmp_path, "full_sft", 64, False)
+    path.touch()
+    assert find_weights("full_sft", tmp_path) == find_weights("full_sft", tmp_path, 64, False) == path
+    assert find_weights(str(path), tmp_path / "elsewhere") == path
+    for size, moe, name in ((512, False, "full_sft_512.pth"), (64, True, "full_sft_64_moe.pth")):
+        with pytest.raises(WeightsError, match=f"{name} not found; run trainer/train_full_sft.py.*holds: full_sft_64"):
+            find_weights("full_sft", tmp_path, size, moe)
+    with pytest.raises(WeightsError, match="sft is neither a .pth file nor a stage.*full_sft_64.pth"):
+        find_weights("sft", tmp_path)
+
+
+def test_missing_weights_name_the_quickstart(tmp_path):
+    (tmp_path / "quickstart").mkdir()
+    (tmp_path / "quickstart" / "full_sft_192.pth").touch()
+    with pytest.raises(WeightsError, match="--out_dir .*quickstart holds: full_sft_192.pth"):
+        find_weights("full_sft", tmp_path)
+    with pytest.raises(WeightsError) as refused:
+        find_weights("rlhf", tmp_path)
+    assert "quickstart" not in str(refused.value).removeprefix(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["dense", "moe"])

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch.distributed import DistError
 
+from model.loading import add_boolean, show_defaults
 from model.model_minimind import MiniMindConfig
 from trainer.tracking import tracking_mistakes
 from trainer.zero import zero_mistakes
@@ -29,20 +30,6 @@ FREE_ON_RESUME = {
     "accumulation_steps", "gradient_checkpointing", "save_peft", "base_weight", "reference_weight", "teacher_weight",
     "deepspeed_config", "estimate", "price_per_hour",
 }  # fmt: skip
-
-
-def boolean(text: str) -> bool:
-    """`--flag`, `--flag true` and `--flag False` all mean what they say."""
-    value = text.strip().lower()
-    if value in ("true", "1", "yes", "on"):
-        return True
-    if value in ("false", "0", "no", "off"):
-        return False
-    raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
-
-
-def add_boolean(parser: argparse.ArgumentParser, flag: str, default: bool | None, help: str) -> None:
-    parser.add_argument(flag, type=boolean, nargs="?", const=True, default=default, metavar="BOOL", help=help)
 
 
 class PerOptimizer(dict):
@@ -162,14 +149,6 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
     assert not unknown, f"defaults for flags that do not exist: {unknown}"
     parser.set_defaults(**defaults)
     return parser
-
-
-def show_defaults(parser: argparse.ArgumentParser) -> None:
-    """Adds the default to each help text that does not speak of it."""
-    for action in parser._actions:
-        said = action.help or ""
-        if "default" not in said and action.default not in (None, "", False, argparse.SUPPRESS):
-            action.help = f"{said} (default: %(default)s)".lstrip()
 
 
 def parse_arguments(
