@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Qwen2MoeForCausalLM
 
 from dataset.tokenization import ChatTokenizer
+from model import loading
 from model.export import hf_config, interleave_rows, split_rows, to_hf
 from model.gguf_format import pre_tokenizer, read_gguf
 from model.model_lora import apply_lora, load_lora, lora_layers, save_lora
@@ -609,6 +610,7 @@ def test_an_adapter_for_another_size_is_refused(dense, tmp_path, tokenizer, refu
 def test_without_flags_it_does_what_it_always_did(tmp_path, tokenizer, monkeypatch, convert):
     os.symlink(ROOT / "model", tmp_path / "model")
     monkeypatch.setattr(convert_model, "ROOT", tmp_path)
+    monkeypatch.setitem(loading.SHARED_FLAGS["out_dir"], "default", str(tmp_path / "out"))
     write_weights(tmp_path / "out" / "full_sft_512.pth", tokenizer, hidden_size=512, num_hidden_layers=1, scale=1.0)
     convert()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "MiniMind2-Small")
