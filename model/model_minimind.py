@@ -8,7 +8,7 @@ the file travels with exported weights as remote code.
 Read it from top to bottom: config, norm, rotary positions, attention, feed-forward, experts, block, model. The last
 section holds hand-written kernels for training on a CPU; the model is complete without them.
 
-Shapes: batch, seq = rows and positions of the input; tokens = batch · seq; heads = query heads; head_dim = hidden / heads;
+Shapes: batch, seq = rows and positions of the input; tokens = batch · seq; heads = query heads;
 kv_heads = key/value heads; group = heads // kv_heads, the query heads that share a key head.
 """
 

@@ -80,7 +80,8 @@ def evaluate_pairs(model, data, precision, process, tokenizer, reference: np.nda
     for batch in data.all_batches():
         with precision.autocast():
             head = functools.partial(token_cross_entropy, labels=batch["labels"])
-            sums += preference_loss(model(**model_inputs(batch), head=head).head_output, batch, reference, args)[1].cpu()
+            output = model(**model_inputs(batch), head=head)
+            sums += preference_loss(output.head_output, batch, reference, args)[1].cpu()
         pairs += len(batch["pair_ids"])
     model.train()
     *sums, pairs = sum_over_ranks([*sums.tolist(), pairs], process)
