@@ -44,8 +44,7 @@ from trainer.distributed import Process, keep_freed_memory
 from trainer.evaluation import evaluate
 from trainer.loader import PackedData, model_inputs
 from trainer.optimization import Precision
-from trainer.reference import answer_log_probs
-from trainer.token_losses import token_cross_entropy
+from trainer.token_losses import answer_log_probs, token_cross_entropy
 
 TEMPERATURES = (0.0, 0.7)
 # questions of a file about other things that are about the model after all

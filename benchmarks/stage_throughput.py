@@ -44,7 +44,7 @@ sys.path.insert(0, str(ROOT))
 
 from dataset.lm_dataset import parse_record
 from dataset.tokenization import ChatTokenizer
-from model.decoder import to_device
+from model.device import to_device
 from model.model_lora import TARGETS, apply_lora
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import save_weights
@@ -53,9 +53,8 @@ from trainer.cost import Memory
 from trainer.distributed import Process, keep_freed_memory
 from trainer.loader import PackedData, model_inputs
 from trainer.optimization import Precision, build_optimizer, optimizer_step, prepare_forward
-from trainer.reference import answer_log_probs, reference_log_probs
-from trainer.teacher import target_places
-from trainer.token_losses import chunked_loss, token_cross_entropy
+from trainer.reference import reference_log_probs
+from trainer.token_losses import answer_log_probs, chunked_loss, target_indices, token_cross_entropy
 
 BETA, RANK, LEARNING_RATE = 0.1, 8, 1e-6
 ALPHA, TEMPERATURE = 0.5, 2.0
@@ -404,7 +403,7 @@ def receive(name: str, connection) -> tuple[int, float]:
 
 def chunked_step(student, teacher, batch: dict) -> torch.Tensor:
     """train_distillation.py's: targets only, a chunk of them at a time."""
-    targets = target_places(batch)
+    targets = target_indices(batch)
     labels = batch["labels"].flatten()[targets]
     with torch.no_grad():
         hidden = teacher.model(**model_inputs(batch)).last_hidden_state.flatten(0, 1)[targets]

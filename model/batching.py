@@ -21,7 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from model.decoder import WeightsState, new_decoder, to_device
+from model.decoder import WeightsState, new_decoder
+from model.device import to_device
 from model.sampling import SamplingParams, SamplingRows, choose, penalise
 
 # Tokens of prompts that one step reads: while nothing else runs, and while other answers wait for their next token.

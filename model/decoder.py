@@ -12,11 +12,11 @@ import mmap
 import warnings
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model.device import to_device
 from model.model_minimind import rotary_tables
 
 # Attention looks at multiples of this many keys, so that views and masks serve for as many steps.
@@ -35,14 +35,6 @@ def new_decoder(model: nn.Module, slots: int, capacity: int) -> "LeanDecoder | F
     if device in ("cpu", "cuda") and is_llama_like(model) and not torch.is_autocast_enabled(device):
         return LeanDecoder(model, slots, capacity)
     return ForwardDecoder(model, slots, capacity)
-
-
-def to_device(values: Sequence | np.ndarray, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Without waiting for what a GPU is doing: the copy goes through pinned memory, which torch gives to nobody else
-    before the GPU has read it."""
-    if device.type != "cuda":
-        return torch.tensor(values, dtype=dtype, device=device)
-    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
 class WeightsState:

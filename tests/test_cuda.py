@@ -34,8 +34,8 @@ from trainer import train_dpo, train_full_sft, train_pretrain
 from trainer.evaluation import sample_text
 from trainer.muon import GroupedMuon
 from trainer.optimization import Precision, build_optimizer
-from trainer.teacher import Teacher, target_places
-from trainer.token_losses import chunked_loss, token_cross_entropy
+from trainer.teacher import Teacher
+from trainer.token_losses import chunked_loss, target_indices, token_cross_entropy
 
 pytestmark = [
     pytest.mark.gpu,
@@ -267,7 +267,7 @@ def test_places_of_targets_are_found_without_waiting_for_the_gpu():
     labels[0, 3:9], labels[1, 60:] = 5, 7
     batch = {"labels": labels, "target_tokens": 10}
     with waiting_for_the_gpu_raises():
-        places = target_places(batch)
+        places = target_indices(batch)
     assert places.tolist() == [*range(3, 9), *range(124, 128)]
 
 
@@ -285,7 +285,7 @@ def test_what_frozen_models_said_is_fetched_without_waiting_for_the_gpu():
     teacher.ends = np.array([2, 3, 6])
 
     def fetched(losses, batch):
-        said = teacher.log_probs(batch, target_places(batch))(slice(None))
+        said = teacher.log_probs(batch, target_indices(batch))(slice(None))
         return *train_dpo.preference_loss(losses, batch, reference, args), *said
 
     expected = fetched(losses, batch)

@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -109,6 +110,29 @@ def test_two_stages_share_only_one_line_calls_of_helpers():
     shared = {pair: lines[pair[0]] & lines[pair[1]] for pair in itertools.combinations(lines, 2)}
     worst = max(shared, key=lambda pair: shared[pair].total())
     assert shared[worst].total() <= SHARED_LINES, (worst, sorted(shared[worst].elements()))
+
+
+def test_the_loss_of_a_docstrings_formula_is_defined_in_the_script():
+    """Each docstring names the function behind its formula: it computes in the script, and main leads to it."""
+    for stage in STAGES:
+        tree = ast.parse((ROOT / "trainer" / f"{stage.script}.py").read_text("utf-8"))
+        named = re.findall(r"(\w+_loss) below\)", ast.get_docstring(tree))
+        assert len(named) == 1, stage.script
+        defined = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert named[0] in defined, f"{stage.script} does not define {named[0]}"
+        arithmetic = [node for node in ast.walk(defined[named[0]]) if isinstance(node, ast.BinOp)]
+        assert arithmetic, f"{named[0]} of {stage.script} computes nothing itself"
+        reached, waiting = set(), ["main"]
+        while waiting:  # functions of this script that main leads to
+            reached.add(name := waiting.pop())
+            names = {node.id for node in ast.walk(defined[name]) if isinstance(node, ast.Name)}
+            waiting += [other for other in names & defined.keys() if other not in reached]
+        assert named[0] in reached, f"{stage.script} never calls {named[0]}"
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.script)
+def test_a_stage_script_has_at_most_200_lines(stage):
+    assert len((ROOT / "trainer" / f"{stage.script}.py").read_text("utf-8").splitlines()) <= 200
 
 
 def test_chat_and_scripts_import_no_stage():

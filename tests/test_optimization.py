@@ -8,8 +8,10 @@ import torch
 from conftest import assert_identical, read_log, relative_error, tiny_flags
 from torch import nn
 
+from model import device as devices
+from model.device import usable_dtype
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from trainer import muon, optimization
+from trainer import muon
 from trainer.evaluation import sample_text
 from trainer.optimization import (
     Precision,
@@ -18,7 +20,6 @@ from trainer.optimization import (
     learning_rate,
     optimizer_step,
     prepare_forward,
-    usable_dtype,
 )
 
 CPU = torch.device("cpu")
@@ -245,9 +246,9 @@ def test_dtypes_that_the_device_lacks_are_replaced_and_named(monkeypatch):
     assert usable_dtype("float32", CPU) == (torch.float32, "")
     dtype, notice = usable_dtype("float16", CPU)
     assert dtype == torch.float32 and "needs a GPU" in notice
-    monkeypatch.setattr(optimization, "cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr(devices, "cpu_has_bfloat16", lambda: True)
     assert usable_dtype("bfloat16", CPU) == (torch.bfloat16, "")
-    monkeypatch.setattr(optimization, "cpu_has_bfloat16", lambda: False)
+    monkeypatch.setattr(devices, "cpu_has_bfloat16", lambda: False)
     dtype, notice = usable_dtype("bfloat16", CPU)
     assert dtype == torch.float32 and "no bfloat16" in notice
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
@@ -256,7 +257,7 @@ def test_dtypes_that_the_device_lacks_are_replaced_and_named(monkeypatch):
 
 
 def test_bfloat16_is_autocast_without_a_scaler(monkeypatch):
-    monkeypatch.setattr(optimization, "cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr(devices, "cpu_has_bfloat16", lambda: True)
     precision = Precision("bfloat16", CPU)
     with precision.autocast():
         assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.bfloat16

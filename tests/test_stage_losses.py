@@ -29,14 +29,14 @@ from dataset.packing import PackedBatches, PreferenceBatches, build_plan
 from dataset.token_cache import open_token_cache
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import save_weights, weight_path
-from trainer import teacher as teacher_module
 from trainer import token_losses, train_distill_reason, train_distillation, train_dpo
 from trainer.distributed import Process
 from trainer.loader import PackedData, model_inputs
 from trainer.optimization import Precision
-from trainer.reference import answer_log_probs, dpo_loss
-from trainer.teacher import Teacher, distillation_loss
-from trainer.token_losses import chunked_loss, token_cross_entropy
+from trainer.teacher import Teacher
+from trainer.token_losses import answer_log_probs, chunked_loss, target_indices, token_cross_entropy
+from trainer.train_distillation import distillation_loss
+from trainer.train_dpo import dpo_loss
 
 CPU = Process(0, 0, 1, torch.device("cpu"))
 META = Process(0, 0, 1, torch.device("meta"))
@@ -526,7 +526,7 @@ def test_packed_loss_is_that_of_the_documents_one_by_one(tmp_path, tokenizer, st
 
         def loss_of(batch):
             if stage == "distillation":
-                log_probs = teacher.log_probs(batch, teacher_module.target_places(batch))
+                log_probs = teacher.log_probs(batch, target_indices(batch))
                 head = functools.partial(
                     train_distillation.distillation_head, batch=batch, teacher_log_probs=log_probs, args=args
                 )
@@ -677,7 +677,7 @@ def test_the_teacher_on_disk_holds_the_likeliest_tokens_of_every_target(tmp_path
     kept.keep(data, 5)
     steps = 0
     for _, (batch,) in data.steps():  # shuffled, where the file was read in order
-        places = teacher_module.target_places(batch)
+        places = target_indices(batch)
         everything = slice(0, len(places))
         values, ids = kept.log_probs(batch, places)(everything)
         expected, _ = live.log_probs(batch, places)(everything)

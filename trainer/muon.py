@@ -6,12 +6,13 @@ from itertools import islice
 
 import torch
 
+from model.device import cuda_has_bfloat16
+
 STACK_ELEMENTS = 2**25  # of a stack, at most: it, its momentum and three products of it are there for a moment
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
-    emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.float16 if emulated else torch.bfloat16
+    return torch.float16 if device.type == "cuda" and not cuda_has_bfloat16() else torch.bfloat16
 
 
 def orthogonalise(

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import nn
 
+from model.device import usable_dtype
 from trainer.distributed import Process
 from trainer.muon import GroupedMuon
 from trainer.zero import zero_stage
@@ -84,24 +85,6 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.O
         fused = device in ("cpu", "cuda")
         parts.append(torch.optim.AdamW(groups, lr=args.learning_rate, fused=fused, **options))
     return parts[0] if len(parts) == 1 else OptimizerPair(*parts)
-
-
-def usable_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype that the device can do, and a sentence when it is not the one asked for."""
-    if name == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16, "this GPU has no bfloat16: training in float16 with a gradient scaler"
-    if name == "bfloat16" and device.type == "cpu" and not cpu_has_bfloat16():
-        return torch.float32, "this CPU has no bfloat16 arithmetic: training in float32"
-    if name == "float16" and device.type != "cuda":
-        return torch.float32, f"float16 training needs a GPU: training in float32 on {device.type}"
-    return getattr(torch, name), ""
-
-
-def cpu_has_bfloat16() -> bool:
-    try:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    except (AttributeError, RuntimeError):
-        return False
 
 
 class Precision:

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from dataset.tokenization import ChatTokenizer
-from model.decoder import to_device
+from model.device import to_device
 from model.weights import load_model
 from trainer.checkpoint import file_sha256
 from trainer.distributed import Process
 from trainer.frozen_outputs import FrozenOutputs, missing_batches
 from trainer.loader import PackedData, model_inputs
 from trainer.optimization import Precision, prepare_forward
-from trainer.token_losses import DISTRIBUTIONS, chunk_size, chunked_loss, even_chunks
+from trainer.token_losses import DISTRIBUTIONS, chunk_size, target_indices, token_chunks
 
 
 class Teacher:
@@ -73,8 +73,8 @@ class Teacher:
             for batch in missing_batches(data, f"likeliest tokens of {self.path.name}", kept, "row_ids"):
                 rows = batch["row_ids"].numpy()
                 with self.precision.autocast():
-                    log_probs = self.log_probs(batch, target_places(batch))
-                    parts = even_chunks(batch["target_tokens"], chunk_size(DISTRIBUTIONS, batch["labels"]))
+                    log_probs = self.log_probs(batch, target_indices(batch))
+                    parts = token_chunks(batch["target_tokens"], chunk_size(DISTRIBUTIONS, batch["labels"]))
                     chunks = [log_probs(part)[0].topk(k) for part in parts]
                 values, ids = (torch.cat(part).cpu().numpy() for part in zip(*chunks, strict=True))
                 kept.write(rows, self._places(batch), token_ids=ids, log_probs=values)
@@ -88,53 +88,3 @@ class Teacher:
         starts = np.where(rows > 0, self.ends[rows - 1], 0)
         spans = [np.arange(start, end) for start, end in zip(starts, self.ends[rows], strict=True)]
         return np.concatenate(spans) if spans else np.empty(0, np.int64)
-
-
-def target_places(batch: dict) -> torch.Tensor:
-    """Indices of the targets in the flattened rows; their number is known, so a GPU is not waited for."""
-    return (batch["labels"].flatten() >= 0).nonzero_static(size=batch["target_tokens"]).squeeze(1)
-
-
-def distillation_loss(
-    student_logits: torch.Tensor,
-    labels: torch.Tensor,
-    teacher_log_probs: torch.Tensor,
-    alpha: float,
-    temperature: float,
-    token_ids: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Sums over tokens in nats: (the loss, cross-entropy, KL divergence).
-
-    student_logits (tokens, vocab), labels (tokens,). teacher_log_probs (tokens, vocab): log softmax(teacher logits
-    / T); with token_ids (tokens, K) those of the K likeliest tokens: the rest of the vocabulary then counts as one.
-    """
-    cross_entropy = F.cross_entropy(student_logits, labels, reduction="sum")
-    log_probs = F.log_softmax(student_logits / temperature, dim=-1)
-    if token_ids is not None:
-        log_probs, teacher_log_probs = with_rest(log_probs.gather(1, token_ids)), with_rest(teacher_log_probs)
-    divergence = F.kl_div(log_probs, teacher_log_probs, log_target=True, reduction="sum")
-    loss = alpha * cross_entropy + (1 - alpha) * temperature**2 * divergence
-    return torch.stack((loss, cross_entropy, divergence))
-
-
-def with_rest(log_probs: torch.Tensor) -> torch.Tensor:
-    """(tokens, K) log-probs and that of all other tokens together, (tokens, K + 1)."""
-    known = log_probs.exp().sum(dim=-1, keepdim=True).clamp(max=1 - 1e-6)
-    return torch.cat((log_probs, torch.log1p(-known)), dim=-1)
-
-
-def distillation_head(
-    hidden: torch.Tensor, weight: torch.Tensor, batch: dict, teacher_log_probs: Callable, args
-) -> torch.Tensor:
-    """The student's head and loss, a chunk of targets at a time: sums of (loss, cross-entropy, KL).
-
-    teacher_log_probs: what Teacher.log_probs gives for the targets of the batch.
-    """
-    targets = target_places(batch)
-    labels = batch["labels"].flatten()[targets]
-
-    def loss_of_logits(logits: torch.Tensor, chunk: slice) -> torch.Tensor:
-        log_probs, token_ids = teacher_log_probs(chunk)
-        return distillation_loss(logits, labels[chunk], log_probs, args.alpha, args.temperature, token_ids)
-
-    return chunked_loss(hidden.flatten(0, 1)[targets], weight, loss_of_logits, losses=3)

@@ -90,7 +90,7 @@ def token_cross_entropy(hidden_states: torch.Tensor, weight: torch.Tensor, label
         return torch.zeros(len(flat_labels)).index_copy(0, targets[:count], losses[:count]).view(labels.shape)
 
 
-def even_chunks(count: int, size: int) -> Iterator[slice]:
+def token_chunks(count: int, size: int) -> Iterator[slice]:
     """Slices that cover `count` tokens: of `size`, then of ever smaller powers of two. Blocks of few distinct sizes
     come and go; arbitrary ones would fragment the allocator's memory."""
     start = 0
@@ -112,7 +112,7 @@ class _ChunkedLoss(torch.autograd.Function):
             grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         weight_dtype, weight = weight.dtype, weight.to(hidden.dtype)
         sums = torch.zeros(losses, device=hidden.device)
-        for chunk in even_chunks(len(hidden), chunk_size(DISTRIBUTIONS, hidden)):
+        for chunk in token_chunks(len(hidden), chunk_size(DISTRIBUTIONS, hidden)):
             with torch.set_grad_enabled(with_gradient):
                 logits = (hidden[chunk].detach() @ weight.detach().t()).requires_grad_(with_gradient)
                 parts = loss_of_logits(logits.float(), chunk)
@@ -148,3 +148,22 @@ def chunked_loss(
     hidden = hidden_states.to(compute_dtype(hidden_states))
     with torch.autocast(hidden.device.type, enabled=False):
         return _ChunkedLoss.apply(hidden, weight, loss_of_logits, losses, torch.is_grad_enabled())
+
+
+def answer_log_probs(token_losses: torch.Tensor, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed log-probs and token counts of the answers, each (pairs, 2): chosen, rejected.
+
+    token_losses (rows, seq): minus the log-prob of each target, 0 elsewhere. Documents 2p and 2p + 1 are pair p's.
+    """
+    documents = 2 * len(batch["pair_ids"])
+    numbers = batch["document_ids"].flatten().long()
+    # padding goes to an extra place (torch.where would copy this number to a GPU and wait)
+    numbers = numbers.masked_fill(numbers < 0, documents)
+    sums = token_losses.new_zeros(documents + 1).index_add(0, numbers, -token_losses.flatten())
+    counts = token_losses.new_zeros(documents + 1).index_add(0, numbers, (batch["labels"] >= 0).flatten().float())
+    return sums[:documents].view(-1, 2), counts[:documents].view(-1, 2)
+
+
+def target_indices(batch: dict) -> torch.Tensor:
+    """Indices of the targets in the flattened rows; their number is known, so a GPU is not waited for."""
+    return (batch["labels"].flatten() >= 0).nonzero_static(size=batch["target_tokens"]).squeeze(1)

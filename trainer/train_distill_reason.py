@@ -1,6 +1,6 @@
 """Reason distillation: the model learns from a reasoning model's answers to think first, then answer.
 
-    loss = sum(w * CE) / sum(m) + aux
+    loss = sum(w * CE) / sum(m) + aux        (reason_loss below)
 
 m is 1 on the assistant's content and the <|im_end|> that ends it, else 0. w is m, but --tag_weight (10) on the tags
 <think> </think> <answer> </answer> in the assistant's content: few tokens that decide the form of an answer. CE is the

@@ -1,13 +1,13 @@
 """Knowledge distillation: a small model learns the distributions of a large one, token by token (white box).
 
-    loss = alpha * CE + (1 - alpha) * T^2 * KL(teacher_T || student_T) + aux        (arXiv:1503.02531, section 2)
+    loss = alpha * CE + (1 - alpha) * T^2 * KL(teacher_T || student_T) + aux        (distillation_loss below)
 
-CE is the cross-entropy of the next token, KL the divergence between the distributions softmax(logits / T), in nats;
-both are means over the assistant's content and the <|im_end|> that ends it, over the whole optimizer step. T^2 keeps
-the size of the gradient when T changes. aux is the load-balancing loss of a mixture of experts.
+(arXiv:1503.02531, section 2.) CE is the cross-entropy of the next token, KL the divergence between the distributions
+softmax(logits / T), in nats: means over the assistant's content and the <|im_end|> that ends it, over the whole
+optimizer step. T^2 keeps the size of the gradient when T changes. aux is a mixture's load-balancing loss.
 
-Logits exist for a chunk of tokens at a time. With --cache_teacher K the teacher's K likeliest tokens are computed once
-and kept on disk, and it is not in memory while the student trains; all other tokens then count as one.
+With --cache_teacher K the teacher's K likeliest tokens are computed once and kept on disk, and the student trains
+without the teacher in memory; all other tokens then count as one.
 
 Reads   {"conversations": [{"role": ..., "content": ...}, ...]} a line (--data_path, default dataset/sft_512.jsonl),
         out/full_sft_{hidden_size}{_moe}.pth of the student (--base_weight) and of the teacher (--teacher_weight)
@@ -19,9 +19,11 @@ Writes  out/full_dist_{hidden_size}{_moe}.pth and a .json beside it, out/resume/
 
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -51,7 +53,8 @@ from trainer.optimization import (
     optimizer_step,
     prepare_forward,
 )
-from trainer.teacher import Teacher, distillation_head, target_places
+from trainer.teacher import Teacher
+from trainer.token_losses import chunked_loss, target_indices
 
 CACHE_HELP = "keep the teacher's K likeliest tokens on disk, 4 K bytes a target, and train without it (0: no)"
 
@@ -82,6 +85,48 @@ def parse(argv: list[str] | None):
         temperature=(lambda temperature: 0 < temperature < float("inf"), "above 0"),
         cache_teacher=(lambda k: 0 <= k < 6400, "0 or more and smaller than the vocabulary"),
     )
+
+
+def distillation_loss(
+    student_logits: torch.Tensor,
+    labels: torch.Tensor,
+    teacher_log_probs: torch.Tensor,
+    alpha: float,
+    temperature: float,
+    token_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Sums over tokens in nats: (the loss, cross-entropy, KL divergence).
+
+    student_logits (tokens, vocab), labels (tokens,). teacher_log_probs (tokens, vocab): log softmax(teacher logits
+    / T); with token_ids (tokens, K) those of the K likeliest tokens: the rest of the vocabulary then counts as one.
+    """
+    cross_entropy = F.cross_entropy(student_logits, labels, reduction="sum")
+    log_probs = F.log_softmax(student_logits / temperature, dim=-1)
+    if token_ids is not None:
+        log_probs, teacher_log_probs = with_rest(log_probs.gather(1, token_ids)), with_rest(teacher_log_probs)
+    divergence = F.kl_div(log_probs, teacher_log_probs, log_target=True, reduction="sum")
+    loss = alpha * cross_entropy + (1 - alpha) * temperature**2 * divergence
+    return torch.stack((loss, cross_entropy, divergence))
+
+
+def with_rest(log_probs: torch.Tensor) -> torch.Tensor:
+    """(tokens, K) log-probs and that of all other tokens together, (tokens, K + 1)."""
+    known = log_probs.exp().sum(dim=-1, keepdim=True).clamp(max=1 - 1e-6)
+    return torch.cat((log_probs, torch.log1p(-known)), dim=-1)
+
+
+def distillation_head(
+    hidden: torch.Tensor, weight: torch.Tensor, batch: dict, teacher_log_probs: Callable, args
+) -> torch.Tensor:
+    """Return the batch's sums of (loss, cross-entropy, KL), a chunk of logits at a time; see Teacher.log_probs."""
+    targets = target_indices(batch)
+    labels = batch["labels"].flatten()[targets]
+
+    def loss_of_logits(logits: torch.Tensor, chunk: slice) -> torch.Tensor:
+        log_probs, token_ids = teacher_log_probs(chunk)
+        return distillation_loss(logits, labels[chunk], log_probs, args.alpha, args.temperature, token_ids)
+
+    return chunked_loss(hidden.flatten(0, 1)[targets], weight, loss_of_logits, losses=3)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -120,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
                 with gradient_sync(model, batch is micro_batches[-1]):
                     with precision.autocast():
                         # the teacher first: what its forward needs is gone before the student's activations pile up
-                        log_probs = teacher.log_probs(batch, target_places(batch))
+                        log_probs = teacher.log_probs(batch, target_indices(batch))
                         head = functools.partial(distillation_head, batch=batch, teacher_log_probs=log_probs, args=args)
                         output = model(**model_inputs(batch), head=head)
                         losses = output.head_output / batch["step_targets"]

@@ -1,10 +1,11 @@
 """Direct preference optimisation (DPO, arXiv:2305.18290): answers that people chose become likelier than rejected ones.
 
-    loss = -log sigmoid(beta * ((logpi_c - logpi_r) - (logref_c - logref_r))) + aux        (eq. 7; the mean over pairs)
+    loss = -log sigmoid(beta * ((logpi_c - logpi_r) - (logref_c - logref_r))) + aux     (dpo_loss below)
 
-logpi_c and logpi_r are the log-probs of the chosen and the rejected answer under the model, logref the same under the
-frozen reference: summed over the answer's tokens (--logp sum, the paper's), or averaged (--logp mean). With label
-smoothing e a share e of the pairs counts as labelled the wrong way round: (1 - e) * loss(margin) + e * loss(-margin).
+(Equation 7, the mean over pairs.) logpi_c and logpi_r are the log-probs of the chosen and the rejected answer under the
+model, logref those under the frozen reference: summed over the answer's tokens as in the paper (--logp sum), or
+averaged (--logp mean). Label smoothing e counts a share e of the pairs as labelled the wrong way round:
+(1 - e) * loss(margin) + e * loss(-margin).
 aux is the load-balancing loss of a mixture of experts, as in train_pretrain.py.
 
 The reference's log-probs do not change, so they are computed once and kept on disk: training holds one model.
@@ -23,10 +24,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.tokenization import ChatTokenizer
+from model.device import to_device
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import find_weights, load_weights
 from trainer.arguments import chat_command, from_root, model_config, parse_arguments, run_script, stage_parser
@@ -44,8 +47,10 @@ from trainer.optimization import (
     optimizer_step,
     prepare_forward,
 )
-from trainer.reference import METRICS, preference_loss, reference_log_probs
-from trainer.token_losses import token_cross_entropy
+from trainer.reference import reference_log_probs
+from trainer.token_losses import answer_log_probs, token_cross_entropy
+
+METRICS = ("loss", "reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected", "kl")
 
 
 def parse(argv: list[str] | None):
@@ -70,6 +75,35 @@ def parse(argv: list[str] | None):
         beta=(lambda beta: 0 < beta < float("inf"), "above 0"),
         label_smoothing=(lambda share: 0 <= share < 0.5, "at least 0 and below 0.5"),
     )
+
+
+def dpo_loss(
+    policy: torch.Tensor, reference: torch.Tensor, beta: float, label_smoothing: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of each pair and its reward margin, both (pairs,); a reward is beta * (logpi - logref), in nats.
+
+    policy, reference (pairs, 2): log-probs of the chosen and the rejected answer.
+    """
+    rewards = beta * (policy - reference)
+    margin = rewards[:, 0] - rewards[:, 1]
+    loss = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+    return loss, margin
+
+
+def preference_loss(
+    token_losses: torch.Tensor, batch: dict, reference: np.ndarray, args
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed DPO loss of the micro-batch's pairs, and the sums of METRICS over them."""
+    policy, counts = answer_log_probs(token_losses, batch)
+    frozen = to_device(reference[batch["pair_ids"].numpy()], policy.device)
+    drift = (policy.detach() - frozen) / counts
+    if args.logp == "mean":
+        policy, frozen = policy / counts, frozen / counts
+    loss, margin = dpo_loss(policy, frozen, args.beta, args.label_smoothing)
+    correct = (margin > 0).float() + 0.5 * (margin == 0)
+    # the mean of log(pi / ref) per token, over the data's answers in place of samples of the model's own
+    metrics = (loss, margin, correct, policy[:, 0], policy[:, 1], drift.mean(dim=1))
+    return loss.sum(), torch.stack([metric.detach().sum() for metric in metrics])
 
 
 @torch.no_grad()

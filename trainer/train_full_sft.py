@@ -1,6 +1,6 @@
 """Supervised fine-tuning (SFT) of all weights: the pretrained model learns to answer.
 
-    loss = sum(w * CE) / sum(w) + aux
+    loss = sum(w * CE) / sum(w) + aux        (sft_loss below)
 
 w is 1 on the assistant's content and the <|im_end|> that ends it, else 0; CE is the cross-entropy of the next token
 in nats. Both sums run over the whole optimizer step. aux is the load-balancing loss of a mixture of experts, as in

@@ -1,6 +1,6 @@
 """LoRA (arXiv:2106.09685): small adapters learn, all other weights stay frozen.
 
-    y = W x + (alpha / rank) B A x        loss = sum(w * CE) / sum(w) + aux
+    y = W x + (alpha / rank) B A x        loss = sum(w * CE) / sum(w) + aux        (lora_loss below)
 
 A (rank, in) and B (out, rank) are trained, B from zero; W is frozen. w is 1 on the assistant's content and the
 <|im_end|> that ends it, else 0; CE is the cross-entropy of the next token in nats. Both sums run over the optimizer

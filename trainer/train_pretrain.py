@@ -1,6 +1,6 @@
 """Pretraining: next-token prediction on plain text, from random weights.
 
-    loss = sum(CE) / number of target tokens + aux
+    loss = sum(CE) / number of target tokens + aux        (pretrain_loss below)
 
 CE is the cross-entropy of the next token in nats, summed over the whole optimizer step; aux is the load-balancing loss
 of a mixture of experts (arXiv:2401.06066, eq. 12), a mean over the step's documents, and 0 for a dense model.
