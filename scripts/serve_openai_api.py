@@ -88,7 +88,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: reachable from other machines")
     add("--port", type=int, default=8998, help="0: any free one")
     add("--model_name", default="minimind", help="what the default model is called in requests")
-    add("--api_key", help="requests must bring it (default: MINIMIND_API_KEY, if set)")
+    add(
+        "--api_key",
+        default=os.environ.get("MINIMIND_API_KEY"),
+        help="requests must bring it (default: MINIMIND_API_KEY, if set)",
+    )
     add("--cors_origin", action="append", default=[], help="web pages from there may ask; may be given several times")
     add("--slots", type=at_least(1), default=16, help="answers that are made together")
     add("--max_queue", type=at_least(0), default=64, help="requests that may wait for a slot; more get status 429")
@@ -98,7 +102,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--shutdown_timeout", type=at_least(0), default=30, help="seconds that running answers get at the end")
     show_defaults(parser)
     args = parser.parse_args(argv)
-    args.api_key = args.api_key or os.environ.get("MINIMIND_API_KEY") or None
+    args.api_key = args.api_key or None  # a variable that is set to nothing asks for no key
     try:
         SamplingParams(temperature=args.temperature, top_p=args.top_p)
     except ValueError as error:
