@@ -84,6 +84,23 @@ class ChatTokenizer:
         """Ids of the conversation so far and the opening of the assistant's next turn: what a model continues."""
         return [*self.encode_conversation(turns)[0], self.bos_id, *self._headers["assistant"]]
 
+    def encode_fitting(self, turns: list[dict], context_length: int, max_new_tokens: int) -> tuple[list[int], int]:
+        """encode_prompt without the oldest exchanges if they leave an answer too little room: (ids, turns left out).
+
+        An answer gets max_new_tokens, or a quarter of the context if that is less. A system turn and the question stay.
+        """
+        longest = context_length - min(max_new_tokens, context_length // 4)
+        system = turns[:1] if turns[0]["role"] == "system" else []
+        turns, left_out = turns[len(system) :], 0
+        while len(ids := self.encode_prompt(system + turns[left_out:])) > longest and left_out + 2 < len(turns):
+            left_out += 2
+        return ids, left_out
+
+    def encode_beginning(self, text: str) -> list[int]:
+        """Ids of a text that a model is to continue: one bos, with which documents begin in training, then the text."""
+        ids = self.encode_documents([text])[0]
+        return ids if ids[:1] == [self.bos_id] else [self.bos_id, *ids]
+
     def decode(self, ids: Iterable[int], skip_control: bool = True) -> str:
         """Text of ids; bytes that are no UTF-8 become U+FFFD. Control ids are left out unless skip_control is False."""
         return self._documents.decode([int(i) for i in ids], skip_special_tokens=skip_control)

@@ -1,12 +1,12 @@
-"""Many requests decoded together, joining and leaving at any step, each with its own parameters.
+"""Decode many requests together, joining and leaving at any step, each with its own parameters.
 
-`submit` puts a request in line; a step reads a part of a waiting prompt and makes one more token of every answer that
-is under way. A slot of the cache holds one text: what a finished request left there is read again by the next one that
-begins with it.
+`submit` queues a request; a step reads part of a waiting prompt and makes one more token of every running answer. A
+slot of the cache holds one text, which the next request that begins with it does not read again. The drawing is in
+model/generation.py.
 
     engine = Engine(model, slots=16)
     request = engine.submit(prompt_ids, SamplingParams(max_new_tokens=100))
-    for token in request: print(token.id)          # steps the engine itself where no thread does
+    for token in request: print(token.id)          # steps the engine itself unless a thread does
 
 `with Engine(model) as engine:` runs a thread that steps while there is work.
 """
@@ -25,12 +25,12 @@ from model.decoder import WeightsState, new_decoder
 from model.device import to_device
 from model.sampling import SamplingParams, SamplingRows, choose, penalise
 
-# Tokens of prompts that one step reads: while nothing else runs, and while other answers wait for their next token.
-PREFILL_ALONE, PREFILL_BESIDE = 512, 128
+# Tokens of prompts that one step reads: if nothing else runs, and if running answers wait for their next token.
+PREFILL_ALONE, PREFILL_SHARED = 512, 128
 
 
 class QueueFull(Exception):
-    """The queue is at its bound. retry_after: seconds after which a place is likely to be free."""
+    """The queue is full. retry_after: seconds after which there is probably room."""
 
     def __init__(self, waiting: int, retry_after: float):
         super().__init__(f"{waiting} requests are waiting already; try again in {retry_after:.0f} s")
@@ -38,7 +38,7 @@ class QueueFull(Exception):
 
 
 class Token(NamedTuple):
-    """logprob and top (id, logprob), likeliest first: nats, of the model's own distribution; None unless asked for."""
+    """logprob, and top (id, logprob) most likely first: nats, by the model's own distribution; None if not asked."""
 
     id: int
     logprob: float | None = None
@@ -46,7 +46,7 @@ class Token(NamedTuple):
 
 
 class Request:
-    """An answer that is being made. Iterating yields its tokens as they come, and raises its error at the end."""
+    """An answer in the making. Iterating yields its tokens as they come and raises its error, if any, at the end."""
 
     def __init__(self, engine: "Engine", prompt_ids: list[int], params: SamplingParams, notify, room: int):
         self.params, self.prompt_tokens, self.cached_tokens = params, len(prompt_ids), 0
@@ -55,23 +55,24 @@ class Request:
         self._engine, self._notify, self._room = engine, notify, room
         self._prompt_ids = prompt_ids
         self._slot: Slot | None = None
-        self._next_id: int | None = None  # the token that is fed next; None while the prompt is being read
-        # Random takes an integer without its sign, so that -1 and 1 would be the same seed
+        self._next_id: int | None = None  # the token to feed next; None while the prompt is being read
+        self._made = 0  # tokens of the answer
+        # Random ignores the sign of an integer: -1 and 1 would be the same seed.
         self._random = random.Random(None if params.seed is None else params.seed % 2**64)
         self._started = 0.0
         self._new: deque[Token] = deque()
         self._changed = threading.Condition()
 
     def cancel(self) -> None:
-        """Ends the answer and frees its slot; from any thread, and without effect on an answer that has ended."""
+        """End the answer and free its slot; works from any thread, and changes nothing if the answer has ended."""
         self._engine._finish(self, "cancelled")
 
-    def take(self) -> list[Token]:
-        """The tokens since the last call; does not wait."""
+    def take(self) -> tuple[list[Token], str | None]:
+        """Return the tokens since the last call, and finish_reason if they are the last. Does not wait."""
         with self._changed:
             tokens = list(self._new)
             self._new.clear()
-        return tokens
+            return tokens, self.finish_reason
 
     def __iter__(self) -> Iterator[Token]:
         while True:
@@ -90,8 +91,10 @@ class Request:
 
 
 class Slot:
-    """A place in the cache: the ids whose keys and values it holds, and the request that it belongs to now. dirty: what
-    a failed request left there may not be finite, and has to go before the next one comes."""
+    """A part of the cache for one text. ids: those whose keys and values it holds. request: its present user.
+
+    dirty: a failed request may have left values that are not finite; clear them before the next one.
+    """
 
     def __init__(self, index: int):
         self.index, self.ids, self.dirty = index, [], False
@@ -102,9 +105,9 @@ class Slot:
 class Engine:
     """Decodes many requests on one model. All methods may be called from any thread.
 
-    slots: requests that are decoded together. context_length: longest prompt and answer in tokens, by default and at
-    most the model's max_position_embeddings. max_queue: requests that may wait beyond those in slots.
-    Weights that change and adapters that are switched take effect for the first request after all answers have ended.
+    slots: requests that are decoded together. context_length: longest prompt plus answer in tokens, by default and at
+    most the model's max_position_embeddings. max_queue: requests that may wait beyond those in slots. Changed weights
+    and switched adapters take effect at the first request after all running answers have ended.
     """
 
     def __init__(self, model: nn.Module, *, slots: int = 16, context_length: int | None = None, max_queue: int = 64):
@@ -131,15 +134,15 @@ class Engine:
         self._lay_out()
 
     def _lay_out(self) -> None:
-        """Takes the weights, adapters included, as they are now."""
-        self._decoder = None  # its memory goes before that of the next comes
+        """Lay out the weights, adapters included, as they are now."""
+        self._decoder = None  # frees its memory first
         state = WeightsState(self.model)
         self._decoder = new_decoder(self.model, len(self._slots), self.context_length)
         self._weights = state
         for slot in self._slots:
             slot.ids, slot.dirty = [], False
 
-    # --- what callers see --------------------------------------------------------------------------------------------
+    # --- for callers -------------------------------------------------------------------------------------------------
 
     def submit(
         self,
@@ -149,9 +152,11 @@ class Engine:
         *,
         context_length: int | None = None,
     ) -> Request:
-        """Puts a request in line. notify is called, from the stepping thread, after tokens or the end are there to
-        take. context_length: a shorter one than the engine's, for this request. Raises QueueFull, and ValueError where
-        the prompt is empty, too long or holds an unknown id."""
+        """Queue a request.
+
+        notify: called from the stepping thread when there are tokens or the end to take. context_length: a shorter one
+        than the engine's. Raises QueueFull, and ValueError if the prompt is empty, too long or has an unknown id.
+        """
         prompt_ids = [int(i) for i in prompt_ids]
         longest = min(context_length or self.context_length, self.context_length)
         check_prompt(prompt_ids, longest, self.model.config.vocab_size)
@@ -177,7 +182,7 @@ class Engine:
             return counts | self._counters
 
     def start(self) -> None:
-        """Starts the thread that steps while there is work."""
+        """Start the thread that steps while there is work."""
         with self._state:
             if self._closed:
                 raise RuntimeError("the engine is closed")
@@ -187,7 +192,7 @@ class Engine:
                 self._thread.start()
 
     def close(self) -> None:
-        """Cancels what is under way and ends the thread."""
+        """Cancel all requests and end the thread."""
         with self._state:
             self._closed = True
             self._work.notify_all()
@@ -212,7 +217,7 @@ class Engine:
                     return
             try:
                 self.step()
-            except Exception as error:  # no request's own fault, such as memory that is short; the next may be luckier
+            except Exception as error:  # not one request's fault, for example too little memory; go on with the next
                 for request in self._requests():
                     self._finish(request, "error", error)
 
@@ -227,7 +232,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Reads a part of the prompts in line and makes one more token of every answer; False: nothing to do."""
+        """Read part of the waiting prompts and make one more token of every answer; False if there is nothing to do."""
         with self._stepping:
             with self._state:
                 failed = self._admit()
@@ -236,7 +241,7 @@ class Engine:
                 self._tell(failed)
             decoding = [r for r in requests if r._next_id is not None]
             reading = sorted((r for r in requests if r._next_id is None), key=lambda r: r._started)
-            budget = PREFILL_BESIDE if decoding else PREFILL_ALONE
+            budget = PREFILL_SHARED if decoding else PREFILL_ALONE
             for request in reading:
                 if budget > 0:
                     budget -= self._read(request, budget)
@@ -245,9 +250,11 @@ class Engine:
             return bool(requests) or failed is not None
 
     def _admit(self) -> Request | None:
-        """Gives free slots to those who wait. What any slot holds of a prompt already is not read again: its keys and
-        values are copied, or the slot is taken itself where little else would be lost with it. A request whose slot
-        cannot be made ready is ended and returned; those behind it wait for the next step."""
+        """Give free slots to waiting requests. Return a request that had to be ended; those behind it wait a step.
+
+        The longest beginning of the prompt that any slot holds is not read again: its keys and values are copied, or
+        that slot itself is taken if it is free and at least half of its text is shared.
+        """
         while self._waiting:
             free = [slot for slot in self._slots if slot.request is None]
             if not free:
@@ -255,7 +262,7 @@ class Engine:
             if len(free) == len(self._slots) and (self._decoder is None or not self._weights.is_of(self.model)):
                 self._lay_out()
             request = self._waiting.popleft()
-            # the last token of the prompt is read in any case: its logits are what the answer begins with
+            # The last token of the prompt is always read: the answer begins with its logits.
             prompt_ids = request._prompt_ids[:-1]
             shared = {slot: common_prefix(slot.ids, prompt_ids) for slot in self._slots}
             source = max(self._slots, key=lambda slot: (shared[slot], slot.request is None))
@@ -272,7 +279,7 @@ class Engine:
         return None
 
     def _make_ready(self, request: Request, source: Slot, count: int) -> None:
-        """Puts the first `count` tokens of `source` into the request's slot."""
+        """Put the first `count` tokens of `source` into the request's slot."""
         slot = request._slot
         if slot.dirty:
             self._decoder.clear(slot.index)
@@ -286,7 +293,7 @@ class Engine:
             self._count_prompt(request)
 
     def _guarded(self, run: Callable[[list[Request]], None], requests: list[Request]) -> None:
-        """An exception ends the request that caused it, and no other."""
+        """Run; an exception ends the request that caused it, found by running each alone, and no other."""
         try:
             run(requests)
         except Exception as error:
@@ -297,7 +304,7 @@ class Engine:
                 self._guarded(run, [request])
 
     def _read(self, request: Request, budget: int) -> int:
-        """Reads up to `budget` more tokens of a prompt, and at its end chooses the first token of the answer."""
+        """Read up to `budget` more tokens of a prompt; at its end choose the first token of the answer."""
         slot = request._slot
         start = len(slot.ids)
         chunk = request._prompt_ids[start : start + budget]
@@ -315,13 +322,12 @@ class Engine:
         self._advance(requests, logits, [[token_id] for token_id in ids])
 
     def _advance(self, requests: list[Request], logits: torch.Tensor | None, read: list[list[int]]) -> None:
-        """Takes down which ids each request has read; with logits (requests, vocab), chooses the next and hands them
-        over."""
+        """Record the ids that each request has read; given logits (requests, vocab), choose and hand over its next."""
         chosen = [None] * len(requests) if logits is None else self._choose(requests, logits)
-        heard = []
+        notified = []
         with self._state:
             for request, ids, token in zip(requests, read, chosen, strict=True):
-                if request.finish_reason is not None:  # cancelled meanwhile
+                if request.finish_reason is not None:  # cancelled during the forward pass
                     continue
                 request._slot.ids += ids
                 if isinstance(token, Exception):
@@ -329,14 +335,14 @@ class Engine:
                 elif token is not None:
                     self._hand_over(request, token)
                 if token is not None:
-                    heard.append(request)
-        for request in heard:
+                    notified.append(request)
+        for request in notified:
             self._tell(request)
 
     def _hand_over(self, request: Request, token: Token) -> None:
         self._counters["generated_tokens"] += 1
         request._next_id = token.id
-        request._room -= 1
+        request._made += 1
         if request.params.penalises:
             self._seen[request._slot.index, token.id] = True
             self._counts[request._slot.index, token.id] += 1
@@ -345,11 +351,12 @@ class Engine:
             request._changed.notify_all()
         if token.id in request.params.stop_ids:
             self._end(request, "stop")
-        elif request._room == 0:
+        elif request._made == request._room:
             self._end(request, "length")
 
     def _choose(self, requests: list[Request], logits: torch.Tensor) -> list[Token | Exception]:
-        broken = logits.sum(dim=-1) * 0 != 0  # not finite: nan or infinite
+        # (rows,): x · 0 is not 0 for NaN and infinity; one reduction, and no synchronisation with a GPU
+        broken = logits.sum(dim=-1) * 0 != 0
         if self._rows_of != requests:
             self._rows_of, self._rows = list(requests), SamplingRows([r.params for r in requests], logits.device)
             penalised = [r._slot.index for r in requests if r.params.penalises]
@@ -358,10 +365,16 @@ class Engine:
         if self._rows.penalised is not None:
             slots = self._penalised_slots
             allowed = penalise(logits, self._rows, self._seen[slots], self._counts[slots])
+        early = [row for row, r in enumerate(requests) if r._made < r.params.min_new_tokens]
+        if early:
+            allowed = allowed.clone()
+            for row in early:
+                stop_ids = [i for i in requests[row].params.stop_ids if i < logits.shape[1]]
+                allowed[row, stop_ids] = -torch.inf
         draws = to_device([[r._random.random()] for r in requests], logits.device, torch.float64)
         ids = choose(allowed, self._rows, draws)
         logprobs = self._logprobs(requests, logits, ids)
-        # read at once: each word from a GPU waits for all that it has to do
+        # One list for all rows: each read from a GPU waits for all of its queued work.
         chosen = ids.masked_fill_(broken, -1).tolist()
         message = "the logits are not finite: the weights are broken, or --dtype float16 is too narrow for them"
         return [
@@ -370,7 +383,7 @@ class Engine:
         ]
 
     def _logprobs(self, requests: list[Request], logits: torch.Tensor, ids: torch.Tensor) -> dict[int, tuple]:
-        """Row -> log-probability of its token, and its likeliest tokens with theirs; for the rows that ask for it."""
+        """Return row -> (log-probability of its token, its most likely tokens with theirs), for the rows that ask."""
         counts = {row: r.params.logprobs for row, r in enumerate(requests) if r.params.logprobs is not None}
         if not counts:
             return {}
@@ -400,8 +413,10 @@ class Engine:
             self._tell(request)
 
     def _end(self, request: Request, reason: str, error: Exception | None = None) -> bool:
-        """Frees the request's place; False where it had ended before. Leaves the device alone: on one that fails for
-        good, a request must still come to its end."""
+        """Free the request's slot or place in the queue; False if it had ended before.
+
+        It does not use the device: a request must come to its end even if a GPU has failed for good.
+        """
         with self._state:
             if request.finish_reason is not None:
                 return False
@@ -424,7 +439,7 @@ class Engine:
         if request._notify is not None:
             try:
                 request._notify()
-            except Exception:  # whoever listened has gone
+            except Exception:  # the listener has gone
                 request._notify = None
                 request.cancel()
 
@@ -442,7 +457,7 @@ def check_prompt(prompt_ids: Sequence[int], context_length: int, vocab_size: int
 
 
 def common_prefix(first: list[int], second: list[int]) -> int:
-    """How many ids agree from the beginning; by halves, because Python compares lists fast and their items slowly."""
+    """Return how many ids agree from the beginning; by bisection, as Python compares slices fast and items slowly."""
     low, high = 0, min(len(first), len(second))
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,9 +1,9 @@
-"""The forward passes of decoding: prompts are read into slots of a key/value cache, then each slot goes on by a token.
+"""The forward passes of decoding: read prompts into slots of a key/value cache, then extend every slot by one token.
 
-`new_decoder` chooses between two with the same methods: LeanDecoder computes MiniMind and Llama models in as few and as
-large operations as eager torch allows; ForwardDecoder calls the forward of any model.
+`new_decoder` chooses one of two classes with the same methods. LeanDecoder computes MiniMind and Llama models in as few
+and as large operations as eager torch allows; ForwardDecoder calls the forward of any model.
 
-Shapes: rows = texts that go on by one token together; tokens = new tokens of one prompt; group = heads // kv_heads.
+Shapes: rows = texts that get their next token together; tokens = new tokens of one prompt; group = heads // kv_heads.
 """
 
 import contextlib
@@ -19,18 +19,18 @@ from torch import nn
 from model.device import to_device
 from model.model_minimind import rotary_tables
 
-# Attention looks at multiples of this many keys, so that views and masks serve for as many steps.
+# Round key counts up to this, so views and masks are rebuilt per block, not per token.
 KEY_BLOCK = 64
-# Neighbouring slots share one product as long as that adds this many keys of padding: what a call costs.
+# Neighbouring slots share one product if that adds at most this many keys of padding, which cost as much as a call.
 PADDING_WORTH = 256
-# Up to so many rows the float16 kernels are faster than bfloat16 ones, which prompts of a bfloat16 model go through.
+# Up to this many rows, float16 kernels are faster than bfloat16 ones on a CPU.
 FEW_ROWS = 64
-# Queries of a prompt that meet their keys in one product: bounds the memory of the scores.
+# Queries of a prompt per product with their keys: bounds the memory of the scores.
 QUERY_TILE = 128
 
 
 def new_decoder(model: nn.Module, slots: int, capacity: int) -> "LeanDecoder | ForwardDecoder":
-    """slots: texts; capacity: tokens of each. The weights as they are now: see `WeightsState`."""
+    """Return a decoder for `slots` texts of `capacity` tokens, with the weights as they are now: see WeightsState."""
     device = next(model.parameters()).device.type
     if device in ("cpu", "cuda") and is_llama_like(model) and not torch.is_autocast_enabled(device):
         return LeanDecoder(model, slots, capacity)
@@ -38,8 +38,10 @@ def new_decoder(model: nn.Module, slots: int, capacity: int) -> "LeanDecoder | F
 
 
 class WeightsState:
-    """Which parameters a model had, and what was in them: to see whether they were replaced or written to since. It
-    keeps the parameters, or the next ones could come to lie where they lay and pass for them."""
+    """Remembers a model's parameters and their versions, to see whether they were replaced or written to since.
+
+    It holds references, so that new tensors cannot reuse the same addresses and look unchanged.
+    """
 
     def __init__(self, model: nn.Module):
         self.parameters = list(model.parameters())
@@ -58,7 +60,7 @@ class WeightsState:
 
 
 def is_llama_like(model: nn.Module) -> bool:
-    """Whether the model computes what LeanDecoder does: ours, and Llama with rotary positions that are tables."""
+    """Whether LeanDecoder computes this model: ours, and Llama whose rotary positions are tables."""
     name, config = type(model).__name__, model.config
     if name == "MiniMindForCausalLM":
         return True
@@ -71,10 +73,10 @@ def is_llama_like(model: nn.Module) -> bool:
 
 
 class SlotCache:
-    """Keys and values behind the forward of any model, as its past_key_values. A slot holds one text.
+    """Keys and values for the forward of any model, passed as its past_key_values. A slot holds one text.
 
-    Positions are rotated into the keys beforehand: a key does not depend on its place in the cache. Memory is taken at
-    the first update, in the dtype and shape of the keys that arrive. `plan_*` says what the next forward writes.
+    Positions are already rotated into the keys, so a key does not depend on its index in the cache. The first update
+    allocates memory in the dtype and shape of the keys that arrive. `plan_*` says where the next forward writes.
 
     keys[layer], values[layer]: (slots, kv_heads, capacity, head_dim); the caller knows how many are filled.
     """
@@ -85,11 +87,13 @@ class SlotCache:
         self.values: list[torch.Tensor] = []
 
     def plan_prefill(self, slot: int, start: int, end: int) -> None:
+        """Prepare for tokens start..end of one slot."""
         self.past = start
         self.write = lambda memory, new: memory[slot : slot + 1, :, start:end].copy_(new)
         self.read = lambda memory: memory[slot : slot + 1, :, :end]
 
     def plan_decode(self, slots: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Prepare for one token of each slot, behind its `lengths` tokens."""
         end = int(lengths.max()) + 1
         self.past = end - 1
         self.write = lambda memory, new: memory.index_put_((slots[:, None], self.heads, lengths[:, None]), new[:, :, 0])
@@ -109,7 +113,7 @@ class SlotCache:
         return self.past
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """(keys after the next query_length tokens, first visible key); transformers' models ask for it."""
+        """Return (keys after the next query_length tokens, first visible key); transformers' models ask for it."""
         return self.past + query_length, 0
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
@@ -117,22 +121,24 @@ class SlotCache:
 
 
 class ForwardDecoder:
-    """Any model whose forward takes input_ids, attention_mask (4-D boolean, True = may look), position_ids,
-    past_key_values and logits_to_keep. Also serves under autocast, and sees every change of the weights at once."""
+    """Decodes any model whose forward takes input_ids, attention_mask (4-D boolean, True = may look), position_ids,
+    past_key_values and logits_to_keep. Works under autocast, and uses changed weights at once."""
 
     def __init__(self, model: nn.Module, slots: int, capacity: int):
         self.model, self.cache = model, SlotCache(slots, capacity)
         self.device = next(model.parameters()).device
 
     def prefill(self, slot: int, ids: Sequence[int], start: int) -> torch.Tensor:
-        """Reads ids behind the `start` tokens that the slot holds; logits of what follows, (1, vocab) in float32."""
+        """Read ids behind the slot's `start` tokens; return the next token's logits (1, vocab) in float32."""
         self.cache.plan_prefill(slot, start, start + len(ids))
         positions = torch.arange(start, start + len(ids), device=self.device).unsqueeze(0)
         return self._forward(torch.tensor([ids], device=self.device), positions, None)
 
     def decode_one_token(self, slots: Sequence[int], ids: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
-        """Each of these slots, in ascending order, holds `length` tokens and reads one more; logits of what follows,
-        (rows, vocab) in float32."""
+        """Read one more token into each of these slots, which are in ascending order and hold `lengths` tokens.
+
+        Returns the next tokens' logits (rows, vocab), float32.
+        """
         slots, ids, lengths = (torch.tensor(values, device=self.device) for values in (slots, ids, lengths))
         self.cache.plan_decode(slots, lengths)
         mask = torch.arange(int(lengths.max()) + 1, device=self.device) <= lengths.unsqueeze(1)
@@ -140,12 +146,12 @@ class ForwardDecoder:
 
     @torch.inference_mode()
     def clear(self, slot: int) -> None:
-        """Removes what a failed text left, which may not be finite."""
+        """Remove what a failed text left, which may not be finite."""
         for memory in self.cache.keys + self.cache.values:
             memory[slot] = 0
 
     def copy(self, source: int, target: int, count: int) -> None:
-        """Makes the beginning of one slot that of another, too."""
+        """Copy the first `count` tokens of one slot into another."""
         for memory in self.cache.keys + self.cache.values:
             memory[target, :, :count] = memory[source, :, :count]
 
@@ -165,18 +171,18 @@ class ForwardDecoder:
 
 
 def product(weight: torch.Tensor, bias: torch.Tensor | None = None):
-    """x (rows, in) -> x weightᵀ + bias, for a weight (out, in) that stays as it is and is laid out to be read fast.
+    """Return a function x (rows, in) -> x weightᵀ + bias, with a constant weight (out, in) laid out to be read fast.
 
-    On a CPU x and the result are float32. There a weight that float16 holds exactly (all of a .pth file), or that is in
-    half precision anyway, is kept in float16: read in half the time, multiplied and summed in float32. Any other is
-    float32, in the layout that suits products with few rows. Prompts of a bfloat16 model go through its own precision.
+    On a CPU, x and the result are float32. A weight that float16 holds exactly (all of a .pth file), or that is in half
+    precision anyway, is kept in float16: read in half the time, multiplied and summed in float32. Other weights stay
+    float32, transposed for products with few rows. Prompts of a bfloat16 model are computed in bfloat16.
     """
     if weight.device.type != "cpu":
         return lambda x: F.linear(x, weight, bias)
     full, bias = weight.float(), None if bias is None else bias.float()
     half = weight.half()
     narrow = torch.equal(half.float(), full) or (weight.dtype != torch.float32 and bool(half.isfinite().all()))
-    with contextlib.suppress(AttributeError, RuntimeError):  # processors that the float16 kernels were not built for
+    with contextlib.suppress(AttributeError, RuntimeError):  # this processor lacks the float16 kernels
         if narrow:
             packed = torch.ops.quantized.linear_prepack_fp16(full, bias)
             run = torch.ops.quantized.linear_dynamic_fp16.default
@@ -191,9 +197,10 @@ def product(weight: torch.Tensor, bias: torch.Tensor | None = None):
 
 
 def projection(layers: Sequence[nn.Linear], order: torch.Tensor | None = None):
-    """One product for linear layers of the same input: (rows, in) -> (rows, sum of their outputs), in this order.
+    """Join linear layers of the same input into one product: (rows, in) -> (rows, their outputs side by side).
 
-    An adapter stays apart, so that the weights stay those of the file: W x + B (A x) is [W B] applied to [x, A x].
+    order: a permutation of the output columns. An adapter is not merged, so that the weights stay exact in float16:
+    W x + B (A x) is computed as [W B] [x, A x].
     """
     weight = torch.cat([layer.weight.detach() for layer in layers])
     adapters = [getattr(layer, "lora", None) for layer in layers]
@@ -218,16 +225,16 @@ def projection(layers: Sequence[nn.Linear], order: torch.Tensor | None = None):
 
 
 def rms_norm(weight: torch.Tensor, eps: float):
-    """x (rows, hidden) -> x / sqrt(mean(x²) + eps) · weight."""
+    """Return a function x (rows, hidden) -> x / sqrt(mean(x²) + eps) · weight."""
     weight = weight.detach().float()
     if weight.is_cuda:
         return lambda x: F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
-    # x · sqrt(n) weight / sqrt(sum(x²) + n eps), in a third of the time that F.rms_norm's many kernels take
+    # The same as x · sqrt(n) weight / sqrt(sum(x²) + n eps): three kernels, a third of F.rms_norm's time.
     scaled, offset = weight * len(weight) ** 0.5, torch.tensor((len(weight) * eps) ** 0.5)
     return lambda x: torch.mul(x, scaled).div_(torch.linalg.vector_norm(x, dim=1, keepdim=True).hypot_(offset))
 
 
-class SwiGLU:
+class LeanFeedForward:
     """down(silu(gate(x)) · up(x)), with gate and up in one product."""
 
     def __init__(self, mlp: nn.Module):
@@ -238,17 +245,14 @@ class SwiGLU:
         return self.down(F.silu(gate).mul_(up))
 
 
-class Experts:
-    """The mixture of experts, each token through its own few; on a GPU all of them, which needs no word to the host."""
+class LeanExperts:
+    """The mixture of experts. A CPU computes the chosen experts only; a GPU all, which needs no synchronisation."""
 
     def __init__(self, mlp: nn.Module):
-        self.router, self.top_k, self.renormalise = (
-            product(mlp.gate.weight.detach()),
-            mlp.gate.top_k,
-            mlp.gate.renormalise,
-        )
-        self.experts = [SwiGLU(expert) for expert in mlp.experts]
-        self.shared = [SwiGLU(expert) for expert in mlp.shared_experts]
+        self.router = product(mlp.gate.weight.detach())
+        self.top_k, self.renormalise = mlp.gate.top_k, mlp.gate.renormalise
+        self.experts = [LeanFeedForward(expert) for expert in mlp.experts]
+        self.shared = [LeanFeedForward(expert) for expert in mlp.shared_experts]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         weights, chosen = self.router(x).float().softmax(dim=-1).topk(self.top_k, dim=-1)
@@ -258,6 +262,7 @@ class Experts:
         for shared in self.shared:
             out += shared(x)
         if x.is_cuda and len(x) <= QUERY_TILE:
+            # (tokens, experts), zero for experts that were not chosen
             shares = torch.zeros(len(x), len(self.experts), device=x.device).scatter_(1, chosen, weights).to(x.dtype)
             for number, expert in enumerate(self.experts):
                 out += expert(x) * shares[:, number : number + 1]
@@ -266,8 +271,8 @@ class Experts:
                 out.add_(self.experts[number](x), alpha=weight)
         else:
             for number, expert in enumerate(self.experts):
-                rows, places = (chosen == number).nonzero(as_tuple=True)
-                out.index_add_(0, rows, expert(x[rows]) * weights[rows, places].unsqueeze(1).to(x.dtype))
+                rows, ranks = (chosen == number).nonzero(as_tuple=True)
+                out.index_add_(0, rows, expert(x[rows]) * weights[rows, ranks].unsqueeze(1).to(x.dtype))
         return out
 
 
@@ -278,31 +283,35 @@ class LeanLayer:
         self.out = projection([attention.o_proj])
         self.attention_norm = rms_norm(block.input_layernorm.weight, eps)
         self.mlp_norm = rms_norm(block.post_attention_layernorm.weight, eps)
-        self.mlp = Experts(block.mlp) if hasattr(block.mlp, "experts") else SwiGLU(block.mlp)
+        self.mlp = LeanExperts(block.mlp) if hasattr(block.mlp, "experts") else LeanFeedForward(block.mlp)
 
 
 class SlotGroup:
-    """Rows of a step whose slots are neighbours and share one product: in each layer views of their first `count` keys
-    and values, and a bias (rows · kv_heads, 1, count), -inf on what lies behind each text."""
+    """Rows of a step whose slots are neighbours, so that one batched product serves them all.
+
+    keys[layer] (rows · kv_heads, head_dim, count) and values[layer] (rows · kv_heads, count, head_dim) are views of the
+    cache: the first `count` keys of these slots. bias (rows · kv_heads, 1, count) is -inf behind the end of each text.
+    """
 
     def __init__(self, decoder: "LeanDecoder", first_slot: int, rows: slice, count: int):
-        self.rows, self.count, self.kv_heads = rows, count, decoder.kv_heads
+        self.rows, self.kv_heads, self.dtype = rows, decoder.kv_heads, decoder.dtype
+        # The batch dimension of queries, keys and values is (row or slot) · kv_heads + head.
         self.query_rows = slice(rows.start * self.kv_heads, rows.stop * self.kv_heads)
         memory_rows = slice(first_slot * self.kv_heads, (first_slot + rows.stop - rows.start) * self.kv_heads)
         self.keys = [memory[memory_rows, :count].transpose(1, 2) for memory in decoder.keys]
         self.values = [memory[memory_rows, :count] for memory in decoder.values]
-        self.places = torch.arange(count, device=decoder.device)
-        self.dtype = decoder.dtype
+        self.positions = torch.arange(count, device=decoder.device)
 
     def hide(self, lengths: torch.Tensor) -> None:
-        """lengths (rows of the step,): tokens before the one that is read now."""
-        hidden = self.places > lengths[self.rows].repeat_interleave(self.kv_heads).unsqueeze(1)
+        """Set the bias. lengths (all rows of the step,): tokens before the one that is read now."""
+        # Position `length` is that token's own key, which it may look at.
+        hidden = self.positions > lengths[self.rows].repeat_interleave(self.kv_heads).unsqueeze(1)
         bias = torch.zeros(hidden.shape, dtype=self.dtype, device=hidden.device)
         self.bias = bias.masked_fill_(hidden, -torch.inf).unsqueeze(1)
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """On a CPU memory that is taken only where something is written, page by page: a cache is mostly empty room."""
+    """Return zeros. On a CPU a page of memory is taken only when it is written to: most of a cache stays empty."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
@@ -313,14 +322,15 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
 
 
 class LeanDecoder:
-    """MiniMind and Llama in as few and as large operations as eager torch allows, because a call costs as much as its
-    arithmetic. Weights are laid out once, in a copy of their own (in float16 half the size of a float32 model).
+    """MiniMind and Llama in as few and as large operations as eager torch allows: at one token a call costs as much as
+    its arithmetic. Weights are copied once into a faster layout (float16, half the size of a float32 model).
 
-    Pairs that rotary positions turn lie side by side in queries and keys (attention does not mind the order of
-    dimensions), so that turning them is one complex product. Activations and cache are float32 on a CPU.
+    Rotary positions turn pairs of dimensions. Queries and keys are laid out with each pair side by side, so that
+    turning them is one complex product; attention does not depend on the order of dimensions. Activations and cache are
+    float32 on a CPU.
 
-    memory[layer]: (2, slots · kv_heads, capacity + 1, head_dim), keys and values, zero where nothing was written yet;
-    keys, values and places are views of it.
+    memory[layer]: (2, slots · kv_heads, capacity + 1, head_dim), keys and values, zero where nothing was written yet.
+    keys[layer] and values[layer] are its halves, flat[layer] (all rows, head_dim) is a view for writing single tokens.
     """
 
     def __init__(self, model: nn.Module, slots: int, capacity: int):
@@ -332,6 +342,7 @@ class LeanDecoder:
         self.scale = self.head_dim**-0.5
         self.dtype = torch.float32 if self.device.type == "cpu" else next(model.parameters()).dtype
 
+        # Reorder each head of q and k from two halves into pairs (0, d/2), (1, d/2 + 1) ...; v stays as it is.
         rotated = (self.heads + self.kv_heads) * self.head_dim
         order = torch.arange(rotated + self.kv_heads * self.head_dim, device=self.device)
         order[:rotated] = order[:rotated].view(-1, 2, self.head_dim // 2).transpose(1, 2).flatten()
@@ -339,20 +350,20 @@ class LeanDecoder:
         self.embedding = model.model.embed_tokens.weight.detach()
         self.norm = rms_norm(model.model.norm.weight, config.rms_norm_eps)
         self.head = projection([model.lm_head])
-        self.turns = self._turns(model)
+        self.rotations = self._rotation_table(model)
 
-        # idle slots of a step on a GPU write where no text reaches
+        # One position more than the capacity: idle slots of a step on a GPU write there.
         shape = (2, slots * self.kv_heads, capacity + 1, self.head_dim)
         self.memory = [zeros(shape, self.dtype, self.device) for _ in self.layers]
-        self.places = [memory.view(-1, self.head_dim) for memory in self.memory]
+        self.flat = [memory.view(-1, self.head_dim) for memory in self.memory]
         self.keys, self.values = [m[0] for m in self.memory], [m[1] for m in self.memory]
         self.groups, self.groups_of = [], None
         self.graphs, self.rows_of = {}, None
-        # torch would record all graphs of a process on one stream, that of the device which came first
+        # By default torch records all graphs of a process on one stream, that of the first device.
         self.recording_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
-    def _turns(self, model: nn.Module) -> torch.Tensor:
-        """cos + i sin of each position and pair, (capacity + 1, 1, head_dim / 2)."""
+    def _rotation_table(self, model: nn.Module) -> torch.Tensor:
+        """Return cos + i sin of each position and pair, (capacity + 1, 1, head_dim / 2)."""
         positions = torch.arange(self.capacity + 1, device=self.device).unsqueeze(0)
         if hasattr(model.model, "rotary_emb"):
             cos, sin = model.model.rotary_emb(torch.zeros(1, device=self.device), positions)
@@ -363,30 +374,32 @@ class LeanDecoder:
 
     @torch.inference_mode()
     def clear(self, slot: int) -> None:
-        """Removes what a failed text left, which may not be finite."""
+        """Remove what a failed text left, which may not be finite."""
         for memory in self.memory:
             memory.unflatten(1, (self.slots, -1))[:, slot] = 0
 
     def copy(self, source: int, target: int, count: int) -> None:
-        """Makes the beginning of one slot that of another, too."""
+        """Copy the first `count` tokens of one slot into another."""
         for memory in self.memory:
             by_slot = memory.unflatten(1, (self.slots, -1))
             by_slot[:, target, :, :count] = by_slot[:, source, :, :count]
 
-    def _forward(self, ids: torch.Tensor, turns: torch.Tensor, attend, last_only: bool = False) -> torch.Tensor:
-        """ids (tokens,), turns (tokens, 1, head_dim / 2) -> logits (tokens, vocab), or those of the last token.
+    def _forward(self, ids: torch.Tensor, rotations: torch.Tensor, attend, last_only: bool = False) -> torch.Tensor:
+        """Return logits (tokens, vocab), or only the last token's, of ids (tokens,).
 
-        attend(number of the layer, qkv (tokens, heads + 2 kv_heads, head_dim), output (tokens, heads · head_dim)).
+        rotations: (tokens, 1, head_dim / 2). attend: a function of the layer's number and of qkv
+        (tokens, heads + 2 kv_heads, head_dim) that returns (tokens, heads · head_dim).
         """
         hidden = F.embedding(ids, self.embedding).to(self.dtype)
         rotated = self.heads + self.kv_heads
         for number, layer in enumerate(self.layers):
             qkv = layer.qkv(layer.attention_norm(hidden))
+            # Turn the pairs of q and k in place, as complex numbers; v is behind them.
             pairs = qkv.view(len(ids), rotated + self.kv_heads, self.head_dim // 2, 2)[:, :rotated]
             if self.dtype == torch.float32:
-                torch.view_as_complex(pairs).mul_(turns)
+                torch.view_as_complex(pairs).mul_(rotations)
             else:
-                pairs.copy_(torch.view_as_real(torch.view_as_complex(pairs.float()) * turns))
+                pairs.copy_(torch.view_as_real(torch.view_as_complex(pairs.float()) * rotations))
             attended = attend(number, qkv.view(len(ids), rotated + self.kv_heads, self.head_dim))
             if last_only and number == len(self.layers) - 1:
                 hidden, attended = hidden[-1:], attended[-1:]
@@ -397,13 +410,13 @@ class LeanDecoder:
     # --- a prompt ----------------------------------------------------------------------------------------------------
 
     def prefill(self, slot: int, ids: Sequence[int], start: int) -> torch.Tensor:
-        """Reads ids behind the `start` tokens that the slot holds; logits of what follows, (1, vocab) in float32."""
+        """Read ids behind the slot's `start` tokens; return the next token's logits (1, vocab) in float32."""
         end = start + len(ids)
-        places = slice(slot * self.kv_heads, (slot + 1) * self.kv_heads)
+        slot_rows = slice(slot * self.kv_heads, (slot + 1) * self.kv_heads)
 
         def attend(number: int, qkv: torch.Tensor) -> torch.Tensor:
             query, key, value = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-            keys, values = self.keys[number][places], self.values[number][places]
+            keys, values = self.keys[number][slot_rows], self.values[number][slot_rows]
             keys[:, start:end] = key.transpose(0, 1)
             values[:, start:end] = value.transpose(0, 1)
             query = query.unflatten(1, (self.kv_heads, -1)).transpose(0, 1)  # (kv_heads, tokens, group, head_dim)
@@ -411,8 +424,10 @@ class LeanDecoder:
             for first in range(0, len(ids), QUERY_TILE):
                 tile = query[:, first : first + QUERY_TILE]
                 tokens, seen = tile.shape[1], start + first + tile.shape[1]
+                # Queries of a group share a key head, so (tokens · group) is one dimension: no repeated keys.
                 scores = torch.bmm(tile.flatten(1, 2), keys[:, :seen].transpose(1, 2)).mul_(self.scale)
                 scores = scores.unflatten(1, (tokens, -1))
+                # Only the tile's own keys can be later than a query.
                 later = torch.full((tokens, tokens), -torch.inf, dtype=self.dtype, device=self.device).triu_(1)
                 scores[..., seen - tokens :].add_(later.unsqueeze(1))
                 weights = scores.flatten(1, 2).softmax(dim=-1)
@@ -421,13 +436,15 @@ class LeanDecoder:
 
         with torch.autocast(self.device.type, enabled=False):
             tokens = to_device(ids, self.device)
-            return self._forward(tokens, self.turns[start:end], attend, last_only=True)
+            return self._forward(tokens, self.rotations[start:end], attend, last_only=True)
 
     # --- a token of each text ----------------------------------------------------------------------------------------
 
     def decode_one_token(self, slots: Sequence[int], ids: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
-        """Each of these slots, in ascending order, holds `length` tokens and reads one more; logits of what follows,
-        (rows, vocab) in float32."""
+        """Read one more token into each of these slots, which are in ascending order and hold `lengths` tokens.
+
+        Returns the next tokens' logits (rows, vocab), float32.
+        """
         with torch.autocast(self.device.type, enabled=False):
             if self.device.type == "cuda":
                 with torch.cuda.device(self.device):  # graphs are recorded and replayed on the current device
@@ -439,11 +456,11 @@ class LeanDecoder:
     def _decode(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         for slot_group in self.groups:
             slot_group.hide(lengths)
-        places = (self.first_places + lengths.unsqueeze(1)).flatten()
+        new_rows = (self.first_rows + lengths.unsqueeze(1)).flatten()
         group = self.heads // self.kv_heads
 
         def attend(number: int, qkv: torch.Tensor) -> torch.Tensor:
-            self.places[number].index_copy_(0, places, qkv[:, self.heads :].reshape(-1, self.head_dim))
+            self.flat[number].index_copy_(0, new_rows, qkv[:, self.heads :].reshape(-1, self.head_dim))
             query = qkv[:, : self.heads].reshape(-1, group, self.head_dim)  # (rows · kv_heads, group, head_dim)
             parts = []
             for part in self.groups:
@@ -453,15 +470,15 @@ class LeanDecoder:
             out = parts[0] if len(parts) == 1 else torch.cat(parts)
             return out.view(len(ids), -1)
 
-        return self._forward(ids, self.turns[lengths], attend)
+        return self._forward(ids, self.rotations[lengths], attend)
 
     def _group(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
-        """Puts neighbouring slots of similar length together; the views serve until a length leaves its block."""
+        """Group neighbouring slots of similar length; the groups last until a text grows out of its block of keys."""
         blocks = [length // KEY_BLOCK + 1 for length in lengths]
         if self.groups_of == (slots, blocks):
             return
         self.groups_of = (list(slots), blocks)
-        self._place(slots)
+        self._find_first_rows(slots)
         self.groups, first = [], 0
         for row in range(1, len(slots) + 1):
             together = blocks[first : row + 1]
@@ -471,23 +488,25 @@ class LeanDecoder:
                 self.groups.append(SlotGroup(self, slots[first], slice(first, row), count))
                 first = row
 
-    def _place(self, slots: Sequence[int]) -> None:
-        """first_places (rows, 2 · kv_heads): where the keys and values of each row begin in `places`."""
+    def _find_first_rows(self, slots: Sequence[int]) -> None:
+        """Set first_rows (rows, 2 · kv_heads): the row in `flat` where each head's keys, then its values, begin."""
         heads = torch.arange(self.kv_heads, device=self.device)
         heads = torch.cat((heads, heads + self.slots * self.kv_heads))
         slots = torch.tensor(slots, device=self.device)
-        self.first_places = (slots.unsqueeze(1) * self.kv_heads + heads) * self.keys[0].shape[1]
+        self.first_rows = (slots.unsqueeze(1) * self.kv_heads + heads) * self.keys[0].shape[1]
 
     def _decode_all_slots(self, slots: Sequence[int], ids: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
-        """On a GPU idle slots take part, so that shapes repeat and a step is one recorded CUDA graph per power of two
-        of keys: launching its kernels one by one would take longer than running them."""
+        """Decode on a GPU, idle slots included, so that shapes repeat and a step is one recorded CUDA graph.
+
+        Launching the kernels one by one would take longer than running them. Each power of two of keys has a graph.
+        """
         all_ids, all_lengths = [0] * self.slots, [self.capacity] * self.slots
         for slot, token, length in zip(slots, ids, lengths, strict=True):
             all_ids[slot], all_lengths[slot] = token, length
         inputs = to_device([all_ids, all_lengths], self.device)
         if not self.graphs:
             self.inputs = torch.empty_like(inputs)
-            self._place(range(self.slots))
+            self._find_first_rows(range(self.slots))
         self.inputs.copy_(inputs)
         if self.rows_of != slots:
             self.rows_of, self.rows = list(slots), to_device(slots, self.device)
@@ -506,20 +525,20 @@ class LeanDecoder:
         return self._decode(*self.inputs)
 
     def _record(self, count: int) -> tuple:
-        """(graph, its logits), or (None, None) where recording fails."""
+        """Return (graph, its logits), or (None, None) if recording fails."""
         if self.device.type != "cuda":
             return None, None
         try:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # libraries set themselves up in a first run, which must not be recorded
+            with torch.cuda.stream(stream):  # a first run, not recorded, in which libraries initialise themselves
                 self._decode_group(count)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            # thread_local: what other threads do meanwhile, such as pinning a batch, does not break the recording
+            # thread_local: other threads may use the GPU meanwhile, to pin a batch for example
             with torch.cuda.graph(graph, stream=self.recording_stream, capture_error_mode="thread_local"):
                 logits = self._decode_group(count)
             return graph, logits
         except RuntimeError as error:
-            warnings.warn(f"decoding goes on without CUDA graphs, slower: {error}", stacklevel=2)
+            warnings.warn(f"decoding continues without CUDA graphs, more slowly: {error}", stacklevel=2)
             return None, None

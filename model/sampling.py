@@ -1,4 +1,4 @@
-"""Choosing tokens: penalties, temperature, top-k, top-p and min-p of many rows at once, each with its own."""
+"""Choose tokens: penalties, temperature, top-k, top-p and min-p of many rows at once, each with its own."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,16 +12,17 @@ class SamplingParams:
     """How tokens are chosen, and when to stop.
 
     temperature: 0 = greedy.
-    top_k: only the k likeliest tokens, 0 = all.
-    top_p: only the likeliest tokens that together reach this probability, 1 = all.
-    min_p: only tokens at least this many times as likely as the likeliest, 0 = all (arXiv:2407.01082).
+    top_k: only the k most likely tokens, 0 = all.
+    top_p: only the most likely tokens that together reach this probability, 1 = all.
+    min_p: only tokens whose probability is at least this share of the highest, 0 = all (arXiv:2407.01082).
     repetition_penalty: > 1 makes tokens of prompt and answer less likely to come again (arXiv:1909.05858, section 4.1).
-    presence_penalty, frequency_penalty: taken off the logit of a token that the answer holds, once and once for each
-        time (as OpenAI defines them).
+    presence_penalty, frequency_penalty: subtracted from the logits of tokens already in the answer: once (presence),
+        once per occurrence (frequency), as OpenAI defines them.
     max_new_tokens: an answer also ends where the context does.
+    min_new_tokens: stop_ids are not chosen before an answer has this many tokens.
     stop_ids: ids that end an answer.
-    seed: None draws another one each time.
-    logprobs: None = none; k = the log-probability of each chosen token and those of the k likeliest, of the model's own
+    seed: None draws a new one each time.
+    logprobs: None = none; k = the log-probability of each chosen token and of the k most likely, in the model's own
         distribution: before penalties, temperature and the rest.
     """
 
@@ -36,6 +37,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logprobs: int | None = None
+    min_new_tokens: int = 0
 
     def __post_init__(self):
         infinite = float("inf")
@@ -48,6 +50,7 @@ class SamplingParams:
             ("presence_penalty", self.presence_penalty, abs(self.presence_penalty) < infinite, "a finite number"),
             ("frequency_penalty", self.frequency_penalty, abs(self.frequency_penalty) < infinite, "a finite number"),
             ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "1 or more"),
+            ("min_new_tokens", self.min_new_tokens, self.min_new_tokens >= 0, "0 or more"),
             ("logprobs", self.logprobs, self.logprobs is None or self.logprobs >= 0, "0 or more"),
         )
         wrong = [f"--{name} is {value}, and must be {rule}" for name, value, good, rule in checks if not good]
@@ -77,17 +80,20 @@ class SamplingRows:
 
 
 def _indices(chosen: list[bool], device) -> torch.Tensor | None:
-    """Rows that are chosen; None instead of no row."""
+    """Return the rows that are chosen, or None if there is none."""
     found = [i for i, is_chosen in enumerate(chosen) if is_chosen]
     return torch.tensor(found, device=device) if found else None
 
 
 def penalise(logits: torch.Tensor, rows: SamplingRows, seen: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Logits (rows, vocab) after the penalties of rows.penalised, to which seen and counts belong. seen (penalised,
-    vocab) bool: tokens of prompt and answer; counts (penalised, vocab) float32: how often the answer holds each."""
+    """Return logits (rows, vocab) after the penalties of the rows in rows.penalised.
+
+    seen (penalised, vocab) bool: tokens of prompt and answer. counts (penalised, vocab) float32: how often the answer
+    holds each.
+    """
     which = rows.penalised
     raw, repetition = logits[which], rows.repetition_penalty[which]
-    # dividing a negative logit would make it more likely
+    # Dividing a negative logit would make the token more likely.
     repeated = torch.where(raw > 0, raw / repetition, raw * repetition)
     penalised = torch.where(seen, repeated, raw)
     penalised -= rows.frequency_penalty[which] * counts
@@ -96,32 +102,33 @@ def penalise(logits: torch.Tensor, rows: SamplingRows, seen: torch.Tensor, count
 
 
 def choose(logits: torch.Tensor, rows: SamplingRows, draws: torch.Tensor) -> torch.Tensor:
-    """One token per row: logits (rows, vocab) float32 after penalties, draws (rows, 1) float64 in [0, 1) -> (rows,).
+    """Choose one token per row: logits (rows, vocab) float32 after penalties, draws (rows, 1) float64 in [0, 1).
 
-    Order: temperature, top_k, top_p, min_p; tokens as likely as the last that stays stay, too. What a row gets depends
-    on its own logits, parameters and draw alone.
+    Order: temperature, top_k, top_p, min_p. Tokens as likely as the last one kept are kept, too. A row's token depends
+    on its own logits, parameters and draw alone. Returns (rows,).
     """
-    likeliest = logits.argmax(dim=-1)
+    most_likely = logits.argmax(dim=-1)
     if rows.all_greedy:
-        return likeliest
-    # from the largest logit down, so that a tiny temperature cannot overflow
+        return most_likely
+    # Relative to the largest logit, so that a tiny temperature cannot overflow.
     weights = ((logits - logits.amax(dim=-1, keepdim=True)) / rows.temperature).exp_()
     if rows.cut is not None:
         part = weights[rows.cut]
         part.masked_fill_(part < _smallest_kept(part, *(c[rows.cut] for c in (rows.top_k, rows.top_p, rows.min_p))), 0)
         weights.index_copy_(0, rows.cut, part)
+    # The first token whose cumulative weight exceeds draw · total. Float64, so that small weights count.
     cumulative = weights.double().cumsum(dim=-1)
     drawn = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True).clamp(max=logits.shape[1] - 1)
-    return torch.where(rows.greedy, likeliest.unsqueeze(1), drawn).squeeze(1)
+    return torch.where(rows.greedy, most_likely.unsqueeze(1), drawn).squeeze(1)
 
 
 def _smallest_kept(weights: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor):
-    """The weight (rows, 1) below which tokens are left out; weights (rows, vocab), the likeliest token's is 1."""
+    """Return the weight (rows, 1) below which tokens are dropped, given weights (rows, vocab) of 1 at most."""
     ordered = _descending(weights)
     cumulative = ordered.double().cumsum(dim=-1)
     last = torch.where(top_k > 0, top_k, weights.shape[1]).clamp(max=weights.shape[1]) - 1
     total = cumulative.gather(1, last)
-    # a token stays while those before it do not reach top_p; the likeliest has nothing before it, so it always stays
+    # A token is kept while those before it do not reach top_p; the first has none before it, so it is always kept.
     reached = (cumulative < top_p * total).sum(dim=-1, keepdim=True)
     last = torch.where(top_p < 1, torch.minimum(last, reached), last)
     return torch.maximum(ordered.gather(1, last), min_p)
@@ -130,5 +137,5 @@ def _smallest_kept(weights: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tens
 def _descending(weights: torch.Tensor) -> torch.Tensor:
     if weights.device.type != "cpu":
         return weights.sort(dim=-1, descending=True).values
-    # an order of magnitude faster than torch's sort on a CPU
+    # An order of magnitude faster than torch's sort on a CPU.
     return torch.from_numpy(-np.sort(-weights.numpy(), axis=-1))

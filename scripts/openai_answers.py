@@ -1,4 +1,4 @@
-"""From a request to prompts of token ids, and from the tokens of an engine to answers in OpenAI's words."""
+"""From a request to prompts of token ids, and from an engine's tokens to answers in OpenAI's format."""
 
 import asyncio
 import functools
@@ -23,7 +23,7 @@ LEAST_LOGPROB = -9999.0  # JSON has no -inf
 
 
 def encode_chat(tokenizer: ChatTokenizer, body: ChatRequest) -> list[int]:
-    """The ids that training would make of the conversation, and the opening of the answer."""
+    """Return the ids that training would make of the conversation, and the opening of the answer."""
     tools = body.offered_tools
     messages = [message.model_dump(include={"role", "content", "tool_calls"}) for message in body.messages]
     for message in messages:
@@ -35,10 +35,10 @@ def encode_chat(tokenizer: ChatTokenizer, body: ChatRequest) -> list[int]:
 
 
 def render_tools(tokenizer: ChatTokenizer, messages: list[dict], tools: list[dict]) -> list[dict]:
-    """The turns as the tokenizer's chat template writes them, tools and tool calls inside the contents.
+    """Return the turns as the tokenizer's chat template writes them, tools and tool calls inside the contents.
 
-    The template gives one text, in which a content that holds a control string would look like the end of a turn. So
-    these are spelled otherwise while the template runs, and put back before the contents are encoded, as text.
+    The template makes one text, in which a control string in a content would look like the end of a turn. So control
+    strings are replaced while the template runs and restored before the contents are encoded as text.
     """
     bos, eos = (tokenizer.token_bytes(i, skip_control=False).decode() for i in (tokenizer.bos_id, tokenizer.eos_id))
     spelled = {control: f"({secrets.token_hex(8)})" for control in (bos, eos)}
@@ -48,7 +48,7 @@ def render_tools(tokenizer: ChatTokenizer, messages: list[dict], tools: list[dic
             given = given.replace(control, spelling)
         messages, tools = json.loads(given)
         text = _template_reader(tokenizer.path).apply_chat_template(messages, tools=tools or None, tokenize=False)
-    except RecursionError as error:  # nothing else in a conversation can be nested
+    except RecursionError as error:  # only tools can be nested
         raise ApiError(400, "tools: the parameters are nested too deeply", "tools") from error
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise ApiError(400, f"the chat template cannot write this conversation: {error}", "messages") from error
@@ -66,73 +66,72 @@ def _template_reader(folder: Path):
 
 
 def encode_completion(tokenizer: ChatTokenizer, prompt: str | list[int]) -> list[int]:
-    """Raw text begins with bos, as pretraining documents do; ids are taken as they are."""
-    if not isinstance(prompt, str):
-        return prompt
-    ids = tokenizer.encode_documents([prompt])[0]
-    return ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
+    """Return the ids to continue; a prompt of ids is taken as it is."""
+    return tokenizer.encode_beginning(prompt) if isinstance(prompt, str) else prompt
 
 
 # --- answers as they are made ----------------------------------------------------------------------------------------
 
-Part = tuple[str, str | ToolCall]  # ("content" | "reasoning_content", text), or ("tool_calls", call)
+Delta = tuple[str, str | ToolCall]  # ("content" | "reasoning_content", text), or ("tool_calls", call)
 
 
 class Choice:
-    """One answer: what its request brings, turned into parts of text and calls, until a stop string or its end."""
+    """One answer: turns its request's tokens into deltas of text and calls, until a stop string or its end.
+
+    new_tokens: those whose log-probs have not been sent yet.
+    """
 
     def __init__(self, index: int, prompt_index: int, request: Request, stream: TextStream, tools: bool):
         self.index, self.prompt_index, self.request = index, prompt_index, request
         self.finish_reason: str | None = None
         self.completion_tokens = 0
-        self.shown_tokens: list[Token] = []  # for log-probs: those that are text; the one that ends the answer is not
+        self.new_tokens: list[Token] = []
         self._stream, self._tools, self._called = stream, ToolCallSplitter() if tools else None, False
 
-    def advance(self) -> list[Part]:
-        """What is new. Sets finish_reason at the end; ApiError where the engine gave up."""
-        ending, error = self.request.finish_reason, self.request.error  # before take, or the last token could be lost
+    def advance(self) -> list[Delta]:
+        """Return what is new. Sets finish_reason at the end; raises ApiError if the engine gave up."""
+        tokens, ending = self.request.take()
         pieces = []
-        for token in self.request.take():
+        for token in tokens:
             self.completion_tokens += 1
-            if token.id not in self.request.params.stop_ids:
-                self.shown_tokens.append(token)
+            self.new_tokens.append(token)
             pieces += self._stream.push(token.id)
             if self._stream.stopped:
                 self.request.cancel()
                 ending = "stop"
                 break
         if ending == "error":
-            raise ApiError(500, f"the answer could not be made: {error}")
+            raise ApiError(500, f"the answer could not be made: {self.request.error}")
         if ending == "cancelled":
             raise ApiError(503, "the server is shutting down", headers={"Retry-After": "10"})
         if ending:
             pieces += self._stream.flush()
-        parts = []
+        deltas = []
         for is_thought, text in pieces:
             if is_thought or self._tools is None:
-                parts.append(("reasoning_content" if is_thought else "content", text))
+                deltas.append(("reasoning_content" if is_thought else "content", text))
             else:
-                parts += self._read_calls(self._tools.push(text))
+                deltas += self._read_calls(self._tools.push(text))
         if ending:
-            parts += self._read_calls(self._tools.flush()) if self._tools else []
+            deltas += self._read_calls(self._tools.flush()) if self._tools else []
             self.finish_reason = "tool_calls" if self._called and ending == "stop" else ending
-        return parts
+        return deltas
 
-    def _read_calls(self, found: list[str | ToolCall]) -> list[Part]:
-        self._called |= any(isinstance(part, ToolCall) for part in found)
-        return [("tool_calls" if isinstance(part, ToolCall) else "content", part) for part in found]
+    def _read_calls(self, found: list[str | ToolCall]) -> list[Delta]:
+        self._called |= any(isinstance(each, ToolCall) for each in found)
+        return [("tool_calls" if isinstance(each, ToolCall) else "content", each) for each in found]
 
 
 class NoAnswer:
-    """A request for no tokens: it has ended at once."""
+    """A request for no tokens: it has ended from the start."""
 
     finish_reason, error, cached_tokens = "length", None, 0
 
     def __init__(self, params: SamplingParams):
         self.params = params
 
-    def take(self) -> list[Token]:
-        return []
+    def take(self) -> tuple[list[Token], str]:
+        return [], self.finish_reason
 
     def cancel(self) -> None:
         pass
@@ -152,8 +151,10 @@ class Generation:
         tools: bool = False,
         nothing: bool = False,
     ):
-        """params: one for each answer to a prompt. nothing: no tokens are made, only prompts echoed. Raises QueueFull,
-        with nothing left in the queue, and ValueError."""
+        """params: one for each answer to a prompt. nothing: make no tokens, only echo prompts.
+
+        Raises QueueFull, with nothing left in the queue, and ValueError.
+        """
         self.prompts, self.choices, self._changed = prompts, [], asyncio.Event()
         loop = asyncio.get_running_loop()
 
@@ -173,18 +174,18 @@ class Generation:
             self.close()
             raise
 
-    async def parts(self) -> AsyncIterator[tuple[Choice, list[Part]]]:
-        """(choice, what is new of it), as it comes; finish_reason stands in a choice's last one."""
+    async def deltas(self) -> AsyncIterator[tuple[Choice, list[Delta]]]:
+        """Yield (choice, what is new of it) as it comes; the choice's finish_reason is set with its last."""
         running = list(self.choices)
         while running:
             self._changed.clear()
             for choice in list(running):
                 before = choice.completion_tokens
-                parts = choice.advance()
+                deltas = choice.advance()
                 if choice.finish_reason:
                     running.remove(choice)
-                if parts or choice.finish_reason or choice.completion_tokens > before:
-                    yield choice, parts
+                if deltas or choice.finish_reason or choice.completion_tokens > before:
+                    yield choice, deltas
             if running:
                 await self._changed.wait()
 
@@ -219,14 +220,14 @@ def chat_logprobs(tokenizer: ChatTokenizer, tokens: Sequence[Token]) -> dict:
 
 
 class LegacyLogprobs:
-    """The completions endpoint's four lists; text_offset counts characters from the beginning of the text."""
+    """The completions endpoint's four lists. text_offset counts characters from the beginning of the text."""
 
     def __init__(self, tokenizer: ChatTokenizer):
         self._tokenizer, self._offset = tokenizer, 0
         self._shown = {False: StreamDecoder(tokenizer), True: StreamDecoder(tokenizer, skip_control=False)}
 
     def of(self, tokens: Sequence[Token], echoed: bool = False) -> dict:
-        """echoed: the tokens are the prompt's, of which all text is shown, that of control ids too."""
+        """echoed: these are the prompt's tokens, whose text is shown completely, control ids included."""
         result = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token in tokens:
             known = token.logprob is not None  # the very first token has none
@@ -248,10 +249,10 @@ class LegacyLogprobs:
 
 @torch.inference_mode()
 def prompt_log_probs(model: torch.nn.Module, ids: list[int], top: int) -> list[Token]:
-    """The prompt's tokens with their log-probs in nats, and the likeliest at their places; the first has none."""
+    """Return the prompt's tokens with log-probs in nats and the `top` most likely instead; the first token has none."""
     tokens, device = [Token(ids[0])], next(model.parameters()).device
     hidden_states = model.get_decoder()(input_ids=torch.tensor([ids], device=device), use_cache=False)[0][0]
-    # logits of a long prompt are the largest tensor by far, and not needed at once
+    # Logits of a long prompt are the largest tensor by far: make them in parts.
     for hidden, next_ids in zip(hidden_states.split(512), torch.tensor(ids[1:]).split(512), strict=False):
         log_probs = model.get_output_embeddings()(hidden).float().log_softmax(dim=-1).cpu()
         for row, token_id in zip(log_probs, next_ids.tolist(), strict=False):
@@ -262,7 +263,7 @@ def prompt_log_probs(model: torch.nn.Module, ids: list[int], top: int) -> list[T
 
 
 def sampling_params(body: ChatRequest | CompletionRequest, defaults: SamplingParams) -> list[SamplingParams]:
-    """For each of n answers; with a seed, the i-th has seed + i."""
+    """Return the parameters of each of n answers; with a seed, the i-th has seed + i."""
 
     def given(name: str):
         value = getattr(body, name)
@@ -279,13 +280,14 @@ def sampling_params(body: ChatRequest | CompletionRequest, defaults: SamplingPar
         SamplingParams(
             temperature=given("temperature"),
             top_k=max(given("top_k"), 0),
-            top_p=max(given("top_p"), 1e-9),  # 0 is the likeliest token alone
+            top_p=max(given("top_p"), 1e-9),  # 0: the most likely token alone
             min_p=given("min_p"),
             repetition_penalty=given("repetition_penalty"),
             presence_penalty=given("presence_penalty"),
             frequency_penalty=given("frequency_penalty"),
             max_new_tokens=longest,
-            stop_ids=defaults.stop_ids,
+            min_new_tokens=body.min_tokens or 0,
+            stop_ids=() if body.ignore_eos else defaults.stop_ids,
             seed=None if seed is None else seed + index,
             logprobs=logprobs,
         )
@@ -293,7 +295,7 @@ def sampling_params(body: ChatRequest | CompletionRequest, defaults: SamplingPar
     ]
 
 
-# --- answers in OpenAI's words ---------------------------------------------------------------------------------------
+# --- answers in OpenAI's format --------------------------------------------------------------------------------------
 
 
 class ChatFormat:
@@ -307,14 +309,14 @@ class ChatFormat:
     def opening(self, choice: Choice) -> dict | None:
         return self._chunk(choice, {"role": "assistant", "content": ""})
 
-    def chunk(self, choice: Choice, parts: list[Part]) -> dict:
-        return self._chunk(choice, self._message(choice, parts), self.logprobs(choice))
+    def chunk(self, choice: Choice, deltas: list[Delta]) -> dict:
+        return self._chunk(choice, self._message(choice, deltas), self.logprobs(choice))
 
     def ending(self, choice: Choice) -> dict:
         return self._chunk(choice, {}, self.logprobs(choice)) | {"finish_reason": choice.finish_reason}
 
-    def whole(self, choice: Choice, parts: list[Part]) -> dict:
-        message = {"role": "assistant", "content": None} | self._message(choice, parts)
+    def whole(self, choice: Choice, deltas: list[Delta]) -> dict:
+        message = {"role": "assistant", "content": None} | self._message(choice, deltas)
         if message["content"] is None and "tool_calls" not in message:
             message["content"] = ""
         for call in message.get("tool_calls", ()):
@@ -323,34 +325,39 @@ class ChatFormat:
         return {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish_reason}
 
     def logprobs(self, choice: Choice) -> dict | None:
-        """Of the tokens since the last call; None where there are none."""
-        tokens, choice.shown_tokens = choice.shown_tokens, []
+        """Return those of the tokens since the last call, or None if there are none. Stop ids are not content."""
+        tokens = [token for token in choice.new_tokens if token.id not in choice.request.params.stop_ids]
+        choice.new_tokens = []
         return chat_logprobs(self.tokenizer, tokens) if self.wants_logprobs and tokens else None
 
     def _chunk(self, choice: Choice, delta: dict, logprobs: dict | None = None) -> dict:
         return {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
 
-    def _message(self, choice: Choice, parts: list[Part]) -> dict:
+    def _message(self, choice: Choice, deltas: list[Delta]) -> dict:
         message = {}
-        for kind, part in parts:
+        for kind, delta in deltas:
             if kind == "tool_calls":
                 number = self.calls[choice.index] = self.calls.get(choice.index, -1) + 1
-                function = {"name": part.name, "arguments": part.arguments}
+                function = {"name": delta.name, "arguments": delta.arguments}
                 call = {"index": number, "id": new_id("call"), "type": "function", "function": function}
                 message.setdefault(kind, []).append(call)
             else:
-                message[kind] = message.get(kind, "") + part
+                message[kind] = message.get(kind, "") + delta
         return message
 
 
 class CompletionFormat:
-    """text_completion, which is the same for a whole answer and for a chunk of it."""
+    """text_completion, the same for a whole answer and for a chunk of it.
+
+    Log-probs include the token that ends an answer: with echo and max_tokens 1 there is one more than the prompt has,
+    which evaluation tools count on.
+    """
 
     kind = chunk_kind = "text_completion"
     prefix = "cmpl"
 
     def __init__(self, tokenizer: ChatTokenizer, body: CompletionRequest, echoes: Sequence[tuple[str, list[Token]]]):
-        """echoes: for each prompt, its text and its tokens with log-probs; empty where it is not asked for."""
+        """echoes: for each prompt, its text and its tokens with log-probs; empty if no echo is asked for."""
         self.tokenizer, self.wants_logprobs, self.echoes = tokenizer, body.logprobs is not None, echoes
         self.writers: dict[int, LegacyLogprobs] = {}
 
@@ -360,15 +367,15 @@ class CompletionFormat:
         text, tokens = self.echoes[choice.prompt_index]
         return self._choice(choice, text, self._logprobs(choice, tokens, echoed=True))
 
-    def chunk(self, choice: Choice, parts: list[Part]) -> dict:
-        return self._choice(choice, "".join(text for _, text in parts), self._new_logprobs(choice))
+    def chunk(self, choice: Choice, deltas: list[Delta]) -> dict:
+        return self._choice(choice, "".join(text for _, text in deltas), self._new_logprobs(choice))
 
     def ending(self, choice: Choice) -> dict:
         return self._choice(choice, "", self._new_logprobs(choice)) | {"finish_reason": choice.finish_reason}
 
-    def whole(self, choice: Choice, parts: list[Part]) -> dict:
+    def whole(self, choice: Choice, deltas: list[Delta]) -> dict:
         prompt = self.opening(choice) or {"text": "", "logprobs": None}
-        answer = self.chunk(choice, parts)
+        answer = self.chunk(choice, deltas)
         given = [logprobs for logprobs in (prompt["logprobs"], answer["logprobs"]) if logprobs]
         names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
         logprobs = {name: [item for each in given for item in each[name]] for name in names}
@@ -379,11 +386,10 @@ class CompletionFormat:
         }
 
     def _new_logprobs(self, choice: Choice) -> dict | None:
-        tokens, choice.shown_tokens = choice.shown_tokens, []
+        tokens, choice.new_tokens = choice.new_tokens, []
         return self._logprobs(choice, tokens)
 
     def _logprobs(self, choice: Choice, tokens: list[Token], echoed: bool = False) -> dict | None:
-        """None where there are none."""
         if not self.wants_logprobs or not tokens:
             return None
         return self.writers.setdefault(choice.index, LegacyLogprobs(self.tokenizer)).of(tokens, echoed)

@@ -117,6 +117,8 @@ class Sampling(Part):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    ignore_eos: bool | None = False
+    min_tokens: Annotated[int, Field(ge=0)] | None = 0
     # changes the answer, and is not there: only what leaves it as it is can be accepted
     logit_bias: dict[str, Any] | None = None
 

@@ -425,9 +425,9 @@ class Api:
         about = {"id": new_id(form.prefix), "object": form.chunk_kind if body.stream else form.kind}
         about |= {"created": int(time.time()), "model": body.model}
 
-        async def parts():
+        async def deltas():
             waiting = True
-            async for choice, new in generation.parts():
+            async for choice, new in generation.deltas():
                 if waiting:
                     self.metrics.first_token.observe(time.monotonic() - started)
                     waiting = False
@@ -435,7 +435,7 @@ class Api:
 
         async def whole() -> Response:
             found = {choice: [] for choice in generation.choices}
-            async for choice, new in parts():
+            async for choice, new in deltas():
                 found[choice] += new
             choices = [form.whole(choice, found[choice]) for choice in generation.choices]
             return JSONResponse(about | {"choices": choices, "usage": generation.usage()})
@@ -451,7 +451,7 @@ class Api:
                 for choice in generation.choices:
                     if opening := form.opening(choice):
                         yield chunk(opening)
-                async for choice, new in parts():
+                async for choice, new in deltas():
                     if new:
                         yield chunk(form.chunk(choice, new))
                     if choice.finish_reason:

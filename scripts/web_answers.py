@@ -88,18 +88,14 @@ class LocalModel:
         return LocalRun(answer, request, stream, clock)
 
     def _encode(self, answer: Answer, messages: list[dict], max_tokens: int) -> list[int]:
-        """Ids to continue; the oldest turns are left out where they leave an answer too little room."""
+        """Ids to continue; the oldest turns are left out if they would leave an answer too little room."""
         if self.continues:
-            ids = self.tokenizer.encode_documents([messages[-1]["content"]])[0]
-            return ids if ids[:1] == [self.tokenizer.bos_id] else [self.tokenizer.bos_id, *ids]
+            return self.tokenizer.encode_beginning(messages[-1]["content"])
         context = self.engine.context_length
-        longest = context - min(max_tokens, context // 4)
-        system = [message for message in messages if message["role"] == "system"]
-        turns, dropped = messages[len(system) :], 0
-        while len(ids := self.tokenizer.encode_prompt(system + turns)) > longest and len(turns) > 1:
-            turns, dropped = turns[2:], dropped + 1
-        if dropped:
-            answer.notes.append(f"left out {dropped} earlier turn{'s' * (dropped > 1)}: the context is full")
+        ids, left_out = self.tokenizer.encode_fitting(messages, context, max_tokens)
+        if left_out:
+            exchanges = left_out // 2
+            answer.notes.append(f"left out {exchanges} earlier turn{'s' * (exchanges > 1)}: the context is full")
         if len(ids) >= context:
             raise ValueError(
                 f"This question is too long: with its frame it has {len(ids)} tokens, and the context holds {context}. "
@@ -116,8 +112,8 @@ class LocalRun:
     def poll(self) -> None:
         if self.done:
             return
-        ending = self._request.finish_reason  # read first: what comes after it has no tokens left to take
-        for token in self._request.take():
+        tokens, ending = self._request.take()
+        for token in tokens:
             self.answer.tokens += 1
             for piece in self._stream.push(token.id):
                 self.answer.add(*piece)

@@ -66,12 +66,12 @@ class EchoRequest:
             return "cancelled"
         return None if self.ids else ("stop" if self.last in self.params.stop_ids else "length")
 
-    def take(self) -> list[Token]:
+    def take(self) -> tuple[list[Token], str | None]:
         if not self.ids:
-            return []
+            return [], self.finish_reason
         self.last = self.ids.pop(0)
         self.notify()
-        return [Token(self.last, -0.5, [(self.last, -0.5)][: self.params.logprobs])]
+        return [Token(self.last, -0.5, [(self.last, -0.5)][: self.params.logprobs])], self.finish_reason
 
     def cancel(self) -> None:
         self.cancelled = self.cancelled or bool(self.ids)

@@ -271,7 +271,7 @@ def test_cancel_frees_the_slot_at_once(dense):
     reading = engine.submit(random_ids(250), long)
     engine.step()
     waiting, last = engine.submit(random_ids(3), long), engine.submit(random_ids(3), long)
-    assert len(answering.take()) == 2 and reading.take() == [] and engine.stats()["running"] == 2
+    assert len(answering.take()[0]) == 2 and reading.take() == ([], None) and engine.stats()["running"] == 2
     waiting.cancel()
     assert engine.stats()["waiting"] == 1
     for request in (answering, reading):
@@ -279,7 +279,7 @@ def test_cancel_frees_the_slot_at_once(dense):
         assert request.finish_reason == "cancelled" and list(request) == []
     assert (engine.stats()["running"], engine.stats()["cancelled"]) == (0, 3)
     engine.step()
-    assert len(last.take()) == 1
+    assert len(last.take()[0]) == 1
     last.cancel()
     last.cancel()
     assert engine.stats()["cancelled"] == 4 and not engine.step()
@@ -415,7 +415,7 @@ def test_a_switch_waits_for_the_answers_under_way():
 
 
 def test_long_prompts_are_read_in_parts_while_others_go_on(dense, monkeypatch):
-    monkeypatch.setattr(batching, "PREFILL_BESIDE", 16)
+    monkeypatch.setattr(batching, "PREFILL_SHARED", 16)
     engine = Engine(dense, slots=3)
     answering = engine.submit(random_ids(4), SamplingParams(max_new_tokens=100, stop_ids=()))
     engine.step()
@@ -428,11 +428,11 @@ def test_long_prompts_are_read_in_parts_while_others_go_on(dense, monkeypatch):
     while not tokens:
         engine.step()
         steps += 1
-        assert len(answering.take()) == 1
-        tokens = long.take()
+        assert len(answering.take()[0]) == 1
+        tokens, _ = long.take()
     assert steps == 7  # 100 tokens by 16
     run_to_end(engine)
-    assert_same_answer(dense, prompt, [t.id for t in tokens + long.take()], list(stream(dense, prompt, GREEDY)))
+    assert_same_answer(dense, prompt, [t.id for t in tokens + long.take()[0]], list(stream(dense, prompt, GREEDY)))
     assert ids_of(second) == list(stream(dense, random_ids(20, seed=9), GREEDY))
 
 
@@ -635,7 +635,8 @@ def test_notify_comes_from_the_engines_thread_after_what_it_tells_of(dense):
 
         def listen():
             ready.wait()
-            told.append((threading.current_thread().name, len(requests[0].take()), requests[0].finish_reason))
+            tokens, finish_reason = requests[0].take()
+            told.append((threading.current_thread().name, len(tokens), finish_reason))
 
         requests.append(engine.submit(random_ids(3), GREEDY, notify=listen))
         ready.set()

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from model.batching import Engine
 from model.decoder import ForwardDecoder, LeanDecoder, new_decoder
-from model.generation import SamplingParams, generate_batch, stream
+from model.generation import SamplingParams, generate_batch, loop_length, stream
 from model.model_lora import apply_lora, lora_layers
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, Router
 from model.sampling import SamplingRows, choose, penalise
@@ -443,6 +443,47 @@ def test_bfloat16_decodes_as_it_reads():
     check(tiny_model().bfloat16())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         check(tiny_model())
+
+
+@pytest.mark.parametrize(
+    "ids, length",
+    [
+        ([], 0),
+        ([7] * 47, 0),  # too little to tell
+        ([1, 2, 3, *[7] * 48], 1),
+        ([9, *[1, 2, 3] * 16], 3),
+        ([1, 2, 3] * 16 + [1], 3),  # cut in the middle of the phrase
+        (list(range(64)) * 4, 64),
+        (list(range(64)) * 3, 0),
+        (list(range(65)) * 9, 0),
+        ([1, 2, 3] * 30 + [4], 0),  # it looped, and went on
+        ([n * n % 91 for n in range(90)], 0),
+    ],
+    ids=str,
+)
+def test_a_loop_is_noticed(ids, length):
+    assert loop_length(ids) == length
+
+
+def test_no_stop_id_before_the_least_length(model):
+    prompt = random_ids(10)
+    free = list(stream(model, prompt, GREEDY))
+    stops = tuple(free[:4])
+    params = SamplingParams(temperature=0, max_new_tokens=24, stop_ids=(*stops, VOCAB + 5), min_new_tokens=6)
+    text, answer = list(prompt), list(stream(model, prompt, params))
+    for n, token in enumerate(answer):
+        logits = model(torch.tensor([text])).logits[0, -1]
+        if n < 6:
+            logits[list(stops)] = -torch.inf
+        assert token == int(logits.argmax()) or logits.max() - logits[token] < 1e-4
+        text.append(token)
+    assert len(answer) > 6 and not set(answer[:6]) & set(stops)
+    # beside an answer without such a wish, whose logits stay as they are
+    engine = Engine(model, slots=2)
+    requests = [engine.submit(prompt, p) for p in (params, GREEDY)]
+    assert [[token.id for token in request] for request in requests] == [answer, free]
+    with pytest.raises(ValueError, match="--min_new_tokens is -1"):
+        SamplingParams(min_new_tokens=-1)
 
 
 # --- generate_batch --------------------------------------------------------------------------------------------------

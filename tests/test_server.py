@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import openai
 import pytest
 import torch
-from conftest import ROOT, write_weights
+from conftest import ROOT, write_endless_weights, write_weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from served import ECHO, EchoEngine, running_server, wait_until, write_models
@@ -367,6 +367,68 @@ def test_log_probs_of_a_completion_with_its_prompt(server, out_dir):
     only = server.client.completions.create(model="minimind", prompt=ids, echo=True, logprobs=0, max_tokens=0)
     assert only.choices[0].text == prompt and only.choices[0].finish_reason == "length"
     assert only.choices[0].logprobs.token_logprobs[0] is None and only.usage.completion_tokens == 0
+
+
+def write_stopping_weights(path: Path, tokenizer) -> Path:
+    """The opposite of write_endless_weights: the next token is always eos."""
+    write_endless_weights(path, tokenizer)
+    state = torch.load(path, weights_only=True)
+    embedding = state["model.embed_tokens.weight"]
+    embedding[:, 0], embedding[tokenizer.eos_id, 0] = 8, 32
+    torch.save(state | {"lm_head.weight": embedding}, path)
+    return path
+
+
+def test_the_log_likelihoods_of_lm_eval_are_right_where_the_model_would_stop(tmp_path, tokenizer):
+    """Its arithmetic: the sum of token_logprobs[ctxlen:-1], and greedy if each of them tops top_logprobs."""
+    path = write_stopping_weights(tmp_path / "full_sft_32.pth", tokenizer)
+    context, continuation = (tokenizer.encode_documents([text])[0] for text in ("the old king 今天", " read a book"))
+    continuations = [continuation, continuation[:1] + [tokenizer.eos_id], [tokenizer.eos_id]]
+    with running_server(tmp_path) as server:
+        done = server.client.completions.create(
+            model="minimind", prompt=[context + ids for ids in continuations], echo=True, logprobs=1, max_tokens=1,
+            temperature=0, seed=1,
+        )  # fmt: skip
+        streamed = list(
+            server.client.completions.create(
+                model="minimind", prompt=context, echo=True, logprobs=1, max_tokens=3, temperature=0, stream=True
+            )
+        )
+    model, _ = load_model(path)
+    for ids, choice in zip(continuations, done.choices, strict=True):
+        probs = choice.logprobs
+        assert choice.finish_reason == "stop" and len(probs.token_logprobs) == len(context + ids) + 1
+        with torch.inference_mode():
+            log_probs = model(torch.tensor([context + ids])).logits[0].log_softmax(-1)
+        expected = [float(log_probs[len(context) + n - 1, token_id]) for n, token_id in enumerate(ids)]
+        assert probs.token_logprobs[len(context) : -1] == pytest.approx(expected, abs=1e-4)
+        greedy = all(
+            max(top, key=top.get) == token
+            for token, top in zip(probs.tokens[len(context) : -1], probs.top_logprobs[len(context) : -1], strict=True)
+        )
+        assert greedy == (ids == [tokenizer.eos_id])
+        assert probs.tokens[-1] == "<|im_end|>" and probs.text_offset[-1] == len(choice.text)
+    tokens = [token for chunk in streamed if chunk.choices[0].logprobs for token in chunk.choices[0].logprobs.tokens]
+    assert len(tokens) == len(context) + 1 and tokens[-1] == "<|im_end|>"
+
+
+def test_an_answer_can_be_made_to_go_on(tmp_path, tokenizer):
+    write_stopping_weights(tmp_path / "full_sft_32.pth", tokenizer)
+    with running_server(tmp_path) as server:
+
+        def made(**options) -> tuple[int, str]:
+            extra = {"extra_body": options}
+            answers = [
+                chat(server, max_tokens=9, temperature=0, **extra),
+                server.client.completions.create(model="minimind", prompt="a", max_tokens=9, temperature=0, **extra),
+            ]
+            (found,) = {(done.usage.completion_tokens, done.choices[0].finish_reason) for done in answers}
+            return found
+
+        assert made() == (1, "stop") and made(min_tokens=4) == (5, "stop")
+        assert made(ignore_eos=True) == made(min_tokens=20) == (9, "length")
+        with pytest.raises(openai.BadRequestError, match="min_tokens"):
+            made(min_tokens=-1)
 
 
 # --- completions -----------------------------------------------------------------------------------------------------

@@ -160,6 +160,30 @@ def test_a_batch_of_conversations_is_the_conversations_one_by_one(tokenizer):
     assert tokenizer.encode_conversations([]) == []
 
 
+def test_a_text_to_continue_begins_with_one_bos(tokenizer):
+    ids = tokenizer.encode_documents(["the sky"])[0]
+    for text in ("the sky", "<|im_start|>the sky"):
+        assert tokenizer.encode_beginning(text) == [tokenizer.bos_id, *ids]
+    assert tokenizer.encode_beginning("") == [tokenizer.bos_id]
+
+
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "be brief"}]], ids=["default", "system"])
+def test_the_oldest_exchanges_make_room_for_an_answer(tokenizer, system):
+    exchanges = [{"role": ("user", "assistant")[n % 2], "content": "word " * 20} for n in range(6)]
+    turns = [*system, *exchanges, {"role": "user", "content": "and now?"}]
+    fits = len(tokenizer.encode_prompt(turns)) + 50
+    assert tokenizer.encode_fitting(turns, fits, 50) == (tokenizer.encode_prompt(turns), 0)
+    for left_out in (2, 6):
+        kept = [*system, *turns[len(system) + left_out :]]
+        context = len(tokenizer.encode_prompt(kept)) + 50
+        assert tokenizer.encode_fitting(turns, context, 50) == (tokenizer.encode_prompt(kept), left_out)
+    # what always stays may be too long; a quarter of the context is kept for the answer, not all of it
+    ids = tokenizer.encode_prompt([*system, turns[-1]])
+    assert tokenizer.encode_fitting(turns, 8, 50) == (ids, 6)
+    context = len(tokenizer.encode_prompt(turns)) * 4 // 3 + 2
+    assert tokenizer.encode_fitting(turns, context, 10**6)[1] == 0
+
+
 def test_an_unknown_role_is_an_error(tokenizer):
     with pytest.raises(ValueError, match="unknown role 'gpt'.*system, user, assistant, tool"):
         tokenizer.encode_conversation([{"role": "gpt", "content": "hi"}])

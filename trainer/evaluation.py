@@ -68,7 +68,7 @@ class Evaluator:
         self.data = PackedData(args, kind, tokenizer, process, args.valid_path) if args.valid_path else None
         self.prompt, self.prompt_ids = args.sample_prompt, []
         if args.sample_prompt and kind == "pretrain":
-            self.prompt_ids = [tokenizer.bos_id, *tokenizer.encode_documents([args.sample_prompt])[0]]
+            self.prompt_ids = tokenizer.encode_beginning(args.sample_prompt)
         elif args.sample_prompt:
             self.prompt_ids = tokenizer.encode_prompt([{"role": "user", "content": args.sample_prompt}])
 
