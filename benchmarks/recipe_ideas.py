@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from trainer import train_pretrain
+from trainer import train_pretrain, training
 from trainer.arguments import run_script
 
 # --- initialisation --------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def before_step(change) -> None:
 
     lr is the schedule's, without the embedding's scale.
     """
-    build = train_pretrain.build_optimizer
+    build = training.build_optimizer
 
     def built(model, args):
         optimizer = build(model, args)
@@ -108,7 +108,7 @@ def before_step(change) -> None:
             part.register_step_pre_hook(hook)
         return optimizer
 
-    train_pretrain.build_optimizer = built
+    training.build_optimizer = built
 
 
 def is_embedding(group: dict) -> bool:
@@ -175,30 +175,30 @@ def z_loss(weight: float) -> None:
 
 def tail_average(share: float) -> None:
     """The weights that are evaluated at the end are the mean over the last `share` of the steps."""
-    step, rate, run = train_pretrain.optimizer_step, train_pretrain.learning_rate, train_pretrain.Evaluator.run
+    step, rate, run = training.Training.step, train_pretrain.learning_rate, train_pretrain.Evaluator.run
     clock, mean = {}, {}
 
     def timed(at, total, *rest, **named):
         clock.update(step=at, total=total)
         return rate(at, total, *rest, **named)
 
-    def stepped(model, *rest):
-        norm = step(model, *rest)
+    def stepped(trained, lr):
+        norm = step(trained, lr)
         first = math.floor((1 - share) * clock["total"])
         if clock["step"] >= first:
             count = clock["step"] - first + 1
-            for name, parameter in model.named_parameters():
+            for name, parameter in trained.model.named_parameters():
                 value = parameter.detach()
                 mean[name] = mean.get(name, 0) + (value - mean.get(name, 0)) / count
         return norm
 
-    def averaged(self, model, *rest, **named):
+    def averaged(self, trained, *rest, **named):
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
+            for name, parameter in trained.model.named_parameters():
                 parameter.copy_(mean.get(name, parameter))
-        return run(self, model, *rest, **named)
+        return run(self, trained, *rest, **named)
 
-    train_pretrain.learning_rate, train_pretrain.optimizer_step = timed, stepped
+    train_pretrain.learning_rate, training.Training.step = timed, stepped
     train_pretrain.Evaluator.run = averaged
 
 

@@ -176,7 +176,7 @@ def dpo_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: Ste
     """train_dpo.py's step: packed pairs, the reference's log-probs read from disk."""
     process, precision = process_of(args), Precision(args.dtype, torch.device(args.device))
     data = PackedData(args, "preference", tokenizer, process)
-    reference = reference_log_probs(args.weights, data, tokenizer, precision, process)
+    reference = reference_log_probs(args.weights, data, tokenizer)
     model = ours(args, tokenizer)
     optimizer = build_optimizer(model, args)
     prepare_forward(model, args, process.device)

@@ -20,6 +20,7 @@ a share of the rows, as `torchrun --nproc_per_node N trainer/train_pretrain.py` 
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -44,7 +45,7 @@ from dataset.token_cache import open_token_cache
 from dataset.tokenization import ChatTokenizer
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer.cost import attention_flops, flops_per_token, matmul_flops_per_second
-from trainer.distributed import gradient_sync, keep_freed_memory, unwrap_model
+from trainer.distributed import keep_freed_memory
 from trainer.loader import model_inputs
 from trainer.token_losses import token_cross_entropy
 
@@ -99,7 +100,8 @@ class Contender:
     """A model with its batches: `step()` is one optimizer step and returns its useful tokens."""
 
     def __init__(self, model, batches, loss, autocast: bool, fused: bool, device: torch.device, accumulation: int = 1):
-        self.model, self.batches, self.loss, self.autocast = model.to(device), batches, loss, autocast
+        self.plain, self.batches, self.loss, self.autocast = model.to(device), batches, loss, autocast
+        self.model = self.plain
         self.device, self.accumulation = device, accumulation
         if dist.is_initialized():
             self.model = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
@@ -110,7 +112,8 @@ class Contender:
     def step(self) -> int:
         tokens = 0
         for micro_batch in range(self.accumulation):
-            with gradient_sync(self.model, micro_batch == self.accumulation - 1):
+            last = micro_batch == self.accumulation - 1 or not dist.is_initialized()
+            with contextlib.nullcontext() if last else self.model.no_sync():
                 tokens += self.accumulate(next(self.batches))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -126,7 +129,7 @@ class Contender:
         loss.backward()
         if "real_tokens" in batch:
             attended = ((batch["position_ids"] + 1) * (batch["document_ids"] >= 0)).sum()
-            self.flops += attention_flops(unwrap_model(self.model).config, int(attended))
+            self.flops += attention_flops(self.plain.config, int(attended))
             return batch["real_tokens"]
         return int((batch["labels"] >= 0).sum())
 
@@ -136,7 +139,7 @@ class Contender:
             tokens += self.step()
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
-        model = unwrap_model(self.model)
+        model = self.plain
         if isinstance(model, MiniMindForCausalLM):
             self.flops = over_processes((self.flops + tokens * flops_per_token(model.config, count(model))) / elapsed)
         self.rates.append(over_processes(tokens / elapsed))

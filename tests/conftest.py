@@ -384,6 +384,14 @@ def _run_in_child(script: str, flags: list[str], env: dict, printed: Path, patch
     module.run_script(lambda: module.main(flags))
 
 
+def replace_step(make) -> None:
+    """In a child process: every optimizer step is make(the step itself), a function of (training, lr)."""
+    from trainer import training
+
+    for kind in (training.Training, training.ZeroTraining):
+        kind.step = make(kind.step)
+
+
 class Launcher:
     """Starts scripts as processes, from a server that has imported torch and transformers already."""
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, tiny_flags
+from conftest import ROOT, replace_step, tiny_flags
 
 from trainer import arguments
 from trainer.arguments import parse_arguments, stage_parser
@@ -271,15 +271,18 @@ def wrong_in_the_second_process(module) -> None:
 
 
 def dies_in_the_third_step(module) -> None:
-    optimizer_step, calls = module.optimizer_step, []
+    def make(take_step):
+        calls = []
 
-    def step(*arguments):
-        calls.append(1)
-        if len(calls) == 3 and os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return optimizer_step(*arguments)
+        def step(*arguments):
+            calls.append(1)
+            if len(calls) == 3 and os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return take_step(*arguments)
 
-    module.optimizer_step = step
+        return step
+
+    replace_step(make)
 
 
 @pytest.mark.parametrize("patch", [wrong_in_the_second_process, dies_in_the_third_step])

@@ -22,6 +22,7 @@ from conftest import (
     read_log,
     read_resume,
     relative_error,
+    replace_step,
     tiny_flags,
     write_texts,
     write_weights,
@@ -39,28 +40,32 @@ def noisy_slow_steps(module) -> None:
     """Steps that depend on every random number generator, and that leave time to be killed in."""
     import numpy
 
-    optimizer_step = module.optimizer_step
+    def make(take_step):
+        def step(training, lr):
+            time.sleep(0.02)
+            noise = random.random() + numpy.random.rand() + numpy.random.randn()
+            for parameter in filter(lambda p: p.requires_grad, training.model.parameters()):
+                parameter.grad.add_(torch.randn_like(parameter), alpha=1e-3 * noise)
+            return take_step(training, lr)
 
-    def step(model, *arguments):
-        time.sleep(0.02)
-        noise = random.random() + numpy.random.rand() + numpy.random.randn()
-        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
-            parameter.grad.add_(torch.randn_like(parameter), alpha=1e-3 * noise)
-        return optimizer_step(model, *arguments)
+        return step
 
-    module.optimizer_step = step
+    replace_step(make)
 
 
 def killed_at_step(number: int, module) -> None:
-    optimizer_step, calls = module.optimizer_step, []
+    def make(take_step):
+        calls = []
 
-    def step(*arguments):
-        calls.append(1)
-        if len(calls) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return optimizer_step(*arguments)
+        def step(*arguments):
+            calls.append(1)
+            if len(calls) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return take_step(*arguments)
 
-    module.optimizer_step = step
+        return step
+
+    replace_step(make)
 
 
 def killed_at_step_4(module) -> None:
@@ -340,14 +345,14 @@ def test_a_complete_run_says_so_and_leaves_its_files_alone(train, tmp_path, inpu
 
 def test_a_scaler_that_the_saved_run_did_not_need(train, finished, monkeypatch, capsys):
     """A run in bfloat16 goes on in float16 on a GPU without bfloat16."""
-    from trainer import train_pretrain
+    from trainer import training
 
-    class WithScaler(train_pretrain.Precision):
+    class WithScaler(training.Precision):
         def __init__(self, name, device):
             super().__init__(name, device)
             self.scaler = torch.amp.GradScaler(device.type, enabled=True)
 
-    monkeypatch.setattr(train_pretrain, "Precision", WithScaler)
+    monkeypatch.setattr(training, "Precision", WithScaler)
     train("train_pretrain", finished())
     assert "complete" in capsys.readouterr().out
 

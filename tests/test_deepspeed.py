@@ -21,6 +21,7 @@ from conftest import (
     read_log,
     read_resume,
     relative_error,
+    replace_step,
     tiny_flags,
 )
 
@@ -38,14 +39,12 @@ SECONDS = 400
 
 def keep_float32(module) -> None:
     """The trained weights as they are in training, at every save."""
-    from trainer.distributed import whole_weights
-
     save = module.Checkpoint.save
 
-    def keep(checkpoint, model, *arguments):
-        save(checkpoint, model, *arguments)
-        with whole_weights(model) as plain:
-            trained = {name: p.detach().clone() for name, p in plain.named_parameters() if p.requires_grad}
+    def keep(checkpoint, training, *arguments):
+        save(checkpoint, training, *arguments)
+        with training.whole_weights() as model:
+            trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
             if checkpoint.process.is_main:
                 torch.save(trained, os.environ["WEIGHTS"])
 
@@ -53,15 +52,18 @@ def keep_float32(module) -> None:
 
 
 def killed_at_step_4(module) -> None:
-    optimizer_step, calls = module.optimizer_step, []
+    def make(take_step):
+        calls = []
 
-    def step(*arguments):
-        calls.append(1)
-        if len(calls) == 4:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return optimizer_step(*arguments)
+        def step(*arguments):
+            calls.append(1)
+            if len(calls) == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return take_step(*arguments)
 
-    module.optimizer_step = step
+        return step
+
+    replace_step(make)
 
 
 @pytest.fixture(scope="module")

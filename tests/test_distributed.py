@@ -19,6 +19,7 @@ from conftest import (
     read_log,
     read_resume,
     relative_error,
+    replace_step,
     tiny_flags,
     write_data,
 )
@@ -32,17 +33,20 @@ ALONE = Process(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 
 def keep_gradients(module) -> None:
     """Saves the gradients of every optimizer step of the first process, before they are clipped."""
-    optimizer_step, steps = module.optimizer_step, []
 
-    def keep(model, *arguments):
-        inner = getattr(model, "module", model)
-        trained = [(name, p) for name, p in inner.named_parameters() if p.requires_grad]
-        steps.append({name: parameter.grad.clone() for name, parameter in trained})
-        if os.environ.get("RANK", "0") == "0":
-            torch.save(steps, os.environ["GRADIENTS"])
-        return optimizer_step(model, *arguments)
+    def make(take_step):
+        steps = []
 
-    module.optimizer_step = keep
+        def keep(training, lr):
+            trained = [(name, p) for name, p in training.model.named_parameters() if p.requires_grad]
+            steps.append({name: parameter.grad.clone() for name, parameter in trained})
+            if training.process.is_main:
+                torch.save(steps, os.environ["GRADIENTS"])
+            return take_step(training, lr)
+
+        return keep
+
+    replace_step(make)
 
 
 def split_run(launcher, out_dir, stage, split, **flags):
@@ -176,8 +180,7 @@ def slow_steps(module) -> None:
     """Leaves time to send a signal between two steps."""
     import time
 
-    optimizer_step = module.optimizer_step
-    module.optimizer_step = lambda *arguments: time.sleep(0.05) or optimizer_step(*arguments)
+    replace_step(lambda take_step: lambda *arguments: time.sleep(0.05) or take_step(*arguments))
 
 
 @pytest.mark.parametrize(

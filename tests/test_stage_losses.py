@@ -32,11 +32,11 @@ from model.weights import save_weights, weight_path
 from trainer import token_losses, train_distill_reason, train_distillation, train_dpo
 from trainer.distributed import Process
 from trainer.loader import PackedData, model_inputs
-from trainer.optimization import Precision
 from trainer.teacher import Teacher
 from trainer.token_losses import answer_log_probs, chunked_loss, target_indices, token_cross_entropy
 from trainer.train_distillation import distillation_loss
 from trainer.train_dpo import dpo_loss
+from trainer.training import Training
 
 CPU = Process(0, 0, 1, torch.device("cpu"))
 META = Process(0, 0, 1, torch.device("meta"))
@@ -505,7 +505,7 @@ def test_packed_loss_is_that_of_the_documents_one_by_one(tmp_path, tokenizer, st
         args = train_distillation.parse(["--alpha=0.3", "--temperature=2"])
         save_stage(tmp_path, "full_sft", tokenizer, sharp_model(seed=1, hidden_size=64))
         teacher_path = tmp_path / "full_sft_64.pth"
-        teacher = Teacher(teacher_path, args, tokenizer, Precision("float32", CPU.device), CPU)
+        teacher = Teacher(teacher_path, args, tokenizer, CPU)
         loss_one_by_one = expected_aux = 0.0
         for inputs, labels in documents:
             output, labels = model(input_ids=torch.tensor([inputs])), torch.tensor(labels)
@@ -559,7 +559,7 @@ def test_packed_loss_is_that_of_the_documents_one_by_one(tmp_path, tokenizer, st
 def first_gradients(train, monkeypatch, script: str, flags: list[str], aux_loss_alpha: float):
     """The model as it was before its first step, and the gradients of that step."""
     module = importlib.import_module(f"trainer.{script}")
-    model_config, optimizer_step = module.model_config, module.optimizer_step
+    model_config, take_step = module.model_config, Training.step
     seen = []
 
     def config_with_alpha(*args):
@@ -567,14 +567,15 @@ def first_gradients(train, monkeypatch, script: str, flags: list[str], aux_loss_
         config.aux_loss_alpha = aux_loss_alpha
         return config
 
-    def step(model, *rest):
+    def step(training, lr):
+        model = training.model
         seen.append((copy.deepcopy(model), {name: p.grad for name, p in model.named_parameters()}))
         seen[0][1].update({name: g.clone() for name, g in seen[0][1].items() if g is not None})
-        return optimizer_step(model, *rest)
+        return take_step(training, lr)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "model_config", config_with_alpha)
-        patch.setattr(module, "optimizer_step", step)
+        patch.setattr(Training, "step", step)
         train(script, flags)
     return seen[0]
 
@@ -673,7 +674,7 @@ def test_the_teacher_on_disk_holds_the_likeliest_tokens_of_every_target(tmp_path
         tiny_flags(tmp_path, chats, max_steps=1, batch_size=3, temperature=3, teacher_hidden_size=32)
     )
     data = PackedData(args, "conversation", tokenizer, CPU)
-    live, kept = (Teacher(path, args, tokenizer, Precision("float32", CPU.device), CPU) for _ in range(2))
+    live, kept = (Teacher(path, args, tokenizer, CPU) for _ in range(2))
     kept.keep(data, 5)
     steps = 0
     for _, (batch,) in data.steps():  # shuffled, where the file was read in order

@@ -24,6 +24,7 @@ from conftest import (
     read_log,
     read_resume,
     relative_error,
+    replace_step,
     run_python,
     sharp_model,
     tiny_flags,
@@ -633,18 +634,22 @@ def test_wandb_offline(launcher, tmp_path, texts):
 
 def note_memory(module) -> None:
     """Writes the largest anonymous memory (MB) that was seen after a step."""
-    optimizer_step, peak = module.optimizer_step, [0]
 
-    def step(*arguments):
-        norm = optimizer_step(*arguments)
-        with open("/proc/self/status") as file:
-            anonymous = int(re.search(r"RssAnon:\s+(\d+) kB", file.read())[1]) // 1024
-        peak[0] = max(peak[0], anonymous)
-        with open(os.environ["MEMORY"], "w") as file:
-            file.write(str(peak[0]))
-        return norm
+    def make(take_step):
+        peak = [0]
 
-    module.optimizer_step = step
+        def step(*arguments):
+            norm = take_step(*arguments)
+            with open("/proc/self/status") as file:
+                anonymous = int(re.search(r"RssAnon:\s+(\d+) kB", file.read())[1]) // 1024
+            peak[0] = max(peak[0], anonymous)
+            with open(os.environ["MEMORY"], "w") as file:
+                file.write(str(peak[0]))
+            return norm
+
+        return step
+
+    replace_step(make)
 
 
 @pytest.mark.full

@@ -5,15 +5,17 @@ Each file is replaced atomically, the resume state last: when that one is comple
 
 import argparse
 import hashlib
+import platform
 import random
 import secrets
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from torch import nn
 
 from dataset.tokenization import ChatTokenizer
@@ -29,42 +31,56 @@ from model.weights import (
     write_atomically,
 )
 from trainer.arguments import FREE_ON_RESUME
-from trainer.distributed import Process, barrier, gather_objects, unwrap_model, whole_weights
+from trainer.distributed import Process, barrier, gather_objects, sum_over_ranks
 from trainer.loader import PackedData
-from trainer.logger import Progress, versions
-from trainer.optimization import OptimizerPair, Precision
-from trainer.zero import load_shards, save_shards, zero_stage
+from trainer.training import Training
 
 
-def sidecar(
-    stage: str,
-    config: MiniMindConfig,
-    tokenizer: ChatTokenizer,
-    args: argparse.Namespace,
-    progress: Progress,
-    metrics: dict,
-) -> dict:
-    """What lies beside a weight file: what the weights are, and how they were made."""
-    return {
-        "stage": stage,
-        "config": {name: value for name, value in config.to_diff_dict().items() if name != "transformers_version"},
-        "tokenizer_sha256": tokenizer.sha256,
-        "progress": asdict(progress),
-        "metrics": metrics,
-        "flags": result_flags(args) | {"data_path": str(args.data_path)},
-        "versions": versions(),
-    }
+@dataclass
+class StepCounts:
+    """What one optimizer step took, all processes together.
+
+    tokens: without padding. positions: with it. attended: (token, token it attends to) pairs.
+    """
+
+    tokens: float
+    positions: float
+    attended: float
+
+
+@dataclass
+class Progress:
+    """How far a run is; part of its resume state."""
+
+    step: int = 0  # optimizer steps done
+    tokens: int = 0  # seen by all processes, padding excluded
+    complete: bool = False
+
+    def advance(self, micro_batches: list[dict], total_steps: int, process: Process) -> StepCounts:
+        """Count another optimizer step and return what it took."""
+        tokens = sum(batch["real_tokens"] for batch in micro_batches)
+        positions = sum(batch["input_ids"].numel() for batch in micro_batches)
+        attended = sum(batch["attended"] for batch in micro_batches)
+        counts = StepCounts(*sum_over_ranks([tokens, positions, attended], process))
+        self.step += 1
+        self.tokens += int(counts.tokens)
+        self.complete = self.step >= total_steps
+        return counts
+
+    def due(self, interval: int) -> bool:
+        """Tell whether something that happens every `interval` steps and after the last one happens now."""
+        return self.complete or self.step % interval == 0
 
 
 def output_path(stage: str, config: MiniMindConfig, args: argparse.Namespace) -> Path:
-    """The weight file that this run will write. Raises WeightsError where it would replace weights of other sizes."""
+    """Return the weight file that this run will write. Raises WeightsError if that would replace other weights."""
     path = weight_path(args.out_dir, stage, config.hidden_size, config.use_moe)
     refuse_other_weights(path, config, args)
     return path
 
 
 def refuse_other_weights(path: Path, config: MiniMindConfig, args: argparse.Namespace) -> None:
-    """Depth is not part of a file's name: weights of another configuration are not replaced without --overwrite."""
+    """Raise WeightsError if `path` holds weights of another configuration, as file names do not tell the depth."""
     if args.overwrite or not path.exists():
         return
     unseen = {"config": {"num_attention_heads": config.num_attention_heads}}  # tensors do not show it
@@ -86,7 +102,7 @@ def refuse_other_weights(path: Path, config: MiniMindConfig, args: argparse.Name
 
 
 def refuse_other_adapter(path: Path, model: nn.Module, args: argparse.Namespace) -> None:
-    """The same for an adapter of a model of another depth."""
+    """Raise WeightsError if `path` holds an adapter for a model of another depth."""
     if args.overwrite or not path.exists():
         return
     there = {name.split(".layers.")[-1].split(".")[0] for name in read_lora(path)}
@@ -102,8 +118,8 @@ class Checkpoint:
     """Saves and restores one run: float32 weights, optimizer, scaler, data position and all RNG states.
 
     Only what is trained goes into the resume state; frozen weights come from the file they were loaded from. Under ZeRO
-    every process writes its shard of weights and optimizer state into a new folder, NAME.shards/TAG/; the resume state
-    names that folder, so replacing it switches to the new shards at once. Older folders are removed after that.
+    every process writes its shard of weights and optimizer state to a new folder, NAME.shards/TAG/. The resume state
+    names that folder, so replacing it switches to the new shards at once; older folders are removed after that.
     """
 
     def __init__(
@@ -117,9 +133,9 @@ class Checkpoint:
         write: Callable[[Path, nn.Module, dict], None] = save_weights,
         **identity: str,
     ):
-        """write(path, model, sidecar) writes the weight file.
+        """write(path, model, sidecar): writes the weight file.
 
-        identity: what must be equal on resume besides the tokenizer and the data, such as the hash of frozen weights.
+        identity: what must not change on resume besides the tokenizer and the data, such as the hash of frozen weights.
         """
         self.weights, self.stage, self.write = weights, stage, write
         self.name = str(weights.relative_to(args.out_dir).with_suffix(""))
@@ -128,32 +144,20 @@ class Checkpoint:
         self.args, self.process, self.tokenizer = args, process, tokenizer
         self.identity = {"tokenizer": tokenizer.sha256, **data.fingerprint(), **identity}
 
-    def restore(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer | OptimizerPair,
-        precision: Precision,
-        fresh: str = "",
-    ) -> Progress:
-        """Brings everything back to where the saved run was; a fresh Progress when there is nothing to go on with.
+    def restore(self, training: Training, fresh: str = "") -> Progress:
+        """Bring everything back to where the saved run was; return a new Progress if there is nothing to resume.
 
-        model and optimizer: as wrap_model returns them. fresh: what to say when the run starts from the beginning.
+        fresh: what to say when the run starts from the beginning.
         """
         state = self._load()
         if state is None:
             if fresh and self.process.is_main:
                 print(fresh)
             return Progress()
-        if state.get("shards"):
-            load_shards(model, self.shards / state.get("shards"))
-        else:
-            plain = unwrap_model(model)
-            if trained_state(plain).keys() != state["model"].keys():
-                raise ValueError(f"--resume: {self.path} holds other tensors than this run trains; leave --resume out")
-            plain.load_state_dict(state["model"], strict=False)
-            optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:  # empty when the saved run needed none
-            precision.scaler.load_state_dict(state["scaler"])
+        try:
+            training.load_state(state, self.shards / state["shards"])
+        except ValueError as error:
+            raise ValueError(f"--resume: {self.path}: {error}; leave --resume out to start again") from error
         if len(state["rng"]) == self.process.world_size:
             _set_rng_state(state["rng"][self.process.rank])
         progress = Progress(**state["progress"])
@@ -163,9 +167,9 @@ class Checkpoint:
         return progress
 
     def _load(self) -> dict | None:
-        """The saved state when --resume was given and there is one, checked against this run's flags and data.
+        """Return the state to resume from, checked against this run's flags and data; None if there is none.
 
-        On another number of processes accumulation_steps is set so that the global batch stays the same.
+        On another number of processes, accumulation_steps changes so that the global batch does not.
         """
         if self.args.estimate:
             return None
@@ -199,9 +203,9 @@ class Checkpoint:
         if changed:
             raise ValueError(
                 f"--resume: this would not be the run that was saved in {self.path}: {'; '.join(changed)}. "
-                "Give the old values, or leave --resume out to start anew"
+                "Give the old values, or leave --resume out to start again"
             )
-        if state.get("shards") and ranks != self.process.world_size:
+        if state["shards"] and ranks != self.process.world_size:
             raise ValueError(
                 f"--resume: {self.path} was saved under ZeRO by {ranks} process{'es' * (ranks > 1)}, each with its own "
                 f"shard, and now there are {self.process.world_size}; start as many as then"
@@ -227,34 +231,23 @@ class Checkpoint:
             f"--accumulation_steps so that the product is {saved}"
         )
 
-    def save(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer | OptimizerPair,
-        precision: Precision,
-        progress: Progress,
-        metrics: dict,
-    ) -> None:
-        """Writes weights, sidecar (with the metrics) and resume state. Every process calls it; the first one writes,
-        under ZeRO each its shard."""
+    def save(self, training: Training, progress: Progress, metrics: dict) -> None:
+        """Write weights, sidecar and resume state.
+
+        Every process calls it. The main one writes; under ZeRO each writes its shard. metrics: for the sidecar.
+        """
         if self.args.estimate:
             return
         rng = gather_objects(_rng_state(), self.process)
-        tag = ""
-        if zero_stage(model):
-            # a name of its own: shards of an earlier run that stopped at this step are not to be written over
-            tag = gather_objects(f"step-{progress.step}-{secrets.token_hex(4)}", self.process)[0]
-            save_shards(model, self.shards / tag)
-            barrier(self.process)
-        with whole_weights(model) as plain:
+        # the tag is unique: shards of an earlier run that stopped at this step must not be overwritten
+        tag = gather_objects(f"step-{progress.step}-{secrets.token_hex(4)}", self.process)[0]
+        shards = training.save_shards(self.shards, tag)
+        barrier(self.process)  # all shards are on disk
+        with training.whole_weights() as model:
             if self.process.is_main:
-                about = sidecar(self.stage, plain.config, self.tokenizer, self.args, progress, metrics)
-                self.write(self.weights, plain, about)
-                state = {
-                    "model": {} if tag else trained_state(plain),
-                    "optimizer": {} if tag else optimizer.state_dict(),
-                    "shards": tag,
-                    "scaler": precision.scaler.state_dict(),
+                self.write(self.weights, model, self._sidecar(model.config, progress, metrics))
+                state = training.state() | {
+                    "shards": shards,
                     "progress": asdict(progress),
                     "rng": rng,
                     "flags": result_flags(self.args),
@@ -265,15 +258,26 @@ class Checkpoint:
                 write_atomically(self.path, lambda file: torch.save(state, file))
         if self.process.is_main and self.shards.exists():
             for folder in self.shards.iterdir():
-                if folder.name != tag:
+                if folder.name != shards:
                     shutil.rmtree(folder, ignore_errors=True)
-            if not tag:
+            if not shards:
                 self.shards.rmdir()
 
+    def _sidecar(self, config: MiniMindConfig, progress: Progress, metrics: dict) -> dict:
+        """Return what the sidecar of the weights says: what they are, and how they were made."""
+        return {
+            "stage": self.stage,
+            "config": {name: value for name, value in config.to_diff_dict().items() if name != "transformers_version"},
+            "tokenizer_sha256": self.tokenizer.sha256,
+            "progress": asdict(progress),
+            "metrics": metrics,
+            "flags": result_flags(self.args) | {"data_path": str(self.args.data_path)},
+            "versions": versions(),
+        }
 
-def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The part of the state dict that requires gradients."""
-    return {name: p.detach() for name, p in model.state_dict(keep_vars=True).items() if p.requires_grad}
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def file_sha256(path: Path) -> str:
@@ -282,7 +286,7 @@ def file_sha256(path: Path) -> str:
 
 
 def result_flags(args: argparse.Namespace) -> dict:
-    """The flags that decide a run's result. Paths are left out: the identity compares what the files hold."""
+    """Return the flags that decide a run's result, except paths: the identity compares what the files hold."""
     return {
         name: value
         for name, value in vars(args).items()

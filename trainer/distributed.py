@@ -14,10 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-
-from trainer.zero import gathered, start_engine, zero_stage
 
 
 @dataclass(frozen=True)
@@ -95,46 +91,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def wrap_model(
-    model: nn.Module, optimizer: torch.optim.Optimizer, dtype: torch.dtype, args: argparse.Namespace, process: Process
-) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The model and the optimizer to train with: DistributedDataParallel where there are several processes, DeepSpeed's
-    engine and its optimizer with --zero_stage, else what was given. The model holds its first weights already.
-
-    dtype: what the matrix products are computed in.
-    """
-    if args.zero_stage:
-        engine = start_engine(model, optimizer, args, dtype, process.device.type)
-        return engine, engine.optimizer
-    if process.world_size == 1:
-        return model, optimizer
-    device_ids = [process.device.index] if process.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True), optimizer
-
-
-def unwrap_model(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, DistributedDataParallel) or zero_stage(model) else model
-
-
-@contextlib.contextmanager
-def whole_weights(model: nn.Module) -> Iterator[nn.Module]:
-    """The plain model with all weights in place, to read them. Under ZeRO-3 all processes must enter together."""
-    with gathered(model):
-        yield unwrap_model(model)
-
-
-def gradient_sync(model: nn.Module, last_micro_batch: bool) -> contextlib.AbstractContextManager:
-    """Gradients travel between processes once per optimizer step: with its last micro-batch.
-
-    (ZeRO 2 and 3 divide the gradients among the processes after each one, but step after the last.)
-    """
-    if zero_stage(model):
-        model.set_gradient_accumulation_boundary(last_micro_batch)
-    elif isinstance(model, DistributedDataParallel) and not last_micro_batch:
-        return model.no_sync()
-    return contextlib.nullcontext()
 
 
 def sum_over_ranks(values: list[float], process: Process) -> list[float]:

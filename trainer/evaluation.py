@@ -10,11 +10,12 @@ from torch import nn
 
 from dataset.tokenization import ChatTokenizer
 from model.generation import SamplingParams, stream
-from trainer.distributed import Process, sum_over_ranks, unwrap_model, whole_weights
+from trainer.distributed import Process, sum_over_ranks
 from trainer.loader import PackedData, model_inputs
 from trainer.logger import Logger
 from trainer.optimization import Precision
 from trainer.token_losses import token_cross_entropy
+from trainer.training import Training
 
 
 def token_byte_counts(tokenizer: ChatTokenizer) -> torch.Tensor:
@@ -72,20 +73,18 @@ class Evaluator:
         elif args.sample_prompt:
             self.prompt_ids = tokenizer.encode_prompt([{"role": "user", "content": args.sample_prompt}])
 
-    def run(
-        self, model: nn.Module, precision: Precision, logger: Logger, step: int, measure: Callable = evaluate
-    ) -> dict[str, float]:
-        """Evaluates, logs and returns the held-out metrics; {} when there is nothing to evaluate.
+    def run(self, training: Training, logger: Logger, step: int, measure: Callable = evaluate) -> dict[str, float]:
+        """Evaluate, log and return the held-out metrics; {} if there is nothing to evaluate.
 
         measure: what computes them, a function of evaluate's arguments.
         """
-        metrics, sample = {}, ""
+        metrics, sample, precision = {}, "", training.precision
         if self.data is not None:
-            metrics = measure(unwrap_model(model), self.data, precision, self.process, self.tokenizer)
+            metrics = measure(training.model, self.data, precision, self.process, self.tokenizer)
         if self.prompt_ids:
-            with whole_weights(model) as plain:
+            with training.whole_weights() as model:
                 if self.process.is_main:
-                    sample = f"{self.prompt!r} -> {sample_text(plain, self.tokenizer, precision, self.prompt_ids)!r}"
+                    sample = f"{self.prompt!r} -> {sample_text(model, self.tokenizer, precision, self.prompt_ids)!r}"
         if metrics or sample:
             logger.evaluation(step, metrics, sample)
         return metrics

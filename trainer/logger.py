@@ -3,61 +3,20 @@
 import argparse
 import contextlib
 import json
-import platform
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import transformers
 from torch import nn
 
+from trainer.checkpoint import Progress, StepCounts, versions
 from trainer.cost import Memory, attention_flops, count_parameters, flops_per_token, matmul_flops_per_second
-from trainer.distributed import Process, sum_over_ranks, unwrap_model
 from trainer.estimate import Calibration, compared
 from trainer.loader import PackedData, plural
 from trainer.optimization import Precision
 from trainer.tracking import Tracker
-
-
-@dataclass
-class StepCounts:
-    """Of one optimizer step: real tokens, positions with padding, (token, position it attends to) pairs."""
-
-    tokens: float
-    positions: float
-    attended: float
-
-
-def step_counts(micro_batches: list[dict], process: Process) -> StepCounts:
-    """Added up over the step's micro-batches on all processes."""
-    tokens = sum(batch["real_tokens"] for batch in micro_batches)
-    positions = sum(batch["input_ids"].numel() for batch in micro_batches)
-    attended = sum(batch["attended"] for batch in micro_batches)
-    return StepCounts(*sum_over_ranks([tokens, positions, attended], process))
-
-
-@dataclass
-class Progress:
-    """How far a run is; part of its resume state."""
-
-    step: int = 0  # optimizer steps done
-    tokens: int = 0  # real tokens seen by all processes
-    complete: bool = False
-
-    def advance(self, micro_batches: list[dict], total_steps: int, process: Process) -> StepCounts:
-        """Another optimizer step is done; returns what it took, all processes together."""
-        counts = step_counts(micro_batches, process)
-        self.step += 1
-        self.tokens += int(counts.tokens)
-        self.complete = self.step >= total_steps
-        return counts
-
-    def due(self, interval: int) -> bool:
-        """Every `interval` steps and after the last one."""
-        return self.complete or self.step % interval == 0
+from trainer.training import Training
 
 
 class Logger:
@@ -67,16 +26,15 @@ class Logger:
         self,
         name: str,
         args: argparse.Namespace,
-        process: Process,
-        model: nn.Module,
+        training: Training,
         data: PackedData,
-        first_step: int,
-        precision: Precision,
+        progress: Progress,
         teacher: nn.Module | None = None,
     ):
         """teacher: a frozen model whose forward is part of every step; its operations count in MFU."""
-        self.name, self.args, self.process = name, args, process
-        self.config = unwrap_model(model).config
+        self.name, self.args, self.process = name, args, training.process
+        process, model, precision, first_step = training.process, training.model, training.precision, progress.step
+        self.config = model.config
         self.parameters, self.frozen = count_parameters(model)
         self.first_step, self.total_steps, self.steps_per_epoch = first_step, data.total_steps, data.steps_per_epoch
         self.file, self.tracker, self.bar_shown = None, None, False
@@ -146,7 +104,7 @@ class Logger:
         self.paused += time.perf_counter() - start
         self.not_training += time.perf_counter() - start
 
-    def step(self, step: int, loss: float, lr: float, grad_norm: float, counts: "StepCounts", **more) -> None:
+    def step(self, step: int, loss: float, lr: float, grad_norm: float, counts: StepCounts, **more) -> None:
         """One optimizer step, numbers of all processes together. `more`: further means to log, such as aux_loss."""
         if self.calibration:
             self.calibration.step_done(self._flops(counts.tokens, counts.attended), counts.tokens, counts.positions)
@@ -250,7 +208,3 @@ class Logger:
             self.file.close()
         if self.tracker:
             self.tracker.finish(progress.complete, weights=str(weights), steps=progress.step, tokens=progress.tokens)
-
-
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}

@@ -4,20 +4,20 @@ import argparse
 import contextlib
 import functools
 import math
+from typing import NoReturn
 
 import torch
 from torch import nn
 
 from model.device import usable_dtype
-from trainer.distributed import Process
 from trainer.muon import GroupedMuon
-from trainer.zero import zero_stage
 
 
 def learning_rate(step: int, total_steps: int, peak_lr: float, warmup_steps: int = 0, min_ratio: float = 0.1) -> float:
-    """Linear warm-up to the peak, then a cosine to min_ratio · peak (arXiv:1608.03983, eq. 5, one period).
+    """Return the rate of a step: linear warm-up to the peak, then a cosine down to min_ratio · peak.
 
-    step counts optimizer steps from 0; the last one is total_steps - 1. Never above the peak.
+    (arXiv:1608.03983, eq. 5, one period.) step counts optimizer steps from 0; the last is total_steps - 1. The rate is
+    never above the peak.
     """
     if step < warmup_steps:
         return peak_lr * (step + 1) / warmup_steps
@@ -57,11 +57,11 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer | OptimizerPair:
-    """The optimizer over what is trainable, as --optimizer says.
+    """Build the optimizer that --optimizer names, over the parameters that require gradients.
 
-    adamw: arXiv:1711.05101; matrices decay, norms do not. muon: orthogonalised momentum (arXiv:2502.16982,
-    whose scale of the update makes AdamW's learning rates fit) for the matrices inside the blocks, AdamW for the rest.
-    sgd: plain, for checks of gradients. The embedding may have a rate of its own: lr_scale, see optimizer_step.
+    adamw: arXiv:1711.05101; matrices decay, norms do not. muon: orthogonalised momentum (arXiv:2502.16982, which scales
+    the update so that AdamW's learning rates fit) for the matrices inside the blocks, AdamW for the rest. sgd: plain,
+    to check gradients. The embedding may have its own rate: lr_scale, see set_rate.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     inside = [p for name, p in named if p.dim() == 2 and ".layers." in name] if args.optimizer == "muon" else []
@@ -80,7 +80,7 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.O
     if inside:
         muon = GroupedMuon if device == "cuda" else functools.partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
         parts.append(muon(inside, lr=args.learning_rate, weight_decay=args.weight_decay))
-    if groups:  # adapters lie inside the blocks, all of them
+    if groups:  # empty for adapters: all of them are inside the blocks
         options = {"betas": (args.beta1, args.beta2), "eps": 1e-8}
         fused = device in ("cpu", "cuda")
         parts.append(torch.optim.AdamW(groups, lr=args.learning_rate, fused=fused, **options))
@@ -104,10 +104,10 @@ class Precision:
 
 
 def prepare_forward(model: nn.Module, args: argparse.Namespace, device: torch.device) -> None:
-    """Gradient checkpointing and torch.compile as the flags say; compiling is on by default with CUDA.
+    """Turn on gradient checkpointing and torch.compile as the flags say. By default only CUDA compiles.
 
     ZeRO-3 swaps weights in and out around every layer, which breaks compiled graphs apart: off there by default.
-    It happens in place: parameter names stay as they are. Where it fails, torch says so and the model runs as it is.
+    Compiling is in place, so parameter names do not change. If it fails, torch says so and the model runs as it is.
     """
     if args.gradient_checkpointing:
         model.model.gradient_checkpointing = True
@@ -117,27 +117,15 @@ def prepare_forward(model: nn.Module, args: argparse.Namespace, device: torch.de
         model.model.compile(dynamic=False)
 
 
-def backward(model: nn.Module, share: torch.Tensor, precision: Precision, process: Process) -> None:
-    """Adds the gradient of a micro-batch's share of the step's loss; the shares of all processes add up."""
-    loss = share * process.world_size  # DistributedDataParallel and DeepSpeed take the mean over processes
-    if zero_stage(model):
-        model.backward(loss, scale_wrt_gas=False)
-    else:
-        precision.backward(loss)
-
-
 def check_finite(loss: float, step: int) -> None:
-    """Stops a run whose loss is NaN or infinite, before any weight changes."""
+    """Stop a run whose loss is NaN or infinite, before any weight changes."""
     if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"the loss is {loss} at step {step + 1}; the last saved weights and resume state are untouched. "
-            "Lower --learning_rate, or raise --warmup_iters, or train with --dtype float32"
-        )
+        refuse_not_finite(f"the loss is {loss} at step {step + 1}")
 
 
-def not_finite(norm: float) -> str:
-    return (
-        f"the gradient norm is {norm}; the last saved weights and resume state are untouched. "
+def refuse_not_finite(found: str) -> NoReturn:
+    raise FloatingPointError(
+        f"{found}; the last saved weights and resume state are untouched. "
         "Lower --learning_rate, or raise --warmup_iters, or train with --dtype float32"
     )
 
@@ -149,25 +137,22 @@ def optimizer_step(
     lr: float,
     grad_clip: float,
 ) -> float:
-    """Clips, steps and clears the gradients; returns the gradient norm before clipping.
+    """Clip the gradients, update the weights, clear the gradients; return the gradient norm before clipping.
 
-    A group's rate is lr times its lr_scale, if it has one.
-    Raises FloatingPointError when the gradient is not finite, before any weight changes. Under float16 the scaler
-    skips such a step and lowers its scale instead. Under ZeRO the engine does all this, clipping as --grad_clip says.
+    The rate of a parameter group is lr times its lr_scale, if it has one. Raises FloatingPointError if the gradient is
+    not finite, before any weight changes. Under float16 the scaler skips such a step and lowers its scale instead.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
-    if zero_stage(model):
-        model.step()
-        norm = float(model.get_global_grad_norm())
-        if not math.isfinite(norm) and not model.fp16_enabled():
-            raise FloatingPointError(not_finite(norm))
-        return norm
+    set_rate(optimizer, lr)
     precision.scaler.unscale_(optimizer)
     norm = float(nn.utils.clip_grad_norm_(trainable(model), grad_clip if grad_clip > 0 else math.inf))
     if not math.isfinite(norm) and (not precision.scaler.is_enabled() or precision.scaler.get_scale() < 1e-4):
-        raise FloatingPointError(not_finite(norm))
+        refuse_not_finite(f"the gradient norm is {norm}")
     precision.scaler.step(optimizer)
     precision.scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def set_rate(optimizer: torch.optim.Optimizer | OptimizerPair, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)

@@ -1,4 +1,4 @@
-"""Log-probs of answers, those of DPO's frozen reference (computed once, kept on disk), and the loss from both."""
+"""What DPO's frozen reference says: the log-probs of a file's answers, computed once and kept on disk."""
 
 import functools
 from pathlib import Path
@@ -9,7 +9,6 @@ import torch
 from dataset.tokenization import ChatTokenizer
 from model.weights import load_model
 from trainer.checkpoint import file_sha256
-from trainer.distributed import Process
 from trainer.frozen_outputs import FrozenOutputs, missing_batches
 from trainer.loader import PackedData, model_inputs
 from trainer.optimization import Precision
@@ -17,18 +16,16 @@ from trainer.token_losses import answer_log_probs, token_cross_entropy
 
 
 @torch.no_grad()
-def reference_log_probs(
-    path: Path, data: PackedData, tokenizer: ChatTokenizer, precision: Precision, process: Process
-) -> np.ndarray:
-    """Log-probs of a file's answers under the reference, (pairs, 2), of those that the run looks at; from disk as far
-    as they are there."""
+def reference_log_probs(path: Path, data: PackedData, tokenizer: ChatTokenizer) -> np.ndarray:
+    """Return reference log-probs (pairs, 2) for every pair this run will see, cached or computed now."""
+    process, precision = data.process, Precision(data.args.dtype, data.process.device)
     identity = {
         "weights": file_sha256(path), "data": data.fingerprint(), "precision": precision.name,
         "max_seq_len": data.args.max_seq_len,
     }  # fmt: skip
     shapes = {"log_probs": ((data.plan.num_rows, 2), np.float32)}
-    place = data.args.cache_dir / f"{data.path.stem}-reference"
-    outputs = FrozenOutputs(place, identity, data.plan.num_rows, shapes, process)
+    folder = data.args.cache_dir / f"{data.path.stem}-reference"
+    outputs = FrozenOutputs(folder, identity, data.plan.num_rows, shapes, process)
     data.stores["log-probs"] = outputs.bytes
     if outputs.complete:
         return outputs.arrays["log_probs"]

@@ -1,5 +1,4 @@
-"""The teacher of knowledge distillation: its log-probs at the targets of a batch, computed or read from disk, and the
-student's loss against them."""
+"""The teacher of knowledge distillation: its log-probs at the targets of a batch, computed or read from disk."""
 
 import argparse
 from collections.abc import Callable
@@ -23,10 +22,9 @@ from trainer.token_losses import DISTRIBUTIONS, chunk_size, target_indices, toke
 class Teacher:
     """Log-probs of the teacher at the targets of a batch: from the model, or from what it said once."""
 
-    def __init__(
-        self, path: Path, args: argparse.Namespace, tokenizer: ChatTokenizer, precision: Precision, process: Process
-    ):
-        self.path, self.args, self.precision, self.process = path, args, precision, process
+    def __init__(self, path: Path, args: argparse.Namespace, tokenizer: ChatTokenizer, process: Process):
+        self.path, self.args, self.process = path, args, process
+        self.precision = Precision(args.dtype, process.device)
         self.model, _ = load_model(path, tokenizer.sha256)
         layers, vocab = self.model.config.num_hidden_layers, self.model.config.vocab_size
         if args.teacher_num_hidden_layers not in (None, layers):
@@ -38,7 +36,7 @@ class Teacher:
                 f"the teacher {path} has {vocab} token ids, the student {tokenizer.vocab_size}: both must use one "
                 "tokenizer, for the distributions are compared token by token"
             )
-        self.model.to(process.device, precision.dtype).requires_grad_(False)
+        self.model.to(process.device, self.precision.dtype).requires_grad_(False)
         prepare_forward(self.model, args, process.device)
         self.kept = None
 

@@ -40,21 +40,14 @@ from trainer.arguments import (
     stage_parser,
 )
 from trainer.checkpoint import Checkpoint, file_sha256, output_path
-from trainer.distributed import gradient_sync, start_process, stop_on_signal, stop_process, sum_over_ranks, wrap_model
+from trainer.distributed import start_process, stop_on_signal, stop_process, sum_over_ranks
 from trainer.evaluation import Evaluator
 from trainer.loader import PackedData, model_inputs
 from trainer.logger import Logger
-from trainer.optimization import (
-    Precision,
-    backward,
-    build_optimizer,
-    check_finite,
-    learning_rate,
-    optimizer_step,
-    prepare_forward,
-)
+from trainer.optimization import check_finite, learning_rate
 from trainer.teacher import Teacher
 from trainer.token_losses import chunked_loss, target_indices
+from trainer.training import start_training
 
 CACHE_HELP = "keep the teacher's K likeliest tokens on disk, 4 K bytes a target, and train without it (0: no)"
 
@@ -142,19 +135,16 @@ def main(argv: list[str] | None = None) -> None:
 
     data = PackedData(args, "conversation", tokenizer, process)
     evaluator = Evaluator(args, "conversation", tokenizer, process)
-    precision = Precision(args.dtype, process.device)
-    teacher = Teacher(teacher_path, args, tokenizer, precision, process)
+    teacher = Teacher(teacher_path, args, tokenizer, process)
     if args.cache_teacher:
         teacher.keep(data, args.cache_teacher)
     model = MiniMindForCausalLM(config).to(process.device)
     load_weights(model, base, tokenizer.sha256)
-    optimizer = build_optimizer(model, args)
-    prepare_forward(model, args, process.device)
     model.recompute_activations(not args.gradient_checkpointing)  # memory is what two models are short of
-    model, optimizer = wrap_model(model, optimizer, precision.dtype, args, process)
+    training = start_training(model, args, process)
     checkpoint = Checkpoint(weights, "full_dist", args, process, tokenizer, data, teacher=file_sha256(teacher_path))
-    progress = checkpoint.restore(model, optimizer, precision, fresh=f"student {base}, teacher {teacher_path}")
-    logger = Logger(checkpoint.name, args, process, model, data, progress.step, precision, teacher.model)
+    progress = checkpoint.restore(training, fresh=f"student {base}, teacher {teacher_path}")
+    logger = Logger(checkpoint.name, args, training, data, progress, teacher.model)
     metrics = {}
 
     with stop_on_signal() as stop:
@@ -162,20 +152,20 @@ def main(argv: list[str] | None = None) -> None:
             # ---- one optimizer step ----
             sums = torch.zeros(4, device=process.device)
             for batch in micro_batches:
-                with gradient_sync(model, batch is micro_batches[-1]):
-                    with precision.autocast():
+                with training.micro_batch(last=batch is micro_batches[-1]):
+                    with training.autocast():
                         # the teacher first: what its forward needs is gone before the student's activations pile up
                         log_probs = teacher.log_probs(batch, target_indices(batch))
                         head = functools.partial(distillation_head, batch=batch, teacher_log_probs=log_probs, args=args)
-                        output = model(**model_inputs(batch), head=head)
+                        output = training.forward(**model_inputs(batch), head=head)
                         losses = output.head_output / batch["step_targets"]
                         aux_loss = output.aux_loss * batch["num_documents"] / batch["step_documents"]
-                    backward(model, losses[0] + aux_loss, precision, process)
+                    training.backward(losses[0] + aux_loss)
                 sums += torch.cat((losses, aux_loss.view(1))).detach()
             loss, cross_entropy, divergence, aux_loss = sum_over_ranks(sums.tolist(), process)
             check_finite(loss + aux_loss, step)
             lr = learning_rate(step, data.total_steps, args.learning_rate, args.warmup_iters, args.min_lr_ratio)
-            grad_norm = optimizer_step(model, optimizer, precision, lr, args.grad_clip)
+            grad_norm = training.step(lr)
             # ----------------------------
             counts = progress.advance(micro_batches, data.total_steps, process)
             metrics["loss"] = loss
@@ -184,10 +174,10 @@ def main(argv: list[str] | None = None) -> None:
 
             with logger.clock_stopped():
                 if progress.due(args.eval_interval):
-                    metrics |= evaluator.run(model, precision, logger, progress.step)
+                    metrics |= evaluator.run(training, logger, progress.step)
                 stopping = stop.agreed(process)
                 if stopping or progress.due(args.save_interval):
-                    checkpoint.save(model, optimizer, precision, progress, metrics)
+                    checkpoint.save(training, progress, metrics)
             if stopping:
                 break
     logger.close(weights, progress, chat_command(args, 4))

@@ -34,21 +34,14 @@ from model.model_minimind import MiniMindForCausalLM
 from model.weights import find_weights, load_weights
 from trainer.arguments import chat_command, from_root, model_config, parse_arguments, run_script, stage_parser
 from trainer.checkpoint import Checkpoint, file_sha256, output_path
-from trainer.distributed import gradient_sync, start_process, stop_on_signal, stop_process, sum_over_ranks, wrap_model
+from trainer.distributed import start_process, stop_on_signal, stop_process, sum_over_ranks
 from trainer.evaluation import Evaluator
 from trainer.loader import PackedData, model_inputs
 from trainer.logger import Logger
-from trainer.optimization import (
-    Precision,
-    backward,
-    build_optimizer,
-    check_finite,
-    learning_rate,
-    optimizer_step,
-    prepare_forward,
-)
+from trainer.optimization import check_finite, learning_rate
 from trainer.reference import reference_log_probs
 from trainer.token_losses import answer_log_probs, token_cross_entropy
+from trainer.training import start_training
 
 METRICS = ("loss", "reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected", "kl")
 
@@ -133,20 +126,17 @@ def main(argv: list[str] | None = None) -> None:
 
     data = PackedData(args, "preference", tokenizer, process)
     evaluator = Evaluator(args, "preference", tokenizer, process)
-    precision = Precision(args.dtype, process.device)
-    reference = reference_log_probs(frozen, data, tokenizer, precision, process)
+    reference = reference_log_probs(frozen, data, tokenizer)
     measure = None
     if evaluator.data:
-        held_out = reference_log_probs(frozen, evaluator.data, tokenizer, precision, process)
+        held_out = reference_log_probs(frozen, evaluator.data, tokenizer)
         measure = functools.partial(evaluate_pairs, reference=held_out, args=args)
     model = MiniMindForCausalLM(config).to(process.device)
     load_weights(model, base, tokenizer.sha256)
-    optimizer = build_optimizer(model, args)
-    prepare_forward(model, args, process.device)
-    model, optimizer = wrap_model(model, optimizer, precision.dtype, args, process)
+    training = start_training(model, args, process)
     checkpoint = Checkpoint(weights, "rlhf", args, process, tokenizer, data, reference=file_sha256(frozen))
-    progress = checkpoint.restore(model, optimizer, precision, fresh=f"starting from {base}")
-    logger = Logger(checkpoint.name, args, process, model, data, progress.step, precision)
+    progress = checkpoint.restore(training, fresh=f"starting from {base}")
+    logger = Logger(checkpoint.name, args, training, data, progress)
     metrics = {}
 
     with stop_on_signal() as stop:
@@ -154,19 +144,19 @@ def main(argv: list[str] | None = None) -> None:
             # ---- one optimizer step ----
             sums = torch.zeros(len(METRICS) + 1, device=process.device)
             for batch in micro_batches:
-                with gradient_sync(model, batch is micro_batches[-1]):
-                    with precision.autocast():
+                with training.micro_batch(last=batch is micro_batches[-1]):
+                    with training.autocast():
                         head = functools.partial(token_cross_entropy, labels=batch["labels"])
-                        output = model(**model_inputs(batch), head=head)
+                        output = training.forward(**model_inputs(batch), head=head)
                         loss, shown = preference_loss(output.head_output, batch, reference, args)
                         loss = loss / batch["step_pairs"]
                         aux_loss = output.aux_loss * batch["num_documents"] / batch["step_documents"]
-                    backward(model, loss + aux_loss, precision, process)
+                    training.backward(loss + aux_loss)
                 sums += torch.cat((shown / batch["step_pairs"], aux_loss.detach().view(1)))
             loss, *shown, aux_loss = sum_over_ranks(sums.tolist(), process)
             check_finite(loss + aux_loss, step)
             lr = learning_rate(step, data.total_steps, args.learning_rate, args.warmup_iters, args.min_lr_ratio)
-            grad_norm = optimizer_step(model, optimizer, precision, lr, args.grad_clip)
+            grad_norm = training.step(lr)
             # ----------------------------
             counts = progress.advance(micro_batches, data.total_steps, process)
             metrics["loss"] = loss
@@ -175,10 +165,10 @@ def main(argv: list[str] | None = None) -> None:
 
             with logger.clock_stopped():
                 if progress.due(args.eval_interval):
-                    metrics |= evaluator.run(model, precision, logger, progress.step, measure)
+                    metrics |= evaluator.run(training, logger, progress.step, measure)
                 stopping = stop.agreed(process)
                 if stopping or progress.due(args.save_interval):
-                    checkpoint.save(model, optimizer, precision, progress, metrics)
+                    checkpoint.save(training, progress, metrics)
             if stopping:
                 break
     logger.close(weights, progress, chat_command(args, 2))

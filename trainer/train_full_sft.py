@@ -30,20 +30,13 @@ from model.model_minimind import MiniMindForCausalLM
 from model.weights import find_weights, load_weights
 from trainer.arguments import chat_command, from_root, model_config, parse_arguments, run_script, stage_parser
 from trainer.checkpoint import Checkpoint, output_path
-from trainer.distributed import gradient_sync, start_process, stop_on_signal, stop_process, sum_over_ranks, wrap_model
+from trainer.distributed import start_process, stop_on_signal, stop_process, sum_over_ranks
 from trainer.evaluation import Evaluator
 from trainer.loader import PackedData, model_inputs
 from trainer.logger import Logger
-from trainer.optimization import (
-    Precision,
-    backward,
-    build_optimizer,
-    check_finite,
-    learning_rate,
-    optimizer_step,
-    prepare_forward,
-)
+from trainer.optimization import check_finite, learning_rate
 from trainer.token_losses import token_cross_entropy
+from trainer.training import start_training
 
 
 def parse(argv: list[str] | None):
@@ -82,13 +75,10 @@ def main(argv: list[str] | None = None) -> None:
     evaluator = Evaluator(args, "conversation", tokenizer, process)
     model = MiniMindForCausalLM(config).to(process.device)
     load_weights(model, base, tokenizer.sha256)
-    optimizer = build_optimizer(model, args)
-    precision = Precision(args.dtype, process.device)
-    prepare_forward(model, args, process.device)
-    model, optimizer = wrap_model(model, optimizer, precision.dtype, args, process)
+    training = start_training(model, args, process)
     checkpoint = Checkpoint(weights, "full_sft", args, process, tokenizer, data)
-    progress = checkpoint.restore(model, optimizer, precision, fresh=f"starting from {base}")
-    logger = Logger(checkpoint.name, args, process, model, data, progress.step, precision)
+    progress = checkpoint.restore(training, fresh=f"starting from {base}")
+    logger = Logger(checkpoint.name, args, training, data, progress)
     metrics = {}
 
     with stop_on_signal() as stop:
@@ -96,17 +86,17 @@ def main(argv: list[str] | None = None) -> None:
             # ---- one optimizer step ----
             losses = torch.zeros(2, device=process.device)
             for batch in micro_batches:
-                with gradient_sync(model, batch is micro_batches[-1]):
-                    with precision.autocast():
+                with training.micro_batch(last=batch is micro_batches[-1]):
+                    with training.autocast():
                         head = functools.partial(token_cross_entropy, labels=batch["labels"])
-                        output = model(**model_inputs(batch), head=head)
+                        output = training.forward(**model_inputs(batch), head=head)
                         cross_entropy, aux_loss = sft_loss(output.head_output, output.aux_loss, batch)
-                    backward(model, cross_entropy + aux_loss, precision, process)
+                    training.backward(cross_entropy + aux_loss)
                 losses += torch.stack((cross_entropy, aux_loss)).detach()
             cross_entropy, aux_loss = sum_over_ranks(losses.tolist(), process)
             check_finite(cross_entropy + aux_loss, step)
             lr = learning_rate(step, data.total_steps, args.learning_rate, args.warmup_iters, args.min_lr_ratio)
-            grad_norm = optimizer_step(model, optimizer, precision, lr, args.grad_clip)
+            grad_norm = training.step(lr)
             # ----------------------------
             counts = progress.advance(micro_batches, data.total_steps, process)
             metrics["loss"] = cross_entropy
@@ -114,10 +104,10 @@ def main(argv: list[str] | None = None) -> None:
 
             with logger.clock_stopped():
                 if progress.due(args.eval_interval):
-                    metrics |= evaluator.run(model, precision, logger, progress.step)
+                    metrics |= evaluator.run(training, logger, progress.step)
                 stopping = stop.agreed(process)
                 if stopping or progress.due(args.save_interval):
-                    checkpoint.save(model, optimizer, precision, progress, metrics)
+                    checkpoint.save(training, progress, metrics)
             if stopping:
                 break
     logger.close(weights, progress, chat_command(args, 1))

@@ -36,29 +36,13 @@ from trainer.arguments import (
     stage_parser,
 )
 from trainer.checkpoint import Checkpoint, file_sha256, refuse_other_adapter
-from trainer.distributed import (
-    gradient_sync,
-    start_process,
-    stop_on_signal,
-    stop_process,
-    sum_over_ranks,
-    whole_weights,
-    wrap_model,
-)
+from trainer.distributed import start_process, stop_on_signal, stop_process, sum_over_ranks
 from trainer.evaluation import Evaluator
 from trainer.loader import PackedData, model_inputs
 from trainer.logger import Logger
-from trainer.optimization import (
-    Precision,
-    backward,
-    build_optimizer,
-    check_finite,
-    learning_rate,
-    optimizer_step,
-    prepare_forward,
-    trainable,
-)
+from trainer.optimization import check_finite, learning_rate, trainable
 from trainer.token_losses import token_cross_entropy
+from trainer.training import start_training
 
 PLAIN_NAME = 'a plain name, without / or ., and not "none", which stands for no adapter in eval_model.py'
 
@@ -115,15 +99,12 @@ def main(argv: list[str] | None = None) -> None:
     if process.is_main:
         trained, total = (sum(p.numel() for p in part) for part in (trainable(model), model.parameters()))
         print(f"adapting {base}: {trained:,} of {total:,} parameters train ({trained / total:.2%})")
-    optimizer = build_optimizer(model, args)
-    precision = Precision(args.dtype, process.device)
-    prepare_forward(model, args, process.device)
-    model, optimizer = wrap_model(model, optimizer, precision.dtype, args, process)
+    training = start_training(model, args, process)
     checkpoint = Checkpoint(
         weights, f"lora/{args.lora_name}", args, process, tokenizer, data, write=save_lora, base=file_sha256(base)
     )
-    progress = checkpoint.restore(model, optimizer, precision)
-    logger = Logger(checkpoint.name, args, process, model, data, progress.step, precision)
+    progress = checkpoint.restore(training)
+    logger = Logger(checkpoint.name, args, training, data, progress)
     metrics = {}
 
     with stop_on_signal() as stop:
@@ -131,17 +112,17 @@ def main(argv: list[str] | None = None) -> None:
             # ---- one optimizer step ----
             losses = torch.zeros(2, device=process.device)
             for batch in micro_batches:
-                with gradient_sync(model, batch is micro_batches[-1]):
-                    with precision.autocast():
+                with training.micro_batch(last=batch is micro_batches[-1]):
+                    with training.autocast():
                         head = functools.partial(token_cross_entropy, labels=batch["labels"])
-                        output = model(**model_inputs(batch), head=head)
+                        output = training.forward(**model_inputs(batch), head=head)
                         cross_entropy, aux_loss = lora_loss(output.head_output, output.aux_loss, batch)
-                    backward(model, cross_entropy + aux_loss, precision, process)
+                    training.backward(cross_entropy + aux_loss)
                 losses += torch.stack((cross_entropy, aux_loss)).detach()
             cross_entropy, aux_loss = sum_over_ranks(losses.tolist(), process)
             check_finite(cross_entropy + aux_loss, step)
             lr = learning_rate(step, data.total_steps, args.learning_rate, args.warmup_iters, args.min_lr_ratio)
-            grad_norm = optimizer_step(model, optimizer, precision, lr, args.grad_clip)
+            grad_norm = training.step(lr)
             # ----------------------------
             counts = progress.advance(micro_batches, data.total_steps, process)
             metrics["loss"] = cross_entropy
@@ -149,16 +130,16 @@ def main(argv: list[str] | None = None) -> None:
 
             with logger.clock_stopped():
                 if progress.due(args.eval_interval):
-                    metrics |= evaluator.run(model, precision, logger, progress.step)
+                    metrics |= evaluator.run(training, logger, progress.step)
                 stopping = stop.agreed(process)
                 if stopping or progress.due(args.save_interval):
-                    checkpoint.save(model, optimizer, precision, progress, metrics)
+                    checkpoint.save(training, progress, metrics)
             if stopping:
                 break
     if args.save_peft:
-        with whole_weights(model) as plain:
+        with training.whole_weights() as model:
             if process.is_main:
-                save_peft(weights.with_name(f"{weights.stem}_peft"), plain)
+                save_peft(weights.with_name(f"{weights.stem}_peft"), model)
     logger.close(weights, progress, chat_command(args, 1, "--lora_name", args.lora_name))
     stop_process(stop, progress.complete)
 

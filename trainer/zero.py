@@ -87,7 +87,7 @@ def zero_settings(args: argparse.Namespace, dtype: torch.dtype, cuda: bool) -> d
     """
     settings = {
         "train_micro_batch_size_per_gpu": args.batch_size,
-        "gradient_accumulation_steps": 1,  # gradient_sync tells the engine which micro-batch is a step's last
+        "gradient_accumulation_steps": 1,  # ZeroTraining.micro_batch says which micro-batch is a step's last
         "gradient_clipping": args.grad_clip,
         "zero_optimization": {
             "stage": args.zero_stage,
@@ -144,12 +144,6 @@ def start_engine(
     return engine
 
 
-def zero_stage(model: nn.Module) -> int:
-    """The stage of a DeepSpeed engine; 0 for any other model."""
-    deepspeed = sys.modules.get("deepspeed")
-    return model.zero_optimization_stage() if deepspeed and isinstance(model, deepspeed.DeepSpeedEngine) else 0
-
-
 @contextlib.contextmanager
 def gathered(engine: nn.Module) -> Iterator[None]:
     """Inside it every process holds all weights of the engine's module, which works alone then, to be read or asked.
@@ -157,7 +151,7 @@ def gathered(engine: nn.Module) -> Iterator[None]:
     Under stage 3 all processes enter together. Its hooks, which fetch and drop the weights around every layer with the
     help of all processes, are off inside.
     """
-    if zero_stage(engine) != 3:
+    if engine.zero_optimization_stage() != 3:
         yield
         return
     import deepspeed
