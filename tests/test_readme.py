@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from benchmarks import scaling
+from benchmarks.lab.many_cards import MODELS, work_of
 from model.model_minimind import MiniMindForCausalLM
 from trainer.cost import activation_bytes, attention_backward_bytes, count_parameters
 from trainer.estimate import CONTEXT_BYTES, assumed_mfu
@@ -322,10 +322,10 @@ def test_defaults_are_those_of_the_scripts(name):
 
 
 def test_estimated_hours_follow_from_the_formula():
-    models = {name.split()[-1]: config for name, config in scaling.MODELS.items()}
-    works = {name: scaling.work_of(config) for name, config in models.items()}
+    models = {name.split()[-1]: config for name, config in MODELS.items()}
+    works = {name: work_of(config) for name, config in models.items()}
     assert f"{works['145M'].active / 1e6:.2f}M" in text_of(SCALING_PAGE)
-    tokens = {"pretrain": scaling.DATA["1.6 GB"], "SFT": 2 * 1.2e9 / 3.77}
+    tokens = {"pretrain": 1.6e9 / 3.76, "SFT": 2 * 1.2e9 / 3.77}
     header, rows = table(SCALING_PAGE, "pretrain 26M")
     peaks = [float(re.search(r"\((\d+)", cell)[1]) * 1e12 for cell in header[1:]]
     for label, *cells in rows:
@@ -344,7 +344,7 @@ def test_memory_of_cards_follows_from_the_formula():
     """Pretraining with Muon and bfloat16 on one CUDA device, as trainer/estimate.py adds it up."""
     card_rows = next(rows for header, rows in tables(SCALING_PAGE) if header[-1] == "24 GB")
     for label, *cells in card_rows:
-        config = next(config for name, config in scaling.MODELS.items() if name.endswith(label.split()[-1]))
+        config = next(config for name, config in MODELS.items() if name.endswith(label.split()[-1]))
         with torch.device("meta"):
             model = MiniMindForCausalLM(config)
         parameters, _ = count_parameters(model)

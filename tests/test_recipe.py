@@ -1,10 +1,10 @@
-"""benchmarks/recipe.py: runs are recorded once, and the report says what the records hold."""
+"""benchmarks/lab/recipe.py: runs are recorded once, and the report says what the records hold."""
 
 import json
 
 import pytest
 
-from benchmarks import recipe, recipe_ideas
+from benchmarks.lab import recipe
 from tests.conftest import one_thread, write_texts
 
 SIZES = ["--hidden_size=32", "--num_hidden_layers=1", "--device=cpu", "--threads=1"]
@@ -13,7 +13,7 @@ SIZES = ["--hidden_size=32", "--num_hidden_layers=1", "--device=cpu", "--threads
 @pytest.mark.parametrize("name", ["original", "muon"])
 def test_a_run_is_recorded_and_not_repeated(name, tmp_path, capsys):
     texts, results = write_texts(tmp_path / "texts.jsonl"), tmp_path / "runs.jsonl"
-    command = ["--results", results, "run", "--recipe", name, "--tokens", 2048, "--learning_rate", 1e-3, "--rows", 2]
+    command = ["--results", results, "run", "--recipe", name, "--tokens", 2048, "--learning_rates", 1e-3, "--rows", 2]
     command += ["--data_path", texts, "--valid_path", texts, "--cache_dir", tmp_path / "cache", *SIZES]
     with one_thread():
         for _ in range(2):
@@ -33,6 +33,7 @@ def test_the_report_takes_means_over_seeds_and_puts_the_best_first(tmp_path, cap
         "steps": 9,
         "learning_rate": 1e-3,
         "more": [],
+        "data": "",
     }
     runs = [
         run | {"recipe": name, "seed": seed, "bits_per_byte": value, "seconds": 10 * value}
@@ -47,7 +48,15 @@ def test_the_report_takes_means_over_seeds_and_puts_the_best_first(tmp_path, cap
 
 
 def test_the_shares_of_tokens_and_time_are_those_of_the_smallest_budget_that_is_as_good(tmp_path, capsys):
-    run = {"hidden_size": 256, "num_hidden_layers": 4, "rows": 4, "steps": 9, "learning_rate": 1e-3, "more": []}
+    run = {
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "rows": 4,
+        "steps": 9,
+        "learning_rate": 1e-3,
+        "more": [],
+        "data": "",
+    }
     rows = [
         ("adamw", 900, 0, 2.0, 50.0), ("adamw", 900, 1, 2.2, 40.0), ("adamw", 300, 0, 1.0, 10.0),
         ("default", 300, 0, 2.2, 10.0), ("default", 600, 0, 2.0, 20.0), ("default", 600, 1, 2.1, 24.0),
@@ -56,7 +65,7 @@ def test_the_shares_of_tokens_and_time_are_those_of_the_smallest_budget_that_is_
     names = ("recipe", "tokens", "seed", "bits_per_byte", "seconds")
     runs = [run | dict(zip(names, row, strict=True)) for row in rows]
     variant = {"recipe": "default", "tokens": 100, "seed": 0, "bits_per_byte": 1.0, "seconds": 1.0}
-    runs += [run | variant | {"ideas": ["linear=0"]}, run | variant | {"more": ["--beta1=0"]}]  # not the recipe itself
+    runs += [run | variant | {"more": ["--beta1=0"]}]  # not the recipe itself
     results = tmp_path / "runs.jsonl"
     results.write_text("".join(json.dumps(run) + "\n" for run in runs), "utf-8")
     recipe.main(["--results", str(results), "versus"])
@@ -80,30 +89,27 @@ def test_the_shares_of_tokens_and_time_are_those_of_the_smallest_budget_that_is_
     assert other == "data other:" and nothing.startswith("no run of recipe default")
 
 
-def test_ideas_change_the_training_script_and_belong_to_the_record(tmp_path):
+def test_flags_of_the_training_script_belong_to_the_record(tmp_path):
     texts, results = write_texts(tmp_path / "texts.jsonl"), tmp_path / "runs.jsonl"
-    command = ["--results", results, "run", "--recipe", "muon", "--tokens", 2048, "--learning_rate", 1e-3, "--rows", 2]
+    command = ["--results", results, "run", "--recipe", "muon", "--tokens", 2048, "--learning_rates", 1e-3, "--rows", 2]
     command += ["--data_path", texts, "--valid_path", texts, "--cache_dir", tmp_path / "cache", *SIZES]
     with one_thread():
-        for ideas in ([], ["output_init=0", "linear=0"]):
-            recipe.main([str(part) for part in [*command, "--ideas", *ideas]])
+        for more in ([], ["--", "--weight_decay=0"]):
+            recipe.main([str(part) for part in [*command, *more]])
     plain, changed = recipe.read_results(results)
-    assert changed["ideas"] == ["output_init=0", "linear=0"] and plain["ideas"] == []
+    assert changed["more"] == ["--weight_decay=0"] and plain["more"] == []
     assert plain["bits_per_byte"] != changed["bits_per_byte"]
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("idea", sorted(recipe_ideas.IDEAS))
-def test_every_idea_trains(idea, tmp_path):
-    texts, results = write_texts(tmp_path / "texts.jsonl"), tmp_path / "runs.jsonl"
-    command = ["--results", results, "run", "--recipe", "muon", "--tokens", 4096, "--learning_rate", 1e-3, "--rows", 2]
-    command += ["--data_path", texts, "--valid_path", texts, "--cache_dir", tmp_path / "cache", *SIZES]
-    recipe.main([str(part) for part in [*command, "--ideas", f"{idea}=0.5"]])
-    (run,) = recipe.read_results(results)
-    assert run["bits_per_byte"] < 9
+def test_reports_show_the_users_runs_unless_ours_are_asked_for(tmp_path, monkeypatch, capsys):
+    assert recipe.parse(["report"]).results == recipe.ROOT / "out" / "recipe_runs.jsonl"
+    with pytest.raises(ValueError, match="--results .*none.jsonl not found"):
+        recipe.main(["--results", str(tmp_path / "none.jsonl"), "report"])
+    recipe.main(["--results", str(recipe.ROOT / "benchmarks" / "lab" / "recipe_runs.jsonl"), "report"])
+    assert "256×4 default, lr 0.002, 4 rows, 0.61M tokens" in capsys.readouterr().out
 
 
 def test_flags_after_two_dashes_belong_to_the_training_script():
-    command = ["run", "--recipe", "adamw", "--tokens", "9", "--learning_rate", "1", "--rows", "1", "--data_path", "a"]
+    command = ["run", "--recipe", "adamw", "--tokens", "9", "--learning_rates", "1", "--rows", "1", "--data_path", "a"]
     args = recipe.parse([*command, "--valid_path", "b", "--", "--weight_decay=0.3"])
     assert args.more == ["--weight_decay=0.3"]

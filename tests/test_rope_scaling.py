@@ -11,12 +11,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import eval_model
-from benchmarks import context_length
 from model.export import hf_config
 from model.loading import stretch_context, trained_length
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, rotary_frequencies, rotary_tables
 from model.weights import save_weights
-from scripts import convert_model
+from scripts import context_length, convert_model
 from scripts.model_catalog import entry_of_folder, load_entry
 
 SHAPES = [(64, 1e6, 512, 4.0), (32, 1e4, 256, 8.0), (96, 1e6, 2048, 2.5), (8, 1e6, 64, 4.0)]

@@ -1,10 +1,10 @@
-"""benchmarks/stage_rates.py: a stage runs as its script does, once a setting, and the report says what was recorded."""
+"""benchmarks/lab/stage_rates.py: each setting runs once, as the stage script does, and is reported."""
 
 import json
 
 import pytest
 
-from benchmarks import stage_rates
+from benchmarks.lab import recipe, stage_rates
 from tests.conftest import DPO, ROOT, one_thread, read_log, write_data
 
 RUN = {
@@ -111,7 +111,7 @@ def test_a_file_with_other_content_is_another_run(tmp_path, runs, name):
 def test_a_failed_run_is_an_error_with_the_scripts_name_and_message(tmp_path, monkeypatch):
     (tmp_path / "trainer").mkdir()
     (tmp_path / "trainer" / "train_lora.py").write_text("import sys\nsys.exit('error: the rate is wrong')\n", "utf-8")
-    monkeypatch.setattr(stage_rates, "ROOT", tmp_path)
+    monkeypatch.setattr(recipe, "ROOT", tmp_path)
     with pytest.raises(ValueError, match="train_lora.py failed: error: the rate is wrong"):
         stage_rates.main(command(tmp_path, "lora"))
     assert not recorded(tmp_path)
@@ -206,3 +206,11 @@ def test_a_best_rate_at_the_edge_of_the_grid_is_told():
 def test_flags_after_two_dashes_belong_to_the_stages_script(tmp_path):
     args = stage_rates.parse([*command(tmp_path, "lora"), "--", "--lora_rank=2"])
     assert (args.more, args.stage) == (["--lora_rank=2"], "lora")
+
+
+def test_the_report_shows_the_users_runs_unless_ours_are_asked_for(tmp_path, capsys):
+    assert stage_rates.parse(["report"]).results == ROOT / "out" / "stage_rate_runs.jsonl"
+    with pytest.raises(ValueError, match="--results .*none.jsonl not found"):
+        stage_rates.main(["--results", str(tmp_path / "none.jsonl"), "report"])
+    stage_rates.main(["--results", str(ROOT / "benchmarks" / "lab" / "stage_rate_runs.jsonl"), "report"])
+    assert "full_sft, 256×4, 100 steps of 8 rows" in capsys.readouterr().out

@@ -1,10 +1,10 @@
 """Whether a stage did what it is for: measured on given weights and held-out files, printed as a table.
 
-    python benchmarks/stage_quality.py identity --weight full_sft --lora_name lora_identity \\
+    python scripts/stage_quality.py identity --weight full_sft --lora_name lora_identity \\
         --train_path dataset/lora_identity.jsonl --data_path SFT.jsonl
-    python benchmarks/stage_quality.py loss --weight full_sft --lora_name lora_medical --data_path HELD_OUT.jsonl
-    python benchmarks/stage_quality.py preferences --weight rlhf --reference full_sft --data_path PAIRS.jsonl
-    python benchmarks/stage_quality.py reasoning --weight reason --data_path HELD_OUT.jsonl
+    python scripts/stage_quality.py loss --weight full_sft --lora_name lora_medical --data_path HELD_OUT.jsonl
+    python scripts/stage_quality.py preferences --weight rlhf --reference full_sft --data_path PAIRS.jsonl
+    python scripts/stage_quality.py reasoning --weight reason --data_path HELD_OUT.jsonl
 
 identity     asks who the model is, in wordings that --train_path does not hold, and questions about other things;
              counts the answers that hold the name

@@ -1,37 +1,42 @@
-"""Learning rates of the stages after pretraining, compared by the loss on held-out data.
+"""Compare learning rates of the stages after pretraining by the loss on held-out data.
 
-    python benchmarks/stage_rates.py run --stage full_sft --optimizer adamw --learning_rates 2.5e-4 5e-4 1e-3 \\
+    python benchmarks/lab/stage_rates.py run --stage full_sft --optimizer adamw --learning_rates 2.5e-4 5e-4 1e-3 \\
         --steps 100 --rows 8 --base_weight out/pretrain_256.pth --data_path SFT.jsonl --valid_path HELD_OUT.jsonl
-    python benchmarks/stage_rates.py report
+    python benchmarks/lab/stage_rates.py report
+    python benchmarks/lab/stage_rates.py --results benchmarks/lab/stage_rate_runs.jsonl report    the runs of RESULTS.md
 
 A stage is trainer/train_{stage}.py: full_sft, dpo, lora, distill_reason or distillation (which needs --teacher_weight).
-Everything that is not named here is as the script's defaults have it; further flags for it follow `--`. Every run has a
-whole schedule for its own steps and is appended to --results as one line of JSON; what stands there already is not run
-again. Files are named in it by the first digits of their SHA-256.
+Whatever no flag here names keeps the script's default; further flags for it follow `--`. Each run has a whole schedule
+for its own steps, is appended to --results as one line of JSON, and is never repeated. The line names files by the
+first digits of their SHA-256.
 
-`report` prints the mean loss over seeds with its standard deviation, a row a rate and a column an optimizer, and beside
-every default whether another rate gains more than that spread, on the same seeds.
+`report` prints the mean loss over seeds with its standard deviation, a row per rate and a column per optimizer, and
+says whether another rate beats the default by more than that spread on the same seeds.
 """
 
 import argparse
 import importlib
 import itertools
-import json
-import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
-import torch
-
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.recipe import read_results
+from benchmarks.lab.recipe import (
+    add_commands,
+    append_result,
+    key_of,
+    last_evaluation,
+    parse_with_more,
+    read_results,
+    recorded_runs,
+    spread,
+    train,
+)
 from trainer.arguments import run_script
 from trainer.checkpoint import file_sha256
 
@@ -45,61 +50,27 @@ ALSO = {"dpo": ("valid_reward_accuracy", "valid_kl", "valid_logp_chosen")}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    more = argv[argv.index("--") + 1 :] if "--" in argv else []
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "stage_rate_runs.jsonl")
-    commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("run", allow_abbrev=False).add_argument
+    run, _ = add_commands(parser, ROOT / "out" / "stage_rate_runs.jsonl")
+    add = run.add_argument
     add("--stage", required=True, choices=STAGES)
     add("--optimizer", required=True, choices=("adamw", "muon"))
-    add("--learning_rates", type=float, nargs="+", required=True)
-    add("--seeds", type=int, nargs="+", default=[0])
     add("--steps", type=int, required=True, help="optimizer steps of a run")
     add("--rows", type=int, required=True, help="rows in an optimizer step; of DPO, pairs")
-    add("--hidden_size", type=int, default=256)
-    add("--num_hidden_layers", type=int, default=4)
     add("--base_weight", type=Path, required=True, help=".pth file to start from")
     add("--teacher_weight", type=Path, help=".pth file of the teacher, for distillation")
-    add("--data_path", type=Path, required=True)
-    add("--valid_path", type=Path, required=True)
-    add("--cache_dir", type=Path, default=ROOT / "out" / "token_cache")
-    add("--threads", type=int, default=torch.get_num_threads())
-    add("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
-    commands.add_parser("report")
-    args = parser.parse_args(argv[: argv.index("--")] if "--" in argv else argv)
-    args.more = more
-    return args
-
-
-def key_of(run: dict, names: tuple[str, ...] = SETTING + CHOICE) -> str:
-    return json.dumps({name: run[name] for name in names})
+    return parse_with_more(parser, argv)
 
 
 # --- the runs --------------------------------------------------------------------------------------------------------
 
 
 def held_out(run: dict, args: argparse.Namespace) -> dict:
-    """The stage's script as a process of its own; what it measured on --valid_path at its end."""
-    with tempfile.TemporaryDirectory() as folder:
-        flags = {
-            "out_dir": folder, "cache_dir": args.cache_dir, "device": args.device, "hidden_size": run["hidden_size"],
-            "num_hidden_layers": run["num_hidden_layers"], "optimizer": run["optimizer"],
-            "learning_rate": run["learning_rate"], "seed": run["seed"], "batch_size": run["rows"],
-            "accumulation_steps": 1, "max_steps": run["steps"], "epochs": 1000, "log_interval": 10**6,
-            "save_interval": 10**6, "eval_interval": 10**6,
-        }  # fmt: skip
-        flags |= {name: getattr(args, name) for name in FILES if getattr(args, name)}
-        script = f"train_{run['stage']}.py"
-        command = [sys.executable, str(ROOT / "trainer" / script)]
-        command += [f"--{name}={value}" for name, value in flags.items()] + run["more"]
-        environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise ValueError(f"{script} failed: {done.stderr.strip() or done.stdout.strip()}")
-        (log,) = (Path(folder) / "logs").rglob("*.jsonl")
-        records = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
-    last = next(record for record in reversed(records) if record["event"] == "evaluation")
+    """What the stage's script measured on --valid_path at its end."""
+    flags = {name: run[name] for name in ("hidden_size", "num_hidden_layers", *CHOICE)}
+    flags |= {"batch_size": run["rows"], "max_steps": run["steps"], "log_interval": 10**6}
+    flags |= {name: getattr(args, name) for name in ("cache_dir", "device", *FILES) if getattr(args, name)}
+    last = last_evaluation(train(run["stage"], flags, run["more"], args.threads))
     return {name: value for name, value in last.items() if name not in ("event", "step", "sample")}
 
 
@@ -111,20 +82,17 @@ def execute(args: argparse.Namespace) -> None:
         if path and not path.is_file():
             raise ValueError(f"--{name}: {path} not found")
     files = {name: path and file_sha256(path)[:12] for name, path in files.items()}
-    known = {key_of(run) for run in read_results(args.results)}
+    known = {key_of(run, SETTING + CHOICE) for run in read_results(args.results)}
     for seed, learning_rate in itertools.product(args.seeds, args.learning_rates):
         run = {name: getattr(args, name, None) for name in SETTING + CHOICE} | files
         run |= {"learning_rate": learning_rate, "seed": seed}
-        if key_of(run) in known:
+        if key_of(run, SETTING + CHOICE) in known:
             continue
         started = time.time()
         run |= held_out(run, args)
-        run |= {"seconds": round(time.time() - started, 1), "threads": args.threads, "device": args.device}
-        run |= {"torch": torch.__version__, "time": int(started)}
-        with args.results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(run) + "\n")
+        append_result(args.results, run | {"seconds": round(time.time() - started, 1)}, args)
         choice = f"{run['stage']} {run['optimizer']} {learning_rate:g}, seed {seed}"
-        print(f"{choice}: held-out loss {run['valid_loss']:.4f}, {run['seconds']:.0f} s", flush=True)
+        print(f"{choice}: held-out loss {run['valid_loss']:.4f}, {time.time() - started:.0f} s", flush=True)
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
@@ -136,12 +104,8 @@ def default_rate(stage: str, optimizer: str) -> float:
     return importlib.import_module(f"trainer.train_{stage}").parse(["--optimizer", optimizer]).learning_rate
 
 
-def spread(values) -> float:
-    return stdev(values) if len(values) > 1 else float("nan")
-
-
 def gain(before: dict[int, float], after: dict[int, float]) -> tuple[float, float, int]:
-    """How far the mean loss falls, the larger spread of the two, and the number of seeds: over the seeds of both."""
+    """(how far the mean loss falls, the larger of both spreads, the number of seeds), over the seeds that both have."""
     seeds = sorted(before.keys() & after.keys())
     if not seeds:
         return float("-inf"), float("nan"), 0
@@ -170,7 +134,7 @@ def verdict(losses: Losses, default: float) -> str:
 
 
 def compare_best(adamw: Losses, muon: Losses) -> str:
-    """The best rates of the two optimizers beside each other."""
+    """Compare the best rates of the two optimizers."""
     rates = best_rate(adamw), best_rate(muon)
     difference, noise, seeds = gain(adamw[rates[0]], muon[rates[1]])
     if not seeds:
@@ -181,7 +145,7 @@ def compare_best(adamw: Losses, muon: Losses) -> str:
 
 
 def table(runs: list[dict], metric: str) -> list[str]:
-    """A row a learning rate, a column an optimizer: mean, spread and number of seeds."""
+    """A row per learning rate, a column per optimizer: mean, spread and number of seeds."""
     optimizers = sorted({run["optimizer"] for run in runs})
     lines = [f"{metric:>22}" + "".join(f"{optimizer:>26}" for optimizer in optimizers)]
     for rate in sorted({run["learning_rate"] for run in runs}):
@@ -222,7 +186,7 @@ def report(runs: list[dict]) -> str:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.command == "report":
-        print(report(read_results(args.results)))
+        print(report(recorded_runs(args.results)))
     else:
         execute(args)
 

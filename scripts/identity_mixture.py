@@ -1,7 +1,7 @@
 """Data for an identity adapter that names the model when asked who it is, and only then.
 
     tail -n 19000 dataset/sft_mini_512.jsonl > dataset/sft_part.jsonl
-    python benchmarks/identity_mixture.py --identity dataset/lora_identity.jsonl \\
+    python scripts/identity_mixture.py --identity dataset/lora_identity.jsonl \\
         --ordinary dataset/sft_part.jsonl --output dataset/identity_mixture.jsonl
 
 A hundred conversations about the model alone teach a small one to bring its name into everything. So they are repeated

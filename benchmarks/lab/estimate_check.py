@@ -1,6 +1,6 @@
 """How far off --estimate is: estimates runs of several stages and settings, makes them, and compares.
 
-    python benchmarks/estimate_check.py [--only pretrain …] [--seconds 40] [--json out/estimate_check.json]
+    python benchmarks/lab/estimate_check.py [--only pretrain …] [--seconds 40] [--json out/estimate_check.json]
 
 Every setting is estimated and then run for as many optimizer steps as fit in --seconds; weights to start from are
 random, for neither time nor memory depends on them. On a GPU the models and batches are larger. The exit status is 1
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from dataset.tokenization import ChatTokenizer

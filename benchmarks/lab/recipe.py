@@ -1,0 +1,323 @@
+"""Compare recipes for pretraining: small models, each trained to the end of its own schedule, scored on held-out text.
+
+    python benchmarks/lab/recipe.py run --recipe default --tokens 2e6 --learning_rates 1e-3 2e-3 --rows 4 8 \\
+        --seeds 0 1 --data_path TRAIN.jsonl --valid_path HELD_OUT.jsonl
+    python benchmarks/lab/recipe.py report
+    python benchmarks/lab/recipe.py versus
+    python benchmarks/lab/recipe.py --results benchmarks/lab/recipe_runs.jsonl versus     the runs of RESULTS.md
+
+Each run is appended to --results as one line of JSON and never repeated, so an interrupted search continues where it
+stopped. `report` lists the settings, best first, with mean and standard deviation over seeds. `versus` says what the
+default recipe needs to reach the bits per byte at which `adamw` (this pipeline, one classic rate for all) and
+`original` end. Each training file has its own table.
+
+Recipes: `original` is the loop of the original scripts: 32 padded documents per micro-batch, 8 of them per step,
+float32, AdamW with betas 0.9 and 0.999 and decay 0.01, a cosine from 1.1 times the peak to 0.1 of it, no warm-up,
+gradients averaged per micro-batch. The others are trainer/train_pretrain.py with the flags in RECIPES. Further flags
+for that script follow `--`.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean, stdev
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from dataset.tokenization import ChatTokenizer
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from trainer.arguments import run_script, stage_parser
+from trainer.checkpoint import file_sha256
+from trainer.distributed import Process, keep_freed_memory
+from trainer.evaluation import evaluate
+from trainer.loader import PackedData
+from trainer.optimization import Precision
+
+ONE_RATE = ["--embedding_lr_scale", "1", "--warmup_iters", "50"]
+RECIPES = {  # flags of train_pretrain.py
+    "default": [],
+    "adamw": ["--optimizer", "adamw", *ONE_RATE],
+    "muon": ["--optimizer", "muon", *ONE_RATE],
+}
+AS_SHIPPED = {"learning_rate": 5e-4, "rows": 256}  # of the original recipe
+PADDED_LENGTH, ORIGINAL_ROWS, ORIGINAL_ACCUMULATION = 512, 32, 8
+SETTING = ("recipe", "tokens", "learning_rate", "rows", "seed", "hidden_size", "num_hidden_layers", "data", "more")
+
+
+def add_commands(parser: argparse.ArgumentParser, results: Path) -> tuple[argparse.ArgumentParser, object]:
+    """(parser of the `run` command with the flags that every search has, all commands)."""
+    parser.add_argument("--results", type=Path, default=results, help="jsonl file of runs (default: %(default)s)")
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", allow_abbrev=False)
+    add = run.add_argument
+    add("--learning_rates", type=float, nargs="+", required=True)
+    add("--seeds", type=int, nargs="+", default=[0])
+    add("--hidden_size", type=int, default=256)
+    add("--num_hidden_layers", type=int, default=4)
+    add("--data_path", type=Path, required=True)
+    add("--valid_path", type=Path, required=True)
+    add("--cache_dir", type=Path, default=ROOT / "out" / "token_cache")
+    add("--threads", type=int, default=torch.get_num_threads())
+    add("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    commands.add_parser("report")
+    return run, commands
+
+
+def parse_with_more(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The flags before `--`; those after it, for the stage's script, as `more`."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    border = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:border])
+    args.more = argv[border + 1 :]
+    return args
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    run, commands = add_commands(parser, ROOT / "out" / "recipe_runs.jsonl")
+    run.add_argument("--recipe", required=True, choices=["original", *RECIPES])
+    run.add_argument("--tokens", type=float, required=True, help="budget: positions of all steps together")
+    run.add_argument("--rows", type=int, nargs="+", required=True, help="rows of 512 in an optimizer step")
+    commands.add_parser("versus")
+    return parse_with_more(parser, argv)
+
+
+def read_results(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+
+def recorded_runs(path: Path) -> list[dict]:
+    if not path.is_file():
+        raise ValueError(f"--results {path} not found; the `run` command writes it")
+    return read_results(path)
+
+
+def append_result(path: Path, run: dict, args: argparse.Namespace) -> None:
+    run |= {"threads": args.threads, "device": args.device, "torch": torch.__version__, "time": int(time.time())}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(run) + "\n")
+
+
+def spread(values) -> float:
+    return stdev(values) if len(values) > 1 else float("nan")
+
+
+def key_of(run: dict, names: tuple[str, ...] = SETTING) -> str:
+    return json.dumps({name: run[name] for name in names})
+
+
+# --- the runs --------------------------------------------------------------------------------------------------------
+
+
+def train(stage: str, flags: dict, more: list[str], threads: int) -> list[dict]:
+    """The log of trainer/train_{stage}.py, run to its end in a process and a folder of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = {"out_dir": folder, "accumulation_steps": 1, "epochs": 1000, "save_interval": 10**6} | flags
+        command = [sys.executable, str(ROOT / "trainer" / f"train_{stage}.py"), "--eval_interval=1000000"]
+        command += [f"--{name}={value}" for name, value in flags.items()] + more
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(f"train_{stage}.py failed: {done.stderr.strip() or done.stdout.strip()}")
+        (log,) = (Path(folder) / "logs").rglob("*.jsonl")
+        return [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+
+
+def last_evaluation(records: list[dict]) -> dict:
+    return next(record for record in reversed(records) if record["event"] == "evaluation")
+
+
+def run_ours(run: dict, args: argparse.Namespace) -> dict:
+    steps = max(1, round(run["tokens"] / (run["rows"] * 512)))
+    flags = {name: getattr(args, name) for name in ("data_path", "valid_path", "cache_dir", "device")}
+    flags |= {name: run[name] for name in ("hidden_size", "num_hidden_layers", "learning_rate", "seed")}
+    flags |= {"max_seq_len": 512, "batch_size": run["rows"], "max_steps": steps, "log_interval": 50}
+    records = train("pretrain", flags, RECIPES[run["recipe"]] + run["more"], args.threads)
+    logged, final = [record for record in records if record["event"] == "step"], last_evaluation(records)
+    marks = [0, *(record["step"] for record in logged)]
+    tokens = [
+        run["rows"] * 512 * (1 - record["padding"]) * (end - start)
+        for record, (start, end) in zip(logged, itertools.pairwise(marks), strict=True)
+    ]
+    seconds = sum(count / record["tokens_per_second"] for count, record in zip(tokens, logged, strict=True))
+    curve = [(record["step"], round(record["loss"], 4)) for record in logged]
+    measured = {name: final[name] for name in ("bits_per_byte", "valid_loss")}
+    return measured | {"steps": steps, "seconds": seconds, "curve": curve}
+
+
+def run_original(run: dict, args: argparse.Namespace) -> dict:
+    """The loop of the original scripts, written from its behaviour: padded rows, means over micro-batches."""
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(run["seed"])
+    tokenizer, device = ChatTokenizer(ROOT / "model"), torch.device(args.device)
+    with args.data_path.open(encoding="utf-8") as file:
+        texts = [json.loads(line)["text"] for line in file]
+    documents = [
+        [tokenizer.bos_id, *ids, tokenizer.eos_id][:PADDED_LENGTH] for ids in tokenizer.encode_documents(texts)
+    ]
+    accumulation = max(1, run["rows"] // ORIGINAL_ROWS)
+    rows = min(run["rows"], ORIGINAL_ROWS)
+    micro_steps = max(1, round(run["tokens"] / (rows * PADDED_LENGTH)))
+    config = MiniMindConfig(hidden_size=args.hidden_size, num_hidden_layers=args.num_hidden_layers)
+    model = MiniMindForCausalLM(config).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=run["learning_rate"])
+    order = itertools.chain.from_iterable(torch.randperm(len(documents)).tolist() for _ in itertools.count())
+    started, curve = time.perf_counter(), []
+    for micro_step in range(micro_steps):
+        ids = torch.full((rows, PADDED_LENGTH), tokenizer.pad_id)
+        for row in range(rows):
+            document = documents[next(order)]
+            ids[row, : len(document)] = torch.tensor(document)
+        labels = ids[:, 1:].masked_fill(ids[:, 1:] == tokenizer.pad_id, -100)
+        rate = run["learning_rate"] * (0.1 + 0.5 * (1 + math.cos(math.pi * micro_step / micro_steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        logits = model(input_ids=ids[:, :-1].to(device)).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten().to(device))
+        (loss / accumulation).backward()
+        if (micro_step + 1) % accumulation == 0:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if (micro_step + 1) % (50 * accumulation) == 0:
+            curve.append(((micro_step + 1) // accumulation, round(loss.item(), 4)))
+    seconds = time.perf_counter() - started
+    flags = ["--device", args.device, "--cache_dir", str(args.cache_dir), "--dtype", "float32"]
+    settings = stage_parser("", batch_size=16).parse_args(flags)
+    settings.data_path = args.valid_path
+    alone, precision = Process(0, 0, 1, device), Precision("float32", device)
+    measured = evaluate(model, PackedData(settings, "pretrain", tokenizer, alone), precision, alone, tokenizer)
+    return measured | {"steps": micro_steps // accumulation, "seconds": seconds, "curve": curve}
+
+
+def execute(args: argparse.Namespace) -> None:
+    if args.recipe == "original" and any(rows > ORIGINAL_ROWS and rows % ORIGINAL_ROWS for rows in args.rows):
+        raise ValueError(f"--rows: above {ORIGINAL_ROWS} the original takes micro-batches of {ORIGINAL_ROWS}")
+    for flag in ("data_path", "valid_path"):
+        if not getattr(args, flag).is_file():
+            raise ValueError(f"--{flag} {getattr(args, flag)} not found")
+    known = {key_of(run) for run in read_results(args.results)}
+    data = file_sha256(args.data_path)[:12]
+    for seed, rows, learning_rate in itertools.product(args.seeds, args.rows, args.learning_rates):
+        run = {
+            "recipe": args.recipe, "tokens": int(args.tokens), "learning_rate": learning_rate, "rows": rows,
+            "seed": seed, "hidden_size": args.hidden_size, "num_hidden_layers": args.num_hidden_layers, "data": data,
+            "more": args.more,
+        }  # fmt: skip
+        if key_of(run) in known:
+            continue
+        run |= run_original(run, args) if args.recipe == "original" else run_ours(run, args)
+        append_result(args.results, run, args)
+        score, seconds = f"{run['bits_per_byte']:.4f} bits per byte", f"{run['seconds']:.0f} s"
+        print(f"{describe(run)}, seed {seed}: {score}, {seconds}", flush=True)
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def describe(run: dict) -> str:
+    return (
+        f"{run['hidden_size']}×{run['num_hidden_layers']} {' '.join([run['recipe'], *run['more']])}, "
+        f"lr {run['learning_rate']:g}, {run['rows']} rows, {run['tokens'] / 1e6:.2f}M tokens"
+    )
+
+
+def seconds_of(group: list[dict]) -> float | None:
+    """Mean over the runs that had the machine to themselves, as far as the records know; None without such a run."""
+    quiet = [run["seconds"] for run in group if run.get("quiet", True)]
+    return fmean(quiet) if quiet else None
+
+
+def shown(group: list[dict]) -> str:
+    seconds = seconds_of(group)
+    return "busy" if seconds is None else f"{seconds:.0f}"
+
+
+def mean_bits(group: list[dict]) -> float:
+    return fmean(run["bits_per_byte"] for run in group)
+
+
+def report(runs: list[dict]) -> str:
+    """Settings by bits per byte with their spread over seeds."""
+    groups: dict[str, list[dict]] = defaultdict(list)
+    for run in runs:
+        groups[describe(run)].append(run)
+    lines = [f"{'bits per byte':>14}{'spread':>9}{'seeds':>7}{'steps':>7}{'seconds':>9}   setting"]
+    for title, group in sorted(groups.items(), key=lambda item: mean_bits(item[1])):
+        noise = spread([run["bits_per_byte"] for run in group])
+        noise = "-" if math.isnan(noise) else f"{noise:.4f}"
+        steps = group[0]["steps"]
+        lines.append(f"{mean_bits(group):14.4f}{noise:>9}{len(group):7}{steps:7}{shown(group):>9}   {title}")
+    return "\n".join(lines)
+
+
+def share(part: float, whole: float) -> str:
+    return f"{part / whole:.2f}" if part >= 0.1 * whole else f"{part / whole:.2g}"
+
+
+def versus(runs: list[dict], ours: str = "default") -> str:
+    """What the default recipe needs to reach where others end: shares of their tokens and seconds.
+
+    The others are AdamW and the original, each at its best setting of its largest budget, and the original as it was
+    shipped. Ours is the smallest budget whose mean is as good.
+    """
+    settings: dict[tuple, list[dict]] = defaultdict(list)
+    for run in runs:
+        if not run["more"]:  # with more flags it is a variant, not the recipe
+            size = (run["hidden_size"], run["num_hidden_layers"])
+            settings[size, run["recipe"], run["tokens"], describe(run)].append(run)
+    means = {key: mean_bits(group) for key, group in settings.items()}
+
+    def said(key: tuple) -> str:
+        noise = spread([run["bits_per_byte"] for run in settings[key]])
+        noise = "" if math.isnan(noise) else f" ± {noise:.4f}"
+        seeds, seconds = len(settings[key]), shown(settings[key])
+        return f"{key[-1]}: {means[key]:.4f}{noise} bits per byte, {seeds} seeds, {seconds} s"
+
+    lines = []
+    for size, recipe in sorted({key[:2] for key in settings if key[1] in ("adamw", "original")}):
+        budgets = [key for key in settings if key[:2] == (size, recipe)]
+        last = max(key[2] for key in budgets)
+        ended = [key for key in budgets if key[2] == last]
+        shipped = [key for key in ended if recipe == "original" and AS_SHIPPED.items() <= settings[key][0].items()]
+        for theirs in dict.fromkeys((min(ended, key=means.get), *shipped)):
+            as_good = [key for key in settings if key[:2] == (size, ours) and means[key] <= means[theirs]]
+            if not as_good:
+                continue
+            best = min(as_good, key=lambda key: (key[2], means[key]))
+            lines += [said(theirs), "  " + said(best), f"  {share(best[2], last)} of the tokens"]
+            seconds = [seconds_of(settings[key]) for key in (best, theirs)]
+            if None not in seconds:
+                lines[-1] += f", {share(*seconds)} of the time"
+    return "\n".join(lines) or f"no run of recipe {ours} is as good as another recipe's longest"
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    keep_freed_memory()
+    if args.command == "run":
+        return execute(args)
+    by_data: dict[str, list[dict]] = defaultdict(list)
+    for run in recorded_runs(args.results):
+        by_data[run["data"]].append(run)
+    for data, runs in by_data.items():
+        if len(by_data) > 1:
+            print(f"data {data}:")
+        print(report(runs) if args.command == "report" else versus(runs))
+
+
+if __name__ == "__main__":
+    run_script(main)
