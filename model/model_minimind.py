@@ -2,8 +2,8 @@
 
 Pre-norm blocks with RMSNorm (arXiv:1910.07467), rotary positions (arXiv:2104.09864), grouped-query attention
 (arXiv:2305.13245) and SwiGLU (arXiv:2002.05202). The mixture of experts has shared and routed experts as in
-arXiv:2401.06066. The classes are transformers classes, so `save_pretrained`, `from_pretrained` and `generate` work, and
-the file travels with exported weights as remote code.
+arXiv:2401.06066. The layout is Llama's, with qk_norm Qwen3's. The classes are transformers classes, so that
+`save_pretrained`, `from_pretrained` and `generate` work and the file travels with exported weights as remote code.
 
 Read it from top to bottom: config, norm, rotary positions, attention, feed-forward, experts, block, model. The last
 section holds hand-written kernels for training on a CPU; the model is complete without them.
@@ -32,10 +32,29 @@ except ImportError:
     HAS_VARLEN = False
 
 
+# Fields of the known models that differ from MiniMindConfig's defaults. MiniMind-3 has the layout of Qwen3.
+MINIMIND3 = {"num_key_value_heads": 4, "intermediate_ratio": math.pi, "rms_norm_eps": 1e-6, "qk_norm": True}
+MINIMIND3_EXPERTS = {"n_shared_experts": 0, "num_experts_per_tok": 1, "norm_top1_prob": True}
+MINIMIND3_EXPERTS |= {"aux_loss_alpha": 5e-4, "seq_aux": False}
+MINIMIND3_FILES = {**MINIMIND3, **MINIMIND3_EXPERTS, "rope_dtype": "float16"}  # what the original's files leave unsaid
+PRESETS: dict[str, dict[str, Any]] = {
+    "minimind2_26m": {"hidden_size": 512, "num_hidden_layers": 8},
+    "minimind2_104m": {"hidden_size": 768, "num_hidden_layers": 16},
+    "minimind2_moe": {"hidden_size": 640, "num_hidden_layers": 8, "use_moe": True},
+    "minimind3": {"hidden_size": 768, "num_hidden_layers": 8, **MINIMIND3},
+    "minimind3_moe": {"hidden_size": 768, "num_hidden_layers": 8, "use_moe": True, **MINIMIND3, **MINIMIND3_EXPERTS},
+}
+
+
 class MiniMindConfig(PretrainedConfig):
     """Sizes and switches of a MiniMind model; the defaults are the 26M dense preset.
 
-    `intermediate_size=None` means 64 * ceil(8 * hidden_size / 3 / 64), the SwiGLU width of the presets.
+    `intermediate_size=None` means 64 * ceil(intermediate_ratio * hidden_size / 64), the SwiGLU width of the presets.
+    `head_dim=None` means hidden_size / num_attention_heads. `qk_norm` normalises each head's query and key.
+    `norm_topk_prob` makes the weights of several chosen experts sum to one; a single one keeps its score as its weight,
+    as in MiniMind-2, unless `norm_top1_prob` is set too (MiniMind-3, Qwen3). `seq_aux` balances the experts within each
+    document, else within the micro-batch.
+    `rope_dtype="float16"` rounds the rotary tables as the original's MiniMind-3 does when it answers in half precision.
     `rope_scaling` stretches the context by YaRN, in transformers' form: {"rope_type": "yarn", "factor": 4.0,
     "original_max_position_embeddings": trained length}, optionally "beta_fast", "beta_slow" and "attention_factor"; see
     rotary_frequencies. None leaves positions as they are.
@@ -50,12 +69,16 @@ class MiniMindConfig(PretrainedConfig):
         num_hidden_layers: int = 8,
         num_attention_heads: int = 8,
         num_key_value_heads: int | None = 2,
+        head_dim: int | None = None,
         intermediate_size: int | None = None,
+        intermediate_ratio: float = 8 / 3,
         vocab_size: int = 6400,
         max_position_embeddings: int = 32768,
         rms_norm_eps: float = 1e-5,
+        qk_norm: bool = False,
         rope_theta: float = 1e6,
         rope_scaling: dict[str, Any] | None = None,
+        rope_dtype: str = "float32",
         hidden_act: str = "silu",
         dropout: float = 0.0,
         initializer_range: float = 0.02,
@@ -64,6 +87,7 @@ class MiniMindConfig(PretrainedConfig):
         n_routed_experts: int = 4,
         n_shared_experts: int = 1,
         norm_topk_prob: bool = True,
+        norm_top1_prob: bool = False,
         scoring_func: str = "softmax",
         aux_loss_alpha: float = 0.1,
         seq_aux: bool = True,
@@ -73,13 +97,17 @@ class MiniMindConfig(PretrainedConfig):
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
-        self.intermediate_size = intermediate_size or 64 * math.ceil(hidden_size * 8 / 3 / 64)
+        self.head_dim = head_dim
+        self.intermediate_size = intermediate_size
+        self.intermediate_ratio = intermediate_ratio
         self.vocab_size = vocab_size
         self.max_position_embeddings = max_position_embeddings
         self.rms_norm_eps = rms_norm_eps
+        self.qk_norm = qk_norm
         self.rope_theta = rope_theta
         if rope_scaling is not None:
             self.rope_scaling = yarn_parameters(rope_scaling)
+        self.rope_dtype = rope_dtype
         self.hidden_act = hidden_act
         self.dropout = dropout
         self.initializer_range = initializer_range
@@ -88,41 +116,75 @@ class MiniMindConfig(PretrainedConfig):
         self.n_routed_experts = n_routed_experts
         self.n_shared_experts = n_shared_experts
         self.norm_topk_prob = norm_topk_prob
+        self.norm_top1_prob = norm_top1_prob
         self.scoring_func = scoring_func
         self.aux_loss_alpha = aux_loss_alpha
         self.seq_aux = seq_aux
-        self.head_dim = hidden_size // max(num_attention_heads, 1)
-        self._check()
-        kwargs.setdefault("bos_token_id", 1)
-        kwargs.setdefault("eos_token_id", 2)
-        kwargs.setdefault("pad_token_id", 0)
+        for name, default in (("bos_token_id", 1), ("eos_token_id", 2), ("pad_token_id", 0)):
+            kwargs.setdefault(name, default)
+        self._check(kwargs)
+        self.intermediate_size = intermediate_size or 64 * math.ceil(intermediate_ratio * hidden_size / 64)
+        self.head_dim = head_dim or hidden_size // num_attention_heads
         kwargs.setdefault("tie_word_embeddings", True)
+        for name in ("num_labels", "id2label", "label2id"):  # of classifiers; transformers would make a list that long
+            kwargs.pop(name, None)
         super().__init__(**kwargs)
 
-    def _check(self) -> None:
-        sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.hidden_size % self.num_attention_heads:
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "MiniMindConfig":
+        """Read a config.json, also one of the original's MiniMind-3, which uses other names and leaves out what all of
+        its models share."""
+        if "num_experts" in config_dict:
+            config_dict = {**MINIMIND3_FILES, **config_dict}
+            names = {"num_experts": "n_routed_experts", "router_aux_loss_coef": "aux_loss_alpha"}
+            if config_dict.get("use_moe"):
+                names["moe_intermediate_size"] = "intermediate_size"
+            config_dict |= {ours: config_dict.pop(theirs) for theirs, ours in names.items() if theirs in config_dict}
+        return super().from_dict(config_dict, **kwargs)
+
+    def _check(self, kwargs: dict[str, Any]) -> None:
+        """Raise ValueError for a value of a wrong type, out of range, or that does not go with the others. Files of
+        others are read into these fields, so nothing is taken on trust."""
+        counts = ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"]
+        counts += ["max_position_embeddings", "num_experts_per_tok", "n_routed_experts", "n_shared_experts"]
+        counts += [name for name in ("head_dim", "intermediate_size") if getattr(self, name) is not None]
+        for name in counts:
+            value, least = getattr(self, name), int(name != "n_shared_experts")
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} must be at least {least}, a whole number, got {value!r}")
+        for name in ("rms_norm_eps", "rope_theta", "initializer_range", "intermediate_ratio", "aux_loss_alpha"):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or value < 0 or (value == 0 and name != "aux_loss_alpha"):
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
+        for name in ("qk_norm", "use_moe", "norm_topk_prob", "norm_top1_prob", "seq_aux"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if type(kwargs[name]) not in (int, type(None)):
+                raise ValueError(f"{name} must be a token id, got {kwargs[name]!r}")
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}; "
                 f"set --hidden_size to a multiple of {self.num_attention_heads}"
             )
-        if self.head_dim % 2:
+        head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if head_dim % 2:
             raise ValueError(
-                f"hidden_size / num_attention_heads = {self.head_dim} is odd, and rotary positions need pairs; "
-                f"set --hidden_size to a multiple of {2 * self.num_attention_heads}"
+                f"the size of a head, hidden_size / num_attention_heads, is {head_dim}: it is odd, and rotary "
+                f"positions need pairs; set --hidden_size to a multiple of {2 * self.num_attention_heads}"
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not divisible by "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
+        if self.rope_dtype not in ("float32", "float16"):
+            raise ValueError(f"rope_dtype must be float32 or float16, got {self.rope_dtype!r}")
         for name, value in (("hidden_act", "silu"), ("scoring_func", "softmax"), ("dropout", 0.0)):
             if getattr(self, name) != value:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported; MiniMind uses {value!r}")
-        if self.use_moe and not 1 <= self.num_experts_per_tok <= self.n_routed_experts:
+        if self.use_moe and self.num_experts_per_tok > self.n_routed_experts:
             raise ValueError(
                 f"num_experts_per_tok {self.num_experts_per_tok} must lie between 1 and "
                 f"n_routed_experts {self.n_routed_experts}"
@@ -131,6 +193,8 @@ class MiniMindConfig(PretrainedConfig):
 
 def yarn_parameters(rope_scaling: dict[str, Any]) -> dict[str, Any]:
     """Check MiniMindConfig's rope_scaling and fill in its defaults."""
+    if not isinstance(rope_scaling, dict):
+        raise ValueError(f"rope_scaling must be a set of names and values, got {rope_scaling!r}")
     given = {**rope_scaling}
     kind = given.pop("rope_type", given.pop("type", None))
     values = {"factor": None, "original_max_position_embeddings": None, "beta_fast": 32.0, "beta_slow": 1.0}
@@ -139,6 +203,9 @@ def yarn_parameters(rope_scaling: dict[str, Any]) -> dict[str, Any]:
         unknown = ", ".join(sorted(given.keys() - values.keys())) or f"rope_type {kind!r}"
         raise ValueError(f"rope_scaling: {unknown} is not supported; it takes rope_type 'yarn', {', '.join(values)}")
     values |= {name: value for name, value in given.items() if value is not None}
+    wrong = [name for name, value in values.items() if not isinstance(value, int | float | None)]
+    if wrong:
+        raise ValueError(f"rope_scaling: {wrong[0]} must be a number, got {values[wrong[0]]!r}")
     factor, length = values["factor"], values["original_max_position_embeddings"]
     if factor is None or not 1 <= factor < math.inf:
         raise ValueError(f"rope_scaling: factor is {factor}, and must be 1 or more: longest context / trained length")
@@ -211,9 +278,11 @@ def rotary_tables(position_ids: torch.Tensor, config: MiniMindConfig) -> tuple[t
     with torch.autocast(position_ids.device.type, enabled=False):
         angles = position_ids.unsqueeze(-1).float() * rotary_frequencies(config, position_ids.device)
         cos, sin = angles.cos(), angles.sin()
-        if config.rope_scaling is None:
-            return cos, sin
-        return cos * config.rope_scaling["attention_factor"], sin * config.rope_scaling["attention_factor"]
+        if config.rope_scaling is not None:
+            cos, sin = (table * config.rope_scaling["attention_factor"] for table in (cos, sin))
+        if config.rope_dtype == "float16":
+            cos, sin = cos.half().float(), sin.half().float()
+        return cos, sin
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -242,6 +311,10 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        self.qk_norm = config.qk_norm
+        if self.qk_norm:  # keeps the scores of attention in bounds, whatever the learning rate (arXiv:2010.04245)
+            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def forward(self, x, rotary, plan: "AttentionPlan", past_key_values=None) -> torch.Tensor:
         """x (batch, seq, hidden) -> the same shape; rotary: see rotary_tables."""
@@ -249,6 +322,8 @@ class Attention(nn.Module):
         query = self.q_proj(x).view(batch, seq, self.heads, self.head_dim)
         key = self.k_proj(x).view(batch, seq, self.kv_heads, self.head_dim)
         value = self.v_proj(x).view(batch, seq, self.kv_heads, self.head_dim)
+        if self.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
         if plan.kind == "tiles":
             out = attend_in_tiles(query, key, value, rotary, plan.tiles, self.recompute)
         elif plan.kind == "varlen":
@@ -434,11 +509,12 @@ class MoEFeedForward(nn.Module):
 
 
 class Router(nn.Module):
-    """Choose top-k experts per token by softmax over all experts; the chosen weights are renormalised to sum to one."""
+    """Choose top-k experts per token by softmax over all experts; the chosen weights may be made to sum to one."""
 
     def __init__(self, config: MiniMindConfig):
         super().__init__()
-        self.top_k, self.renormalise = config.num_experts_per_tok, config.norm_topk_prob
+        self.top_k = config.num_experts_per_tok
+        self.renormalise = config.norm_topk_prob and (self.top_k > 1 or config.norm_top1_prob)
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         nn.init.normal_(self.weight, std=config.initializer_range)
 
@@ -446,7 +522,7 @@ class Router(nn.Module):
         """x (tokens, hidden) -> float32 scores (tokens, experts), chosen experts and their weights (tokens, top_k)."""
         scores = F.linear(x, self.weight).float().softmax(dim=-1)
         weights, experts = scores.topk(self.top_k, dim=-1, sorted=False)
-        if self.renormalise and self.top_k > 1:
+        if self.renormalise:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return scores, experts, weights
 
