@@ -34,6 +34,7 @@ from model.loading import (
     add_flags,
     check_sizes,
     experts_in,
+    given_sizes,
     load_ready,
     named_path,
     ready_flags,
@@ -116,7 +117,7 @@ def load(args: argparse.Namespace) -> ReadyModel:
     """Load the model and check it against the flags."""
     path = named_path(args)
     ready = load_ready(path, ChatTokenizer, **ready_flags(args))
-    check_sizes(ready.model.config, path, args.hidden_size, args.num_hidden_layers, args.use_moe)
+    check_sizes(ready.model.config, path, *given_sizes(args))
     return ready
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from model.model_lora import find_lora, load_lora, merge_lora
-from model.model_minimind import MiniMindForCausalLM, yarn_parameters
+from model.model_minimind import PRESETS, MiniMindForCausalLM, yarn_parameters
 from model.weights import STAGE_OF_MODE, find_weights, load_model, read_sidecar
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,6 +59,10 @@ SHARED_FLAGS = {
     "lora_name": dict(default="None", help="adapter to apply: a name in OUT_DIR/lora/, or a .pth file"),
     "hidden_size": dict(type=int, help="chooses between files (default: the only one there, or 512)"),
     "num_hidden_layers": dict(type=int, help="read from the weights; checked against them if given"),
+    "num_attention_heads": dict(type=at_least(1), help="of weights without a sidecar, if it is not 8"),
+    "preset": dict(
+        choices=list(PRESETS), help="what the size flags do not say; also what weights without a sidecar are"
+    ),
     "use_moe": dict(BOOL, help="chooses between files"),
     "max_seq_len": dict(
         type=at_least(2),
@@ -96,6 +100,7 @@ def show_defaults(parser: argparse.ArgumentParser) -> None:
 
 # What load_ready takes by the same name.
 READY_FLAGS = (
+    "preset", "num_attention_heads",
     "tokenizer_path", "trust_remote_code", "max_seq_len", "rope_scaling", "trained_length", "device", "dtype",
 )  # fmt: skip
 
@@ -117,7 +122,17 @@ def named_path(args: argparse.Namespace) -> Path:
     """Return the .pth file or the folder that the flags name."""
     if args.load == 1:
         return Path(args.hf_path)
-    return find_weights(STAGE_OF_MODE[args.model_mode], args.out_dir, args.hidden_size, args.use_moe)
+    hidden_size, _, use_moe = given_sizes(args)
+    return find_weights(STAGE_OF_MODE[args.model_mode], args.out_dir, hidden_size, use_moe)
+
+
+def given_sizes(args: argparse.Namespace) -> tuple[int | None, int | None, bool | None]:
+    """Return hidden size, layers and whether it is a mixture, as the flags say, else --preset; None: not said."""
+    preset = PRESETS[args.preset] if args.preset else {}
+    if args.preset:
+        preset = {"use_moe": False, **preset}
+    names = ("hidden_size", "num_hidden_layers", "use_moe")
+    return tuple(preset.get(name) if getattr(args, name) is None else getattr(args, name) for name in names)
 
 
 def ready_flags(args: argparse.Namespace) -> dict[str, Any]:
@@ -135,6 +150,8 @@ def load_ready(
     *,
     merged_lora: str | None = None,
     out_dir: str | Path = ROOT / "out",
+    preset: str | None = None,
+    num_attention_heads: int | None = None,
     tokenizer_path: str | Path | None = None,
     trust_remote_code: bool = False,
     max_seq_len: int | None = None,
@@ -152,7 +169,7 @@ def load_ready(
     compute = choose_dtype(dtype, place)
     tokenizer = read_tokenizer(tokenizer_folder(path, tokenizer_path))
     if path.suffix == ".pth":
-        model, sidecar = load_model(path, tokenizer.sha256)
+        model, sidecar = load_model(path, tokenizer.sha256, unseen_fields(preset, num_attention_heads))
     else:
         model = load_folder(path, trust_remote_code, torch.float32 if merged_lora else compute)
         sidecar = read_sidecar(path)
@@ -163,6 +180,12 @@ def load_ready(
         merge_lora(load_lora(model, lora, tokenizer.sha256))
     context = choose_context(model.config, sidecar, max_seq_len)
     return ReadyModel(model.to(device=place, dtype=compute).eval(), tokenizer, path, sidecar or {}, context)
+
+
+def unseen_fields(preset: str | None, num_attention_heads: int | None) -> dict[str, Any]:
+    """Return the configuration that flags name for weights without a sidecar."""
+    fields = dict(PRESETS[preset] if preset else {})
+    return fields | ({"num_attention_heads": num_attention_heads} if num_attention_heads else {})
 
 
 def choose_device(name: str) -> torch.device:

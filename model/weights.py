@@ -5,6 +5,7 @@ says what the weights are (configuration, stage, tokenizer, losses); it is used 
 """
 
 import glob
+import inspect
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import nn
 
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.model_minimind import MINIMIND3_FILES, MiniMindConfig, MiniMindForCausalLM
 
 
 class Stage(NamedTuple):
@@ -40,6 +41,8 @@ STAGES = {
 STAGE_OF_MODE = {stage.mode: name for name, stage in STAGES.items()}
 # prefixes that wrappers add to parameter names: torch.compile, DDP
 WRAPPER_PREFIXES = ("_orig_mod.", "module.")
+# What a sidecar holds, as far as it is read. Sidecars come from other people too.
+SIDECAR_TYPES = {"config": dict, "flags": dict, "metrics": dict, "progress": dict, "tokenizer_sha256": str}
 WEIGHT_NAME = re.compile(rf"(?P<stage>{'|'.join(STAGES)})_(?P<hidden_size>\d+)(?P<moe>_moe)?")
 
 
@@ -203,7 +206,12 @@ def read_sidecar(path: str | Path) -> dict[str, Any] | None:
         raise WeightsError(f"{side} is not readable ({error}); delete it to load the weights without it") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{side} is not a JSON object; delete it to load the weights without it")
-    return content
+    for name, kind in SIDECAR_TYPES.items():
+        if not isinstance(content.get(name), kind | None):
+            raise WeightsError(
+                f"{side}: {name} is not a JSON {kind.__name__}; delete it to load the weights without it"
+            )
+    return {name: value for name, value in content.items() if value is not None}
 
 
 def read_state_dict(path: str | Path, old_names: bool = False) -> dict[str, torch.Tensor]:
@@ -250,34 +258,89 @@ def listed_weights(folder: Path) -> str:
     return ", ".join(sorted(path.name for path in folder.glob("*.pth"))) or "no weights"
 
 
-def config_from_state_dict(state: dict[str, torch.Tensor], sidecar: dict | None = None) -> MiniMindConfig:
-    """Reads the sizes off the tensors; what they do not show (heads, theta, top-k) is the sidecar's or the default."""
+def config_from_state_dict(
+    state: dict[str, torch.Tensor], sidecar: dict | None = None, unseen: dict[str, Any] | None = None
+) -> MiniMindConfig:
+    """Read the sizes off the tensors. What they do not show (theta, eps, top-k, without qk_norm the number of heads)
+    is the sidecar's, else `unseen`, else what the original's models of this kind have."""
+    prefix = "model.layers.0."
     try:
         vocab_size, hidden_size = state["model.embed_tokens.weight"].shape
         layers = {int(key.split(".")[2]) for key in state if key.startswith("model.layers.")}
-        key_rows = state["model.layers.0.self_attn.k_proj.weight"].shape[0]
-        use_moe = "model.layers.0.mlp.gate.weight" in state
-        mlp = "model.layers.0.mlp." + ("experts.0." if use_moe else "")
-        intermediate_size = state[mlp + "gate_proj.weight"].shape[0]
+        query_rows, key_rows = (state[f"{prefix}self_attn.{name}_proj.weight"].shape[0] for name in "qk")
+        use_moe = f"{prefix}mlp.gate.weight" in state
+        intermediate_size = state[prefix + ("mlp.experts.0." if use_moe else "mlp.") + "gate_proj.weight"].shape[0]
+        qk_norm = f"{prefix}self_attn.q_norm.weight" in state
+        head_dim = state[f"{prefix}self_attn.q_norm.weight"].shape[0] if qk_norm else None
     except (KeyError, ValueError, IndexError) as error:
         raise WeightsError(f"these are not MiniMind weights: {error} is missing or has another shape") from error
-    fields = dict((sidecar or {}).get("config", {}))
-    fields.pop("head_dim", None)
-    fields.update(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        num_hidden_layers=len(layers),
-        intermediate_size=intermediate_size,
-        use_moe=use_moe,
+    known = inspect.signature(MiniMindConfig).parameters.keys() | {f"{name}_token_id" for name in ("bos", "eos", "pad")}
+    told = {name: value for name, value in (sidecar or {}).get("config", {}).items() if name in known}
+    if not told:
+        told = {**(MINIMIND3_FILES if qk_norm else {}), **(unseen or {})}
+    if told.get("qk_norm", qk_norm) != qk_norm:
+        raise WeightsError(
+            "these weights have no query/key norm, which MiniMind-3 has; choose a --preset of MiniMind-2"
+        )
+    heads = (
+        query_rows // head_dim if head_dim else told.get("num_attention_heads", MiniMindConfig().num_attention_heads)
     )
-    heads = fields.get("num_attention_heads", MiniMindConfig().num_attention_heads)
-    if hidden_size % heads == 0 and key_rows % (hidden_size // heads) == 0:
-        fields["num_key_value_heads"] = key_rows // (hidden_size // heads)
+    if type(heads) is not int or heads < 1 or query_rows % heads or key_rows % (query_rows // heads):
+        raise WeightsError(
+            f"{heads} attention heads do not divide the {query_rows} rows of q_proj and the {key_rows} of k_proj; name "
+            "the number that these weights were trained with by --num_attention_heads"
+        )
+    told |= {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": len(layers),
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_rows // (query_rows // heads),
+        "head_dim": query_rows // heads,
+        "qk_norm": qk_norm,
+        "intermediate_size": intermediate_size,
+        "use_moe": use_moe,
+    }
     if use_moe:
-        fields["n_routed_experts"] = state["model.layers.0.mlp.gate.weight"].shape[0]
-        shared = {key.split(".")[5] for key in state if key.startswith("model.layers.0.mlp.shared_experts.")}
-        fields["n_shared_experts"] = len(shared)
-    return MiniMindConfig(**fields)
+        told["n_routed_experts"] = state[f"{prefix}mlp.gate.weight"].shape[0]
+        told["n_shared_experts"] = len({key.split(".")[5] for key in state if f"{prefix}mlp.shared_experts." in key})
+    return MiniMindConfig(**told)
+
+
+def config_of_file(
+    path: str | Path, state: dict[str, torch.Tensor], sidecar: dict | None, unseen: dict[str, Any] | None = None
+) -> MiniMindConfig:
+    """Return config_from_state_dict's result; errors name the file, and a warning says what was guessed."""
+    try:
+        config = config_from_state_dict(state, sidecar, unseen)
+    except ValueError as error:
+        raise WeightsError(f"{path} cannot be loaded: {error}") from error
+    if (sidecar or {}).get("config"):
+        return config
+    if config.qk_norm:
+        rest = f"rms_norm_eps {config.rms_norm_eps:g}, rope_theta {config.rope_theta:g}"
+        rest += f", {config.num_experts_per_tok} expert per token" * config.use_moe
+        warnings.warn(f"{path} has no sidecar; its tensors say MiniMind-3, so it is read with {rest}", stacklevel=3)
+    elif config.num_attention_heads != 4 * config.num_key_value_heads and not unseen:
+        warnings.warn(
+            f"{path} has no sidecar, and its tensors do not show the number of attention heads: "
+            f"{config.num_attention_heads} assumed. A wrong number makes noise; name it with --num_attention_heads",
+            stacklevel=3,
+        )
+    return config
+
+
+def tie_head(path: str | Path, state: dict[str, torch.Tensor]) -> None:
+    """Fill in a missing head, which is the embedding. Raises WeightsError if the file has a head of its own."""
+    embedding = state.get("model.embed_tokens.weight")
+    head = state.setdefault("lm_head.weight", embedding)
+    if embedding is None or head is embedding:
+        return
+    if head.shape != embedding.shape or not torch.equal(head.nan_to_num(), embedding.nan_to_num()):
+        raise WeightsError(
+            f"{path} has an lm_head.weight that differs from the embedding (untied weights); MiniMind shares one "
+            "tensor, so loading it would change the model"
+        )
 
 
 def load_weights(model: nn.Module, path: str | Path, tokenizer_sha256: str | None = None) -> dict[str, Any] | None:
@@ -289,6 +352,7 @@ def load_weights(model: nn.Module, path: str | Path, tokenizer_sha256: str | Non
     state = read_state_dict(path)
     sidecar = read_sidecar(path)
     check_tokenizer(path, sidecar, tokenizer_sha256)
+    tie_head(path, state)
     _check_shapes(model, state, path)
     _check_heads(model, sidecar, path)
     model.load_state_dict(state, strict=True)
@@ -296,14 +360,19 @@ def load_weights(model: nn.Module, path: str | Path, tokenizer_sha256: str | Non
 
 
 def load_model(
-    path: str | Path, tokenizer_sha256: str | None = None
+    path: str | Path, tokenizer_sha256: str | None = None, unseen: dict[str, Any] | None = None
 ) -> tuple[MiniMindForCausalLM, dict[str, Any] | None]:
-    """The model that a weight file holds, its sizes read from the file: (model in eval mode, sidecar)."""
+    """Return the model of a weight file, in eval mode, and its sidecar.
+
+    unseen: configuration for a file without a sidecar, as far as its tensors do not show it.
+    """
     state = read_state_dict(path)
     sidecar = read_sidecar(path)
     check_tokenizer(path, sidecar, tokenizer_sha256)
+    tie_head(path, state)
+    config = config_of_file(path, state, sidecar, unseen)
     with torch.random.fork_rng(devices=[]):  # a run draws the same numbers whether a frozen model was loaded or not
-        model = MiniMindForCausalLM(config_from_state_dict(state, sidecar))
+        model = MiniMindForCausalLM(config)
     _check_shapes(model, state, path)
     model.load_state_dict(state, strict=True)
     return model.eval(), sidecar
@@ -342,9 +411,10 @@ def _check_shapes(model: nn.Module, state: dict[str, torch.Tensor], path: str | 
     own = {clean_key(key): tensor for key, tensor in model.state_dict().items()}
     if own.keys() == state.keys() and all(own[key].shape == state[key].shape for key in own):
         return
-    theirs = config_from_state_dict(state)
-    flags = ("hidden_size", "num_hidden_layers", "use_moe", "vocab_size", "intermediate_size", "num_key_value_heads")
     config = getattr(model, "config", None)
+    theirs = config_from_state_dict(state, None, {"num_attention_heads": getattr(config, "num_attention_heads", 8)})
+    flags = ("hidden_size", "num_hidden_layers", "use_moe", "vocab_size", "intermediate_size", "qk_norm")
+    flags += ("num_attention_heads", "num_key_value_heads", "n_routed_experts", "n_shared_experts")
     differing = [
         f"--{flag} is {getattr(config, flag)} here and {getattr(theirs, flag)} in the file"
         for flag in flags
@@ -352,5 +422,11 @@ def _check_shapes(model: nn.Module, state: dict[str, torch.Tensor], path: str | 
     ]
     if not differing:
         missing, unknown = sorted(own.keys() - state.keys())[:3], sorted(state.keys() - own.keys())[:3]
-        differing = [f"missing in the file: {missing or 'nothing'}, unknown in it: {unknown or 'nothing'}"]
+        differing = [f"missing in the file: {', '.join(missing)}"] * bool(missing)
+        differing += [f"unknown in the file: {', '.join(unknown)}"] * bool(unknown)
+        differing += [
+            f"{key} is {tuple(state[key].shape)} in the file and {tuple(own[key].shape)} here"
+            for key in own.keys() & state.keys()
+            if own[key].shape != state[key].shape
+        ][:1]
     raise WeightsError(f"{path} does not fit this model: {'; '.join(differing)}")

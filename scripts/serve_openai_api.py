@@ -51,6 +51,7 @@ from model.loading import (
     add_flags,
     at_least,
     check_sizes,
+    given_sizes,
     named_path,
     read_config,
     ready_flags,
@@ -137,7 +138,7 @@ def make_loader(args: argparse.Namespace, default: Offer) -> Callable[[Offer], t
     def load(offer: Offer) -> tuple[Engine, ChatTokenizer]:
         flags = ready_flags(args)
         if offer.entry != default.entry:
-            flags["trust_remote_code"] = False
+            flags |= {"trust_remote_code": False, "preset": None, "num_attention_heads": None}
             if offer.entry.kind == "hf":  # its own tokenizer fits it
                 flags["tokenizer_path"] = None
         ready = load_entry(offer.entry, offer.lora_name, **flags)
@@ -542,7 +543,7 @@ def make_server(args: argparse.Namespace) -> tuple[Server, socket.socket]:
         load = make_loader(args, default)
         engine, tokenizer = load(default)
         config, path = engine.model.config, default.entry.path
-        check_sizes(config, path, args.hidden_size, args.num_hidden_layers, args.use_moe)
+        check_sizes(config, path, *given_sizes(args))
     except BaseException:
         listener.close()
         raise
