@@ -60,14 +60,15 @@ class WeightsState:
 
 
 def is_llama_like(model: nn.Module) -> bool:
-    """Whether LeanDecoder computes this model: ours, and Llama whose rotary positions are tables."""
+    """Whether LeanDecoder computes this model: ours, and Llama and Qwen3 whose rotary positions are tables."""
     name, config = type(model).__name__, model.config
     if name == "MiniMindForCausalLM":
         return True
     rope = getattr(config, "rope_parameters", None) or {}
     return (
-        name == "LlamaForCausalLM"
+        name in ("LlamaForCausalLM", "Qwen3ForCausalLM")
         and config.hidden_act == "silu"
+        and not getattr(config, "use_sliding_window", False)
         and rope.get("rope_type", "default") in ("default", "linear", "llama3", "yarn")
     )
 
@@ -225,13 +226,15 @@ def projection(layers: Sequence[nn.Linear], order: torch.Tensor | None = None):
 
 
 def rms_norm(weight: torch.Tensor, eps: float):
-    """Return a function x (rows, hidden) -> x / sqrt(mean(x²) + eps) · weight."""
-    weight = weight.detach().float()
+    """Return a function x (..., size) -> x / sqrt(mean(x²) + eps) · weight; weight is (size,), or (heads, size)."""
+    weight, size = weight.detach().float(), weight.shape[-1]
     if weight.is_cuda:
-        return lambda x: F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
+        if weight.dim() == 1:
+            return lambda x: F.rms_norm(x.float(), (size,), weight, eps).to(x.dtype)
+        return lambda x: (F.rms_norm(x.float(), (size,), eps=eps) * weight).to(x.dtype)
     # The same as x · sqrt(n) weight / sqrt(sum(x²) + n eps): three kernels, a third of F.rms_norm's time.
-    scaled, offset = weight * len(weight) ** 0.5, torch.tensor((len(weight) * eps) ** 0.5)
-    return lambda x: torch.mul(x, scaled).div_(torch.linalg.vector_norm(x, dim=1, keepdim=True).hypot_(offset))
+    scaled, offset = weight * size**0.5, torch.tensor((size * eps) ** 0.5)
+    return lambda x: torch.mul(x, scaled).div_(torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(offset))
 
 
 class LeanFeedForward:
@@ -256,7 +259,7 @@ class LeanExperts:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         weights, chosen = self.router(x).float().softmax(dim=-1).topk(self.top_k, dim=-1)
-        if self.renormalise and self.top_k > 1:
+        if self.renormalise:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         out = torch.zeros_like(x)
         for shared in self.shared:
@@ -280,6 +283,11 @@ class LeanLayer:
     def __init__(self, block: nn.Module, order: torch.Tensor, eps: float):
         attention = block.self_attn
         self.qkv = projection([attention.q_proj, attention.k_proj, attention.v_proj], order)
+        self.head_norm = None
+        if hasattr(attention, "q_norm"):  # one weight per head, its dimensions in the order that the rows have
+            norms = [(attention.q_norm.weight, attention.q_proj), (attention.k_norm.weight, attention.k_proj)]
+            rows = torch.cat([weight.detach().repeat(layer.out_features // len(weight)) for weight, layer in norms])
+            self.head_norm = rms_norm(rows[order[: len(rows)]].view(-1, attention.head_dim), eps)
         self.out = projection([attention.o_proj])
         self.attention_norm = rms_norm(block.input_layernorm.weight, eps)
         self.mlp_norm = rms_norm(block.post_attention_layernorm.weight, eps)
@@ -394,6 +402,9 @@ class LeanDecoder:
         rotated = self.heads + self.kv_heads
         for number, layer in enumerate(self.layers):
             qkv = layer.qkv(layer.attention_norm(hidden))
+            if layer.head_norm is not None:
+                heads = qkv.view(len(ids), -1, self.head_dim)[:, :rotated]
+                heads.copy_(layer.head_norm(heads))
             # Turn the pairs of q and k in place, as complex numbers; v is behind them.
             pairs = qkv.view(len(ids), rotated + self.kv_heads, self.head_dim // 2, 2)[:, :rotated]
             if self.dtype == torch.float32:

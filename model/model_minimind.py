@@ -34,15 +34,15 @@ except ImportError:
 
 # Fields of the known models that differ from MiniMindConfig's defaults. MiniMind-3 has the layout of Qwen3.
 MINIMIND3 = {"num_key_value_heads": 4, "intermediate_ratio": math.pi, "rms_norm_eps": 1e-6, "qk_norm": True}
-MINIMIND3_EXPERTS = {"n_shared_experts": 0, "num_experts_per_tok": 1, "norm_top1_prob": True}
-MINIMIND3_EXPERTS |= {"aux_loss_alpha": 5e-4, "seq_aux": False}
-MINIMIND3_FILES = {**MINIMIND3, **MINIMIND3_EXPERTS, "rope_dtype": "float16"}  # what the original's files leave unsaid
+MINIMIND3 |= {"n_shared_experts": 0, "num_experts_per_tok": 1, "norm_top1_prob": True}
+MINIMIND3 |= {"aux_loss_alpha": 5e-4, "seq_aux": False}
+MINIMIND3_FILES = {**MINIMIND3, "rope_dtype": "float16"}  # what the original's files leave unsaid
 PRESETS: dict[str, dict[str, Any]] = {
     "minimind2_26m": {"hidden_size": 512, "num_hidden_layers": 8},
     "minimind2_104m": {"hidden_size": 768, "num_hidden_layers": 16},
     "minimind2_moe": {"hidden_size": 640, "num_hidden_layers": 8, "use_moe": True},
     "minimind3": {"hidden_size": 768, "num_hidden_layers": 8, **MINIMIND3},
-    "minimind3_moe": {"hidden_size": 768, "num_hidden_layers": 8, "use_moe": True, **MINIMIND3, **MINIMIND3_EXPERTS},
+    "minimind3_moe": {"hidden_size": 768, "num_hidden_layers": 8, "use_moe": True, **MINIMIND3},
 }
 
 

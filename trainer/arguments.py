@@ -13,7 +13,7 @@ import torch
 from torch.distributed import DistError
 
 from model.loading import add_boolean, show_defaults
-from model.model_minimind import MiniMindConfig
+from model.model_minimind import PRESETS, MiniMindConfig
 from trainer.tracking import tracking_mistakes
 from trainer.zero import zero_mistakes
 
@@ -23,6 +23,7 @@ LATER_SECONDS = 3  # how long other processes leave it to the first one to show 
 # what gloo says when a process at the other end is gone
 LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
 
+MODEL_FLAGS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "use_moe", "qk_norm")
 # flags that may change between the parts of a resumed run; a change of any other would change its result
 FREE_ON_RESUME = {
     "resume", "log_interval", "save_interval", "eval_interval", "num_workers", "use_wandb", "wandb_project", "out_dir",
@@ -68,12 +69,14 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
     add_boolean(parser, "--overwrite", False, "replace weights of another configuration that have the same name")
 
     group = parser.add_argument_group("model").add_argument
-    group("--hidden_size", type=int, default=512)
-    group("--num_hidden_layers", type=int, default=8)
-    group("--num_attention_heads", type=int, default=8)
-    group("--num_key_value_heads", type=int, default=2)
+    group("--preset", choices=list(PRESETS), help="a known model; the flags below win (default: minimind2_26m)")
+    group("--hidden_size", type=int, help="(default: 512 or the preset's)")
+    group("--num_hidden_layers", type=int, help="(default: 8 or the preset's)")
+    group("--num_attention_heads", type=int, help="(default: 8)")
+    group("--num_key_value_heads", type=int, help="(default: 2 or the preset's)")
     group("--max_seq_len", type=int, default=512, help="positions in a row of packed documents (default: %(default)s)")
-    add_boolean(parser, "--use_moe", False, "mixture of experts")
+    add_boolean(parser, "--use_moe", None, "mixture of experts (default: false or the preset's)")
+    add_boolean(parser, "--qk_norm", None, "normalise queries and keys (default: false or the preset's)")
 
     group = parser.add_argument_group("optimisation").add_argument
     group("--epochs", type=int, default=1)
@@ -172,12 +175,15 @@ def parse_arguments(
         if value is not None and not ok(value):
             mistakes.append(f"--{flag} {value}: must be {wanted}")
 
-    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    for flag in sizes:
+    chosen = MiniMindConfig(**PRESETS[args.preset or "minimind2_26m"])
+    for flag in MODEL_FLAGS:
+        if getattr(args, flag) is None:
+            setattr(args, flag, getattr(chosen, flag))
+    for flag in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
         expect(flag, lambda v: v >= 1, "at least 1")
     if not mistakes:
         try:
-            MiniMindConfig(**{flag: getattr(args, flag) for flag in sizes})
+            model_config(args, chosen.vocab_size)
         except ValueError as error:
             mistakes.append(str(error))
     for flag in ("epochs", "batch_size", "accumulation_steps", "log_interval", "save_interval", "eval_interval"):
@@ -217,8 +223,9 @@ def parse_arguments(
 
 
 def model_config(args: argparse.Namespace, vocab_size: int) -> MiniMindConfig:
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "use_moe")
-    return MiniMindConfig(vocab_size=vocab_size, **{name: getattr(args, name) for name in names})
+    """Return the configuration that the flags describe: the preset's, and what was given instead."""
+    flags = {name: getattr(args, name) for name in MODEL_FLAGS}
+    return MiniMindConfig(**{**PRESETS.get(args.preset, {}), **flags, "vocab_size": vocab_size})
 
 
 def chat_command(args: argparse.Namespace, model_mode: int, *more: str) -> str:

@@ -89,6 +89,7 @@ def refuse_other_weights(path: Path, config: MiniMindConfig, args: argparse.Name
     except WeightsError as error:
         raise WeightsError(f"{error}. It would be replaced: move it away or give --overwrite") from error
     names = ("num_hidden_layers", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads")
+    names += ("head_dim", "qk_norm")
     differing = [
         f"{name} {getattr(existing, name)} there, {getattr(config, name)} here"
         for name in names

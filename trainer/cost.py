@@ -27,8 +27,8 @@ def flops_per_token(config: MiniMindConfig, parameters: int, frozen: int = 0) ->
 
 
 def attention_flops(config: MiniMindConfig, positions_seen: int) -> float:
-    """Forward and backward of causal attention: 12 · hidden · layers for every (token, position it sees) pair."""
-    return 12 * config.hidden_size * config.num_hidden_layers * positions_seen
+    """Forward and backward of causal attention: 12 · heads · head_dim · layers for every (token, position) pair."""
+    return 12 * config.num_attention_heads * config.head_dim * config.num_hidden_layers * positions_seen
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -62,10 +62,13 @@ def activation_bytes(
     After the layers the last norm's input and result and, with whole_head, the probabilities of the vocabulary, which
     the loss per token keeps. On top what the backward pass makes first: the gradients of one feed-forward.
     """
-    hidden, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
+    hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    query, kv = heads * config.head_dim, kv_heads * config.head_dim
     chosen, shared = (config.num_experts_per_tok, config.n_shared_experts) if config.use_moe else (0, 1)
     feed_forward = 3 * config.intermediate_size * (chosen + shared)
-    layer = 8 * hidden + 4 * config.num_attention_heads + size * (4 * hidden + 2 * kv + feed_forward)
+    layer = 8 * hidden + 4 * heads + size * (2 * hidden + 2 * query + 2 * kv + feed_forward)
+    if config.qk_norm:  # query and key before their norm, and its factor for each head in float32
+        layer += size * (query + kv) + 4 * (heads + kv_heads)
     layer += size * 2 * hidden * chosen  # what experts read and give
     end = (4 + size) * hidden + size * feed_forward + size * config.vocab_size * whole_head
     if checkpointing:  # the input of every layer, and one layer in full
@@ -76,7 +79,7 @@ def activation_bytes(
 def attention_backward_bytes(config: MiniMindConfig, positions: int, borders: int) -> int:
     """What FlashAttention's backward over packed documents adds the query's gradient up in, for one layer at a time:
     float32, and 128 positions more for each document that `borders` have room for, also where there is none."""
-    return 4 * config.hidden_size * (positions + 128 * borders)
+    return 4 * config.num_attention_heads * config.head_dim * (positions + 128 * borders)
 
 
 class Memory:
