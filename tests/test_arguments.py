@@ -175,7 +175,7 @@ def flags_read_in(path: Path) -> set[str]:
             owner = node.value
             if getattr(owner, "id", getattr(owner, "attr", "")) == "args":
                 read.add(node.attr)
-        if isinstance(node, ast.FunctionDef) and node.name == "model_config":
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "MODEL_FLAGS":  # model_config's
             read |= {c.value for c in ast.walk(node) if isinstance(c, ast.Constant) and isinstance(c.value, str)}
     return read
 
