@@ -34,6 +34,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from dataset.answers import is_well_formed, reasoned_parts
 from dataset.lm_dataset import RecordError, parse_record
 from dataset.tokenization import ChatTokenizer
 from model.generation import SamplingParams, generate_batch
@@ -49,8 +50,6 @@ from trainer.token_losses import answer_log_probs, token_cross_entropy
 TEMPERATURES = (0.0, 0.7)
 # questions of a file about other things that are about the model after all
 ABOUT_THE_MODEL = re.compile(r"你是谁|你叫什么|你的名字|介绍.{0,4}你自己|who are you|your name|yourself", re.IGNORECASE)
-REASONED = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
-TAG = re.compile(r"</?(?:think|answer)>")
 # columns that are shares of something
 SHARES = {"with name", "with name by mistake", "worse by", "well-formed", "empty", "ended"}
 SHARES |= {"all", "chosen longer", "chosen shorter", "same length"}
@@ -341,10 +340,9 @@ def fault_of(text: str, ended: bool) -> str:
     """What is wrong with the form of a reasoned answer, "" when nothing is."""
     if not ended:
         return "not ended"
-    match = REASONED.fullmatch(text)
-    if not match or any(TAG.search(part) for part in match.groups()):
+    if reasoned_parts(text) is None:
         return "tags missing or in disorder"
-    return "" if all(part.strip() for part in match.groups()) else "empty part"
+    return "" if is_well_formed(text) else "empty part"
 
 
 def reasoning(args: argparse.Namespace, tokenizer: ChatTokenizer) -> list[dict]:
