@@ -66,7 +66,7 @@ def python(words: list[str]) -> int:
         return 0
     name = Path(words[0]).name
     if name == "quickstart.py":
-        code = f"import scripts.quickstart as q; q.COMMON += {' --num_hidden_layers 1 --max_steps 2'!r}; q.main()"
+        code = f"import scripts.quickstart as q; q.COMMON += {' --num_hidden_layers 1 --max_steps 2'!r}; q.DIALOGUE = q.DIALOGUE[:1]; q.main()"
         return subprocess.run([sys.executable, "-c", code]).returncode
     if name == "serve_openai_api.py":
         return background([sys.executable, *words], HEALTH[name])
