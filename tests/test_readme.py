@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from benchmarks.lab.many_cards import MODELS, work_of
-from model.model_minimind import MiniMindForCausalLM
-from trainer.cost import activation_bytes, attention_backward_bytes, count_parameters
+from model.model_minimind import PRESETS, MiniMindConfig, MiniMindForCausalLM
+from trainer.cost import activation_bytes, attention_backward_bytes, count_parameters, flops_per_token
 from trainer.estimate import CONTEXT_BYTES, assumed_mfu
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -338,6 +338,17 @@ def test_estimated_hours_follow_from_the_formula():
                 assert float(numbers) == pytest.approx(hours, rel=0.01, abs=0.005), f"{label}: {cell}"
     for row, stage in zip(table(README, "pretraining")[1], ("pretrain", "SFT"), strict=False):
         assert row[-1].split(",")[0] == table(SCALING_PAGE, "pretrain 26M")[1][stage == "SFT"][2].split()[0]
+
+
+def test_sizes_are_those_of_the_presets():
+    sizes = {row[0]: numbers_in(row[1]) for row in table(SCALING_PAGE, "26M")[1]}
+    for label, preset in zip(sizes, PRESETS, strict=True):
+        config = MiniMindConfig(**PRESETS[preset])
+        with torch.device("meta"):
+            parameters, _ = count_parameters(MiniMindForCausalLM(config))
+        active = flops_per_token(config, parameters) / 6
+        expected = [f"{parameters / 1e6:.2f}"] + [f"{active / 1e6:.2f}"] * config.use_moe
+        assert sizes[label] == expected, label
 
 
 def test_memory_of_cards_follows_from_the_formula():

@@ -13,7 +13,8 @@ import time
 import urllib.request
 from pathlib import Path
 
-STAGE = "--num_hidden_layers 1 --max_steps 2 --batch_size 2 --max_seq_len 128 --epochs 1 --device cpu"
+# Muon computes in bfloat16, which some CPUs only emulate
+STAGE = "--optimizer adamw --num_hidden_layers 1 --max_steps 2 --batch_size 2 --max_seq_len 128 --epochs 1 --device cpu"
 SIZES = {  # flags that a script is given in place of its own
     "train_distillation.py": f"{STAGE} --teacher_num_hidden_layers 1",
     "eval_model.py": "--max_new_tokens 4 --device cpu",
@@ -25,6 +26,12 @@ SIZES = {  # flags that a script is given in place of its own
     "gpu.py": "--models 26M --rows 1 --max_seq_len 64 --seconds 0.1 --batches 1 --new_tokens 4 "
     "--num_hidden_layers 1 --device cpu",
 }  # fmt: skip
+QUICKSTART = """
+from scripts import quickstart
+quickstart.COMMON += " --num_hidden_layers 1 --max_steps 2 --optimizer adamw"
+quickstart.DIALOGUE = quickstart.DIALOGUE[:1]
+quickstart.main()
+"""
 MEASURES = {"identity": "--prompts 2 --max_new_tokens 4", "reasoning": "--prompts 2 --max_new_tokens 4"}
 HEALTH = {
     "serve_openai_api.py": "http://127.0.0.1:8998/health",
@@ -66,8 +73,7 @@ def python(words: list[str]) -> int:
         return 0
     name = Path(words[0]).name
     if name == "quickstart.py":
-        code = f"import scripts.quickstart as q; q.COMMON += {' --num_hidden_layers 1 --max_steps 2'!r}; q.DIALOGUE = q.DIALOGUE[:1]; q.main()"
-        return subprocess.run([sys.executable, "-c", code]).returncode
+        return subprocess.run([sys.executable, "-c", QUICKSTART]).returncode
     if name == "serve_openai_api.py":
         return background([sys.executable, *words], HEALTH[name])
     if name == "take_screenshots.py" and not shutil.which("chromium"):
