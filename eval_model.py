@@ -1,35 +1,34 @@
 """Chat with the weights of any stage, or let pretrained weights continue a text.
 
     python eval_model.py                          full_sft weights: out/full_sft_512.pth
-    python eval_model.py --model_mode 0           0 pretrain, 1 full_sft, 2 rlhf (DPO), 3 reason, 4 full_dist
+    python eval_model.py --model_mode 0           0 pretrain, 1 full_sft, 2 rlhf (DPO), 3 reason, 4 full_dist, 5 grpo
     python eval_model.py --lora_name lora_medical an adapter on top: out/lora/lora_medical_512.pth
     python eval_model.py --load 1                 a folder in Hugging Face format: MiniMind2/, or --hf_path FOLDER
     python eval_model.py --prompt "你好"          answers once; only the answer goes to stdout
     python eval_model.py < prompts.txt            one prompt a line
 
-Answers go to stdout, everything else to stderr. An empty line ends the conversation, Ctrl-C an answer.
+Answers go to stdout, everything else to stderr. /help lists the commands.
 """
 
 import argparse
 import contextlib
 import itertools
-import os
 import random
-import re
-import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 
-from dataset.text_stream import ThoughtSplitter
-from dataset.tokenization import ChatTokenizer, StreamDecoder
+from dataset.text_stream import TextStream
+from dataset.tokenization import ChatTokenizer
 from model.batching import Engine
-from model.generation import SamplingParams, stream
+from model.flags import HISTORY_MESSAGES, show_defaults, utf8
+from model.generation import SamplingParams, loop_length, stream
 from model.loading import (
     READY_FLAGS,
+    SHARED_FLAGS,
     ReadyModel,
     add_flags,
     check_sizes,
@@ -38,46 +37,35 @@ from model.loading import (
     load_ready,
     named_path,
     ready_flags,
-    show_defaults,
 )
 from model.model_lora import find_lora, load_lora, lora_layers, remove_lora
+from model.weights import STAGE_OF_MODE, WEIGHT_NAME, find_weights
+from scripts.example_prompts import example_prompts
+from scripts.model_catalog import find_models
+from scripts.terminal import (
+    Display,
+    LineEditor,
+    TerminalChat,
+    is_typed,
+    note,
+    piped_prompts,
+    run_main,
+    set_up_streams,
+)
 
-ROOT = Path(__file__).resolve().parent
-PRETRAIN, REASON = 0, 3
-LORA_COMMAND = re.compile(r"\s*/lora(?:\s+(\S.*?))?\s*")
-
-TEST_PROMPTS = [
-    "你好，你是谁？",
-    "用两三句话说明什么是光合作用。",
-    "小明有5个苹果，吃了2个，又买了4个，现在有几个？",
-    "推荐三种适合初学者的运动，并说明理由。",
-    "写一首关于秋天的短诗。",
-    "Who are you, and what can you do?",
-    "Why is the sky blue?",
-    "Give me three tips for learning a new language.",
-]
-TEST_BEGINNINGS = [
-    "世界上最高的山峰是",
-    "万有引力是指",
-    "人工智能的发展",
-    "学习一门新语言的时候，",
-    "The capital of France is",
-    "Once upon a time, there was a little girl who",
-]
+THINKING_STAGES = ("reason", "grpo")
+SETTINGS = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "history_cnt")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Chat with MiniMind, or let pretrained weights continue a text.")
     add_flags(parser, "model_mode", "load", "out_dir", "hf_path", "lora_name", "hidden_size", "num_hidden_layers")
-    add_flags(parser, "use_moe", *READY_FLAGS, "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
-    add = parser.add_argument
-    add("--history_cnt", type=int, default=0, help="earlier messages kept, an even number; 0: each prompt alone")
-    add("--seed", type=int, help="of every answer (default: another one each time)")
-    add("--prompt", help="answer this and exit")
+    add_flags(parser, "use_moe", *READY_FLAGS, *SETTINGS)
+    parser.add_argument("--seed", type=int, help="of every answer (default: a new one each time)")
+    parser.add_argument("--prompt", type=utf8, help="answer this and exit")
+    parser.set_defaults(history_cnt=None)
     show_defaults(parser)
     args = parser.parse_args(argv)
-    if args.history_cnt < 0 or args.history_cnt % 2:
-        parser.error(f"--history_cnt is {args.history_cnt}, and must be even: questions with their answers")
     try:
         sampling_params(args, stop_ids=())
     except ValueError as error:
@@ -97,10 +85,6 @@ def sampling_params(args: argparse.Namespace, stop_ids: tuple[int, ...]) -> Samp
     )
 
 
-def note(text: str, end: str = "\n") -> None:
-    print(text, end=end, file=sys.stderr, flush=True)
-
-
 @contextlib.contextmanager
 def noted_warnings() -> Iterator[None]:
     with warnings.catch_warnings(record=True) as caught:
@@ -114,21 +98,24 @@ def noted_warnings() -> Iterator[None]:
 
 
 def load(args: argparse.Namespace) -> ReadyModel:
-    """Load the model and check it against the flags."""
+    """Load the model that the flags name and check it against them."""
     path = named_path(args)
     ready = load_ready(path, ChatTokenizer, **ready_flags(args))
     check_sizes(ready.model.config, path, *given_sizes(args))
     return ready
 
 
-def switch_lora(model: torch.nn.Module, tokenizer: ChatTokenizer, args: argparse.Namespace, lora_name: str) -> str:
-    """Puts an adapter on the model in place of the one that is there, or takes that off for "None"; the base weights
-    stay where they are. Returns the adapter's file, or "". After a WeightsError the model is as it was."""
+def put_on_adapter(ready: ReadyModel, args: argparse.Namespace, lora_name: str) -> str:
+    """Put an adapter on the model in place of the present one, or take that off for "None".
+
+    Returns the adapter's file, or "". After a WeightsError the model is as it was.
+    """
     if lora_name.lower() == "none":
-        remove_lora(model)
+        remove_lora(ready.model)
         return ""
-    path = find_lora(lora_name, args.out_dir, model.config.hidden_size, experts_in(model.config) > 0)
-    load_lora(model, path, tokenizer.sha256)
+    config = ready.model.config
+    path = find_lora(lora_name, args.out_dir, config.hidden_size, experts_in(config) > 0)
+    load_lora(ready.model, path, ready.tokenizer.sha256)
     return str(path)
 
 
@@ -145,62 +132,55 @@ def describe(model: torch.nn.Module, source: str) -> str:
     )
 
 
-# --- conversation ----------------------------------------------------------------------------------------------------
+# --- the chat --------------------------------------------------------------------------------------------------------
 
 
-class Conversation:
-    """What was said, the engine that holds what it read of it, and how an answer is written out."""
+class LocalChat(TerminalChat):
+    """A chat with a model in this process. Its engine reads a conversation only once."""
 
-    def __init__(self, ready: ReadyModel, args: argparse.Namespace):
-        self.model, self.tokenizer, self.args = ready.model, ready.tokenizer, args
-        self.context_length = ready.context_length
-        self.history: list[dict] = []
-        self.engine = Engine(self.model, slots=1, context_length=self.context_length)
+    settings = {name: SHARED_FLAGS[name]["type"] for name in SETTINGS} | {"seed": int}
+
+    def __init__(self, args: argparse.Namespace):
+        super().__init__(args)
+        with noted_warnings():
+            ready = load(args)
+            lora = put_on_adapter(ready, args, args.lora_name)
+        self._use(ready, STAGE_OF_MODE[args.model_mode])
+        note(describe(ready.model, f"{ready.path} with {lora}" if lora else str(ready.path)))
+
+    def _use(self, ready: ReadyModel, stage: str) -> None:
+        self.ready, self.stage = ready, stage
+        self.engine = Engine(ready.model, slots=1, context_length=ready.context_length)
+
+    @property
+    def continues(self) -> bool:
+        """Pretrained weights continue a text; they know no turns."""
+        return self.stage == "pretrain"
 
     def encode(self, prompt: str) -> list[int]:
-        """Ids that the model continues; the oldest turns are dropped where they leave an answer too little room."""
-        if self.args.model_mode == PRETRAIN:
-            ids = self.tokenizer.encode_documents([prompt])[0]
-            return ids if ids[:1] == [self.tokenizer.bos_id] else [self.tokenizer.bos_id, *ids]
-        kept = self.history[len(self.history) - self.args.history_cnt :] if self.args.history_cnt else []
-        question = {"role": "user", "content": prompt}
-        longest = self.context_length - min(self.args.max_new_tokens, self.context_length // 4)
-        dropped = 0
-        while len(ids := self.tokenizer.encode_prompt([*kept, question])) > longest and kept:
-            kept, dropped = kept[2:], dropped + 2
-        if dropped:
-            note(f"the conversation exceeds --max_seq_len {self.context_length}: left out {dropped} old messages")
+        if self.continues:
+            return self.ready.tokenizer.encode_beginning(prompt)
+        context = self.engine.context_length
+        ids, left_out = self.ready.tokenizer.encode_fitting(self.messages(prompt), context, self.args.max_new_tokens)
+        if left_out:
+            note(f"the conversation exceeds --max_seq_len {context}: left out {left_out} old messages")
         return ids
 
-    def switch_lora(self, lora_name: str | None) -> None:
-        """Goes on with another adapter, or with none. What was said stays; the engine reads it again."""
-        if lora_name is None:
-            raise ValueError("which adapter? /lora NAME, or /lora none")
-        with noted_warnings():
-            name = switch_lora(self.model, self.tokenizer, self.args, lora_name)
-        note(f"now with {name}" if name else "now without an adapter")
-
     def answer(self, prompt: str) -> bool:
-        """Writes the answer to stdout while it is made and keeps it; False when Ctrl-C ended it."""
-        args, tokenizer = self.args, self.tokenizer
+        tokenizer = self.ready.tokenizer
         ids = self.encode(prompt)
-        params = sampling_params(args, (tokenizer.eos_id, tokenizer.pad_id))
-        decoder, splitter = StreamDecoder(tokenizer), ThoughtSplitter() if args.model_mode == REASON else None
-        display = Display()
-        answer_ids, text, interrupted = [], "", False
+        params = sampling_params(self.args, (tokenizer.eos_id, tokenizer.pad_id))
+        text, display = TextStream(tokenizer, split_thoughts=self.stage in THINKING_STAGES), Display()
+        answer_ids, interrupted = [], False
         started = time.perf_counter()
         try:
-            for token_id in stream(self.model, ids, params, engine=self.engine):
+            for token_id in stream(self.ready.model, ids, params, engine=self.engine):
                 answer_ids.append(token_id)
-                piece = decoder.push(token_id)
-                text += piece
-                display.show(splitter.push(piece) if splitter else [(False, piece)])
+                display.show(text.push(token_id))
         except KeyboardInterrupt:
             interrupted = True
         seconds = time.perf_counter() - started
-        rest = decoder.flush()
-        text += rest
-        display.show(splitter.push(rest) + splitter.flush() if splitter else [(False, rest)])
+        display.show(text.flush())
         display.end()
 
         ending = ""
@@ -209,121 +189,82 @@ class Conversation:
         elif answer_ids[-1] not in params.stop_ids:
             full = len(answer_ids) < params.max_new_tokens
             ending = ", cut: --max_seq_len is reached" if full else ", cut: --max_new_tokens is reached"
+        if loop_length(answer_ids):
+            ending += ", repeats itself: try --repetition_penalty 1.1"
         seed = f", seed {params.seed}" if params.temperature > 0 else ""
-        count = len(answer_ids)
-        note(f"[{count} tokens, {count / seconds:.1f} tokens/s{seed}{ending}]")
-        self.history += [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
+        note(f"[{len(answer_ids)} tokens, {len(answer_ids) / seconds:.1f} tokens/s{seed}{ending}]")
+        self.remember(prompt, tokenizer.decode(answer_ids))
         return not interrupted
 
+    def check_settings(self) -> None:
+        sampling_params(self.args, stop_ids=())
 
-class Display:
-    """Answers to stdout; thoughts to stderr, dim on a terminal."""
+    def set_system(self, text: str) -> None:
+        if self.continues:
+            raise ValueError("pretrained weights continue a text; they know no system message")
+        super().set_system(text)
 
-    def __init__(self):
-        self.thought_open = False
-        self.dim, self.plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
-
-    def show(self, pieces: list[tuple[bool, str]]) -> None:
-        for is_thought, text in pieces:
-            if is_thought:
-                note(f"{self.dim}{text}{self.plain}", end="")
-                self.thought_open = True
-            elif text:
-                self._close_thought()
-                print(text, end="", flush=True)
-
-    def _close_thought(self) -> None:
-        if self.thought_open:
-            note("\n")
-            self.thought_open = False
-
-    def end(self) -> None:
-        self._close_thought()
-        print(flush=True)
-
-
-def read_lines(label: str) -> Iterator[str]:
-    """Lines that a person types or a file holds, until an empty one, the end, or Ctrl-C at the prompt."""
-    typed = sys.stdin.isatty()
-    if typed:
-        with contextlib.suppress(ImportError):  # Windows edits lines by itself
-            import readline  # arrow keys, and a backspace that takes a whole Chinese character
-
-            for setting in ("input-meta on", "output-meta on", "convert-meta off"):  # off in locales without UTF-8
-                readline.parse_and_bind(f"set {setting}")
-            readline.parse_and_bind("tab: self-insert")
-    while True:
-        try:
-            if typed and sys.stdout.isatty():
-                line = input(label)  # with the label, so that line editing does not wipe it out
-            else:
-                if typed:
-                    note(label, end="")
-                line = input()
-        except (EOFError, KeyboardInterrupt):
-            note("")
+    def switch_model(self, name: str) -> None:
+        out_dir = Path(self.args.out_dir)
+        if not name:
+            here = str(self.ready.path.absolute())
+            for entry in find_models(out_dir):
+                note(f"{'*' if str(entry.path) == here else ' '} {entry.name}")
             return
-        if not line.strip():
-            return
-        yield line
+        path = next((entry.path for entry in find_models(out_dir) if entry.name == name), Path(name))
+        if not path.is_dir():
+            path = find_weights(str(path), out_dir, self.args.hidden_size, self.args.use_moe)
+        with noted_warnings():
+            ready = load_ready(path, ChatTokenizer, **ready_flags(self.args))
+        match = WEIGHT_NAME.fullmatch(path.stem)
+        self._use(ready, match["stage"] if match else ready.sidecar.get("stage", "full_sft"))
+        note(f"now with {describe(ready.model, str(path))}")
+
+    def switch_lora(self, name: str) -> None:
+        if not name:
+            raise ValueError("which adapter? /lora NAME, or /lora none")
+        with noted_warnings():
+            lora = put_on_adapter(self.ready, self.args, name)
+        note(f"now with {lora}" if lora else "now without an adapter")
 
 
-def converse(args: argparse.Namespace, conversation: Conversation) -> int:
-    """Answers --prompt, or the lines of stdin, or what the menu asks for; returns the exit status."""
-    typed = sys.stdin is not None and sys.stdin.isatty()
+def converse(args: argparse.Namespace) -> int:
+    """Answer --prompt, or the lines of stdin, or what the menu asks for; return the exit status."""
+    chat = LocalChat(args)
+    remembers = args.history_cnt is not None
+    args.history_cnt = args.history_cnt or 0
     if args.prompt is not None:
-        return 0 if conversation.answer(args.prompt) else 130
-    if not typed:
-        for prompt in read_lines("") if sys.stdin is not None else ():
-            if not conversation.answer(prompt):
-                return 130
-        return 0
-
+        return 0 if chat.answer(args.prompt) else 130
+    if not is_typed():
+        return chat.run(piped_prompts(), typed=False)
+    editor = LineEditor(chat.words())
     note("[0] automatic test 自动测试\n[1] type your own 手动输入")
-    choice = next(read_lines("> "), "").strip()
+    try:
+        choice = editor.read("> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        choice = ""
     if not choice:
         return 0
-    automatic = choice == "0"
-    prompts = TEST_BEGINNINGS if args.model_mode == PRETRAIN else TEST_PROMPTS
-    if not automatic:
-        note("An empty line ends the conversation, Ctrl-C an answer. 空行结束对话，Ctrl-C 中止回答。")
-        note("/lora NAME puts on an adapter, /lora none takes it off. /lora 名称 切换 LoRA，/lora none 取消。")
-    # whoever types a question at the menu wants it answered
-    first = [] if choice in ("0", "1") else [choice]
-    for prompt in prompts if automatic else itertools.chain(first, read_lines("👶: ")):
-        command = LORA_COMMAND.fullmatch(prompt)
-        try:
-            if command and not automatic:
-                conversation.switch_lora(command[1])
-                continue
-            note(f"👶: {prompt}\n🤖: " if automatic else "🤖: ", end="")
-            conversation.answer(prompt)
-        except ValueError as error:  # a prompt that is too long is no reason to lose the conversation
-            note(str(error))
-        note("")
-    return 0
+    if choice == "0":
+        return chat.run(announced(example_prompts(chat.ready.sidecar, chat.continues)), typed=True)
+    if not remembers:
+        args.history_cnt = HISTORY_MESSAGES
+    note("/help lists the commands, /exit leaves. /help 列出命令，/exit 退出。")
+    first = [] if choice == "1" else [choice]  # a question typed at the menu wants an answer
+    return chat.run(itertools.chain(first, editor.prompts("👶: ")), typed=True)
+
+
+def announced(prompts: Iterable[str]) -> Iterator[str]:
+    for prompt in prompts:
+        note(f"👶: {prompt}")
+        yield prompt
 
 
 def main(argv: list[str] | None = None) -> int:
-    for file in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(file, "reconfigure"):  # consoles of other encodings and broken bytes must not end a conversation
-            file.reconfigure(encoding="utf-8", errors="replace")
+    set_up_streams()
     args = parse_args(argv)
-    try:
-        with noted_warnings():
-            ready = load(args)
-            lora = switch_lora(ready.model, ready.tokenizer, args, args.lora_name)
-        note(describe(ready.model, f"{ready.path} with {lora}" if lora else str(ready.path)))
-        return converse(args, Conversation(ready, args))
-    except ValueError as error:
-        note(f"error: {error}")
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader of stdout has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    return run_main(lambda: converse(args))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.device import to_device
+from model.device import cpu_has_bfloat16, to_device
 from model.model_minimind import rotary_tables
 
 # Round key counts up to this, so views and masks are rebuilt per block, not per token.
@@ -188,7 +188,7 @@ def product(weight: torch.Tensor, bias: torch.Tensor | None = None):
             packed = torch.ops.quantized.linear_prepack_fp16(full, bias)
             run = torch.ops.quantized.linear_dynamic_fp16.default
             run(full.new_zeros(1, full.shape[1]), packed)
-            if weight.dtype == torch.bfloat16 and bias is None and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            if weight.dtype == torch.bfloat16 and bias is None and cpu_has_bfloat16():
                 return lambda x: run(x, packed) if len(x) <= FEW_ROWS else F.linear(x.bfloat16(), weight).float()
             return lambda x: run(x, packed)
     transposed = full.t().contiguous()

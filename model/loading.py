@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from model.device import cuda_has_bfloat16
+from model.flags import BOOL, HISTORY, at_least, utf8
 from model.model_lora import find_lora, load_lora, merge_lora
 from model.model_minimind import PRESETS, MiniMindForCausalLM, yarn_parameters
 from model.weights import STAGE_OF_MODE, find_weights, load_model, read_sidecar
@@ -27,36 +29,16 @@ CONTEXT = 8192
 # --- flags -----------------------------------------------------------------------------------------------------------
 
 
-def boolean(text: str) -> bool:
-    """`--flag`, `--flag true` and `--flag False` all mean what they say."""
-    value = text.strip().lower()
-    if value in ("true", "1", "yes", "on"):
-        return True
-    if value in ("false", "0", "no", "off"):
-        return False
-    raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-        return int(text)
-
-    return number
-
-
-BOOL = {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
 MODES = ", ".join(f"{mode} {stage}" for mode, stage in sorted(STAGE_OF_MODE.items()))
 # The flags that chat, server, page, converter and scores share.
 SHARED_FLAGS = {
     "model_mode": dict(type=int, default=1, choices=sorted(STAGE_OF_MODE), help=f"stage of the weights: {MODES}"),
     "load": dict(type=int, default=0, choices=[0, 1], help="0: .pth in --out_dir; 1: Hugging Face folder --hf_path"),
-    "out_dir": dict(default=str(ROOT / "out"), help="folder of the .pth files, adapters in its lora/"),
-    "hf_path": dict(default=str(ROOT / "MiniMind2"), help="folder in Hugging Face format, for --load 1"),
+    "out_dir": dict(type=utf8, default=str(ROOT / "out"), help="folder of the .pth files, adapters in its lora/"),
+    "hf_path": dict(type=utf8, default=str(ROOT / "MiniMind2"), help="folder in Hugging Face format, for --load 1"),
     "trust_remote_code": dict(BOOL, default=False, help="run the code in that folder"),
-    "tokenizer_path": dict(help="folder of the tokenizer (default: the model folder if it has one, else model/)"),
-    "lora_name": dict(default="None", help="adapter to apply: a name in OUT_DIR/lora/, or a .pth file"),
+    "tokenizer_path": dict(type=utf8, help="folder of the tokenizer (default: the model's own, else model/)"),
+    "lora_name": dict(type=utf8, default="None", help="adapter to apply: a name in OUT_DIR/lora/, or a .pth file"),
     "hidden_size": dict(type=int, help="chooses between files (default: the only one there, or 512)"),
     "num_hidden_layers": dict(type=int, help="read from the weights; checked against them if given"),
     "num_attention_heads": dict(type=at_least(1), help="of weights without a sidecar, if it is not 8"),
@@ -76,6 +58,7 @@ SHARED_FLAGS = {
     "top_k": dict(type=int, default=0, help="sample from the k most likely tokens; 0: all"),
     "repetition_penalty": dict(type=float, default=1.0, help="above 1: tokens already there become less likely"),
     "max_new_tokens": dict(type=at_least(1), default=1024, help="longest answer in tokens"),
+    "history_cnt": HISTORY,
     "device": dict(default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps ..."),
     "dtype": dict(choices=list(DTYPES), help="default: float32 on a CPU; on a GPU bfloat16, or float16 without it"),
 }
@@ -84,18 +67,6 @@ SHARED_FLAGS = {
 def add_flags(parser: argparse._ActionsContainer, *names: str) -> None:
     for name in names:
         parser.add_argument(f"--{name}", **SHARED_FLAGS[name])
-
-
-def add_boolean(parser: argparse._ActionsContainer, flag: str, default: bool | None, help: str) -> None:
-    parser.add_argument(flag, default=default, help=help, **BOOL)
-
-
-def show_defaults(parser: argparse.ArgumentParser) -> None:
-    """Add the default to each help text that does not mention it."""
-    for action in parser._actions:
-        said = action.help or ""
-        if "default" not in said and action.default not in (None, "", False, "None", argparse.SUPPRESS):
-            action.help = f"{said} (default: %(default)s)".lstrip()
 
 
 # What load_ready takes by the same name.
@@ -203,7 +174,7 @@ def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
         return DTYPES[name]
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if cuda_has_bfloat16() else torch.float16
 
 
 def read_config(folder: Path) -> dict:

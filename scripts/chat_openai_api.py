@@ -4,61 +4,59 @@
     python scripts/chat_openai_api.py                   in another
     python scripts/chat_openai_api.py < prompts.txt     one message a line
 
-Answers go to stdout, thoughts and everything else to stderr. An empty line ends the conversation, Ctrl-C an answer;
-/help lists the commands.
+Answers go to stdout, thoughts and everything else to stderr. /help lists the commands.
 """
 
 import argparse
-import contextlib
 import os
-import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import openai
 
+from model.flags import HISTORY, message_count, show_defaults, utf8
 from scripts.openai_client import new_client
-
-HELP = """\
-/reset          forget what was said
-/system TEXT    begin anew with this system message; without TEXT: with none
-/model NAME     go on with another model; without NAME: list them
-/help           this
-An empty line ends the conversation, Ctrl-C an answer."""
-COMMAND = re.compile(r"/([A-Za-z]+)(?:\s+(.*))?", re.DOTALL)
+from scripts.terminal import (
+    Display,
+    LineEditor,
+    TerminalChat,
+    is_typed,
+    note,
+    piped_prompts,
+    run_main,
+    set_up_streams,
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Chat with an OpenAI-compatible server.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description="Chat with an OpenAI-compatible server.")
     add = parser.add_argument
     add("--base_url", default="http://127.0.0.1:8998/v1", help="of the server")
-    add("--model", default=None, help="default: the first one that the server offers")
-    add("--api_key", default=os.environ.get("MINIMIND_API_KEY") or "none", help="or MINIMIND_API_KEY")
-    add("--temperature", type=float, default=None, help="default: the server's")
-    add("--top_p", type=float, default=None, help="default: the server's")
-    add("--max_tokens", type=int, default=None, help="longest answer; default: the server's")
-    add("--system", default=None, help="system message")
-    add("--history_cnt", type=int, default=20, help="earlier messages sent along, an even number; 0: each alone")
-    args = parser.parse_args(argv)
-    if args.history_cnt < 0 or args.history_cnt % 2:
-        parser.error(f"--history_cnt is {args.history_cnt}, and must be even: questions with their answers")
-    return args
+    add("--model", help="default: the first one that the server offers")
+    add(
+        "--api_key",
+        default=os.environ.get("MINIMIND_API_KEY") or "none",
+        help="default: MINIMIND_API_KEY, if set",
+    )
+    add("--temperature", type=float, help="default: the server's")
+    add("--top_p", type=float, help="default: the server's")
+    add("--max_tokens", type=int, help="longest answer; default: the server's")
+    add("--system", type=utf8, help="system message")
+    add("--history_cnt", **HISTORY)
+    show_defaults(parser)
+    return parser.parse_args(argv)
 
 
-def note(text: str, end: str = "\n") -> None:
-    print(text, end=end, file=sys.stderr, flush=True)
+class ServerChat(TerminalChat):
+    """A chat with a server, which knows nothing of the conversation but what each request brings."""
 
-
-class Chat:
-    """What was said, and how an answer is asked for and written out."""
+    settings = {"temperature": float, "top_p": float, "max_tokens": int, "history_cnt": message_count}
+    errors = (ValueError, openai.OpenAIError)
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.system, self.history = args, args.system, []
+        super().__init__(args)
         self.client = new_client(openai.OpenAI, args.base_url, api_key=args.api_key)
         self.model = args.model or self.models()[0]
 
@@ -69,90 +67,58 @@ class Chat:
         return names
 
     def answer(self, prompt: str) -> bool:
-        """Writes the answer to stdout while it comes and keeps it; False when Ctrl-C ended it."""
-        question, text, thought, interrupted = {"role": "user", "content": prompt}, "", "", False
-        dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
-        finish_reason = None
+        text, display, finish_reason, interrupted = "", Display(), None, False
         try:
-            with self._ask(question) as chunks:
+            with self._ask(self.messages(prompt)) as chunks:
                 for chunk in chunks:
                     for choice in chunk.choices:
                         finish_reason = choice.finish_reason or finish_reason
-                        if piece := getattr(choice.delta, "reasoning_content", None):
-                            thought += piece
-                            note(f"{dim}{piece}{plain}", end="")
-                        if piece := choice.delta.content:
-                            if thought and not text:
-                                note("\n")
-                            text += piece
-                            print(piece, end="", flush=True)
+                        display.show([(True, getattr(choice.delta, "reasoning_content", None) or "")])
+                        display.show([(False, choice.delta.content or "")])
+                        text += choice.delta.content or ""
         except KeyboardInterrupt:
             interrupted = True
         finally:
-            if text or thought:
-                print(flush=True)
+            if display.started or finish_reason:
+                display.end()
         if interrupted or finish_reason == "length":
             note("[stopped]" if interrupted else "[cut: the length is reached]")
         if text or finish_reason:
-            self.history += [question, {"role": "assistant", "content": text}]
+            self.remember(prompt, text)
         return not interrupted
 
-    def _ask(self, question: dict) -> openai.Stream:
-        """Asks with as much of the history as the flag allows and the context holds."""
-        args, system = self.args, [{"role": "system", "content": self.system}] if self.system else []
-        kept = self.history[-args.history_cnt :] if args.history_cnt else []
-        options = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
-        options = {name: value for name, value in options.items() if value is not None}
+    def _ask(self, messages: list[dict]) -> openai.Stream:
+        """Ask with as many of the messages as the server's context holds."""
+        names = ("temperature", "top_p", "max_tokens")
+        options = {name: getattr(self.args, name) for name in names if getattr(self.args, name) is not None}
+        oldest = 1 if self.system else 0
         while True:
             try:
-                return self.client.chat.completions.create(
-                    model=self.model, messages=[*system, *kept, question], stream=True, **options
-                )
+                return self.client.chat.completions.create(model=self.model, messages=messages, stream=True, **options)
             except openai.BadRequestError as error:
-                if error.code != "context_length_exceeded" or not kept:
+                if error.code != "context_length_exceeded" or len(messages) <= oldest + 1:
                     raise
                 note("[the conversation is longer than the context: left out its oldest messages]")
-                kept = kept[2:]
+                messages = messages[:oldest] + messages[oldest + 2 :]
 
-    def command(self, name: str, text: str) -> None:
-        if name == "reset":
-            self.history = []
-            note("[what was said is forgotten]")
-        elif name == "system":
-            self.system, self.history = text or None, []
-            note(f"[begun anew, {'with this' if text else 'without a'} system message]")
-        elif name == "model" and text:
-            names = self.models()
-            if text in names:
-                self.model = text
-            note(f"[now with {text}]" if text in names else f"there is no model {text}; there are: {', '.join(names)}")
-        elif name == "model":
-            note("\n".join(f"{'*' if name == self.model else ' '} {name}" for name in self.models()))
+    def switch_model(self, name: str) -> None:
+        names = self.models()
+        if not name:
+            note("\n".join(f"{'*' if name == self.model else ' '} {name}" for name in names))
+        elif name in names:
+            self.model = name
+            note(f"[now with {name}]")
         else:
-            note(HELP if name == "help" else f"there is no /{name}; /help lists the commands")
+            raise ValueError(f"there is no model {name}; there are: {', '.join(names)}")
 
+    def switch_lora(self, name: str) -> None:
+        if not name:
+            raise ValueError("which adapter? /lora NAME, or /lora none")
+        base = self.model.partition(":")[0]
+        self.switch_model(base if name.lower() == "none" else f"{base}:{name}")
 
-def read_lines(label: str) -> Iterator[str]:
-    """Lines that a person types or a file holds, until an empty one, the end, or Ctrl-C at the prompt."""
-    typed = sys.stdin is not None and sys.stdin.isatty()
-    if typed:
-        with contextlib.suppress(ImportError):  # Windows edits lines by itself
-            import readline  # arrow keys, and a backspace that takes a whole Chinese character
-
-            for setting in ("input-meta on", "output-meta on", "convert-meta off"):  # off in locales without UTF-8
-                readline.parse_and_bind(f"set {setting}")
-    while sys.stdin is not None:
-        try:
-            if typed and not sys.stdout.isatty():  # input would write the label to the file
-                note(label, end="")
-            line = input(label if typed and sys.stdout.isatty() else "")
-        except (EOFError, KeyboardInterrupt):
-            if typed:
-                note("")
-            return
-        if not line.strip():
-            return
-        yield line
+    def explain(self, error: Exception) -> str:
+        return explain(error, self.args.base_url) if isinstance(error, openai.OpenAIError) else str(error)
 
 
 def explain(error: openai.OpenAIError, base_url: str) -> str:
@@ -168,44 +134,20 @@ def explain(error: openai.OpenAIError, base_url: str) -> str:
     return body["message"] if isinstance(body, dict) and body.get("message") else str(error)
 
 
-def main(argv: list[str] | None = None) -> int:
-    for file in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(file, "reconfigure"):  # consoles of other encodings and broken bytes must not end a conversation
-            file.reconfigure(encoding="utf-8", errors="replace")
-    args = parse_args(argv)
-    typed = sys.stdin is not None and sys.stdin.isatty()
-    failed = False
+def converse(args: argparse.Namespace) -> int:
     try:
-        chat = Chat(args)
-        note(f"{chat.model} at {args.base_url}" + (" (/help lists the commands)" if typed else ""))
-        for line in read_lines("👶: "):
-            command = COMMAND.fullmatch(line.strip())
-            try:
-                if command:
-                    chat.command(command[1].lower(), (command[2] or "").strip())
-                    continue
-                if typed:
-                    note("🤖: ", end="")
-                if not chat.answer(line) and not typed:
-                    return 130
-            except openai.OpenAIError as error:  # a conversation is worth more than one question
-                note(f"error: {explain(error, args.base_url)}")
-                failed = True
-            if typed:
-                note("")
+        chat = ServerChat(args)
     except openai.OpenAIError as error:
-        note(f"error: {explain(error, args.base_url)}")
-        return 1
-    except ValueError as error:
-        note(f"error: {error}")
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader of stdout has gone
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return int(failed and not typed)
+        raise ValueError(explain(error, args.base_url)) from error
+    note(f"{chat.model} at {args.base_url}" + (" (/help lists the commands)" if is_typed() else ""))
+    lines = LineEditor(chat.words()).prompts("👶: ") if is_typed() else piped_prompts()
+    return chat.run(lines, is_typed())
+
+
+def main(argv: list[str] | None = None) -> int:
+    set_up_streams()
+    args = parse_args(argv)
+    return run_main(lambda: converse(args))
 
 
 if __name__ == "__main__":

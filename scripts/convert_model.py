@@ -36,6 +36,7 @@ import torch
 
 from dataset.tokenization import DEFAULT_SYSTEM, ChatTokenizer
 from model.export import from_hf, from_old_names, has_old_names, hf_config, hf_format, to_hf
+from model.flags import show_defaults
 from model.gguf_format import chat_template, check_gguf_type, read_gguf, round_to_gguf, write_gguf
 from model.loading import (
     DTYPES,
@@ -44,7 +45,6 @@ from model.loading import (
     check_vocabulary,
     load_folder,
     scale_positions,
-    show_defaults,
     tokenizer_folder,
 )
 from model.model_lora import (

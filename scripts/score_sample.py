@@ -20,8 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dataset.tokenization import ChatTokenizer
+from model.flags import show_defaults
 from model.generation import SamplingParams, generate_batch
-from model.loading import add_flags, load_ready, ready_flags, show_defaults
+from model.loading import add_flags, load_ready, ready_flags
 from model.weights import STAGES, find_weights, write_json
 
 LONGEST_ANSWER = 128  # tokens; the longest expected answer is about half of it

@@ -45,18 +45,9 @@ from starlette.types import ASGIApp
 
 from dataset.tokenization import ChatTokenizer
 from model.batching import Engine, QueueFull, Token
+from model.flags import at_least, show_defaults
 from model.generation import SamplingParams
-from model.loading import (
-    READY_FLAGS,
-    add_flags,
-    at_least,
-    check_sizes,
-    given_sizes,
-    named_path,
-    read_config,
-    ready_flags,
-    show_defaults,
-)
+from model.loading import READY_FLAGS, add_flags, check_sizes, given_sizes, named_path, read_config, ready_flags
 from model.model_lora import find_lora
 from scripts.model_catalog import entry_of_file, entry_of_folder, load_entry
 from scripts.model_pool import LoadedModel, ModelPool, Offer

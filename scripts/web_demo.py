@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from model.loading import add_flags, show_defaults
+from model.flags import show_defaults
+from model.loading import add_flags
 
 FLAGS_VARIABLE = "MINIMIND_WEB_FLAGS"  # how the flags reach web_page.py, which Streamlit runs apart from this file
 

@@ -18,12 +18,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import eval_model
+from dataset.text_stream import ThoughtSplitter
 from dataset.tokenization import ChatTokenizer
 from model import loading
 from model.generation import SamplingParams, stream
 from model.model_lora import apply_lora, load_lora, lora_layers, lora_path, merge_lora, save_lora
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import STAGE_OF_MODE, find_weights, load_model, save_weights, weight_path
+from scripts import example_prompts
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = ChatTokenizer(ROOT / "model")
@@ -178,12 +180,12 @@ def test_on_a_terminal(out_dir):
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def test_prompts_on_stdin_until_an_empty_line(run, out_dir):
+def test_prompts_on_stdin_are_all_answered_blank_lines_skipped(run, out_dir):
     path = weight_path(out_dir, "full_sft", 32, False)
-    status, stdout, stderr = run("--out_dir", out_dir, *GREEDY, stdin="天空\nhello\n\nnever\n")
+    status, stdout, stderr = run("--out_dir", out_dir, *GREEDY, stdin="\ufeff天空\nhello\n\n \t\n花\r\n")
     assert status == 0
-    assert stdout == greedy(path, chat_ids("天空")) + "\n" + greedy(path, chat_ids("hello")) + "\n"
-    assert stderr.count("tokens/s") == 2
+    assert stdout == "".join(greedy(path, chat_ids(prompt)) + "\n" for prompt in ("天空", "hello", "花"))
+    assert stderr.count("tokens/s") == 3
 
 
 def test_pretrained_weights_continue_the_text_itself(run, out_dir):
@@ -287,7 +289,7 @@ def test_automatic_test_asks_all_its_prompts(run, out_dir, monkeypatch):
             return True
 
     monkeypatch.setattr(io, "StringIO", Typed)
-    for mode, prompts in ((0, eval_model.TEST_BEGINNINGS), (1, eval_model.TEST_PROMPTS)):
+    for mode, prompts in ((0, example_prompts.BEGINNINGS), (1, example_prompts.QUESTIONS)):
         status, _, stderr = run("--out_dir", out_dir, *GREEDY, "--model_mode", mode, stdin="0\n")
         assert status == 0
         assert all(prompt in stderr for prompt in prompts)
@@ -312,7 +314,7 @@ REASONED = "<think>\n花 is a flower,\n\nI think.\n</think>\n<answer>\n42 < 43\n
 
 
 def split(text: str, cuts: list[int]) -> tuple[str, str]:
-    splitter, parts = eval_model.ThoughtSplitter(), {True: "", False: ""}
+    splitter, parts = ThoughtSplitter(), {True: "", False: ""}
     bounds = [0, *cuts, len(text)]
     pieces = [piece for a, b in zip(bounds, bounds[1:], strict=False) for piece in splitter.push(text[a:b])]
     for is_thought, piece in pieces + splitter.flush():
@@ -617,11 +619,72 @@ def test_switching_adapters_in_a_conversation(run, adapters, monkeypatch):
         said += ["天空", answer]
         expected.append(answer)
     assert stdout == "".join(answer + "\n" for answer in expected) and len(set(expected)) == 5
-    assert "/lora NAME puts on an adapter" in stderr
+    assert "/help lists the commands" in stderr
     notes = re.findall(r"now with .*|third_32.pth not found|which adapter\?|now without an adapter", stderr)
     assert [note.split("/")[-1] for note in notes] == [
         "first_32.pth", "third_32.pth not found", "which adapter?", "second_32.pth", "now without an adapter",
     ]  # fmt: skip
+
+
+def test_switching_models_in_a_conversation(run, adapters):
+    """By name, stage, file or folder; the conversation goes on, and an error changes nothing."""
+    load_model(weight_path(adapters, "rlhf", 32, False))[0].save_pretrained(adapters / "hf")
+    lines = [
+        "天空",
+        "/model",
+        "/model rlhf_32",
+        "天空",
+        "/lora first",
+        "天空",
+        "/model nosuch",
+        "/model pretrain",
+        "天空",
+    ]
+    lines += ["/system be brief", f"/model {adapters / 'hf'}", "/system be brief", "天空"]
+    flags = ["--out_dir", adapters, *GREEDY, "--history_cnt", "20"]
+    status, stdout, stderr = run(*flags, stdin="\n".join(lines))
+    assert status == 0
+    paths = {stage: weight_path(adapters, stage, 32, False) for stage in ("full_sft", "rlhf", "pretrain")}
+    first = greedy(paths["full_sft"], chat_ids("天空"))
+    second = greedy(paths["rlhf"], chat_ids("天空", first, "天空"))
+    lora = adapters / "lora" / "first_32.pth"
+    third = adapted_answer(paths["rlhf"], lora, chat_ids("天空", first, "天空", second, "天空"))
+    fourth = greedy(paths["pretrain"], continued_ids("天空"))
+    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "天空"}]
+    fifth = greedy(paths["rlhf"], TOKENIZER.encode_prompt(turns))
+    assert stdout == "".join(f"{answer}\n" for answer in (first, second, third, fourth, fifth))
+    assert "* full_sft_32\n" in stderr and "  pretrain_32\n" in stderr
+    assert "nosuch is neither a .pth file nor a stage" in stderr and "they know no system message" in stderr
+
+
+def test_an_answer_that_goes_in_circles_is_noticed(run, tmp_path):
+    path = save_tiny(tmp_path, "full_sft")
+    state = torch.load(path, weights_only=True)
+    torch.save(
+        {key: tensor * (0 if "o_proj" in key or "down_proj" in key else 1) for key, tensor in state.items()}, path
+    )
+    flags = ["--out_dir", tmp_path, "--temperature", 0, "--device", "cpu", "--prompt", "天空", "--max_new_tokens"]
+    assert "repeats itself: try --repetition_penalty 1.1]" in run(*flags, 60)[2]  # it only repeats its last token
+    assert "repeats itself" not in run(*flags, 40)[2]
+
+
+def test_a_conversation_remembers_by_default_and_a_file_of_prompts_does_not(run, out_dir, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        eval_model, "stream", lambda _, ids, *__, **___: (asked.append(ids), iter([TOKENIZER.eos_id]))[1]
+    )
+    lines = [str(n) for n in range(5)]
+    run("--out_dir", out_dir, *GREEDY, stdin="\n".join(lines))
+    assert asked == [chat_ids(line) for line in lines]
+    asked.clear()
+
+    class Typed(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(io, "StringIO", Typed)
+    run("--out_dir", out_dir, *GREEDY, stdin="\n".join(["1", *lines]))
+    assert asked[-1] == chat_ids("1", "", "2", "", "3", "", "4")
 
 
 def test_an_adapter_on_a_llama_folder(run, tmp_path):
@@ -649,12 +712,14 @@ def test_an_adapter_on_a_llama_folder(run, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--history_cnt", "3"], "--history_cnt is 3, and must be even"),
-        (["--history_cnt", "-2"], "--history_cnt is -2"),
+        (["--history_cnt", "3"], "--history_cnt: 3 is not an even number"),
+        (["--history_cnt", "-2"], "--history_cnt: -2 is not an even number"),
         (["--temperature", "-1"], "--temperature is -1"),
         (["--top_p", "0"], "--top_p is 0"),
         (["--use_moe", "maybe"], "expected true or false, got 'maybe'"),
         (["--model_mode", "9"], "--model_mode"),
+        (["--prompt", "caf\udce9"], r"--prompt: caf\\udce9 is not UTF-8"),
+        (["--out_dir", "\udcc4/out"], r"--out_dir: \\udcc4/out is not UTF-8"),
         (["--max_seq_len", "1"], "--max_seq_len: 1 is less than 2"),
     ],
     ids=str,

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.distributed import DistError
 
-from model.loading import add_boolean, show_defaults
+from model.flags import add_boolean, show_defaults, utf8, utf8_path
 from model.model_minimind import PRESETS, MiniMindConfig
 from trainer.tracking import tracking_mistakes
 from trainer.zero import zero_mistakes
@@ -58,13 +58,15 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
     add = parser.add_argument
 
     group = parser.add_argument_group("data and output").add_argument
-    group("--data_path", type=Path, help="training data, jsonl (default: %(default)s)")
+    group("--data_path", type=utf8_path, help="training data, jsonl (default: %(default)s)")
     group(
-        "--valid_path", type=Path, help="held-out data of the same kind: loss and bits per byte every --eval_interval"
+        "--valid_path",
+        type=utf8_path,
+        help="held-out data of the same kind: loss and bits per byte every --eval_interval",
     )
-    group("--tokenizer_path", type=Path, default=from_root("model"), help="folder with tokenizer.json")
-    group("--out_dir", type=Path, default=from_root("out"), help="weights, logs and resume states (default: out/)")
-    group("--cache_dir", type=Path, help="tokenised data (default: OUT_DIR/token_cache)")
+    group("--tokenizer_path", type=utf8_path, default=from_root("model"), help="folder with tokenizer.json")
+    group("--out_dir", type=utf8_path, default=from_root("out"), help="weights, logs and resume states (default: out/)")
+    group("--cache_dir", type=utf8_path, help="tokenised data (default: OUT_DIR/token_cache)")
     add_boolean(parser, "--skip_bad_lines", False, "drop and count lines that are no valid record, instead of stopping")
     add_boolean(parser, "--overwrite", False, "replace weights of another configuration that have the same name")
 
@@ -121,7 +123,7 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
     group("--log_interval", type=int, default=100, help="optimizer steps between log lines (default: %(default)s)")
     group("--save_interval", type=int, default=100, help="optimizer steps between saves (default: %(default)s)")
     group("--eval_interval", type=int, default=500, help="optimizer steps between evaluations (default: %(default)s)")
-    group("--sample_prompt", default="", help="a text that the model continues at every evaluation")
+    group("--sample_prompt", type=utf8, default="", help="a text that the model continues at every evaluation")
     add_boolean(parser, "--estimate", False, "time a few steps and print what the run will take; no weights are saved")
     group("--price_per_hour", type=float, help="of this machine in dollars, for --estimate")
     add_boolean(parser, "--resume", False, "go on from the last saved state of this run")
@@ -136,7 +138,9 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
         default=0,
         help="DeepSpeed: divide optimizer state (1), gradients too (2), weights too (3) among processes (default: 0)",
     )
-    group("--deepspeed_config", type=Path, metavar="FILE", help="JSON settings of DeepSpeed over ours, for experts")
+    group(
+        "--deepspeed_config", type=utf8_path, metavar="FILE", help="JSON settings of DeepSpeed over ours, for experts"
+    )
     add_boolean(parser, "--use_wandb", False, "log to Weights & Biases too")
     add("--wandb_project", default="MiniMind")
     add_boolean(parser, "--ddp", None, "accepted because old commands pass it; torchrun alone decides")
