@@ -153,8 +153,8 @@ class Rows:
 
     def packed(self) -> Iterator[dict]:
         """Full batches without end from one loader, as a long file gives them."""
-        batches = self.data.all_of_the_file()
-        yield from self.data.load(batches, itertools.cycle(range(max(len(batches) - 1, 1))))
+        batches = self.data._batches(0, shuffle=False)
+        yield from self.data._load(batches, itertools.cycle(range(max(len(batches) - 1, 1))))
 
     def padded(self) -> Iterator[dict]:
         """With workers enough that tokenising, which this recipe does as it goes, is not what takes the time."""

@@ -180,7 +180,7 @@ def dpo_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: Ste
     model = ours(args, tokenizer)
     optimizer = build_optimizer(model, args)
     prepare_forward(model, args, process.device)
-    for batch in endless(data.all_batches):
+    for batch in endless(data.once):
         with precision.autocast():
             head = functools.partial(token_cross_entropy, labels=batch["labels"])
             policy, _ = answer_log_probs(model(**model_inputs(batch), head=head).head_output, batch)
@@ -198,7 +198,7 @@ def reference_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_don
     data = PackedData(args, "preference", tokenizer, process)
     model = ours(args, tokenizer).eval()
     with torch.no_grad():
-        for batch in endless(data.all_batches):
+        for batch in endless(data.once):
             with precision.autocast():
                 head = functools.partial(token_cross_entropy, labels=batch["labels"])
                 log_probs, _ = answer_log_probs(model(**model_inputs(batch), head=head).head_output, batch)
@@ -265,7 +265,7 @@ def lora_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: St
     model = apply_lora(ours(args, tokenizer), RANK)
     optimizer = build_optimizer(model, args)
     prepare_forward(model, args, process.device)
-    for batch in endless(data.all_batches):
+    for batch in endless(data.once):
         with precision.autocast():
             head = functools.partial(token_cross_entropy, labels=batch["labels"])
             loss = model(**model_inputs(batch), head=head).head_output.sum() / batch["step_targets"]
@@ -474,11 +474,11 @@ def measure_memory(connection, name: str, args: argparse.Namespace) -> None:
 
         # a step on one short row makes the optimizer's state, and imports what torch imports late
         short = argparse.Namespace(**vars(args) | {"batch_size": 1, "max_seq_len": 32})
-        step(next(PackedData(short, "conversation", tokenizer, process_of(args)).all_batches()))
+        step(next(PackedData(short, "conversation", tokenizer, process_of(args)).once()))
         keep_freed_memory()
         state, moments = memory.now(), 2 * 4 * sum(p.numel() for p in student.parameters())
         memory.reset()
-        for _, batch in zip(range(args.steps), endless(data.all_batches), strict=False):
+        for _, batch in zip(range(args.steps), endless(data.once), strict=False):
             loss = step(batch)
         peak = memory.peak()
         connection.send((peak - state, peak - state + moments, loss))

@@ -128,8 +128,7 @@ class Contender:
             loss = self.loss(self.model, on_device)
         loss.backward()
         if "real_tokens" in batch:
-            attended = ((batch["position_ids"] + 1) * (batch["document_ids"] >= 0)).sum()
-            self.flops += attention_flops(self.plain.config, int(attended))
+            self.flops += attention_flops(self.plain.config, batch["attended"])
             return batch["real_tokens"]
         return int((batch["labels"] >= 0).sum())
 

@@ -1,7 +1,7 @@
 """Documents to rows of equal length, and rows to batches that are the same at any number of ranks.
 
 A document of n ids takes n - 1 positions: inputs ids[:-1], labels ids[1:], -100 where the mask of the label is 0.
-A plan says which documents share a row; it depends on the cache and max_seq_len alone and lies beside the tokens.
+A plan says which documents share a row; it depends on the cache and max_seq_len alone and is kept next to the tokens.
 The order of the rows depends on (seed, epoch) alone. The n-th global batch, that of one optimizer step, is the n-th run
 of batch_size * accumulation_steps * world_size rows in that order, however these are split.
 """
@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from dataset.disk import open_or_build, write_array
 from dataset.progress import ProgressBar
-from dataset.token_cache import TokenCache, file_lock, replaced_folder, write_array, writing_errors
+from dataset.token_cache import TokenCache
 
 PLAN_VERSION = 1
 SCAN_TOKENS = 4 << 20  # looked at together while planning: bounds memory, whatever the size of the data
@@ -40,11 +41,8 @@ class PackingPlan:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         meta = json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))
-        self.max_seq_len = meta["max_seq_len"]
-        self.num_rows = meta["num_rows"]
-        self.max_segments_per_row = meta["max_segments_per_row"]
-        self.fill = meta["fill"]
-        self.stats = meta["stats"]
+        self.max_seq_len, self.num_rows, self.fill = meta["max_seq_len"], meta["num_rows"], meta["fill"]
+        self.max_segments_per_row, self.stats = meta["max_segments_per_row"], meta["stats"]
         segments = self.stats["segments"]
         counts = (segments, segments, self.num_rows + 1, self.num_rows)
         for (name, dtype), count in zip(PLAN_ARRAYS.items(), counts, strict=True):
@@ -55,31 +53,19 @@ class PackingPlan:
 
 
 def build_plan(cache: TokenCache, max_seq_len: int, show_progress: bool = True) -> PackingPlan:
-    """The plan for rows of max_seq_len positions, made now if the cache's folder does not hold it yet.
+    """Return the plan for rows of max_seq_len positions; build it first if the cache's folder does not hold it yet.
 
-    ValueError: no document has a target within max_seq_len, or the plan cannot be written.
+    Raises ValueError if no document has a target within max_seq_len, or the plan cannot be written.
     """
     if max_seq_len < 1:
         raise ValueError(f"--max_seq_len must be at least 1, not {max_seq_len}")
-    folder = cache.folder / f"plan_{max_seq_len}_v{PLAN_VERSION}"
-    plan = _open_whole(folder)
-    if plan is None:
-        with writing_errors(folder.parent, "the packing plan"):
-            lock = folder.with_name(folder.name + ".lock")
-            with file_lock(lock, show_progress, f"the packing plan of {cache.folder.name}"):
-                plan = _open_whole(folder)
-                if plan is None:
-                    with replaced_folder(folder) as unfinished:
-                        _write_plan(unfinished, cache, max_seq_len, show_progress)
-                    plan = PackingPlan(folder)
-    return plan
-
-
-def _open_whole(folder: Path) -> PackingPlan | None:
-    try:
-        return PackingPlan(folder)
-    except (OSError, ValueError, KeyError):
-        return None
+    return open_or_build(
+        cache.folder / f"plan_{max_seq_len}_v{PLAN_VERSION}",
+        PackingPlan,
+        lambda unfinished: _write_plan(unfinished, cache, max_seq_len, show_progress),
+        f"the packing plan of {cache.folder.name}",
+        show_progress,
+    )
 
 
 def _write_plan(folder: Path, cache: TokenCache, max_seq_len: int, show_progress: bool) -> None:
@@ -222,30 +208,27 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     lengths int (n,), all in 1..capacity. Of two ways to choose what joins a row, the one that needs fewer rows.
     """
     row = min((_fill_rows(lengths, capacity, exact_pairs) for exact_pairs in (False, True)), key=np.max)
-    first = np.full(row.max() + 1, len(lengths))
-    np.minimum.at(first, row, np.arange(len(lengths)))
-    rank = np.empty(len(first), np.int64)
-    rank[np.argsort(first)] = np.arange(len(first))
-    return rank[row]
+    first = np.unique(row, return_index=True)[1]
+    return np.argsort(np.argsort(first))[row]
 
 
 def _fill_rows(lengths: np.ndarray, capacity: int, exact_pairs: bool) -> np.ndarray:
-    """Rows filled one after another, each with the longest that is left and then the longest that still fits.
+    """Fill rows one after another, each with the longest length left and then the longest that still fits.
 
-    This gives the rows of first fit decreasing. With exact_pairs, a row that nothing longer than its half is left for
-    prefers two lengths that fill it to the last position; this saves short ones, unless there are too few of them.
+    This gives the rows of first fit decreasing. With exact_pairs, a row whose first length is at most half of it
+    prefers two lengths that fill it to the last position. This saves short lengths, unless there are too few of them.
     """
-    counts = np.bincount(lengths, minlength=capacity + 1).tolist()
-    # Bit x of left: a length x is left. Bit capacity - x of mirrored: the same, so that shifted against each other they
-    # show all pairs of a given sum at once.
+    counts = np.bincount(lengths, minlength=capacity + 1).tolist()  # how many of each length are left
+    # Integers as sets of lengths: bit x of `left` is set while a length x is left, and bit capacity - x of `mirrored`.
+    # Shifted against each other they show all pairs of a given sum at once.
     left = sum(1 << length for length, count in enumerate(counts) if count)
     mirrored = sum(1 << (capacity - length) for length, count in enumerate(counts) if count)
-    placed, placed_in = [], []
+    placed, placed_in = [], []  # lengths in the order in which they are placed, and their rows
     row = -1
     while left:
         row += 1
         free = capacity
-        wanted = left.bit_length() - 1
+        wanted = left.bit_length() - 1  # the highest bit: the longest length left
         seek_pairs = exact_pairs and 2 * wanted <= capacity
         partner = 0
         while wanted > 0:
@@ -256,15 +239,17 @@ def _fill_rows(lengths: np.ndarray, capacity: int, exact_pairs: bool) -> np.ndar
             if not counts[wanted]:
                 left ^= 1 << wanted
                 mirrored ^= 1 << (capacity - wanted)
-            if partner:
+            if partner:  # the second of a pair, which fills the row
                 wanted, partner = partner, 0
                 continue
-            wanted = (left & ((2 << free) - 1)).bit_length() - 1  # -1 where nothing fits
+            wanted = (left & ((2 << free) - 1)).bit_length() - 1  # the longest up to `free`; -1 if nothing fits
             if seek_pairs and 0 < wanted < free:
+                # Bit x stays set if both x and free - x are left.
                 pairs = left & (mirrored >> (capacity - free))
                 longer = pairs.bit_length() - 1
-                if longer > 0 and (2 * longer != free or counts[longer] > 1):
+                if longer > 0 and (2 * longer != free or counts[longer] > 1):  # a half needs two of its kind
                     wanted, partner = longer, free - longer
+    # Only lengths were placed. Equal lengths take their rows in order: sort both sides by length and match them.
     by_length = np.argsort(np.array(placed), kind="stable")
     result = np.empty(len(lengths), np.int64)
     result[np.argsort(lengths, kind="stable")] = np.array(placed_in)[by_length]
@@ -304,22 +289,21 @@ class _Batches(Dataset):
         if seed < 0 or epoch < 0:
             raise ValueError(f"seed and epoch must not be negative, not {seed} and {epoch}")
         self.cache, self.plan = cache, plan
-        self.batch_size, self.accumulation_steps = batch_size, accumulation_steps
-        self.world_size, self.rank = world_size, rank
+        self.batch_size, self.accumulation_steps, self.rank = batch_size, accumulation_steps, rank
         self.seed, self.epoch, self.shuffle, self.pad_id = seed, epoch, shuffle, pad_id
-        self.global_batch_size = batch_size * accumulation_steps * world_size
+        self.shares = accumulation_steps * world_size  # micro-batches of an optimizer step, over all ranks
+        self.world_size, self.global_batch_size = world_size, batch_size * self.shares
         self.steps_per_epoch = -(-plan.num_rows // self.global_batch_size)
-        self._order = None
-        self._step = (None, None, None)
+        self._order, self._step = None, (None, {})
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_order": None, "_step": (None, None, None)}
+        return self.__dict__ | {"_order": None, "_step": (None, {})}
 
     def __len__(self) -> int:
         return self.steps_per_epoch * self.accumulation_steps
 
     def step_rows(self, step: int) -> np.ndarray:
-        """Rows of the plan that make the global batch of an optimizer step, over all ranks."""
+        """Return the rows of the plan that make the global batch of an optimizer step, over all ranks."""
         if self._order is None:
             dtype = np.int32 if self.plan.num_rows < 1 << 31 else np.int64
             self._order = np.arange(self.plan.num_rows, dtype=dtype)
@@ -327,23 +311,30 @@ class _Batches(Dataset):
                 np.random.default_rng((self.seed, self.epoch)).shuffle(self._order)
         return self._order[step * self.global_batch_size : (step + 1) * self.global_batch_size]
 
-    def _rows_and_totals(self, index: int) -> tuple[np.ndarray, dict[str, int]]:
-        """Rows of a micro-batch, fewer than batch_size in a ragged last step, and the totals of its step."""
+    def rows(self, index: int) -> np.ndarray:
+        """Return the rows of a micro-batch: fewer than batch_size in a ragged last step."""
         if not 0 <= index < len(self):
             raise IndexError(f"micro-batch {index} of {len(self)}")
         step, micro_batch = divmod(int(index), self.accumulation_steps)
+        # Every so-many-th row, so that a ragged last step is spread over all ranks and micro-batches.
+        return self.step_rows(step)[micro_batch * self.world_size + self.rank :: self.shares]
+
+    def _totals(self, index: int) -> dict[str, int]:
+        """Return the totals of a micro-batch's optimizer step, which every process knows without asking the others."""
+        step, micro_batch = divmod(int(index), self.accumulation_steps)
         if self._step[0] != step:
             rows = self.step_rows(step)
+            _, length, _ = self._segments(rows)
             totals = {
                 "step_targets": int(self.plan.row_targets[rows].sum(dtype=np.int64)),
-                "step_documents": int((self.plan.row_start[rows + 1] - self.plan.row_start[rows]).sum()),
+                "step_documents": len(length),
+                "step_tokens": int(length.sum()),
+                "step_attended": attended_pairs(length),
+                "step_positions": self._laid_out_rows(rows) * self.plan.max_seq_len,
                 self.counted: len(rows),
             }
-            self._step = (step, rows, totals)
-        _, rows, totals = self._step
-        # Every so-many-th row, so that a ragged last step is spread over all ranks and micro-batches.
-        share = micro_batch * self.world_size + self.rank
-        return rows[share :: self.accumulation_steps * self.world_size], totals
+            self._step = (step, totals)
+        return self._step[1] | {"last": micro_batch == self.accumulation_steps - 1}
 
     def _segments(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(start, length, place in rows) of the segments of some rows of the plan, in order."""
@@ -362,47 +353,53 @@ class _Batches(Dataset):
         num_rows: int,
         num_borders: int,
     ) -> dict:
-        """A batch of num_rows rows from segments that are sorted by row. number is what document_ids calls each."""
+        """Return a batch of num_rows rows from segments sorted by row. number: what document_ids calls each segment."""
         seq = self.plan.max_seq_len
-        padding = seq - np.bincount(row, length, num_rows).astype(np.int64)
-        # The stream: all documents of a row, then its padding as a document of its own; empty ones make no border.
+        # All rows one after another are a stream of pieces: the documents of a row, then its padding as one more piece.
+        # Before a segment of row r come all earlier segments and the padding of r rows.
         is_document = np.zeros(len(start) + num_rows, bool)
         is_document[np.arange(len(start)) + row] = True
-        sizes, sources, numbers = (np.empty(len(is_document), np.int64) for _ in range(3))
-        sizes[is_document], sizes[~is_document] = length, padding
-        sources[is_document], sources[~is_document] = start, 0
-        numbers[is_document], numbers[~is_document] = number, -1
+
+        def stream(of_documents: np.ndarray, of_padding: np.ndarray | int) -> np.ndarray:
+            pieces = np.empty(len(is_document), np.int64)
+            pieces[is_document], pieces[~is_document] = of_documents, of_padding
+            return pieces
+
+        sizes = stream(length, seq - np.bincount(row, length, num_rows).astype(np.int64))
         ends = np.cumsum(sizes)
-        begins = ends - sizes
+        # Empty padding makes no border. The last border is repeated, so that the shape is always the same.
         borders = np.full(num_borders, num_rows * seq, np.int32)
         borders[0] = 0
         kept_ends = ends[sizes > 0]
         borders[1 : len(kept_ends) + 1] = kept_ends
 
-        position_ids = np.arange(num_rows * seq) - np.repeat(begins, sizes)
-        document_ids = np.repeat(numbers.astype(np.int32), sizes)
+        # From pieces to positions: each value is repeated as often as its piece is long.
+        position_ids = np.arange(num_rows * seq) - np.repeat(ends - sizes, sizes)
+        document_ids = np.repeat(stream(number, -1).astype(np.int32), sizes)
         real = document_ids >= 0
-        source = (np.repeat(sources, sizes) + position_ids)[real]
-        tokens = self.cache.tokens
+        source = (np.repeat(stream(start, 0), sizes) + position_ids)[real]  # places in the cache of the real inputs
         input_ids = np.full(num_rows * seq, self.pad_id, np.int64)
-        input_ids[real] = tokens[source]
-        labels = np.full(num_rows * seq, -100, np.int64)
-        targets = tokens[source + 1].astype(np.int64)
+        input_ids[real] = self.cache.tokens[source]
+        targets = self.cache.tokens[source + 1].astype(np.int64)
         if self.cache.mask is not None:
             targets[self.cache.mask[source + 1] == 0] = -100
+        labels = np.full(num_rows * seq, -100, np.int64)
         labels[real] = targets
-        shape = (num_rows, seq)
-        return {
-            "input_ids": torch.from_numpy(input_ids.reshape(shape)),
-            "labels": torch.from_numpy(labels.reshape(shape)),
-            "position_ids": torch.from_numpy(position_ids.reshape(shape)),
-            "document_ids": torch.from_numpy(document_ids.reshape(shape)),
+        by_position = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+        by_position["document_ids"] = document_ids
+        return {name: torch.from_numpy(values.reshape(num_rows, seq)) for name, values in by_position.items()} | {
             "cu_seqlens": torch.from_numpy(borders),
             "max_seqlen": seq,
             "target_tokens": int((targets != -100).sum()),
             "real_tokens": len(source),
+            "attended": attended_pairs(length),
             "num_documents": len(start),
         }
+
+
+def attended_pairs(length: np.ndarray) -> int:
+    """Count the (token, position that it attends to) pairs of documents: n (n + 1) / 2 each."""
+    return int((length * (length + 1) // 2).sum())
 
 
 class PackedBatches(_Batches):
@@ -412,21 +409,26 @@ class PackedBatches(_Batches):
     document_ids int32 (batch_size, max_seq_len): number of the document in the micro-batch, -1 on padding
     cu_seqlens int32 (batch_size * (max_segments_per_row + 1) + 1,): borders of the documents in the flattened rows, a
         row's padding counting as one; the end is repeated, so that the shape never changes
-    max_seqlen; target_tokens, real_tokens, num_documents: of the micro-batch
+    max_seqlen; target_tokens, real_tokens, attended (pairs), num_documents: of the micro-batch
     row_ids int64 (rows,): rows of the plan, in 0..plan.num_rows - 1; fewer than batch_size in a ragged last step
-    step_targets, step_documents, step_rows: of the whole optimizer step, all micro-batches of all ranks
-    Where the last step has too few rows, the rest of the rows is padding.
+    last: whether the micro-batch is the last of its optimizer step
+    step_targets, step_documents, step_rows, step_tokens, step_attended, step_positions (padding included): of the whole
+        optimizer step, all micro-batches of all ranks
+    If the last step has too few rows, the rest of the rows is padding.
     """
 
     kinds = ("pretrain", "conversation")
     counted = "step_rows"
 
     def __getitem__(self, index: int) -> dict:
-        rows, totals = self._rows_and_totals(index)
+        rows = self.rows(index)
         start, length, place = self._segments(rows)
         num_borders = self.batch_size * (self.plan.max_segments_per_row + 1) + 1
         batch = self._lay_out(start, length, place, np.arange(len(start)), self.batch_size, num_borders)
-        return batch | totals | {"row_ids": torch.from_numpy(rows.astype(np.int64))}
+        return batch | self._totals(index) | {"row_ids": torch.from_numpy(rows.astype(np.int64))}
+
+    def _laid_out_rows(self, rows: np.ndarray) -> int:
+        return self.global_batch_size
 
 
 class PreferenceBatches(_Batches):
@@ -448,14 +450,19 @@ class PreferenceBatches(_Batches):
         self.row_multiple = row_multiple
 
     def __getitem__(self, index: int) -> dict:
-        rows, totals = self._rows_and_totals(index)
+        rows = self.rows(index)
         start, length, _ = self._segments(rows)
+        row, num_rows = self._fit(length)
+        order = np.argsort(row, kind="stable")
         num_borders = 4 * self.batch_size + self.row_multiple
-        if len(rows):
-            row = best_fit(length, self.plan.max_seq_len)
-            order = np.argsort(row, kind="stable")
-            num_rows = -(-(int(row.max()) + 1) // self.row_multiple) * self.row_multiple
-            batch = self._lay_out(start[order], length[order], row[order], order, num_rows, num_borders)
-        else:
-            batch = self._lay_out(start, length, start, start, self.row_multiple, num_borders)
-        return batch | totals | {"pair_ids": torch.from_numpy(rows.astype(np.int64))}
+        batch = self._lay_out(start[order], length[order], row[order], order, num_rows, num_borders)
+        return batch | self._totals(index) | {"pair_ids": torch.from_numpy(rows.astype(np.int64))}
+
+    def _fit(self, length: np.ndarray) -> tuple[np.ndarray, int]:
+        """Return the row of each document of a micro-batch, and the number of rows."""
+        row = best_fit(length, self.plan.max_seq_len) if len(length) else length
+        return row, self.row_multiple * -(-(int(row.max(initial=0)) + 1) // self.row_multiple)
+
+    def _laid_out_rows(self, rows: np.ndarray) -> int:
+        shares = (rows[share :: self.shares] for share in range(self.shares))
+        return sum(self._fit(self._segments(share)[1])[1] for share in shares)

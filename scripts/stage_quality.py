@@ -256,7 +256,7 @@ def pair_log_probs(model: torch.nn.Module, data: PackedData, precision: Precisio
     """Log-probs of all answers of a file, summed over their tokens, and the tokens' number; each (pairs, 2)."""
     log_probs = torch.zeros(data.plan.num_rows, 2, dtype=torch.float64)
     counts = torch.zeros(data.plan.num_rows, 2, dtype=torch.float64)
-    for batch in data.all_batches():
+    for batch in data.once():
         with precision.autocast():
             head = functools.partial(token_cross_entropy, labels=batch["labels"])
             sums, tokens = answer_log_probs(model(**model_inputs(batch), head=head).head_output, batch)

@@ -77,7 +77,7 @@ def test_both_ways_to_distil_have_one_loss_and_one_gradient(part, tokenizer):
     student = stage_throughput.ours(args, tokenizer)
     torch.manual_seed(1)
     teacher = MiniMindForCausalLM(student.config).eval()
-    batch = next(PackedData(args, "conversation", tokenizer, stage_throughput.process_of(args)).all_batches())
+    batch = next(PackedData(args, "conversation", tokenizer, stage_throughput.process_of(args)).once())
     losses, gradients = [], []
     for step in stage_throughput.KD_STEPS.values():
         loss = step(student, teacher, batch)
@@ -95,7 +95,7 @@ def test_our_contenders_count_pairs_and_real_tokens(part, tokenizer):
     assert len(args.data_path.read_text("utf-8").splitlines()) == 8
     args = part("lora")
     data = PackedData(args, "conversation", tokenizer, stage_throughput.process_of(args))
-    real = [int((batch["document_ids"] >= 0).sum()) for _, batch in zip(range(3), data.all_batches(), strict=False)]
+    real = [int((batch["document_ids"] >= 0).sum()) for _, batch in zip(range(3), data.once(), strict=False)]
     assert amounts(stage_throughput.lora_steps, args, tokenizer) == real
 
 

@@ -83,7 +83,7 @@ def test_packed_and_padded_batches_come_without_end_and_hold_documents_of_web_le
     args = gpu.parse(["--device=cpu", "--rows=8"])
     rows = gpu.Rows(args, tokenizer, str(tmp_path))
     assert 150 < rows.tokens_per_document < 300
-    per_file = len(rows.data.all_of_the_file())
+    per_file = rows.data.steps_per_epoch
     for batches, least in ((rows.packed(), 0.85), (rows.padded(), 0.1)):
         tokens = [int((batch["labels"] >= 0).sum()) for batch in itertools.islice(batches, per_file + 2)]
         assert len(tokens) == per_file + 2 and min(tokens) > least * 8 * 512, "no batch is half empty"

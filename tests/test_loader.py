@@ -10,40 +10,36 @@ from conftest import read_log, tiny_flags, write_data
 from dataset.packing import PackedBatches
 from trainer.arguments import stage_parser
 from trainer.distributed import Process
-from trainer.loader import MicroBatches, PackedData
-
-
-def test_batches_of_the_next_step_are_fetched_while_this_one_is_computed():
-    events = []
-
-    def loader():
-        for number in range(6):
-            events.append(f"fetch {number}")
-            yield number
-
-    micro_batches, steps = MicroBatches(loader(), 2), []
-    while micro_batches:
-        for number in micro_batches:
-            events.append(f"compute {number}")
-        assert sum(number for number in micro_batches) == sum(list(micro_batches)), "going through them again is free"
-        events.append("wait for the GPU")
-        steps.append(list(micro_batches))
-        micro_batches = micro_batches.following()
-    assert steps == [[0, 1], [2, 3], [4, 5]]
-    waits = [place for place, event in enumerate(events) if event == "wait for the GPU"]
-    assert events.index("fetch 3") < waits[0] < events.index("compute 2")
-    assert events[: waits[0]] == ["fetch 0", "fetch 1", "compute 0", "fetch 2", "compute 1", "fetch 3"]
-
-
-def test_a_step_that_nobody_goes_through_is_followed_by_the_next_one():
-    micro_batches = MicroBatches(iter(range(4)), 2)
-    assert list(micro_batches.following()) == [2, 3]
-    assert not micro_batches.following().following()
+from trainer.loader import PackedData
 
 
 def packed(path, tmp_path, tokenizer, kind="pretrain", device="cpu", **flags) -> PackedData:
     args = stage_parser("").parse_args(tiny_flags(tmp_path, path, cache_dir=tmp_path, **flags))
     return PackedData(args, kind, tokenizer, Process(0, 0, 1, torch.device(device)))
+
+
+def test_batches_of_the_next_step_are_fetched_while_this_one_is_computed(texts, tmp_path, tokenizer, monkeypatch):
+    events, make = [], PackedBatches.__getitem__
+    monkeypatch.setattr(
+        PackedBatches, "__getitem__", lambda self, index: events.append(f"fetch {index}") or make(self, index)
+    )
+    data = packed(texts, tmp_path, tokenizer, accumulation_steps=2, max_steps=3)
+    for step, micro_batches in data.steps():
+        for number, batch in enumerate(micro_batches):
+            assert batch["last"] == (number == 1)
+            events.append(f"compute {2 * step + number}")
+        events.append("wait for the GPU")
+    assert [event for event in events if event.startswith("fetch")] == [f"fetch {number}" for number in range(6)]
+    first_wait = events.index("wait for the GPU")
+    assert events[:first_wait] == ["fetch 0", "fetch 1", "compute 0", "fetch 2", "compute 1", "fetch 3"]
+    assert first_wait < events.index("compute 2")
+
+
+def test_a_step_that_is_left_early_is_followed_by_the_next_one(texts, tmp_path, tokenizer):
+    data = packed(texts, tmp_path, tokenizer, accumulation_steps=2, max_steps=4)
+    expected = [[batch["row_ids"].tolist() for batch in batches] for _, batches in data.steps()]
+    taken = [next(batches)["row_ids"].tolist() if step % 2 else None for step, batches in data.steps()]
+    assert taken == [None, expected[1][0], None, expected[3][0]]
 
 
 @pytest.mark.parametrize("first", [0, 3, 12])
@@ -61,9 +57,7 @@ def test_every_step_has_its_own_micro_batches_in_order(texts, tmp_path, tokenize
 @pytest.mark.parametrize("kind, ids", [("pretrain", "row_ids"), ("preference", "pair_ids")])
 def test_all_of_a_batch_goes_to_the_device_but_what_files_are_looked_up_with(tmp_path, tokenizer, kind, ids):
     path = write_data(kind, tmp_path / "data.jsonl", count=6)
-    expected, found = (
-        next(packed(path, tmp_path, tokenizer, kind, device).all_batches()) for device in ("cpu", "meta")
-    )
+    expected, found = (next(packed(path, tmp_path, tokenizer, kind, device).once()) for device in ("cpu", "meta"))
     assert found.keys() == expected.keys()
     devices = {name: value.device.type for name, value in found.items() if isinstance(value, torch.Tensor)}
     assert devices.pop(ids) == "cpu" and found[ids].equal(expected[ids])

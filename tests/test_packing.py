@@ -30,6 +30,7 @@ def make_cache(folder, kind, documents):
     offsets = np.cumsum([0] + [len(ids) for ids, _ in documents])
     offsets.astype(np.int64).tofile(folder / "offsets.bin")
     meta = {"kind": kind, "tokens": int(offsets[-1]), "documents": len(documents), "data_path": "data.jsonl"}
+    meta["contents_sha256"] = "of no file"
     (folder / "meta.json").write_text(json.dumps(meta))
     return TokenCache(folder)
 
@@ -280,9 +281,19 @@ def test_global_batches_are_the_same_at_any_split(tmp_path, kind):
                 assert micro["step_targets"] == sum(m["target_tokens"] for m in micro_batches)
                 assert micro["step_documents"] == sum(m["num_documents"] for m in micro_batches) == documents.total()
                 assert rows == min(8, plan.num_rows - 8 * step)
+                # what the packer counts is what the tensors hold
+                assert micro["step_tokens"] == sum(int((m["document_ids"] >= 0).sum()) for m in micro_batches)
+                assert micro["step_positions"] == sum(m["input_ids"].numel() for m in micro_batches)
+                assert micro["step_attended"] == sum(seen_pairs(m) for m in micro_batches)
+                assert micro["attended"] == seen_pairs(micro)
+            assert [micro["last"] for micro in micro_batches] == world * ([False] * (accumulation - 1) + [True])
             steps.append(documents)
         reference = reference or steps
         assert steps == reference, (world, batch_size, accumulation)
+
+
+def seen_pairs(batch: dict) -> int:
+    return int(((batch["position_ids"] + 1) * (batch["document_ids"] >= 0)).sum())
 
 
 def test_a_ragged_last_step_is_spread_over_the_ranks(tmp_path):

@@ -164,7 +164,7 @@ def test_no_value_is_read_from_the_device_for_the_kept_reference(tmp_path, token
     """A tensor on "meta" has none: to read one raises, where a GPU would be waited for."""
     path = write_pairs(tmp_path / "a.jsonl", 6)
     args = train_dpo.parse(tiny_flags(tmp_path, path, cache_dir=tmp_path / "cache"))
-    batch = next(PackedData(args, "preference", tokenizer, META).all_batches())
+    batch = next(PackedData(args, "preference", tokenizer, META).once())
     losses = torch.empty_like(batch["labels"], dtype=torch.float32)
     loss, shown = train_dpo.preference_loss(losses, batch, torch.zeros(6, 2).numpy(), args)
     assert loss.is_meta and shown.is_meta and shown.shape == (len(train_dpo.METRICS),)

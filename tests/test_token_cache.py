@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataset import token_cache
+from dataset import token_cache, workers
 from dataset.lm_dataset import parse_record, tokenize_records
 from dataset.token_cache import TokenCache, open_token_cache
 from dataset.tokenization import ChatTokenizer
@@ -118,7 +118,7 @@ def test_a_warm_cache_is_opened_and_a_changed_file_or_kind_is_read_again(tmp_pat
     data = write(tmp_path / "data.jsonl", make_records("pretrain", 3))
     first = build(data)
     with monkeypatch.context() as patch:
-        patch.setattr(token_cache, "_Builder", None)  # would fail if it were built again
+        patch.setattr(token_cache, "_write_cache", None)  # would fail if it were built again
         assert build(data).folder == first.folder
     os.utime(data, ns=(0, 123_456_789))
     assert build(data).folder != first.folder
@@ -170,9 +170,9 @@ def test_bad_lines_are_listed_with_file_and_line(tmp_path, build, monkeypatch):
     data = tmp_path / "data.jsonl"
     lines = [b'{"text": "good"}', b"", b'{"text": ""}', b'{"text": "good"}', b'{"tex', b'{"text": "\xff"}']
     data.write_bytes(b"\r\n".join(lines + [b"{}"] * 20))
-    for workers in (1, 2):
+    for num_workers in (1, 2):
         with pytest.raises(ValueError) as caught:
-            build(data, num_workers=workers)
+            build(data, num_workers=num_workers)
         message = str(caught.value)
         assert message.startswith(f"23 bad lines in {data}:")
         assert f'{data}:3: "text" is empty' in message
@@ -211,14 +211,14 @@ def test_a_vocabulary_larger_than_16_bits_is_refused(tmp_path, tokenizer, monkey
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, build, monkeypatch):
     data = write(tmp_path / "data.jsonl", make_records("pretrain", 3))
-    tokenize_range = token_cache.tokenize_range
+    read_range = token_cache.RangeReader.__call__
 
     def meanwhile(*arguments):
         with open(data, "a") as file:
             file.write('{"text": "more"}\n')
-        return tokenize_range(*arguments)
+        return read_range(*arguments)
 
-    monkeypatch.setattr(token_cache, "tokenize_range", meanwhile)
+    monkeypatch.setattr(token_cache.RangeReader, "__call__", meanwhile)
     with pytest.raises(ValueError, match="changed while it was read"):
         build(data)
 
@@ -248,7 +248,7 @@ def run_script(tmp_path, body, **options):
     code = (
         f"import sys, os, time; sys.path.insert(0, {str(ROOT)!r})\n"
         "from pathlib import Path\n"
-        "from dataset import token_cache\n"
+        "from dataset import disk, token_cache, workers\n"
         "from dataset.tokenization import ChatTokenizer\n"
         f"tmp_path = Path({str(tmp_path)!r})\n"
         "token_cache.RANGE_BYTES = 1000\n"
@@ -280,18 +280,18 @@ def test_of_two_builders_one_builds_and_the_other_waits(tmp_path, tokenizer):
     records = make_records("pretrain")
     write(tmp_path / "data.jsonl", records)
     body = (
-        "write = token_cache._Builder.write\n"
-        "def slow(self, folder):\n"
+        "write = token_cache._write_cache\n"
+        "def slow(*arguments):\n"
         "    with open(tmp_path / 'builds', 'a') as file: file.write('x')\n"
-        "    write(self, folder)\n"
+        "    write(*arguments)\n"
         "    deadline = time.monotonic() + 30\n"  # until the other one is at the lock
         "    while not (tmp_path / 'waits').exists() and time.monotonic() < deadline: time.sleep(0.01)\n"
-        "token_cache._Builder.write = slow\n"
-        "acquire = token_cache.FileLock.acquire\n"
+        "token_cache._write_cache = slow\n"
+        "acquire = disk.FileLock.acquire\n"
         "def noted(self, *a, **k):\n"
         "    if k.get('timeout') != 0: (tmp_path / 'waits').touch()\n"
         "    return acquire(self, *a, **k)\n"
-        "token_cache.FileLock.acquire = noted\n"
+        "disk.FileLock.acquire = noted\n"
         "print(build().folder)\n"
     )
     processes = [run_script(tmp_path, body) for _ in range(2)]
@@ -317,11 +317,11 @@ def test_a_killed_builder_leaves_nothing_to_trip_over(tmp_path, build, tokenizer
     data = write(tmp_path / "data.jsonl", records)
     builder = run_script(
         tmp_path,
-        "start = token_cache._Worker.__init__\n"
+        "start = workers._Worker.__init__\n"
         "def noted(self, *a):\n"
         "    start(self, *a)\n"
         "    print(self._process.pid, flush=True)\n"
-        "token_cache._Worker.__init__ = noted\n"
+        "workers._Worker.__init__ = noted\n"
         "write_array = token_cache.write_array\n"
         "def stuck(file, array):\n"
         "    write_array(file, array)\n"
@@ -349,20 +349,20 @@ def test_a_killed_builder_leaves_nothing_to_trip_over(tmp_path, build, tokenizer
 def test_a_killed_worker_is_an_error_and_not_a_hang(tmp_path, build, monkeypatch):
     data = write(tmp_path / "data.jsonl", make_records("pretrain"))
     monkeypatch.setattr(token_cache, "RANGE_BYTES", 500)
-    start = token_cache._Worker.__init__
+    start = workers._Worker.__init__
 
     def short_lived(self, *arguments):
         start(self, *arguments)
         self._process.kill()
 
-    monkeypatch.setattr(token_cache._Worker, "__init__", short_lived)
+    monkeypatch.setattr(workers._Worker, "__init__", short_lived)
     with pytest.raises(ValueError, match="a tokenizing process ended early"):
         build(data, num_workers=2)
 
 
 def test_workers_import_neither_torch_nor_transformers_nor_the_main_script(tmp_path):
     code = (
-        f"import sys; sys.path[:1] = [{str(ROOT)!r}]; import dataset.token_cache\n"
+        f"import sys; sys.path[:1] = [{str(ROOT)!r}]; import dataset.token_cache, dataset.workers\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -379,7 +379,7 @@ def test_building_leaves_the_threads_setting_of_the_tokenizers_library_alone(tmp
 
 
 def test_contents_are_told_apart_wherever_the_file_lies(tmp_path, tokenizer):
-    """A copy has the same hash, another target late in the file has not; old caches get theirs from their files."""
+    """A copy has the same hash, another target late in the file has not."""
 
     def turns(role: str) -> str:
         return json.dumps({"conversations": [{"role": "user", "content": "a"}, {"role": role, "content": "b"}]}) + "\n"
@@ -391,7 +391,3 @@ def test_contents_are_told_apart_wherever_the_file_lies(tmp_path, tokenizer):
         cache = open_token_cache(path, tokenizer, "conversation", cache_dir=tmp_path / "cache", show_progress=False)
         hashes.append(cache.contents_sha256)
     assert hashes[0] == hashes[1] != hashes[2]
-    meta = json.loads((cache.folder / "meta.json").read_text())
-    del meta["contents_sha256"]
-    (cache.folder / "meta.json").write_text(json.dumps(meta))
-    assert TokenCache(cache.folder).contents_sha256 == hashes[2]

@@ -43,9 +43,9 @@ class StepCounts:
     tokens: without padding. positions: with it. attended: (token, token it attends to) pairs.
     """
 
-    tokens: float
-    positions: float
-    attended: float
+    tokens: int
+    positions: int
+    attended: int
 
 
 @dataclass
@@ -56,14 +56,11 @@ class Progress:
     tokens: int = 0  # seen by all processes, padding excluded
     complete: bool = False
 
-    def advance(self, micro_batches: list[dict], total_steps: int, process: Process) -> StepCounts:
-        """Count another optimizer step and return what it took."""
-        tokens = sum(batch["real_tokens"] for batch in micro_batches)
-        positions = sum(batch["input_ids"].numel() for batch in micro_batches)
-        attended = sum(batch["attended"] for batch in micro_batches)
-        counts = StepCounts(*sum_over_ranks([tokens, positions, attended], process))
+    def advance(self, batch: dict, total_steps: int) -> StepCounts:
+        """Count another optimizer step and return what it took. batch: any of its micro-batches."""
+        counts = StepCounts(batch["step_tokens"], batch["step_positions"], batch["step_attended"])
         self.step += 1
-        self.tokens += int(counts.tokens)
+        self.tokens += counts.tokens
         self.complete = self.step >= total_steps
         return counts
 

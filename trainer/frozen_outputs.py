@@ -1,23 +1,23 @@
 """What a frozen model says about the training data: computed once, kept on disk, read while another model trains.
 
-DPO keeps the reference's log-probs of every answer here, knowledge distillation the teacher's likeliest tokens. The
+DPO keeps the reference's log-probs of every answer here, knowledge distillation the teacher's most likely tokens. The
 arrays are memory-mapped, so they take no memory of the training process. A folder belongs to one (model, data,
-settings): a hash of these is part of its name. Computing it can be interrupted and taken up again.
+settings): a hash of these is part of its name. An interrupted computation is continued by the next run.
 """
 
+import errno
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from dataset.progress import ProgressBar
-from trainer.distributed import Process, barrier
-from trainer.loader import CALIBRATION_SECONDS, PackedData
+from dataset.disk import open_or_build, writing_errors
+from trainer.distributed import Process, barrier, sum_over_ranks
 
 FLUSH_SECONDS = 20
 
@@ -36,70 +36,61 @@ class FrozenOutputs:
         shapes: dict[str, tuple[tuple[int, ...], np.dtype]],
         process: Process,
     ):
-        """path: where it lies, without the hash that is added to its name.
+        """Open the folder, or make it. All processes call this together.
 
-        identity: all that decides the numbers. Every process calls this together.
+        path: the folder without the hash that is added to its name. identity: all that decides the numbers.
         """
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
         self.folder = path.with_name(f"{path.name}-{digest}")
         self.identity, self.process = identity, process
+        self.shapes = {"done": ((items,), np.dtype(np.uint8)), **shapes}
         if process.is_main:
-            self._prepare(path, items, shapes)
+            stale = [other for other in path.parent.glob(f"{path.name}-*") if (other / "complete.json").exists()]
+            if stale and not self.folder.exists():
+                print(f"{stale[0]} belongs to other weights, data or settings; computing anew", flush=True)
+            open_or_build(self.folder, self._open, self._make, path.name)
         barrier(process)
         try:
-            self.done = np.load(self.folder / "done.npy", mmap_mode="r" if self.complete else "r+")
-            self.arrays = {
-                name: np.load(self.folder / f"{name}.npy", mmap_mode="r" if self.complete else "r+") for name in shapes
-            }
-        except OSError as error:
+            self.arrays = self._open(self.folder)
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"{self.folder} cannot be read ({error}); several machines need one --cache_dir"
             ) from error
+        self.done = self.arrays.pop("done")
+        complete = (self.folder / "complete.json").exists()  # another run may be finishing it right now
+        self.complete = sum_over_ranks([complete], process)[0] == process.world_size
         self.pending: list[np.ndarray] = []
         self.flushed = time.monotonic()
+
+    def _open(self, folder: Path) -> dict[str, np.ndarray]:
+        mode = "r" if (folder / "complete.json").exists() else "r+"
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode=mode) for name in self.shapes}
+        if any((array.shape, array.dtype) != self.shapes[name] for name, array in arrays.items()):
+            raise ValueError("arrays of another shape")
+        return arrays
+
+    def _make(self, folder: Path) -> None:
+        size = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in self.shapes.values())
+        free = shutil.disk_usage(folder).free
+        if free < size:
+            raise OSError(errno.ENOSPC, f"it takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+        for name, (shape, dtype) in self.shapes.items():
+            path = folder / f"{name}.npy"
+            np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
+            if hasattr(os, "posix_fallocate"):  # a sparse file on a disk that fills up would kill the process (SIGBUS)
+                with open(path, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
     @property
     def bytes(self) -> int:
         return sum(array.nbytes for array in (self.done, *self.arrays.values()))
 
-    @property
-    def complete(self) -> bool:
-        return (self.folder / "complete.json").exists()
-
-    def _prepare(self, path: Path, items: int, shapes: dict) -> None:
-        """Makes the files, unless they are there and whole; says what is stale."""
-        expected = {"done": ((items,), np.dtype(np.uint8)), **shapes}
-        if self.folder.exists() and not all(
-            _fits(self.folder / f"{name}.npy", shape, dtype) for name, (shape, dtype) in expected.items()
-        ):
-            print(f"{self.folder} is damaged; computing it again", flush=True)
-            shutil.rmtree(self.folder)
-        if self.folder.exists():
-            return
-        stale = [other for other in path.parent.glob(f"{path.name}-*") if (other / "complete.json").exists()]
-        if stale:
-            print(f"{stale[0]} belongs to other weights, data or settings; computing anew", flush=True)
-        building = self.folder.with_name(f".{self.folder.name}.tmp")
-        shutil.rmtree(building, ignore_errors=True)
-        size = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in expected.values())
-        try:
-            building.mkdir(parents=True)
-            free = shutil.disk_usage(building).free
-            if free < size:  # the files are sparse at first: a full disk would show itself only in the middle
-                raise OSError(f"it takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
-            for name, (shape, dtype) in expected.items():
-                np.lib.format.open_memmap(building / f"{name}.npy", "w+", dtype, shape).flush()
-            building.rename(self.folder)
-        except OSError as error:
-            shutil.rmtree(building, ignore_errors=True)
-            raise ValueError(f"cannot write {self.folder}: {error}; choose another --cache_dir") from error
-
     def missing(self, items: np.ndarray) -> np.ndarray:
-        """Which of these items are not there yet: a boolean for each."""
+        """Return for each of these items whether it is still missing."""
         return self.done[items] == 0
 
     def write(self, items: np.ndarray, rows: np.ndarray, **values: np.ndarray) -> None:
-        """values[name] go to `rows` of the array of that name; with them `items` are done."""
+        """Write values[name] to `rows` of the array of that name; with them `items` are done."""
         for name, value in values.items():
             self.arrays[name][rows] = value
         self.pending.append(items)
@@ -107,7 +98,7 @@ class FrozenOutputs:
             self.flush()
 
     def flush(self) -> None:
-        """An item counts as done only when its values are on disk."""
+        """Mark the written items as done, after their values have reached the disk."""
         for array in self.arrays.values():
             array.flush()
         for items in self.pending:
@@ -116,54 +107,15 @@ class FrozenOutputs:
         self.pending, self.flushed = [], time.monotonic()
 
     def finish(self, in_part: bool = False) -> None:
-        """Every process calls this when it has written its share; in_part: of what this run needs, not of all."""
-        if self.complete:
-            return
+        """Finish a process's share; all processes call this. in_part: of what this run needs, not of all items."""
         self.flush()
         barrier(self.process)
-        if in_part and not self.done.all():
-            return
-        if not self.done.all():
-            raise ValueError(
-                f"{self.folder} lacks what other machines computed: --cache_dir must lie on a disk that all share"
-            )
-        if self.process.is_main:
-            text = json.dumps(self.identity, indent=2, ensure_ascii=False, default=str)
-            (self.folder / "complete.json").write_text(text, encoding="utf-8")
+        if self.process.is_main and self.done.all():
+            with writing_errors(self.folder, "complete.json"):
+                text = json.dumps(self.identity, indent=2, default=str)
+                (self.folder / "complete.json").write_text(text, encoding="utf-8")
         barrier(self.process)
-
-
-def _fits(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> bool:
-    try:
-        array = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError):  # numpy raises the last for an empty file
-        return False
-    return array.shape == tuple(shape) and array.dtype == dtype
-
-
-def missing_batches(data: PackedData, title: str, outputs: FrozenOutputs, items: str) -> Iterator[dict]:
-    """Yield the batches of this run whose outputs are not all on disk yet, under a progress bar.
-
-    items: what a batch calls its items. The seconds that it takes are noted in data.passes[title]; for --estimate some
-    batches are enough to tell.
-    """
-    batches, indices = data.each_batch_once()
-    there = 0.0 if data.looked_at_in_part else float(outputs.done.mean())
-    total = max(round(len(indices) * (1 - there)), 1)
-    number, started = 0, time.monotonic()
-    moments = [started]
-    with ProgressBar(title, total, "batches", show=data.process.is_main) as bar:
-        for batch in data.load(batches, indices):
-            wanted = batch[items].numpy()
-            if not (len(wanted) and outputs.missing(wanted).any()):
-                continue
-            yield batch
-            bar.update()
-            number, now = number + 1, time.monotonic()
-            if data.args.estimate:
-                moments.append(now)
-                if 1 < number < total and now - started >= CALIBRATION_SECONDS:
-                    warm = (number + 1) // 2  # until then kernels may have been compiled
-                    data.passes[title] = now - started + (now - moments[warm]) / (number - warm) * (total - number)
-                    return
-    data.passes[title] = time.monotonic() - started
+        if not (in_part or self.done.all()):
+            raise ValueError(
+                f"{self.folder} lacks what other machines computed: --cache_dir must be on a disk that all share"
+            )

@@ -9,7 +9,7 @@ import torch
 from dataset.tokenization import ChatTokenizer
 from model.weights import load_model
 from trainer.checkpoint import file_sha256
-from trainer.frozen_outputs import FrozenOutputs, missing_batches
+from trainer.frozen_outputs import FrozenOutputs
 from trainer.loader import PackedData, model_inputs
 from trainer.optimization import Precision
 from trainer.token_losses import answer_log_probs, token_cross_entropy
@@ -30,12 +30,12 @@ def reference_log_probs(path: Path, data: PackedData, tokenizer: ChatTokenizer) 
     if outputs.complete:
         return outputs.arrays["log_probs"]
     model = load_model(path, tokenizer.sha256)[0].to(process.device)
-    for batch in missing_batches(data, f"log-probs of {path.name}", outputs, "pair_ids"):
+    for batch in data.once(f"log-probs of {path.name}", outputs.missing):
         pairs = batch["pair_ids"].numpy()
         with precision.autocast():
             head = functools.partial(token_cross_entropy, labels=batch["labels"])
             log_probs, _ = answer_log_probs(model(**model_inputs(batch), head=head).head_output, batch)
         outputs.write(pairs, pairs, log_probs=log_probs.cpu().numpy())
     if not data.args.estimate:  # an estimate leaves it all to the run
-        outputs.finish(data.looked_at_in_part)
+        outputs.finish(data.read_in_part)
     return outputs.arrays["log_probs"]

@@ -13,7 +13,7 @@ from model.device import to_device
 from model.weights import load_model
 from trainer.checkpoint import file_sha256
 from trainer.distributed import Process
-from trainer.frozen_outputs import FrozenOutputs, missing_batches
+from trainer.frozen_outputs import FrozenOutputs
 from trainer.loader import PackedData, model_inputs
 from trainer.optimization import Precision, prepare_forward
 from trainer.token_losses import DISTRIBUTIONS, chunk_size, target_indices, token_chunks
@@ -68,7 +68,7 @@ class Teacher:
         kept = FrozenOutputs(place, identity, data.plan.num_rows, shapes, self.process)
         data.stores["teacher's tokens"] = kept.bytes
         if not kept.complete:
-            for batch in missing_batches(data, f"likeliest tokens of {self.path.name}", kept, "row_ids"):
+            for batch in data.once(f"most likely tokens of {self.path.name}", kept.missing):
                 rows = batch["row_ids"].numpy()
                 with self.precision.autocast():
                     log_probs = self.log_probs(batch, target_indices(batch))
@@ -77,7 +77,7 @@ class Teacher:
                 values, ids = (torch.cat(part).cpu().numpy() for part in zip(*chunks, strict=True))
                 kept.write(rows, self._places(batch), token_ids=ids, log_probs=values)
             if not self.args.estimate:  # an estimate leaves it all to the run
-                kept.finish(data.looked_at_in_part)
+                kept.finish(data.read_in_part)
         self.kept, self.model = kept, None
 
     def _places(self, batch: dict) -> np.ndarray:

@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
             # ---- one optimizer step ----
             sums = torch.zeros(4, device=process.device)
             for batch in micro_batches:
-                with training.micro_batch(last=batch is micro_batches[-1]):
+                with training.micro_batch(last=batch["last"]):
                     with training.autocast():
                         # the teacher first: what its forward needs is gone before the student's activations pile up
                         log_probs = teacher.log_probs(batch, target_indices(batch))
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
             lr = learning_rate(step, data.total_steps, args.learning_rate, args.warmup_iters, args.min_lr_ratio)
             grad_norm = training.step(lr)
             # ----------------------------
-            counts = progress.advance(micro_batches, data.total_steps, process)
+            counts = progress.advance(batch, data.total_steps)
             metrics["loss"] = loss
             more = {"ce": cross_entropy, "kl": divergence, "aux_loss": aux_loss}
             logger.step(step, loss, lr, grad_norm, counts, **more)

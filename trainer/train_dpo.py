@@ -104,7 +104,7 @@ def evaluate_pairs(model, data, precision, process, tokenizer, reference: np.nda
     """METRICS over a held-out file."""
     sums, pairs = torch.zeros(len(METRICS), dtype=torch.float64), 0
     model.eval()
-    for batch in data.all_batches():
+    for batch in data.once():
         with precision.autocast():
             head = functools.partial(token_cross_entropy, labels=batch["labels"])
             output = model(**model_inputs(batch), head=head)
@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
             # ---- one optimizer step ----
             sums = torch.zeros(len(METRICS) + 1, device=process.device)
             for batch in micro_batches:
-                with training.micro_batch(last=batch is micro_batches[-1]):
+                with training.micro_batch(last=batch["last"]):
                     with training.autocast():
                         head = functools.partial(token_cross_entropy, labels=batch["labels"])
                         output = training.forward(**model_inputs(batch), head=head)
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
             lr = learning_rate(step, data.total_steps, args.learning_rate, args.warmup_iters, args.min_lr_ratio)
             grad_norm = training.step(lr)
             # ----------------------------
-            counts = progress.advance(micro_batches, data.total_steps, process)
+            counts = progress.advance(batch, data.total_steps)
             metrics["loss"] = loss
             more = dict(zip(METRICS[1:], shown, strict=True))
             logger.step(step, loss, lr, grad_norm, counts, **more, aux_loss=aux_loss)

@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
             # ---- one optimizer step ----
             losses = torch.zeros(2, device=process.device)
             for batch in micro_batches:
-                with training.micro_batch(last=batch is micro_batches[-1]):
+                with training.micro_batch(last=batch["last"]):
                     with training.autocast():
                         head = functools.partial(token_cross_entropy, labels=batch["labels"])
                         output = training.forward(**model_inputs(batch), head=head)
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
             lr = learning_rate(step, data.total_steps, args.learning_rate, args.warmup_iters, args.min_lr_ratio)
             grad_norm = training.step(lr)
             # ----------------------------
-            counts = progress.advance(micro_batches, data.total_steps, process)
+            counts = progress.advance(batch, data.total_steps)
             metrics["loss"] = cross_entropy
             logger.step(step, cross_entropy, lr, grad_norm, counts, aux_loss=aux_loss)
 

@@ -3,7 +3,7 @@
 The loop, the data and the log stay in the stage scripts. An optimizer step of any of them reads
 
     for batch in micro_batches:
-        with training.micro_batch(last=batch is micro_batches[-1]):
+        with training.micro_batch(last=batch["last"]):
             with training.autocast():
                 loss = ...  # from training.forward(...)
             training.backward(loss)
