@@ -31,7 +31,7 @@ from model.weights import (
     write_atomically,
 )
 from trainer.arguments import FREE_ON_RESUME
-from trainer.distributed import Process, barrier, gather_objects, sum_over_ranks
+from trainer.distributed import Process, barrier, gather_objects
 from trainer.loader import PackedData
 from trainer.training import Training
 
