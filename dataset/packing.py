@@ -9,6 +9,7 @@ of batch_size * accumulation_steps * world_size rows in that order, however thes
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -69,20 +70,12 @@ def build_plan(cache: TokenCache, max_seq_len: int, show_progress: bool = True) 
 
 
 def _write_plan(folder: Path, cache: TokenCache, max_seq_len: int, show_progress: bool) -> None:
-    find_segments = {"pretrain": _pieces, "conversation": _conversations, "preference": _pairs}[cache.kind]
     stats = dict.fromkeys(("documents", "segments", "truncated", "cut", "split", "skipped", "positions", "targets"), 0)
     num_rows = max_segments = lone_rows = 0
-    waiting = []  # (start, length, targets) arrays of segments that are not in a row yet
     with ExitStack() as stack:
         files = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in PLAN_ARRAYS}
         bar = stack.enter_context(ProgressBar("packing", cache.meta["tokens"], "tokens", show=show_progress))
-
-        def write_rows() -> None:
-            nonlocal num_rows, max_segments, lone_rows
-            start, length, targets = map(np.concatenate, zip(*waiting, strict=True))
-            waiting.clear()
-            if not len(start):
-                return
+        for start, length, targets in _windows(cache, max_seq_len, stats, bar):
             if cache.kind == "preference":
                 row, order = np.arange(len(start)) // 2, slice(None)
                 lone_rows += int((1 + (length.reshape(-1, 2).sum(1) > max_seq_len)).sum())
@@ -90,40 +83,43 @@ def _write_plan(folder: Path, cache: TokenCache, max_seq_len: int, show_progress
                 row = best_fit(length, max_seq_len)
                 order = np.argsort(row, kind="stable")
             counts = np.bincount(row)
-            first = np.concatenate(([0], np.cumsum(counts)))
-            write_array(files["row_start"], (stats["segments"] + first[:-1]).astype(np.int64))
-            write_array(files["segment_start"], start[order].astype(np.int64))
-            write_array(files["segment_length"], length[order].astype(np.int32))
-            write_array(files["row_targets"], np.add.reduceat(targets[order], first[:-1]).astype(np.int32))
+            first = np.cumsum(counts) - counts
+            arrays = {
+                "row_start": stats["segments"] + first,
+                "segment_start": start[order],
+                "segment_length": length[order],
+                "row_targets": np.add.reduceat(targets[order], first),
+            }
+            for name, array in arrays.items():
+                write_array(files[name], array.astype(PLAN_ARRAYS[name]))
             stats["segments"] += len(start)
             stats["positions"] += int(length.sum())
             stats["targets"] += int(targets.sum())
             num_rows += len(counts)
             max_segments = max(max_segments, int(counts.max()))
-
-        for first, last in _document_ranges(cache.offsets, 2 if cache.kind == "preference" else 1):
-            waiting.append(find_segments(cache, first, last, max_seq_len, stats))
-            if sum(len(start) for start, _, _ in waiting) >= WINDOW_SEGMENTS:
-                write_rows()
-            stats["documents"] += last - first
-            bar.update(int(cache.offsets[last] - cache.offsets[first]))
-        if waiting:
-            write_rows()
         write_array(files["row_start"], np.array([stats["segments"]], np.int64))
     if not num_rows:
         raise ValueError(
             f"none of the {stats['documents']:,} documents of {cache.meta['data_path']} has a token to learn within "
             f"--max_seq_len {max_seq_len}; make it larger"
         )
-    rows_used = lone_rows if cache.kind == "preference" else num_rows
-    meta = {
-        "max_seq_len": max_seq_len,
-        "num_rows": num_rows,
-        "max_segments_per_row": max_segments,
-        "fill": stats["positions"] / (rows_used * max_seq_len),
-        "stats": stats,
-    }
+    meta = {"max_seq_len": max_seq_len, "num_rows": num_rows, "max_segments_per_row": max_segments, "stats": stats}
+    meta["fill"] = stats["positions"] / ((lone_rows or num_rows) * max_seq_len)
     (folder / "plan.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
+
+
+def _windows(cache: TokenCache, max_seq_len: int, stats: dict, bar: ProgressBar) -> Iterator[tuple[np.ndarray, ...]]:
+    """Yield the segments of all documents as (start, length, targets), about WINDOW_SEGMENTS at a time; fill stats."""
+    find_segments = {"pretrain": _pieces, "conversation": _conversations, "preference": _pairs}[cache.kind]
+    waiting, count, total = [], 0, len(cache.offsets) - 1
+    for first, last in _document_ranges(cache.offsets, 2 if cache.kind == "preference" else 1):
+        waiting.append(find_segments(cache, first, last, max_seq_len, stats))
+        count += len(waiting[-1][0])
+        stats["documents"] += last - first
+        bar.update(int(cache.offsets[last] - cache.offsets[first]))
+        if count >= WINDOW_SEGMENTS or (count and last == total):
+            yield tuple(map(np.concatenate, zip(*waiting, strict=True)))
+            waiting, count = [], 0
 
 
 def _document_ranges(offsets: np.ndarray, group: int) -> Iterator[tuple[int, int]]:
@@ -256,44 +252,39 @@ def _fill_rows(lengths: np.ndarray, capacity: int, exact_pairs: bool) -> np.ndar
     return result
 
 
+@dataclass(eq=False)
 class _Batches(Dataset):
     """Micro-batches of one rank in one epoch. Item i belongs to optimizer step i // accumulation_steps.
 
     For DataLoader(batches, batch_size=None, sampler=range(start, len(batches))). Pickles without its order.
     """
 
+    cache: TokenCache
+    plan: PackingPlan
+    _: KW_ONLY
+    batch_size: int
+    accumulation_steps: int = 1
+    world_size: int = 1
+    rank: int = 0
+    seed: int = 0
+    epoch: int = 0
+    shuffle: bool = True
+    pad_id: int = 0
+
     kinds = ()
     counted = ""
 
-    def __init__(
-        self,
-        cache: TokenCache,
-        plan: PackingPlan,
-        *,
-        batch_size: int,
-        accumulation_steps: int = 1,
-        world_size: int = 1,
-        rank: int = 0,
-        seed: int = 0,
-        epoch: int = 0,
-        shuffle: bool = True,
-        pad_id: int = 0,
-    ):
-        if cache.kind not in self.kinds:
-            raise ValueError(f"{type(self).__name__} takes {' or '.join(self.kinds)} records, not {cache.kind}")
-        for flag, value in (("batch_size", batch_size), ("accumulation_steps", accumulation_steps)):
-            if value < 1:
-                raise ValueError(f"--{flag} must be at least 1, not {value}")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} is not one of {world_size} ranks")
-        if seed < 0 or epoch < 0:
-            raise ValueError(f"seed and epoch must not be negative, not {seed} and {epoch}")
-        self.cache, self.plan = cache, plan
-        self.batch_size, self.accumulation_steps, self.rank = batch_size, accumulation_steps, rank
-        self.seed, self.epoch, self.shuffle, self.pad_id = seed, epoch, shuffle, pad_id
-        self.shares = accumulation_steps * world_size  # micro-batches of an optimizer step, over all ranks
-        self.world_size, self.global_batch_size = world_size, batch_size * self.shares
-        self.steps_per_epoch = -(-plan.num_rows // self.global_batch_size)
+    def __post_init__(self):
+        if self.cache.kind not in self.kinds:
+            raise ValueError(f"{type(self).__name__} takes {' or '.join(self.kinds)} records, not {self.cache.kind}")
+        for flag, least in (("batch_size", 1), ("accumulation_steps", 1), ("seed", 0), ("epoch", 0)):
+            if getattr(self, flag) < least:
+                raise ValueError(f"--{flag} must be at least {least}, not {getattr(self, flag)}")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank {self.rank} is not one of {self.world_size} ranks")
+        self.shares = self.accumulation_steps * self.world_size  # micro-batches of an optimizer step, over all ranks
+        self.global_batch_size = self.batch_size * self.shares
+        self.steps_per_epoch = -(-self.plan.num_rows // self.global_batch_size)
         self._order, self._step = None, (None, {})
 
     def __getstate__(self) -> dict:
@@ -431,6 +422,7 @@ class PackedBatches(_Batches):
         return self.global_batch_size
 
 
+@dataclass(eq=False, kw_only=True)
 class PreferenceBatches(_Batches):
     """Pairs of chosen and rejected; batch_size counts pairs. Items are as those of PackedBatches, but:
 
@@ -442,12 +434,10 @@ class PreferenceBatches(_Batches):
     step_pairs instead of step_rows
     """
 
+    row_multiple: int = 1
+
     kinds = ("preference",)
     counted = "step_pairs"
-
-    def __init__(self, cache: TokenCache, plan: PackingPlan, *, row_multiple: int = 1, **options):
-        super().__init__(cache, plan, **options)
-        self.row_multiple = row_multiple
 
     def __getitem__(self, index: int) -> dict:
         rows = self.rows(index)

@@ -14,7 +14,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -33,7 +33,9 @@ def results_in_order(function: Callable, tasks: Iterable[tuple], num_workers: in
     with ExitStack() as stack:
         # The pool is entered last and so closed first: no thread is left waiting for a worker that has ended.
         for _ in range(num_workers):
-            idle.put(stack.enter_context(_Worker(function)))
+            worker = _Worker(function)
+            stack.callback(worker.close)
+            idle.put(worker)
         pool = stack.enter_context(ThreadPoolExecutor(num_workers))
 
         def run(task: tuple):
@@ -59,48 +61,36 @@ class _Worker:
     """A process that computes tasks. It ends when its input closes, so it never outlives this process."""
 
     def __init__(self, function: Callable):
+        self._unsent = [function]
         self._process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | ONE_THREAD,
         )
-        self._send(function)
 
     def run(self, task: tuple):
-        self._send(task)
         try:
+            for message in (*self._unsent, task):
+                pickle.dump(message, self._process.stdin)
+            self._unsent = []
+            self._process.stdin.flush()
             result = pickle.load(self._process.stdout)
-        except (EOFError, pickle.UnpicklingError) as error:
-            raise self._ended() from error
+        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"a tokenizing process ended early (exit status {self._process.wait()}). If the system killed it for "
+                "lack of memory, free some or use fewer cores (taskset), then start again: nothing half-made is left"
+            ) from error
         if isinstance(result, BaseException):
             raise result
         return result
 
-    def _send(self, message) -> None:
-        try:
-            pickle.dump(message, self._process.stdin)
-            self._process.stdin.flush()
-        except OSError as error:
-            raise self._ended() from error
-
-    def _ended(self) -> ValueError:
-        return ValueError(
-            f"a tokenizing process ended early (exit status {self._process.wait()}). If the system killed it for lack "
-            "of memory, free some or use fewer cores (taskset), then start again: nothing half-made is left behind"
-        )
-
-    def __enter__(self) -> "_Worker":
-        return self
-
-    def __exit__(self, *_) -> None:
+    def close(self) -> None:
         self._process.kill()
         self._process.wait()
         self._process.stdout.close()
-        try:
+        with suppress(OSError):  # unsent input has nowhere to go
             self._process.stdin.close()
-        except OSError:  # unsent input has nowhere to go
-            pass
 
 
 def worker_main() -> None:

@@ -338,7 +338,7 @@ def test_empty_rows_and_indices_outside(tmp_path):
         ({"batch_size": 0}, "--batch_size must be at least 1, not 0"),
         ({"batch_size": 1, "accumulation_steps": 0}, "--accumulation_steps must be at least 1"),
         ({"batch_size": 1, "world_size": 2, "rank": 2}, "rank 2 is not one of 2 ranks"),
-        ({"batch_size": 1, "seed": -1}, "must not be negative"),
+        ({"batch_size": 1, "seed": -1}, "--seed must be at least 0, not -1"),
     ],
 )
 def test_wrong_settings_are_named(tmp_path, options, message):
