@@ -23,8 +23,9 @@ sys.path.insert(0, str(ROOT))
 
 from dataset.lm_dataset import KINDS, parse_record
 from dataset.packing import PackedBatches, PreferenceBatches, build_plan
-from dataset.token_cache import open_token_cache, usable_cores
+from dataset.token_cache import open_token_cache
 from dataset.tokenization import ChatTokenizer
+from dataset.workers import usable_cores
 
 SAMPLES = {"pretrain": "pretrain.jsonl", "conversation": "sft.jsonl"}
 PEER_BATCH = 1000  # texts per call of encode_batch; all at once would hold gigabytes of offsets

@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from multiprocessing import connection
 from pathlib import Path
 
+from dataset.disk import writing_errors
 from dataset.progress import ProgressBar
-from dataset.token_cache import usable_cores, writing_errors
+from dataset.workers import usable_cores
 from scripts.prepare_sources import Block, find_files, passages, read_blocks
 
 EXAMPLES = 10  # of each reason, in the report
