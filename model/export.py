@@ -1,7 +1,12 @@
-"""Our weights under the names and in the layout of other runtimes, and back: Llama, Qwen2-MoE, and our own old names.
+"""Our weights in the layout of other runtimes, and back: Llama, Qwen3, Qwen2-MoE, Qwen3-MoE, and our own old names.
+
+                    dense     mixture of experts
+    without norms   llama     qwen2_moe (needs a shared expert)
+    with qk_norm    qwen3     qwen3_moe (has no shared expert)
 
 Everything here maps state dicts and configurations in memory; scripts/convert_model.py reads and writes the files.
-The layouts are exact: no product is reordered and no value rounded, so logits stay the same but for the last bits.
+The layouts are exact: no product is reordered and no value rounded, so logits change in their last bits at most.
+Shapes: a weight is (out, in), as nn.Linear keeps it.
 """
 
 import re
@@ -9,7 +14,7 @@ from typing import Any
 
 import torch
 
-from model.model_minimind import MiniMindConfig
+from model.model_minimind import MINIMIND3, MiniMindConfig
 
 State = dict[str, torch.Tensor]
 
@@ -18,12 +23,16 @@ State = dict[str, torch.Tensor]
 
 
 def interleave_rows(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows of q_proj or k_proj for a runtime that rotates the pairs (x_2i, x_2i+1) instead of (x_i, x_i+head_dim/2)."""
+    """Reorder the rows of q_proj or k_proj for a runtime that rotates the pairs (x_2i, x_2i+1).
+
+    Ours rotates (x_i, x_i+head_dim/2). weight (heads · head_dim, hidden).
+    """
+    # (heads, 2 halves, pairs, hidden) -> (heads, pairs, 2 halves, hidden): the halves of a pair become neighbours
     return weight.view(-1, 2, head_dim // 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
 def split_rows(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """The way back: rows for the pairs (x_i, x_i+head_dim/2), as our model rotates them."""
+    """Undo interleave_rows: return rows for the pairs (x_i, x_i+head_dim/2), as our model rotates them."""
     return weight.view(-1, head_dim // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
@@ -49,8 +58,11 @@ def has_old_names(state: State) -> bool:
 
 
 def from_old_names(state: State, num_attention_heads: int) -> State:
-    """Weights under today's names. Their model rotated neighbouring pairs, so the rows of q and k change places; the
-    number of heads, which no tensor shows, decides which. ValueError for a name that is unknown."""
+    """Return the weights under today's names.
+
+    The old model rotated neighbouring pairs, so rows of q and k change places; which ones depends on the number of
+    heads, which no tensor shows. Raises ValueError for an unknown name.
+    """
     head_dim = state["tok_embeddings.weight"].shape[1] // num_attention_heads
     renamed = {}
     for key, tensor in state.items():
@@ -58,13 +70,13 @@ def from_old_names(state: State, num_attention_heads: int) -> State:
             continue
         new = next((re.sub(old, new, key) for old, new in OLD_NAMES.items() if re.fullmatch(old, key)), None)
         if new is None:
-            raise ValueError(f"{key} is no name of the original project's weights from before April 2025")
+            raise ValueError(f"{key} is not a name that the original project used before April 2025")
         new = re.sub(r"\bw[123]\b", lambda match: OLD_PROJECTIONS[match[0]], new)
         if ".attention.wq." in key or ".attention.wk." in key:
             if tensor.shape[0] % head_dim:
                 raise ValueError(
-                    f"{key} has {tensor.shape[0]} rows, no multiple of {head_dim} for {num_attention_heads} heads; set "
-                    "--num_attention_heads to the number that the weights were trained with"
+                    f"{key} has {tensor.shape[0]} rows, which is not a multiple of {head_dim} for "
+                    f"{num_attention_heads} heads; set --num_attention_heads to the number it was trained with"
                 )
             tensor = split_rows(tensor, head_dim)
         renamed[new] = tensor
@@ -72,19 +84,26 @@ def from_old_names(state: State, num_attention_heads: int) -> State:
     return renamed
 
 
-# --- Hugging Face: Llama for dense models, Qwen2-MoE for mixtures of experts -----------------------------------------
+# --- Hugging Face ----------------------------------------------------------------------------------------------------
+
+CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+CLASSES |= {"qwen2_moe": "Qwen2MoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 
 
 def hf_format(config: MiniMindConfig) -> str:
+    """Return transformers' model_type that computes what this configuration does."""
+    if config.qk_norm:
+        return "qwen3_moe" if config.use_moe else "qwen3"
     return "qwen2_moe" if config.use_moe else "llama"
 
 
 def hf_config(config: MiniMindConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json for LlamaForCausalLM or Qwen2MoeForCausalLM.
+    """Return config.json for the class of hf_format.
 
-    Rotary settings stand twice: `rope_parameters` for transformers 5, `rope_theta` and `rope_scaling` for older
-    runtimes, which would silently take a theta of 10,000; likewise `dtype` and `torch_dtype`.
+    Rotary settings are written twice: `rope_parameters` for transformers 5, `rope_theta` and `rope_scaling` for older
+    runtimes, which would silently assume a theta of 10,000; likewise `dtype` and `torch_dtype`.
     """
+    kind = hf_format(config)
     rope = {"rope_theta": config.rope_theta, "rope_type": "default"}
     context = config.max_position_embeddings
     if config.rope_scaling is not None:
@@ -92,7 +111,9 @@ def hf_config(config: MiniMindConfig, dtype: torch.dtype) -> dict[str, Any]:
         context = stretched_length(config)
     names = ("bos_token_id", "eos_token_id", "pad_token_id", "hidden_act", "hidden_size", "initializer_range")
     names += ("intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps")
-    fields = {name: getattr(config, name) for name in (*names, "rope_theta", "vocab_size")} | {
+    fields = {name: getattr(config, name) for name in (*names, "rope_theta", "vocab_size", "head_dim")} | {
+        "architectures": [CLASSES[kind]],
+        "model_type": kind,
         "attention_dropout": 0.0,
         "max_position_embeddings": context,
         "rope_parameters": rope,
@@ -103,48 +124,55 @@ def hf_config(config: MiniMindConfig, dtype: torch.dtype) -> dict[str, Any]:
     }
     if config.rope_scaling is not None:
         fields["rope_scaling"] = config.rope_scaling
-    if not config.use_moe:
-        fields |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "head_dim": config.head_dim}
+    if kind == "llama":
         return fields | {"attention_bias": False, "mlp_bias": False}
+    if config.qk_norm:
+        fields |= {"attention_bias": False, "sliding_window": None}
+    fields["use_sliding_window"] = False
+    if not config.use_moe:
+        return fields | {"max_window_layers": config.num_hidden_layers}
+    if kind == "qwen2_moe":
+        # qkv_bias: the biases are zeros; older runtimes read them unasked
+        fields |= {"shared_expert_intermediate_size": config.intermediate_size * config.n_shared_experts}
+        fields |= {"qkv_bias": True}
     return fields | {
-        "architectures": ["Qwen2MoeForCausalLM"],
-        "model_type": "qwen2_moe",
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
         "moe_intermediate_size": config.intermediate_size,
-        "shared_expert_intermediate_size": config.intermediate_size * config.n_shared_experts,
         "num_experts": config.n_routed_experts,
         "num_experts_per_tok": config.num_experts_per_tok,
         "norm_topk_prob": renormalises(config),
         "output_router_logits": False,
-        "qkv_bias": True,  # zeros: older runtimes read the biases unasked
         "router_aux_loss_coef": config.aux_loss_alpha,
-        "use_sliding_window": False,
     }
 
 
 def renormalises(config: MiniMindConfig) -> bool:
-    """Our router leaves the weight of a single chosen expert as it is."""
-    return config.norm_topk_prob and config.num_experts_per_tok > 1
+    """Return whether the weights of a token's experts sum to one; see MiniMindConfig."""
+    return config.norm_topk_prob and (config.num_experts_per_tok > 1 or config.norm_top1_prob)
 
 
 def stretched_length(config: MiniMindConfig) -> int:
-    """Context in tokens that YaRN stretches to."""
+    """Return the context in tokens that YaRN stretches to."""
     return round(config.rope_scaling["original_max_position_embeddings"] * config.rope_scaling["factor"])
 
 
 def to_hf(state: State, config: MiniMindConfig) -> State:
-    """The tensors of LlamaForCausalLM or Qwen2MoeForCausalLM in the dtype of `state`; the head is the embedding.
+    """Return the tensors of the class of hf_format, in the dtype of `state`; the head is the embedding.
 
-    Qwen2-MoE multiplies its shared expert by sigmoid(g·x). With g = 0 that is exactly 1/2, which a doubled down_proj
-    undoes. Several shared experts are one of their joint width. ValueError: doubling exceeds the dtype, or there is no
-    shared expert.
+    Only Qwen2-MoE has other tensors than ours. It multiplies its shared expert by sigmoid(g·x): with g = 0 that is
+    exactly 1/2, which a doubled down_proj undoes. Several shared experts become one of their joint width.
+    Raises ValueError if doubling exceeds the dtype, or if the format's number of shared experts is not ours.
     """
     state = {key: tensor for key, tensor in state.items() if key != "lm_head.weight"}
     if not config.use_moe:
         return state
+    if config.qk_norm:
+        if config.n_shared_experts:
+            raise ValueError("Qwen3-MoE has no shared experts, and this model has; use --to minimind")
+        return state
     if config.n_shared_experts < 1:
-        raise ValueError("Qwen2-MoE always has a shared expert, and this model has none; use --to minimind or gguf")
+        raise ValueError("Qwen2-MoE always has a shared expert, and this model has none; use --to minimind")
     result = {key: tensor for key, tensor in state.items() if ".shared_experts." not in key}
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
@@ -165,16 +193,17 @@ def to_hf(state: State, config: MiniMindConfig) -> State:
 
 
 def shared_expert(state: State, layer: int, count: int) -> State:
-    """The shared experts of a layer as one: their sum is a single expert of their joint width."""
+    """Return the shared experts of a layer as one: their sum is a single expert of their joint width."""
     prefix = f"model.layers.{layer}.mlp.shared_experts."
     joined = {}
+    # gate and up (width, hidden) are stacked, down (hidden, width) side by side
     for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
         joined[name] = torch.cat([state[f"{prefix}{s}.{name}.weight"] for s in range(count)], dim=dim)
     return joined
 
 
 def split_shared_expert(tensors: State, layer: int, width: int) -> State:
-    """The way back: one wide expert as shared experts of `width`."""
+    """Undo shared_expert: return one wide expert as shared experts of `width`."""
     prefix = f"model.layers.{layer}.mlp.shared_experts."
     parts = {}
     for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
@@ -184,16 +213,18 @@ def split_shared_expert(tensors: State, layer: int, width: int) -> State:
 
 
 def from_hf(state: State, hf: Any) -> tuple[State, MiniMindConfig]:
-    """Our tensors and configuration from the state dict and the config of a LlamaForCausalLM, a Qwen2MoeForCausalLM or
-    our own class in transformers. ValueError names what our architecture cannot express."""
+    """Return our tensors and configuration from the state dict and the config of a class in transformers.
+
+    Raises ValueError that names what our architecture cannot express.
+    """
     if hf.model_type == "minimind":
         config = MiniMindConfig(**hf.to_dict())
         return _with_head(state, config), config
-    if hf.model_type not in ("llama", "qwen2_moe"):
-        raise ValueError(f"model_type {hf.model_type} cannot become a .pth of ours; llama, qwen2_moe and minimind can")
-    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    if hf.model_type not in CLASSES:
+        raise ValueError(
+            f"model_type {hf.model_type} cannot become a .pth of ours; {', '.join(CLASSES)} and minimind can"
+        )
     obstacles = {
-        f"heads of {head_dim} in a width of {hf.hidden_size}": head_dim * hf.num_attention_heads != hf.hidden_size,
         f"hidden_act {hf.hidden_act}": hf.hidden_act != "silu",
         "sliding windows": bool(getattr(hf, "use_sliding_window", False)),
         "layers without experts": bool(getattr(hf, "mlp_only_layers", None)),
@@ -203,54 +234,59 @@ def from_hf(state: State, hf: Any) -> tuple[State, MiniMindConfig]:
     theta, kind = rope.pop("rope_theta"), rope.get("rope_type", "default")
     obstacles[f"rope_type {kind}"] = kind not in ("default", "yarn")
     _refuse(obstacles)
+    fields = dict(MINIMIND3) if hf.model_type.startswith("qwen3") else {}
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
     names += ("max_position_embeddings", "rms_norm_eps", "initializer_range", "intermediate_size")
-    fields = {name: getattr(hf, name) for name in names}
+    fields |= {name: getattr(hf, name) for name in names}
+    fields["head_dim"] = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if isinstance(getattr(hf, name, None), int):
             fields[name] = getattr(hf, name)
     fields |= {"rope_theta": theta, "rope_scaling": rope if kind == "yarn" else None}
     state = {key: tensor for key, tensor in state.items() if not key.endswith("rotary_emb.inv_freq")}
-    if hf.model_type == "qwen2_moe":
-        state = _from_qwen2_moe(state, hf)
+    if hf.model_type.endswith("_moe"):
+        state = _split_experts(state)
         fields |= {
             "use_moe": True,
             "intermediate_size": hf.moe_intermediate_size,
             "n_routed_experts": hf.num_experts,
             "num_experts_per_tok": hf.num_experts_per_tok,
-            "n_shared_experts": hf.shared_expert_intermediate_size // hf.moe_intermediate_size,
             "norm_topk_prob": hf.norm_topk_prob,
+            "norm_top1_prob": hf.norm_topk_prob and hf.num_experts_per_tok == 1,
             "aux_loss_alpha": hf.router_aux_loss_coef,
         }
-        if hf.norm_topk_prob and hf.num_experts_per_tok == 1:
-            raise ValueError("norm_topk_prob with one expert per token cannot become a .pth of ours")
+        if hf.model_type == "qwen2_moe":
+            state = _from_qwen2_moe(state, hf)
+            fields["n_shared_experts"] = hf.shared_expert_intermediate_size // hf.moe_intermediate_size
     biases = [key for key in state if key.endswith(".bias")]
     _refuse({f"{key}, which is not zero": bool(state[key].any()) for key in biases})
     config = MiniMindConfig(**fields)
     return _with_head({key: tensor for key, tensor in state.items() if key not in biases}, config), config
 
 
-def _from_qwen2_moe(state: State, hf: Any) -> State:
-    width, result = hf.moe_intermediate_size, {}
-    _refuse(
-        {
-            f"a shared expert of width {hf.shared_expert_intermediate_size}, no multiple of the experts' {width}": (
-                hf.shared_expert_intermediate_size % width != 0
-            )
-        }
-    )
+def _split_experts(state: State) -> State:
+    """Return one tensor per expert and projection; transformers 5 keeps them stacked."""
+    result = {}
     for key, tensor in state.items():
-        if key.endswith(".shared_expert_gate.weight"):
-            _refuse({f"{key}, a gate that is not zero": bool(tensor.any())})
-        elif key.endswith(".mlp.experts.gate_up_proj"):  # (experts, 2 * width, hidden): transformers 5 keeps them so
+        if key.endswith(".mlp.experts.gate_up_proj"):  # (experts, 2 · width, hidden)
             for number, both in enumerate(tensor):
                 stem = key.removesuffix("gate_up_proj") + f"{number}."
                 result[f"{stem}gate_proj.weight"], result[f"{stem}up_proj.weight"] = both.chunk(2)
-        elif key.endswith(".mlp.experts.down_proj"):
+        elif key.endswith(".mlp.experts.down_proj"):  # (experts, hidden, width)
             stem = key.removesuffix("down_proj")
             result |= {f"{stem}{number}.down_proj.weight": part for number, part in enumerate(tensor)}
-        elif ".mlp.shared_expert." not in key:
+        else:
             result[key] = tensor
+    return result
+
+
+def _from_qwen2_moe(state: State, hf: Any) -> State:
+    """Undo what to_hf does for Qwen2-MoE, whose shared expert our shared experts become."""
+    width, wide = hf.moe_intermediate_size, hf.shared_expert_intermediate_size
+    _refuse({f"a shared expert of width {wide}, not a multiple of the experts' {width}": wide % width != 0})
+    gates = [key for key in state if key.endswith(".shared_expert_gate.weight")]
+    _refuse({f"{key}, a gate that is not zero": bool(state[key].any()) for key in gates})
+    result = {key: tensor for key, tensor in state.items() if ".mlp.shared_expert" not in key}
     for layer in range(hf.num_hidden_layers):
         prefix = f"model.layers.{layer}.mlp.shared_expert."
         names = ("gate_proj", "up_proj", "down_proj")
@@ -261,7 +297,7 @@ def _from_qwen2_moe(state: State, hf: Any) -> State:
 
 
 def _with_head(state: State, config: MiniMindConfig) -> State:
-    """A .pth holds the tied weight under both names."""
+    """Add the head, as a .pth holds the tied weight under both names. Raises ValueError if there is another head."""
     embedding = state["model.embed_tokens.weight"]
     head = state.get("lm_head.weight", embedding)
     _refuse({"a head that is not the embedding (tie_word_embeddings false)": not torch.equal(head, embedding)})

@@ -1,11 +1,16 @@
 """GGUF files for llama.cpp and ollama, written and read back with the gguf package: weights, tokenizer and template.
 
-Dense models take llama.cpp's architecture "llama". Mixtures of experts take "bailingmoe", which computes what ours
-does: softmax over all experts, the chosen weights renormalised, and shared experts without a gate. Its "qwen2moe" would
-be another model, as it never renormalises. Both rotate neighbouring pairs, so the rows of q and k are interleaved.
+                    dense     mixture of experts
+    without norms   llama     bailingmoe (needs a shared expert)
+    with qk_norm    qwen3     qwen3moe (has no shared expert and always renormalises)
+
+These names are llama.cpp's. Its "bailingmoe" computes what ours does: softmax over all experts, the chosen weights
+renormalised, shared experts without a gate; its "qwen2moe" never renormalises. "llama" and "bailingmoe" rotate
+neighbouring pairs, so the rows of q and k are interleaved; "qwen3" and "qwen3moe" rotate split halves, as ours does.
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +25,12 @@ from model.export import (
     split_shared_expert,
     stretched_length,
 )
-from model.model_minimind import MiniMindConfig, yarn_parameters
+from model.model_minimind import MINIMIND3, MiniMindConfig, yarn_parameters
 
 GGUF_TYPES = ("F16", "Q8_0")
-ARCHITECTURES = {False: "llama", True: "bailingmoe"}  # by use_moe
+ARCHITECTURES = {(False, False): "llama", (True, False): "bailingmoe"}  # by use_moe and qk_norm
+ARCHITECTURES |= {(False, True): "qwen3", (True, True): "qwen3moe"}
+INTERLEAVED = ("self_attn.q_proj", "self_attn.k_proj")  # where neighbouring pairs are rotated
 LAYER_NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
@@ -31,12 +38,14 @@ LAYER_NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
     "mlp.gate": "ffn_gate_inp",
 }
-# what llama.cpp calls the way a tokenizer cuts text before it merges bytes, by the pattern that does it
+# llama.cpp's name for how a tokenizer cuts text before it merges bytes, by the pattern that does it
 PRE_TOKENIZERS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
@@ -45,7 +54,7 @@ PRE_TOKENIZERS = {
 
 
 def check_gguf_type(name: str) -> str:
-    """The type's proper spelling; ValueError for one that is not written here."""
+    """Return the type's proper spelling. Raises ValueError for a type that is not written here."""
     if name.upper() not in GGUF_TYPES:
         raise ValueError(
             f"--gguf_type {name} is not supported; {' and '.join(GGUF_TYPES)} are. For others write F16 and give the "
@@ -55,34 +64,44 @@ def check_gguf_type(name: str) -> str:
 
 
 def to_gguf(state: State, config: MiniMindConfig) -> State:
-    """Our tensors under GGUF's names, experts stacked into (experts, out, in)."""
-    moe, head_dim = config.use_moe, config.head_dim
-    if moe and config.n_shared_experts < 1:
+    """Return our tensors under GGUF's names, experts stacked into (experts, out, in).
+
+    Raises ValueError for a mixture that llama.cpp has no architecture for.
+    """
+    moe, interleaved = config.use_moe, () if config.qk_norm else INTERLEAVED
+    if moe and config.qk_norm and (config.n_shared_experts or not renormalises(config)):
+        raise ValueError(
+            "GGUF's qwen3moe has no shared experts and always renormalises, and this model differs; use --to minimind"
+        )
+    if moe and not config.qk_norm and config.n_shared_experts < 1:
         raise ValueError("GGUF's bailingmoe always has a shared expert, and this model has none; use --to minimind")
     result = {
         "token_embd.weight": state["model.embed_tokens.weight"],
         "output_norm.weight": state["model.norm.weight"],
     }
-    if moe:  # llama.cpp takes the embedding for a missing head in "llama" only
+    if moe and not config.qk_norm:  # elsewhere llama.cpp uses the embedding if there is no head
         result["output.weight"] = state["model.embed_tokens.weight"]
     for layer in range(config.num_hidden_layers):
         ours, theirs = f"model.layers.{layer}.", f"blk.{layer}."
         for name, gguf_name in LAYER_NAMES.items():
             tensor = state.get(f"{ours}{name}.weight")
             if tensor is not None:
-                rotated = name in ("self_attn.q_proj", "self_attn.k_proj")
-                result[f"{theirs}{gguf_name}.weight"] = interleave_rows(tensor, head_dim) if rotated else tensor
+                if name in interleaved:
+                    tensor = interleave_rows(tensor, config.head_dim)
+                result[f"{theirs}{gguf_name}.weight"] = tensor
         if moe:
-            shared = shared_expert(state, layer, config.n_shared_experts)
+            shared = shared_expert(state, layer, config.n_shared_experts) if config.n_shared_experts else {}
             for name in ("gate", "up", "down"):
                 experts = [state[f"{ours}mlp.experts.{e}.{name}_proj.weight"] for e in range(config.n_routed_experts)]
                 result[f"{theirs}ffn_{name}_exps.weight"] = torch.stack(experts)
-                result[f"{theirs}ffn_{name}_shexp.weight"] = shared[f"{name}_proj"]
+                if shared:
+                    result[f"{theirs}ffn_{name}_shexp.weight"] = shared[f"{name}_proj"]
     return result
 
 
 def from_gguf(tensors: State, config: MiniMindConfig) -> State:
-    """The way back."""
+    """Undo to_gguf."""
+    interleaved = () if config.qk_norm else INTERLEAVED
     embedding = tensors["token_embd.weight"]
     state = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding}
     state["model.norm.weight"] = tensors["output_norm.weight"]
@@ -91,28 +110,30 @@ def from_gguf(tensors: State, config: MiniMindConfig) -> State:
         for name, gguf_name in LAYER_NAMES.items():
             tensor = tensors.get(f"{theirs}{gguf_name}.weight")
             if tensor is not None:
-                rotated = name in ("self_attn.q_proj", "self_attn.k_proj")
-                state[f"{ours}{name}.weight"] = split_rows(tensor, config.head_dim) if rotated else tensor
+                if name in interleaved:
+                    tensor = split_rows(tensor, config.head_dim)
+                state[f"{ours}{name}.weight"] = tensor
         if config.use_moe:
             for name in ("gate", "up", "down"):
                 for number, part in enumerate(tensors[f"{theirs}ffn_{name}_exps.weight"]):
                     state[f"{ours}mlp.experts.{number}.{name}_proj.weight"] = part
-            shared = {f"{name}_proj": tensors[f"{theirs}ffn_{name}_shexp.weight"] for name in ("gate", "up", "down")}
-            state |= split_shared_expert(shared, layer, config.intermediate_size)
+            if config.n_shared_experts:
+                names = ("gate", "up", "down")
+                shared = {f"{name}_proj": tensors[f"{theirs}ffn_{name}_shexp.weight"] for name in names}
+                state |= split_shared_expert(shared, layer, config.intermediate_size)
     return state
 
 
 def write_gguf(
     path: str | Path, state: State, config: MiniMindConfig, tokenizer_folder: str | Path, gguf_type: str, name: str
 ) -> list[str]:
-    """Writes the file; returns the tensors that stay F16 because their rows are no whole blocks of a quantised type.
+    """Write the file; return the tensors that stay F16 because their rows do not fill whole blocks of the type.
 
-    ValueError: the tokenizer is none that llama.cpp knows.
+    Raises ValueError if llama.cpp has no such tokenizer or mixture, or if the file cannot be written.
     """
     import gguf
 
-    architecture = ARCHITECTURES[config.use_moe]
-    writer = gguf.GGUFWriter(str(path), architecture)
+    writer = gguf.GGUFWriter(str(path), ARCHITECTURES[config.use_moe, config.qk_norm])
     writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if gguf_type == "F16" else gguf.LlamaFileType.MOSTLY_Q8_0)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -125,15 +146,21 @@ def write_gguf(
             kept.append(key)
         array = tensor.detach().float().contiguous().numpy()
         writer.add_tensor(key, gguf.quants.quantize(array, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    except (OSError, ValueError) as error:  # of a full disk numpy says only how many items were written
+        free = shutil.disk_usage(Path(path).parent).free
+        raise ValueError(
+            f"cannot write {path}: {error}. {free / 1e6:.0f} MB are free there; make room, or name another --output"
+        ) from error
     return kept
 
 
 def tensor_type(key: str, tensor: torch.Tensor, gguf_type: str) -> Any:
-    """Norms and routers are F32; quantised types need rows of whole blocks, other tensors stay F16."""
+    """Return the type of a tensor: norms and routers are F32, tensors whose rows do not fill whole blocks are F16."""
     import gguf
 
     kind = gguf.GGMLQuantizationType[gguf_type]
@@ -145,7 +172,8 @@ def tensor_type(key: str, tensor: torch.Tensor, gguf_type: str) -> Any:
 
 
 def round_to_gguf(state: State, gguf_type: str) -> State:
-    """Our tensors in float32, as a file of this type holds them. Rounding goes by rows, whose order does not matter."""
+    """Return our tensors in float32 as a file of this type holds them. Rounding goes row by row, so the order of rows
+    does not matter."""
     from gguf import quants
 
     rounded = {}
@@ -166,6 +194,8 @@ def _add_sizes(writer: Any, config: MiniMindConfig) -> None:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_theta)
     if scaling is not None:
@@ -181,8 +211,9 @@ def _add_sizes(writer: Any, config: MiniMindConfig) -> None:
     if config.use_moe:
         writer.add_expert_count(config.n_routed_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
-        writer.add_expert_shared_count(config.n_shared_experts)
         writer.add_expert_feed_forward_length(config.intermediate_size)
+    if config.use_moe and not config.qk_norm:
+        writer.add_expert_shared_count(config.n_shared_experts)
         writer.add_expert_weights_norm(renormalises(config))
         writer.add_expert_weights_scale(1.0)
         writer.add_leading_dense_block_count(0)
@@ -199,7 +230,7 @@ def _add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
     for token in content["added_tokens"]:
         tokens[token["id"]] = token["content"]
         types[token["id"]] = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
-    numbers = range(vocab_size)  # ids that the model has and the tokenizer lacks are never produced
+    numbers = range(vocab_size)  # ids that the model has and the tokenizer lacks should never be produced
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer(content, folder))
     writer.add_token_list([tokens.get(number, f"[unused{number}]") for number in numbers])
@@ -219,8 +250,8 @@ def _add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
 
 
 def chat_template(folder: str | Path) -> str | list[dict] | None:
-    """That of a tokenizer's folder, or its named ones, in whichever of transformers' two places it lies; the file of
-    its own goes before. None: there is none."""
+    """Return the template of a tokenizer's folder (or its named ones) from whichever of transformers' two places holds
+    it; a file of its own has precedence. None: there is none."""
     file, config_file = Path(folder) / "chat_template.jinja", Path(folder) / "tokenizer_config.json"
     if file.is_file():
         return file.read_text(encoding="utf-8")
@@ -229,7 +260,7 @@ def chat_template(folder: str | Path) -> str | list[dict] | None:
 
 
 def pre_tokenizer(content: dict, folder: Path) -> str:
-    """llama.cpp's name for how this tokenizer.json cuts text; ValueError where it has none that we know."""
+    """Return llama.cpp's name for how this tokenizer.json cuts text. Raises ValueError if we know of none."""
     cutter = content.get("pre_tokenizer") or {}
     parts = cutter.get("pretokenizers", [cutter])
     patterns = [part["pattern"].get("Regex") for part in parts if part.get("type") == "Split"]
@@ -247,9 +278,9 @@ def pre_tokenizer(content: dict, folder: Path) -> str:
 
 
 def read_gguf(path: str | Path) -> tuple[State, MiniMindConfig]:
-    """Tensors in float32 under our names and the configuration, of a file that write_gguf wrote.
+    """Return the tensors in float32 under our names, and the configuration, of a file that write_gguf wrote.
 
-    ValueError: it is no GGUF file, or of an architecture that is not ours.
+    Raises ValueError if it is not a GGUF file or has an architecture that is not ours.
     """
     import gguf
 
@@ -264,13 +295,14 @@ def read_gguf(path: str | Path) -> tuple[State, MiniMindConfig]:
 
     kind = field("general.architecture")
     if kind not in ARCHITECTURES.values():
-        raise ValueError(f"{path} holds the architecture {kind}; ours are {' and '.join(ARCHITECTURES.values())}")
-    fields = {
+        raise ValueError(f"{path} holds the architecture {kind}; ours are {', '.join(ARCHITECTURES.values())}")
+    fields = dict(MINIMIND3 if kind.startswith("qwen3") else {}) | {
         "hidden_size": field(f"{kind}.embedding_length"),
         "num_hidden_layers": field(f"{kind}.block_count"),
         "num_attention_heads": field(f"{kind}.attention.head_count"),
         "num_key_value_heads": field(f"{kind}.attention.head_count_kv"),
         "intermediate_size": field(f"{kind}.feed_forward_length"),
+        "head_dim": field(f"{kind}.attention.key_length"),
         "vocab_size": field(f"{kind}.vocab_size"),
         "max_position_embeddings": field(f"{kind}.context_length"),
         "rms_norm_eps": float(f"{field(f'{kind}.attention.layer_norm_rms_epsilon'):.6g}"),  # a float32 in the file
@@ -286,13 +318,18 @@ def read_gguf(path: str | Path) -> tuple[State, MiniMindConfig]:
             "beta_fast": field(f"{kind}.rope.scaling.yarn_beta_fast"),
             "beta_slow": field(f"{kind}.rope.scaling.yarn_beta_slow"),
         }
-    if kind == ARCHITECTURES[True]:
+    if kind.endswith("moe"):
         fields |= {
             "use_moe": True,
             "n_routed_experts": field(f"{kind}.expert_count"),
             "num_experts_per_tok": field(f"{kind}.expert_used_count"),
+        }
+    if kind == "bailingmoe":
+        renormalised = field(f"{kind}.expert_weights_norm", False)
+        fields |= {
             "n_shared_experts": field(f"{kind}.expert_shared_count"),
-            "norm_topk_prob": field(f"{kind}.expert_weights_norm", False),
+            "norm_topk_prob": renormalised,
+            "norm_top1_prob": renormalised and fields["num_experts_per_tok"] == 1,
         }
     config = MiniMindConfig(**fields)
     tensors = {

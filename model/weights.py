@@ -118,7 +118,7 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], None]) -> Non
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, file_mode())
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
@@ -131,10 +131,11 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], None]) -> Non
             os.unlink(temporary)
 
 
-def _umask() -> int:
-    value = os.umask(0)
-    os.umask(value)
-    return value
+def file_mode() -> int:
+    """Return the permissions that a new file gets by default; temporary files are readable by their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def _sync_folder(folder: Path) -> None:
@@ -276,9 +277,9 @@ def config_from_state_dict(
         raise WeightsError(f"these are not MiniMind weights: {error} is missing or has another shape") from error
     known = inspect.signature(MiniMindConfig).parameters.keys() | {f"{name}_token_id" for name in ("bos", "eos", "pad")}
     told = {name: value for name, value in (sidecar or {}).get("config", {}).items() if name in known}
-    if not told:
-        told = {**(MINIMIND3_FILES if qk_norm else {}), **(unseen or {})}
-    if told.get("qk_norm", qk_norm) != qk_norm:
+    guessed = MINIMIND3_FILES if qk_norm and not told else {}
+    told = {**guessed, **(unseen or {}), **told}
+    if (unseen or {}).get("qk_norm", qk_norm) != qk_norm:
         raise WeightsError(
             "these weights have no query/key norm, which MiniMind-3 has; choose a --preset of MiniMind-2"
         )
@@ -353,7 +354,7 @@ def load_weights(model: nn.Module, path: str | Path, tokenizer_sha256: str | Non
     sidecar = read_sidecar(path)
     check_tokenizer(path, sidecar, tokenizer_sha256)
     tie_head(path, state)
-    _check_shapes(model, state, path)
+    check_shapes(model, state, path)
     _check_heads(model, sidecar, path)
     model.load_state_dict(state, strict=True)
     return sidecar
@@ -373,7 +374,7 @@ def load_model(
     config = config_of_file(path, state, sidecar, unseen)
     with torch.random.fork_rng(devices=[]):  # a run draws the same numbers whether a frozen model was loaded or not
         model = MiniMindForCausalLM(config)
-    _check_shapes(model, state, path)
+    check_shapes(model, state, path)
     model.load_state_dict(state, strict=True)
     return model.eval(), sidecar
 
@@ -406,8 +407,8 @@ def _check_heads(model: nn.Module, sidecar: dict | None, path: str | Path) -> No
         )
 
 
-def _check_shapes(model: nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Says which flag to change, where load_state_dict would list tensors."""
+def check_shapes(model: nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Raise WeightsError that says which flag to change; load_state_dict would list tensors."""
     own = {clean_key(key): tensor for key, tensor in model.state_dict().items()}
     if own.keys() == state.keys() and all(own[key].shape == state[key].shape for key in own):
         return

@@ -9,9 +9,10 @@
     python scripts/convert_model.py --input old.pth                    weights from before April 2025
     python scripts/convert_model.py --input out/lora/lora_medical_512.pth          an adapter -> peft library
 
-The standard format is Llama for dense models and Qwen2-MoE for mixtures of experts: transformers, vLLM and others load
-both without code of ours. Every conversion reads back what it wrote and compares the logits before and after; nothing
-reaches the target before they agree.
+The standard format is Llama for dense models and Qwen2-MoE for mixtures of experts; MiniMind-3, which normalises
+queries and keys, becomes Qwen3 or Qwen3-MoE. transformers, vLLM and others load all four without code of ours. Every
+conversion reads back what it wrote and compares the logits before and after; nothing reaches the target before they
+agree.
 """
 
 import argparse
@@ -33,9 +34,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch
+from safetensors import SafetensorError
 
 from dataset.tokenization import DEFAULT_SYSTEM, ChatTokenizer
-from model.export import from_hf, from_old_names, has_old_names, hf_config, hf_format, to_hf
+from model.export import CLASSES, from_hf, from_old_names, has_old_names, hf_config, hf_format, to_hf
 from model.flags import show_defaults
 from model.gguf_format import chat_template, check_gguf_type, read_gguf, round_to_gguf, write_gguf
 from model.loading import (
@@ -43,9 +45,11 @@ from model.loading import (
     add_flags,
     check_sizes,
     check_vocabulary,
+    given_sizes,
     load_folder,
     scale_positions,
     tokenizer_folder,
+    unseen_fields,
 )
 from model.model_lora import (
     LoRALinear,
@@ -64,8 +68,10 @@ from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import (
     STAGE_OF_MODE,
     WeightsError,
+    check_shapes,
     check_tokenizer,
-    config_from_state_dict,
+    config_of_file,
+    file_mode,
     find_weights,
     load_model,
     missing_message,
@@ -73,14 +79,17 @@ from model.weights import (
     read_state_dict,
     save_weights,
     sidecar_path,
+    tie_head,
     weight_path,
     write_atomically,
     write_json,
 )
 
-FORMATS = ("llama", "qwen2_moe", "minimind", "gguf", "pth", "peft", "lora")
-HF_FORMATS = ("llama", "qwen2_moe", "minimind")
-NAMES = {(512, False): "MiniMind2-Small", (768, False): "MiniMind2", (640, True): "MiniMind2-MoE"}
+HF_FORMATS = (*CLASSES, "minimind")
+FORMATS = (*HF_FORMATS, "gguf", "pth", "peft", "lora")
+# What the original calls its models, by hidden size, mixture and query/key norm.
+NAMES = {(512, False, False): "MiniMind2-Small", (768, False, False): "MiniMind2", (640, True, False): "MiniMind2-MoE"}
+NAMES |= {(768, False, True): "MiniMind3", (768, True, True): "MiniMind3-MoE"}
 NO_TEMPLATE = "note: the tokenizer has no chat template, so runtimes cannot chat with these weights by themselves"
 # float32 arithmetic in another order: largest difference of logits, relative to the largest logit
 TOLERANCE = 1e-4
@@ -94,14 +103,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = group.add_argument
     add("--input", help=".pth, .gguf, folder in Hugging Face or PEFT format (default: the stage's weights)")
     add_flags(group, "model_mode", "out_dir", "hidden_size", "num_hidden_layers", "use_moe", "lora_name")
-    add_flags(group, "tokenizer_path")
+    add_flags(group, "preset", "num_attention_heads", "tokenizer_path")
     add("--base", default=None, help="weights that an adapter is checked on: a .pth or a stage (random ones)")
-    add("--num_attention_heads", type=int, default=None, help="of weights without a sidecar; no tensor shows it (8)")
     add("--rope_theta", type=float, default=None, help="of weights without a sidecar (1e6)")
     group = parser.add_argument_group("what comes out")
     add = group.add_argument
-    add("--to", default="auto", choices=["auto", *FORMATS], help="format (auto: .pth -> llama or qwen2_moe; old .pth, "
-        "folder and .gguf -> pth; adapter -> peft; PEFT folder -> lora)")  # fmt: skip
+    add("--to", default="auto", choices=["auto", *FORMATS], help="format (auto: .pth -> llama, qwen2_moe, qwen3 or "
+        "qwen3_moe, whichever computes the same; old .pth, folder and .gguf -> pth; adapter -> peft; PEFT folder -> "
+        "lora)")  # fmt: skip
     add("--output", default=None, help="folder, .pth or .gguf to write (named after the weights)")
     add("--dtype", default=None, choices=list(DTYPES), help="of the tensors in a Hugging Face folder (float16)")
     add("--gguf_type", default="F16", help="of the tensors in a GGUF file: F16 or Q8_0 (F16)")
@@ -127,13 +136,13 @@ class Source:
     kind: str  # pth, old, hf, gguf
     tokenizer: ChatTokenizer
     sidecar: dict
-    knows_tokenizer: bool  # else it is a guess that the tokenizer is theirs
-    reference: torch.nn.Module | None = None  # the input in transformers' own class, where it is not ours
+    knows_tokenizer: bool  # else it is a guess that the tokenizer belongs to the weights
+    reference: torch.nn.Module | None = None  # the input in transformers' own class, if that is not ours
     adapter: str = ""  # merged in
     adapter_path: Path | None = None
 
     def computing(self, rounded_to: torch.dtype | None = None) -> torch.nn.Module:
-        """The input's own model in float32, its weights rounded first to the dtype that is written."""
+        """Return the input's own model in float32, its weights rounded first to the dtype that is written."""
         model = self.model if self.reference is None else self.reference
         if rounded_to is not None:
             check_rounding(model, rounded_to)
@@ -161,13 +170,15 @@ class Source:
     @property
     def name(self) -> str:
         """What the converted model is called."""
-        size = (self.config.hidden_size, self.config.use_moe)
-        return NAMES.get(size, f"MiniMind2-{size[0]}{'-MoE' if size[1] else ''}") + self.adapter
+        size, moe, qk_norm = self.config.hidden_size, self.config.use_moe, self.config.qk_norm
+        other = f"MiniMind{3 if qk_norm else 2}-{size}{'-MoE' if moe else ''}"
+        return NAMES.get((size, moe, qk_norm), other) + self.adapter
 
 
 def input_path(args: argparse.Namespace) -> Path:
     if args.input is None:
-        return find_weights(STAGE_OF_MODE[args.model_mode], args.out_dir, args.hidden_size, args.use_moe)
+        hidden_size, _, use_moe = given_sizes(args)
+        return find_weights(STAGE_OF_MODE[args.model_mode], args.out_dir, hidden_size, use_moe)
     path = Path(args.input)
     if not path.exists():
         raise WeightsError(missing_message(path) if path.suffix == ".pth" else f"--input {path} not found")
@@ -197,14 +208,18 @@ def read_source(path: Path, kind: str, args: argparse.Namespace) -> Source:
     if kind in ("pth", "old"):
         state, sidecar = read_state_dict(path, old_names=True), read_sidecar(path) or {}
         check_tokenizer(path, sidecar, tokenizer.sha256)
-        fields = dict(sidecar.get("config", {}))
+        unseen, told = unseen_fields(args.preset, args.num_attention_heads), sidecar.get("config", {})
+        if args.rope_theta is not None:
+            unseen["rope_theta"] = args.rope_theta
         for name in ("num_attention_heads", "rope_theta"):
             given = getattr(args, name)
-            if given is not None and fields.setdefault(name, given) != given:
-                raise ValueError(f"--{name} is {given}, and the sidecar of {path} says {fields[name]}; leave it out")
+            if given is not None and told.get(name, given) != given:
+                raise ValueError(f"--{name} is {given}, and the sidecar of {path} says {told[name]}; leave it out")
         if kind == "old":
-            state = from_old_names(state, fields.get("num_attention_heads", MiniMindConfig().num_attention_heads))
-        config = config_from_state_dict(state, {"config": fields})
+            heads = {"num_attention_heads": MiniMindConfig().num_attention_heads, **unseen, **told}
+            state = from_old_names(state, heads["num_attention_heads"])
+        tie_head(path, state)
+        config = config_of_file(path, state, sidecar, unseen)
     elif kind == "gguf":
         (state, config), sidecar = read_gguf(path), agreed_sidecar(path, tokenizer.sha256)
     else:
@@ -212,8 +227,8 @@ def read_source(path: Path, kind: str, args: argparse.Namespace) -> Source:
         sidecar = agreed_sidecar(path, tokenizer.sha256)
         state, config = from_hf(reference.state_dict(), reference.config)
         reference = None if isinstance(reference, MiniMindForCausalLM) else reference
-    model = build(state, config)
-    check_sizes(config, path, args.hidden_size if args.input else None, args.num_hidden_layers, args.use_moe)
+    model = build(state, config, path)
+    check_sizes(config, path, *given_sizes(args))
     check_vocabulary(model, path, tokenizer.path, tokenizer.vocab_size)
     for part in filter(None, (model, reference)):
         scale_positions(part, sidecar, args.rope_scaling, args.trained_length)
@@ -246,10 +261,11 @@ def merge_adapter(source: Source, path: Path) -> None:
     source.adapter = f"-{path.stem.removesuffix('_moe').rsplit('_', 1)[0]}"
 
 
-def build(state: dict[str, torch.Tensor], config: MiniMindConfig) -> MiniMindForCausalLM:
-    """The model of these tensors, in their dtype."""
+def build(state: dict[str, torch.Tensor], config: MiniMindConfig, path: Path) -> MiniMindForCausalLM:
+    """Return the model of these tensors, in their dtype. Raises WeightsError if they do not fit; path: where from."""
     with torch.random.fork_rng(devices=[]):
         model = MiniMindForCausalLM(config).to(state["model.embed_tokens.weight"].dtype)
+    check_shapes(model, state, path)
     model.load_state_dict(state, strict=True)
     return model.eval()
 
@@ -332,6 +348,7 @@ def publish(staged: Path, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     names = {file.name for file in staged.iterdir()}
     for name in sorted(names, key=lambda name: name.endswith(".json")):
+        os.chmod(staged / name, file_mode())  # save_pretrained lets nobody else read its weights
         os.replace(staged / name, folder / name)
     if "model.safetensors" in names:
         for shard in [*folder.glob("model-*-of-*.safetensors"), *folder.glob("model.safetensors.index.json")]:
@@ -360,9 +377,12 @@ def check_target(target: Path, force: bool, *files: Path) -> None:
 def write_hf(source: Source, target: Path, kind: str, args: argparse.Namespace) -> None:
     """A folder that AutoModelForCausalLM, AutoTokenizer and vLLM load."""
     if kind != "minimind" and kind != hf_format(source.config):
-        moe = "is a mixture of experts, which the Llama format has no place for; use --to qwen2_moe, gguf or minimind"
-        dense = "is dense, and qwen2_moe is for mixtures of experts; use --to llama"
-        raise ValueError(f"{source.path} {moe if source.config.use_moe else dense}")
+        what = "a mixture of experts" if source.config.use_moe else "dense"
+        norms = "with" if source.config.qk_norm else "without"
+        raise ValueError(
+            f"{source.path} is {what} {norms} query/key norms, which {kind} has no place for; use --to "
+            f"{hf_format(source.config)}, gguf or minimind"
+        )
     check_target(target, args.force)
     dtype = DTYPES[args.dtype or "float16"]
     with staging(target) as folder:
@@ -417,12 +437,16 @@ def model_card(source: Source, kind: str, dtype: torch.dtype, name: str) -> str:
     count = sum(parameter.numel() for parameter in source.model.parameters())
     shape = f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}, {config.num_attention_heads} heads "
     shape += f"({config.num_key_value_heads} for keys and values)"
+    shape += ", query/key norm" * config.qk_norm
     if config.use_moe:
         shape += f", {config.n_routed_experts} experts of which {config.num_experts_per_tok} are used"
     rows = sidecar.get("flags", {}).get("max_seq_len")
+    about = {"minimind": "own architecture, needs `trust_remote_code=True`"}
+    if kind == "qwen2_moe":
+        about[kind] = "`qwen2_moe`; not for mlx-lm, which never renormalises the weights of the chosen experts"
     facts = {
         "Parameters": f"{count / 1e6:.2f}M in {dtype_name(dtype)}: {shape}, vocabulary {config.vocab_size}",
-        "Format": {"minimind": "own architecture, needs `trust_remote_code=True`"}.get(kind, f"`{kind}`"),
+        "Format": about.get(kind, f"`{kind}`"),
         "Made from": f"`{source.path.name}`",
         "Stage": sidecar.get("stage"),
         "Adapter merged in": sidecar.get("merged_adapter"),
@@ -477,7 +501,7 @@ def write_gguf_folder(source: Source, target: Path, gguf_type: str, args: argpar
         if gguf_type == "F16":
             before = logits_of(source.computing(torch.float16))
         else:
-            rounded = build(round_to_gguf(source.model.state_dict(), gguf_type), source.config)
+            rounded = build(round_to_gguf(source.model.state_dict(), gguf_type), source.config, source.path)
             before = logits_of(rounded)
             error = mean_square_error(logits_of(source.computing()), before)
             say(f"rounding to {gguf_type} changes the logits by {error:.2%} in the mean square")
@@ -486,8 +510,8 @@ def write_gguf_folder(source: Source, target: Path, gguf_type: str, args: argpar
         if not chat_template(source.tokenizer.path):
             say(NO_TEMPLATE)
         if kept:
-            say(f"{len(kept)} tensors stay F16, as their rows are no multiple of 32: {', '.join(kept[:3])} ...")
-        compare(before, logits_of(build(*read_gguf(file))))
+            say(f"{len(kept)} tensors stay F16, as their rows are not a multiple of 32: {', '.join(kept[:3])} ...")
+        compare(before, logits_of(build(*read_gguf(file), file)))
         text = modelfile(source.tokenizer, file.name)
         write_atomically(staged / "Modelfile", lambda out: out.write(text.encode()))
         write_json(sidecar_path(file), source.new_sidecar)
@@ -590,7 +614,6 @@ def adapter_base(pairs: dict, sidecar: dict, base: Path | None, args: argparse.N
             fields["num_key_value_heads"] = rows * fields["num_attention_heads"] // fields["hidden_size"]
         if "gate_proj" in inside or "up_proj" in inside:
             fields["intermediate_size"] = inside.get("gate_proj", inside.get("up_proj"))[1]
-    fields.pop("head_dim", None)
     say("the adapter is checked on random base weights; --base FILE checks it on its own")
     torch.manual_seed(0)
     return MiniMindForCausalLM(MiniMindConfig(**fields)).eval()
@@ -618,10 +641,8 @@ def put_on(model: MiniMindForCausalLM, pairs: dict) -> None:
 
 
 def with_peft(model: MiniMindForCausalLM, folder: Path) -> torch.nn.Module:
-    """The base of `model` as a LlamaForCausalLM with the folder's adapter, through the peft library; where that is not
-    installed, through our own reader."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    """Return the base of `model` in transformers' class with the folder's adapter, read by the peft library, or if that
+    is not installed by our own code."""
     base = copy.deepcopy(model)
     remove_lora(base)
     if importlib.util.find_spec("peft") is None:
@@ -629,12 +650,14 @@ def with_peft(model: MiniMindForCausalLM, folder: Path) -> torch.nn.Module:
         put_on(base, read_peft(folder))
         return base
     from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if base.config.use_moe:
         raise ValueError("the PEFT layout holds adapters of dense models; this one is for a mixture of experts")
-    llama = LlamaForCausalLM(LlamaConfig(**hf_config(base.config, torch.float32)))
-    llama.load_state_dict(base.state_dict(), strict=True)
-    return PeftModel.from_pretrained(llama, folder).eval()
+    fields = hf_config(base.config, torch.float32)
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
+    theirs.load_state_dict(base.state_dict(), strict=True)
+    return PeftModel.from_pretrained(theirs, folder).eval()
 
 
 # --- main ------------------------------------------------------------------------------------------------------------
@@ -669,6 +692,9 @@ def convert(args: argparse.Namespace) -> None:
     to = default_format(kind, source.config) if args.to == "auto" else args.to
     if args.dtype is not None and to not in HF_FORMATS:
         raise ValueError(f"--dtype is for folders in Hugging Face format; a .{to} file has a type of its own")
+    if to not in ("pth", "minimind") and source.config.rope_dtype != "float32":
+        say(f"note: {path} rounds its rotary tables to float16; {to} computes them in float32, and so does the check")
+        source.config.rope_dtype = "float32"
     target = Path(args.output) if args.output else default_output(source, to, gguf_type, args)
     check_not_read(target, path, source.adapter_path)
     say(f"{path}: {describe(source)} -> {to}")
@@ -693,7 +719,7 @@ def main(argv: list[str] | None = None) -> None:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
             convert(args)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, SafetensorError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; nothing was written to the target")

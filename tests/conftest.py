@@ -169,13 +169,8 @@ def sharp_model(
 ) -> MiniMindForCausalLM:
     """Weights larger than at the start of training: attention and routing are far from uniform."""
     torch.manual_seed(seed)
-    config = MiniMindConfig(
-        hidden_size=hidden_size,
-        num_hidden_layers=num_hidden_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        use_moe=use_moe,
-    )
+    sizes = {"hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers, "use_moe": use_moe}
+    config = MiniMindConfig(**{**fields, **sizes, "num_attention_heads": 4, "num_key_value_heads": 2})
     model = MiniMindForCausalLM(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -13,14 +13,14 @@ import torch
 from conftest import ROOT, run_python, sharp_model, write_weights
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Qwen2MoeForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from dataset.tokenization import ChatTokenizer
 from model import loading
-from model.export import hf_config, interleave_rows, split_rows, to_hf
+from model.export import CLASSES, hf_config, hf_format, interleave_rows, split_rows, to_hf
 from model.gguf_format import pre_tokenizer, read_gguf
 from model.model_lora import apply_lora, load_lora, lora_layers, save_lora
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.model_minimind import MINIMIND3, MiniMindConfig, MiniMindForCausalLM
 from model.weights import WeightsError, load_model, read_sidecar, read_state_dict, save_weights
 from scripts import convert_model
 
@@ -68,12 +68,24 @@ def moe(tmp_path_factory, tokenizer) -> Path:
     return write_weights(tmp_path_factory.mktemp("moe") / "full_sft_64_moe.pth", tokenizer, use_moe=True, **SHAPE)
 
 
+@pytest.fixture(scope="module")
+def dense3(tmp_path_factory, tokenizer) -> Path:
+    path = tmp_path_factory.mktemp("dense3") / "full_sft_64.pth"
+    return write_weights(path, tokenizer, head_dim=24, **MINIMIND3, **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def moe3(tmp_path_factory, tokenizer) -> Path:
+    path = tmp_path_factory.mktemp("moe3") / "full_sft_64_moe.pth"
+    return write_weights(path, tokenizer, use_moe=True, **MINIMIND3, **SHAPE)
+
+
 @pytest.fixture
 def weights(request) -> Path:
     return request.getfixturevalue(request.param)
 
 
-each_kind = pytest.mark.parametrize("weights", ["dense", "moe"], indirect=True)
+each_kind = pytest.mark.parametrize("weights", ["dense", "moe", "dense3", "moe3"], indirect=True)
 
 
 @torch.inference_mode()
@@ -89,11 +101,13 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @each_kind
-def test_transformers_gives_our_logits_without_remote_code(weights, tmp_path, convert):
+def test_transformers_gives_our_logits_without_remote_code(weights, tmp_path, convert, request):
     convert("--input", weights, "--output", tmp_path / "hf", "--dtype", "float32")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     ours, _ = load_model(weights)
-    assert type(theirs) is (Qwen2MoeForCausalLM if ours.config.use_moe else LlamaForCausalLM)
+    formats = {("dense", "llama"), ("moe", "qwen2_moe"), ("dense3", "qwen3"), ("moe3", "qwen3_moe")}
+    assert (request.node.callspec.params["weights"], hf_format(ours.config)) in formats
+    assert type(theirs).__name__ == CLASSES[hf_format(ours.config)]
     assert theirs.dtype == torch.float32
     assert torch.allclose(logits(theirs), logits(ours), rtol=0, atol=1e-5)
     assert not list((tmp_path / "hf").glob("*.py")) and not list(tmp_path.glob(".*"))
@@ -255,7 +269,6 @@ def test_folders_that_transformers_wrote_come_in(dense, moe, tmp_path, convert):
         ({"tie_word_embeddings": False}, "tie_word_embeddings"),
         ({"attention_bias": True}, "q_proj.bias, which is not zero"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}}, "rope_type linear"),
-        ({"head_dim": 8}, "heads of 8 in a width of 64"),
     ],
 )
 def test_what_our_architecture_cannot_hold_is_refused(change, named, tmp_path, refused):
@@ -270,6 +283,100 @@ def test_what_our_architecture_cannot_hold_is_refused(change, named, tmp_path, r
     model.save_pretrained(tmp_path / "hf")
     assert named in refused("--input", tmp_path / "hf", "--output", tmp_path / "x.pth")
     assert not (tmp_path / "x.pth").exists()
+
+
+def test_a_llama_whose_heads_have_a_size_of_their_own_becomes_ours(tmp_path, convert):
+    from transformers import LlamaConfig
+
+    fields = hf_config(MiniMindConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4), torch.float32)
+    theirs = LlamaForCausalLM(LlamaConfig(**{**fields, "head_dim": 8}))
+    theirs.save_pretrained(tmp_path / "hf")
+    convert("--input", tmp_path / "hf", "--output", tmp_path / "x.pth", "--tokenizer_path", ROOT / "model")
+    ours, _ = load_model(tmp_path / "x.pth")
+    assert (ours.config.num_attention_heads, ours.config.head_dim) == (4, 8)
+    assert torch.allclose(logits(ours), logits(theirs.half()), rtol=0, atol=1e-5)
+
+
+# --- MiniMind-3 ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_the_originals_minimind3_becomes_qwen3_and_comes_back(kind, tmp_path, tokenizer, convert):
+    """Without a sidecar, and with a tokenizer of fewer ids than the weights, as other people's files come."""
+    path = tmp_path / "their.pth"
+    shutil.copy(Path(__file__).parent / "compat3" / f"{kind}.pth", path)
+    (tmp_path / "tokenizer").mkdir()
+    vocabulary = json.loads((ROOT / "model" / "tokenizer.json").read_text("utf-8"))
+    names = sorted(vocabulary["model"]["vocab"], key=vocabulary["model"]["vocab"].get)[:600]
+    vocabulary["model"] |= {"vocab": {name: number for number, name in enumerate(names)}, "merges": []}
+    vocabulary["added_tokens"] = [token for token in vocabulary["added_tokens"] if token["content"] in names]
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps(vocabulary))
+    common = ("--tokenizer_path", tmp_path / "tokenizer")
+    printed = convert("--input", path, "--output", tmp_path / "hf", *common)
+    assert f"-> {'qwen3' if kind == 'dense' else 'qwen3_moe'}" in printed and "rotary tables" in printed
+    convert("--input", tmp_path / "hf", "--output", tmp_path / "back.pth", *common)
+    convert("--input", path, "--to", "gguf", "--output", tmp_path / "g" / "m.gguf", *common)
+    convert("--input", tmp_path / "g" / "m.gguf", "--output", tmp_path / "again.pth", *common)
+    before = read_state_dict(path)
+    for back in ("back.pth", "again.pth"):
+        after = read_state_dict(tmp_path / back)
+        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+        config = load_model(tmp_path / back)[0].config
+        wanted = {"rms_norm_eps": 1e-6, "head_dim": 16, "num_key_value_heads": 2, "qk_norm": True}
+        wanted |= {"num_experts_per_tok": 1, "norm_top1_prob": True, "n_shared_experts": 0, "rope_dtype": "float32"}
+        assert wanted.items() <= config.to_dict().items()
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    ids = torch.randint(640, (2, 64), generator=torch.Generator().manual_seed(0))
+    ours = load_model(tmp_path / "back.pth")[0]
+    assert torch.allclose(logits(theirs, ids), logits(ours, ids), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fields, to, named",
+    [
+        ({"n_shared_experts": 1}, "auto", "Qwen3-MoE has no shared experts"),
+        ({"n_shared_experts": 1}, "gguf", "qwen3moe has no shared experts"),
+        ({"norm_top1_prob": False}, "gguf", "always renormalises"),
+        ({"qk_norm": False}, "auto", "Qwen2-MoE always has a shared expert"),
+        ({"qk_norm": False}, "gguf", "bailingmoe always has a shared expert"),
+        ({}, "qwen2_moe", "with query/key norms.* use --to qwen3_moe, gguf or minimind"),
+    ],
+)
+def test_mixtures_that_a_format_cannot_hold_are_refused(fields, to, named, tmp_path, tokenizer, refused):
+    shape = {**MINIMIND3, "use_moe": True, **SHAPE, **fields}
+    path = write_weights(tmp_path / "full_sft_64_moe.pth", tokenizer, **shape)
+    assert re.search(named, refused("--input", path, "--to", to, "--output", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_single_expert_that_keeps_its_score_is_exact_in_qwen3_moe(tmp_path, tokenizer, convert):
+    shape = {**MINIMIND3, "use_moe": True, "norm_top1_prob": False, **SHAPE}
+    path = write_weights(tmp_path / "full_sft_64_moe.pth", tokenizer, **shape)
+    convert("--input", path, "--output", tmp_path / "hf", "--dtype", "float32")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert theirs.config.norm_topk_prob is False
+    assert torch.allclose(logits(theirs), logits(load_model(path)[0]), rtol=0, atol=1e-5)
+
+
+def test_a_full_disk_is_called_that(dense, tmp_path, refused, monkeypatch):
+    def full(self, *_):
+        raise OSError("1228800 requested and 934576 written")  # numpy's words
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
+    said = refused("--input", dense, "--to", "gguf", "--output", tmp_path / "g")
+    assert "cannot write" in said and "MB are free there" in said
+    assert not list(tmp_path.rglob("*.gguf")) and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+@pytest.mark.parametrize("to", ["llama", "minimind", "gguf"])
+def test_files_can_be_read_by_whom_the_umask_lets(to, dense, tmp_path, convert):
+    before = os.umask(0o022)
+    try:
+        convert("--input", dense, "--output", tmp_path / "out", "--to", to)
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in (tmp_path / "out").iterdir()} == {"0o644"}
 
 
 def test_a_gate_that_is_not_zero_is_refused(moe, tmp_path, convert, refused):
@@ -381,7 +488,7 @@ def test_old_weights_with_an_unknown_tensor_or_wrong_heads_are_refused(tmp_path,
     flags = ["--input", tmp_path / "old.pth", "--output", tmp_path / "x.pth"]
     assert "--num_attention_heads" in refused(*flags, "--num_attention_heads", 1)
     torch.save(old_weights(False) | {"layers.0.novelty.weight": torch.ones(1)}, tmp_path / "old.pth")
-    assert "layers.0.novelty.weight is no name" in refused(*flags)
+    assert "layers.0.novelty.weight is not a name" in refused(*flags)
 
 
 # --- GGUF ------------------------------------------------------------------------------------------------------------
