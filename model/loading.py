@@ -18,7 +18,7 @@ from model.device import cuda_has_bfloat16
 from model.flags import BOOL, HISTORY, at_least, utf8
 from model.model_lora import find_lora, load_lora, merge_lora
 from model.model_minimind import PRESETS, MiniMindForCausalLM, yarn_parameters
-from model.weights import STAGE_OF_MODE, find_weights, load_model, read_sidecar
+from model.weights import IS_SAFETENSORS, STAGE_OF_MODE, find_weights, load_model, mistaken_file, read_sidecar
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -202,14 +202,19 @@ def load_folder(folder: Path, trust_remote_code: bool, dtype: torch.dtype) -> nn
         from transformers import AutoModelForCausalLM
 
         loader, options = AutoModelForCausalLM, {"trust_remote_code": trust_remote_code}
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        if mistaken_file(file) not in ("", IS_SAFETENSORS):
+            raise ValueError(f"{file} holds no weights: {mistaken_file(file)}")
     try:
         model, report = loader.from_pretrained(
             folder, local_files_only=True, dtype=dtype, output_loading_info=True, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # also pickle.UnpicklingError, SafetensorError ...
+        if "weights_only" in str(error):  # torch's advice to load it all the same
+            error = "its .bin files hold more than tensors, which could run code"
         own_code = "auto_map" in config and not trust_remote_code
         hint = "; the code in it runs only with --trust_remote_code" if own_code else ""
-        raise ValueError(f"{folder} cannot be loaded: {error}{hint}") from error
+        raise ValueError(f"{folder} cannot be loaded: {error}{hint}") from None
     broken = {kind: sorted(map(str, report[kind]))[:3] for kind in ("missing_keys", "mismatched_keys") if report[kind]}
     if broken:
         raise ValueError(f"the weights in {folder} do not fit its config.json: {broken}")
@@ -250,7 +255,7 @@ def check_sizes(
 
 def choose_context(config: Any, sidecar: dict | None, wanted: int | None = None) -> int:
     """Return the tokens that conversation and answer may have; warn if the model was not trained on as many."""
-    known = (sidecar or {}).get("flags", {}).get("max_seq_len")
+    known = row_length(sidecar)
     scaling = getattr(config, "rope_parameters" if config.model_type != "minimind" else "rope_scaling", None) or {}
     if "original_max_position_embeddings" in scaling:
         known = round(scaling["original_max_position_embeddings"] * scaling["factor"])
@@ -274,9 +279,15 @@ def scale_positions(model: nn.Module, sidecar: dict | None, factor: float | None
         raise ValueError("--trained_length belongs to --rope_scaling FACTOR")
 
 
+def row_length(sidecar: dict | None) -> int | None:
+    """Return the tokens of the rows in training, if a sidecar knows them."""
+    length = (sidecar or {}).get("flags", {}).get("max_seq_len")
+    return length if type(length) is int and 2 <= length < 2**31 else None
+
+
 def trained_length(sidecar: dict | None, given: int | None) -> int:
     """Return the tokens of the longest rows that the weights were trained on: what is given, else their sidecar's."""
-    known = given or (sidecar or {}).get("flags", {}).get("max_seq_len")
+    known = given or row_length(sidecar)
     if not known:
         raise ValueError("--rope_scaling: name the length in tokens that the weights were trained on, --trained_length")
     return known

@@ -42,7 +42,28 @@ STAGE_OF_MODE = {stage.mode: name for name, stage in STAGES.items()}
 # prefixes that wrappers add to parameter names: torch.compile, DDP
 WRAPPER_PREFIXES = ("_orig_mod.", "module.")
 # What a sidecar holds, as far as it is read. Sidecars come from other people too.
-SIDECAR_TYPES = {"config": dict, "flags": dict, "metrics": dict, "progress": dict, "tokenizer_sha256": str}
+SIDECAR_TYPES = {
+    "config": dict,
+    "flags": dict,
+    "metrics": dict,
+    "progress": dict,
+    "tokenizer_sha256": str,
+    "stage": str,
+}
+IS_SAFETENSORS = "it is a safetensors file; put it in its folder, next to config.json, and use --load 1"
+# First bytes of a file -> what it is, and the cure.
+MISTAKEN_FILES = (
+    (rb"\Z", "it is empty; a download or a copy was interrupted, so fetch it again"),
+    (
+        rb"version https://git-lfs",
+        "it is a Git-LFS pointer to the weights; run git lfs pull, or download the file itself",
+    ),
+    (rb"\s*<(!doctype|html|head|\?xml)", "it is a web page, such as a login or an error; download the file itself"),
+    (rb"\s*[{[]", "it is JSON, such as a server's error message; download the file again"),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd", "it is compressed; unpack it first"),
+    (rb"GGUF", "it is a GGUF file; name it .gguf and read it with scripts/convert_model.py --input"),
+    (rb".{6}\0\0\{", IS_SAFETENSORS),
+)
 WEIGHT_NAME = re.compile(rf"(?P<stage>{'|'.join(STAGES)})_(?P<hidden_size>\d+)(?P<moe>_moe)?")
 
 
@@ -210,7 +231,8 @@ def read_sidecar(path: str | Path) -> dict[str, Any] | None:
     for name, kind in SIDECAR_TYPES.items():
         if not isinstance(content.get(name), kind | None):
             raise WeightsError(
-                f"{side}: {name} is not a JSON {kind.__name__}; delete it to load the weights without it"
+                f"{side}: {name} is not {'an object' if kind is dict else 'a text'}; delete it to load the weights "
+                "without it"
             )
     return {name: value for name, value in content.items() if value is not None}
 
@@ -226,8 +248,8 @@ def read_state_dict(path: str | Path, old_names: bool = False) -> dict[str, torc
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds here: UnpicklingError, RuntimeError, EOFError, KeyError ...
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"{path} is not a weight file of tensors only, so it was not loaded ({reason})") from error
+        what = mistaken_file(path) or "it is damaged, or holds more than tensors, which could run code"
+        raise WeightsError(f"{path} is not a weight file of tensors only, so it was not loaded: {what}") from error
     if not isinstance(state, dict) or not state or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise WeightsError(
             f"{path} does not hold a plain state dict (names to tensors); it is not a weight file of ours"
@@ -238,6 +260,13 @@ def read_state_dict(path: str | Path, old_names: bool = False) -> dict[str, torc
             "turn them into today's names with scripts/convert_model.py first"
         )
     return {clean_key(key): tensor for key, tensor in state.items()}
+
+
+def mistaken_file(path: Path) -> str:
+    """Say what a file is that was saved as weights by mistake, and the cure; "" if its first bytes do not tell."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    return next((what for pattern, what in MISTAKEN_FILES if re.match(pattern, head, re.DOTALL | re.IGNORECASE)), "")
 
 
 def missing_message(path: Path, size_flag: str = "--hidden_size") -> str:

@@ -1,7 +1,7 @@
-"""What there is to talk to: weights in an output folder, folders in Hugging Face format, adapters; and loading it.
+"""What there is to talk to (weights in an output folder, folders in Hugging Face format, adapters), and how to load it.
 
-The server and the web page use this. Looking is cheap: sizes are read off the files without their tensors, and kept
-as long as a file does not change.
+The server and the web page use this. Looking is cheap: sizes are read from the files without their tensors, and kept
+until a file changes.
 """
 
 import functools
@@ -28,8 +28,8 @@ class Entry:
     """A model that can be loaded.
 
     name: unique among those found: the file's stem (full_sft_512) or the folder's name (MiniMind2).
-    kind: "pth" or "hf". stage: a stage of training, "" where nothing tells. size: "26M", "145M MoE", "" if unreadable.
-    adapters: names for load_entry's lora_name, of the same size. out_dir: where those lie, in lora/.
+    kind: "pth" or "hf". stage: a stage of training, "" if unknown. size: "26M", "145M MoE", "" if unreadable.
+    adapters: names for load_entry's lora_name, of the same size. out_dir: they are in its lora/.
     """
 
     name: str
@@ -44,9 +44,9 @@ class Entry:
 
 
 def find_models(out_dir: str | Path = ROOT / "out", folders: tuple[str | Path, ...] = (ROOT,)) -> list[Entry]:
-    """All models in out_dir and in Hugging Face format: folders, and what lies directly in these and in out_dir.
+    """Return all models in out_dir, and in Hugging Face format: `folders`, and folders in them and in out_dir.
 
-    Chat models first, then by size. Files that cannot be read are listed too: loading them says what is wrong.
+    Chat models come first, then by size. Files that cannot be read are listed too: loading them says what is wrong.
     """
     out_dir = Path(out_dir).absolute()
     entries = [entry_of_file(path) for path in _listed(out_dir) if path.suffix == ".pth" and path.is_file()]
@@ -65,11 +65,11 @@ def find_models(out_dir: str | Path = ROOT / "out", folders: tuple[str | Path, .
 
 
 def entry_of_file(path: Path) -> Entry | None:
-    """A .pth of ours; None where the name is not one of theirs."""
+    """Return the entry of a .pth file, or None if its name is not that of a stage's weights."""
     match = WEIGHT_NAME.fullmatch(path.stem)
     if not match:
         return None
-    stage, hidden_size, use_moe = match[1], int(match[2]), bool(match[3])
+    stage, hidden_size, use_moe = match["stage"], int(match["hidden_size"]), bool(match["moe"])
     size = _label(path, use_moe)
     out_dir = path.absolute().parent
     adapters = find_adapters(out_dir, hidden_size, use_moe)
@@ -77,7 +77,7 @@ def entry_of_file(path: Path) -> Entry | None:
 
 
 def entry_of_folder(path: Path, out_dir: Path) -> Entry | None:
-    """A folder in Hugging Face format; None where there is no language model with weights in it."""
+    """Return the entry of a folder in Hugging Face format, or None if it holds no language model with weights."""
     if not _weight_files(path):
         return None
     try:
@@ -94,7 +94,7 @@ def entry_of_folder(path: Path, out_dir: Path) -> Entry | None:
 
 
 def find_adapters(out_dir: str | Path, hidden_size: int, use_moe: bool) -> tuple[str, ...]:
-    """Names of the adapters in out_dir/lora/ for models of this size."""
+    """Return the names of the adapters in out_dir/lora/ for models of this size."""
     ending = f"_{hidden_size}{'_moe' if use_moe else ''}"
     stems = [path.stem for path in _listed(Path(out_dir) / "lora") if path.suffix == ".pth"]
     return tuple(sorted(stem.removesuffix(ending) for stem in stems if stem.endswith(ending) and stem != ending))
@@ -103,6 +103,18 @@ def find_adapters(out_dir: str | Path, hidden_size: int, use_moe: bool) -> tuple
 def load_entry(entry: Entry, lora_name: str | None = None, **flags) -> ReadyModel:
     """Load a model with the adapter (a name or a .pth) merged in. flags: those of load_ready."""
     return load_ready(entry.path, ChatTokenizer, merged_lora=lora_name, out_dir=entry.out_dir, **flags)
+
+
+def stamp_of(entry: Entry, lora_name: str | None = None) -> tuple:
+    """Return what changes when the model's files do: names, times and sizes."""
+    files = [entry.path, entry.path.with_suffix(".json")]
+    if entry.kind == "hf":
+        files = [*_weight_files(entry.path), entry.path / "config.json"]
+    if lora_name:
+        path = Path(lora_name)
+        files += [path] if path.suffix == ".pth" else sorted((entry.out_dir / "lora").glob(f"{lora_name}_*.pth"))
+    stats = [(str(file), file.stat()) for file in files if file.exists()]
+    return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats)
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
@@ -126,7 +138,7 @@ def _label(path: Path, use_moe: bool) -> str:
 
 @functools.lru_cache(maxsize=512)
 def _count_parameters(file: str, modified: int, size: int) -> int:
-    """Parameters in a file, the output layer's excepted, which are the embedding's. The stamp is for the cache."""
+    """Count the parameters in a file without the output layer, which is the embedding. The stamp is for the cache."""
     if file.endswith(".safetensors"):
         with open(file, "rb") as opened:  # eight bytes of length, then names and shapes as JSON
             header = json.loads(opened.read(struct.unpack("<Q", opened.read(8))[0]))
@@ -143,7 +155,7 @@ def _count_parameters(file: str, modified: int, size: int) -> int:
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:
-    """The weights of a folder in Hugging Face format; adapters of peft and states of optimizers are none."""
+    """Return the weight files of a folder in Hugging Face format; adapters and optimizer states are not among them."""
     names = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)")
     files = [path for path in _listed(folder) if names.fullmatch(path.name)]
     kinds = {path.suffix for path in files}
@@ -153,5 +165,5 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
 def _listed(folder: Path) -> list[Path]:
     try:
         return sorted(folder.iterdir())
-    except OSError:  # not there, no folder, not ours to read
+    except OSError:  # missing, not a folder, or not ours to read
         return []

@@ -1,8 +1,10 @@
-"""The models that the server offers by name, loaded when first asked for, and at most a few of them at a time."""
+"""The models that the server offers by name: loaded when first asked for, at most a few at a time, and loaded again
+when their files change."""
 
 import asyncio
 import contextlib
 import time
+import warnings
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,19 +12,19 @@ from typing import NamedTuple
 
 from dataset.tokenization import ChatTokenizer
 from model.batching import Engine
-from scripts.model_catalog import Entry, find_adapters, find_models
+from scripts.model_catalog import Entry, find_adapters, find_models, stamp_of
 from scripts.openai_schema import ApiError
 
 
 class Offer(NamedTuple):
-    """What a name stands for: a model, alone or with an adapter (a name in out/lora/, or a .pth)."""
+    """What a name stands for: a model, alone or with an adapter (a name in out/lora/, or a .pth file)."""
 
     entry: Entry
     lora_name: str | None = None
 
     @property
     def key(self) -> tuple[Path, str | None]:
-        """What tells it from all others; two folders may have one name."""
+        """What distinguishes it from all others; two folders may have one name."""
         return self.entry.path, self.lora_name
 
     @property
@@ -32,19 +34,20 @@ class Offer(NamedTuple):
 
 @dataclass
 class LoadedModel:
-    name: str  # the offer's root; the path where another one in memory has that name
+    name: str  # the offer's root, or its path if another one in memory has that name
     engine: Engine
     tokenizer: ChatTokenizer
-    users: int = 0  # HTTP requests that are under way
+    stamp: tuple = ()  # of the files that it was loaded from
+    users: int = 0  # HTTP requests that use it now
     last_used: float = 0.0
+    replaced: bool = False  # its files have changed and the new weights are loaded: close it after its last user
 
 
 class ModelPool:
-    """name: what the default is called; it is loaded first and stays. The others lie in out_dir and folders.
+    """name: what the default is called; it is loaded first and stays. The others are in out_dir and folders.
 
-    load: makes an engine and a tokenizer of an offer; it runs in a thread. max_models: engines in memory; another one
-    takes the place of the one that was not used for the longest time. 1 leaves no place beside the default, and nothing
-    else is offered.
+    load: makes an engine and a tokenizer of an offer; it runs in a thread. max_models: engines in memory; one more
+    replaces the least recently used. With 1 only the default is offered.
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class ModelPool:
         self._tasks: set[asyncio.Task] = set()
 
     def offers(self) -> dict[str, Offer]:
-        """Everything that can be asked for now; training may have written more since the start."""
+        """Return everything that can be asked for now; training may have written more since the start."""
         offers = {self.name: self.default}
         if self.max_models == 1:
             return offers
@@ -75,7 +78,7 @@ class ModelPool:
         return offers
 
     def find(self, name: str) -> Offer:
-        """The offer of that name; the default is known by its file's name, too. ApiError 404 lists what there is."""
+        """Return the offer of that name, which for the default may be its file's name. ApiError 404 lists all names."""
         if name == self.name:
             return self.default
         offers = self.offers()
@@ -91,14 +94,13 @@ class ModelPool:
 
     @contextlib.asynccontextmanager
     async def use(self, name: str) -> AsyncIterator[LoadedModel]:
-        """The loaded model; it stays in memory while it is used."""
+        """Give the loaded model, which stays in memory while it is used. If its files have changed, load them first."""
         offer = self.find(name)
-        while offer.key not in self._loaded:
-            # the client may go while its model is loaded: that goes on, for the next one
-            task = asyncio.create_task(self._bring(offer))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-            await asyncio.shield(task)
+        stamp = await asyncio.to_thread(stamp_of, offer.entry, offer.lora_name)
+        if offer.key not in self._loaded or self._loaded[offer.key].stamp != stamp:
+            await self._bring(offer)
+        while offer.key not in self._loaded:  # another request needed the memory
+            await self._bring(offer)
         model = self._loaded[offer.key]
         model.users += 1
         try:
@@ -106,12 +108,22 @@ class ModelPool:
         finally:
             model.users -= 1
             model.last_used = time.monotonic()
+            if model.replaced and not model.users:
+                await asyncio.to_thread(model.engine.close)
 
     async def _bring(self, offer: Offer) -> None:
+        """Load what an offer stands for. The client may go meanwhile: loading continues, for the next one."""
+        task = asyncio.create_task(self._load(offer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        await asyncio.shield(task)
+
+    async def _load(self, offer: Offer) -> None:
         async with self._loading:
-            if offer.key in self._loaded:
+            old, stamp = self._loaded.get(offer.key), await asyncio.to_thread(stamp_of, offer.entry, offer.lora_name)
+            if old is not None and old.stamp == stamp:
                 return
-            if len(self._loaded) >= self.max_models:
+            if old is None and len(self._loaded) >= self.max_models:
                 idle = {key: m for key, m in self._loaded.items() if not m.users and key != self.default.key}
                 if not idle:
                     message = f"{self.max_models} models are in memory and busy; --max_models allows no more"
@@ -121,21 +133,32 @@ class ModelPool:
             try:
                 engine, tokenizer = await asyncio.to_thread(self.load, offer)
             except ValueError as error:
-                raise ApiError(503, f"{offer.root} cannot be loaded: {error}", "model", "model_not_loaded") from error
-            self.add(offer, engine, tokenizer)
+                if old is None:
+                    message = f"{offer.root} cannot be loaded: {error}"
+                    raise ApiError(503, message, "model", "model_not_loaded") from error
+                warnings.warn(f"{offer.root} answers with the weights it has: {error}", stacklevel=2)
+                old.stamp = stamp
+                return
+            self.add(offer, engine, tokenizer, stamp)
+            if old is not None:
+                old.replaced = True
+                if not old.users:
+                    await asyncio.to_thread(old.engine.close)
 
-    def add(self, offer: Offer, engine: Engine, tokenizer: ChatTokenizer) -> None:
+    def add(self, offer: Offer, engine: Engine, tokenizer: ChatTokenizer, stamp: tuple | None = None) -> None:
+        """stamp: of the files as they were before they were loaded."""
         name, adapter = offer.root, f":{offer.lora_name}" if offer.lora_name else ""
-        if any(model.name == name for model in self._loaded.values()):
+        if any(model.name == name for key, model in self._loaded.items() if key != offer.key):
             name = f"{offer.entry.path}{adapter}"
-        self._loaded[offer.key] = LoadedModel(name, engine, tokenizer, last_used=time.monotonic())
+        stamp = stamp_of(offer.entry, offer.lora_name) if stamp is None else stamp
+        self._loaded[offer.key] = LoadedModel(name, engine, tokenizer, stamp, last_used=time.monotonic())
 
     @property
     def engine_of_default(self) -> Engine:
         return self._loaded[self.default.key].engine
 
     def stats(self) -> dict[str, dict]:
-        """By model: what its engine tells."""
+        """Return the statistics of each model's engine."""
         return {model.name: model.engine.stats() for model in self._loaded.values()}
 
     def close(self) -> None:

@@ -500,6 +500,20 @@ def test_hugging_face_folders_that_cannot_be_loaded(run, tmp_path):
     assert status == 1 and "--trust_remote_code" in stderr and "was run" not in stderr
 
 
+def test_hugging_face_folders_without_their_weights(run, tmp_path):
+    """What git leaves without LFS, and a pickle that would run code."""
+    save_llama(tmp_path)
+    flags = ["--load", 1, "--hf_path", tmp_path, "--prompt", "hi"]
+    pointer = "version https://git-lfs.github.com/spec/v1\n"
+    (tmp_path / "model.safetensors").write_text(pointer)
+    status, stdout, stderr = run(*flags)
+    assert (status, stdout) == (1, "") and re.search("model.safetensors holds no weights: .*git lfs pull", stderr)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": print}, tmp_path / "pytorch_model.bin")
+    status, stdout, stderr = run(*flags)
+    assert (status, stdout) == (1, "") and f"error: {tmp_path} cannot be loaded" in stderr
+
+
 def test_hugging_face_folder_with_a_tensor_missing(run, tmp_path):
     model = save_llama(tmp_path)
     state = {key: tensor for key, tensor in model.state_dict().items() if "layers.1.mlp.up_proj" not in key}

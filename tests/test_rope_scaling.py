@@ -117,8 +117,9 @@ def test_what_it_cannot_do_is_an_error(scaling, named):
 def test_the_trained_length_comes_from_the_flag_or_the_sidecar():
     sidecar = {"flags": {"max_seq_len": 512}}
     assert trained_length(sidecar, None) == 512 and trained_length(sidecar, 64) == 64
-    with pytest.raises(ValueError, match="--trained_length"):
-        trained_length(None, None)
+    for flags in (None, {}, *({"max_seq_len": value} for value in (-1, True, 1e300, "512", [512], None))):
+        with pytest.raises(ValueError, match="--trained_length"):
+            trained_length(None if flags is None else {"flags": flags}, None)
 
 
 def test_the_chat_takes_the_flag(tmp_path, tokenizer):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -532,6 +533,36 @@ def test_weights_that_cannot_be_loaded_are_told_and_nothing_else_suffers(out_dir
         with pytest.raises(openai.InternalServerError, match="pretrain_32.*not a weight file"):
             chat(server, model="pretrain_32")
         assert chat(server, max_tokens=2).usage.completion_tokens == 2
+
+
+def test_weights_that_are_replaced_while_served_answer_the_next_request(tmp_path, tokenizer):
+    """A request that is being answered keeps the old ones; a broken file changes nothing."""
+    path = write_endless_weights(tmp_path / "full_sft_32.pth", tokenizer)
+    options = {"max_tokens": 12, "temperature": 0}
+    with running_server(tmp_path) as server, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pool = server.api.pool
+
+        def loaded():
+            return pool._loaded[pool.default.key]
+
+        old, first = loaded(), chat(server, **options).choices[0].message.content
+        long = chat(server, max_tokens=8000, temperature=0, stream=True)
+        assert next(long) and chat(server, **options).choices[0].message.content == first and loaded() is old
+        write_endless_weights(path, tokenizer, seed=9)
+        second = chat(server, **options).choices[0].message.content
+        assert second != first and loaded() is not old and not caught
+        assert old.users == 1 and len([next(long) for _ in range(5)]) == 5
+        long.close()
+        wait_until(lambda: old.users == 0)
+        wait_until(lambda: not old.engine._thread.is_alive())
+        path.write_bytes(b"half a file")
+        new = loaded()
+        for _ in range(2):
+            assert chat(server, **options).choices[0].message.content == second and loaded() is new
+        assert len(caught) == 1 and "answers with the weights it has" in str(caught[0].message)
+        write_endless_weights(path, tokenizer)
+        assert chat(server, **options).choices[0].message.content == first
 
 
 # --- async and concurrency -------------------------------------------------------------------------------------------

@@ -266,6 +266,27 @@ def test_broken_file(content, tmp_path):
         read_state_dict(tmp_path / "w.pth")
 
 
+@pytest.mark.parametrize(
+    "content, what",
+    [
+        (b"", "is empty.*fetch it again"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 52\n", "Git-LFS pointer.*git lfs pull"),
+        (b"\n<!DOCTYPE html>\n<html>", "a web page.*download the file itself"),
+        (b'{"error": "not found"}', "is JSON.*download the file again"),
+        (b"\x1f\x8b\x08\0\0\0\0\0", "is compressed.*unpack"),
+        (b"GGUF\x03\0\0\0", "a GGUF file.*convert_model.py"),
+        (b"\x40\0\0\0\0\0\0\0" + b'{"a": {}}', "safetensors file.*--load 1"),
+        (pickle.dumps({"a": os.getcwd}), "which could run code"),
+    ],
+    ids=["empty", "lfs", "html", "json", "gzip", "gguf", "safetensors", "pickle"],
+)
+def test_files_that_were_saved_as_weights_by_mistake_are_named(content, what, tmp_path):
+    (tmp_path / "full_sft_512.pth").write_bytes(content)
+    with pytest.raises(WeightsError, match=f"full_sft_512.pth is not a weight file.*{what}") as refused:
+        read_state_dict(tmp_path / "full_sft_512.pth")
+    assert "weights_only" not in str(refused.value)
+
+
 def test_cut_off_file(tmp_path):
     save_weights(tmp_path / "w.pth", tiny_model())
     whole = (tmp_path / "w.pth").read_bytes()
