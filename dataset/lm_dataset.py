@@ -36,14 +36,7 @@ def parse_record(kind: str, line: str) -> str | list[dict] | tuple[list[dict], l
     the user first. RecordError: the line is something else.
     """
     check_kind(kind)
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise RecordError(f"broken JSON: {error.msg} at column {error.colno}") from error
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
-        raise RecordError(f"broken JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise RecordError(f"a JSON object was expected, not {_type_name(record)}")
+    record = _json_object(line)
     if kind == "pretrain":
         return _text(_value(record, "text"), '"text"')
     if kind == "conversation":
@@ -64,6 +57,20 @@ def parse_record(kind: str, line: str) -> str | list[dict] | tuple[list[dict], l
             f"chosen and rejected differ before their answers, in turn {shared + 1}: both must answer the same prompt"
         )
     return chosen, rejected
+
+
+def parse_prompt(line: str) -> dict:
+    """One line of a prompt file: {"conversations": turns before the answer, "answer": text, …}. Raises RecordError."""
+    record = _json_object(line)
+    turns = _turns(_value(record, "conversations"), '"conversations"')
+    while turns and turns[-1]["role"] == "assistant":  # files of answered prompts serve too
+        turns.pop()
+    if not turns:
+        raise RecordError('"conversations" has no turn of the user: there is nothing to answer')
+    answer = _value(record, "answer")
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        answer = str(answer)
+    return record | {"conversations": turns, "answer": _text(answer, '"answer"')}
 
 
 def tokenize_records(kind: str, records: list, tokenizer) -> list[tuple[list[int], list[int] | None]]:
@@ -93,6 +100,18 @@ def count_target_bytes(kind: str, record) -> int:
         return len(record.encode())
     turns = record if kind == "conversation" else [*record[0], *record[1]]
     return sum(len(turn["content"].encode()) for turn in turns if turn["role"] == "assistant")
+
+
+def _json_object(line: str) -> dict:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise RecordError(f"broken JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
+        raise RecordError(f"broken JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise RecordError(f"a JSON object was expected, not {_type_name(record)}")
+    return record
 
 
 def _value(record: dict, key: str):

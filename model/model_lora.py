@@ -6,6 +6,7 @@ project's loader takes only the square layers (q_proj, o_proj) of such a file an
 `--lora_targets q_proj,o_proj` what must work there.
 """
 
+import copy
 import json
 import math
 import re
@@ -121,6 +122,13 @@ def lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 def save_lora(path: str | Path, model: nn.Module, sidecar: dict[str, Any] | None = None) -> None:
     """Writes the adapter, and nothing of the base, in half precision."""
     save_weights(path, lora_state_dict(model), sidecar)
+
+
+def save_merged(path: str | Path, model: nn.Module, sidecar: dict[str, Any] | None = None) -> None:
+    """Write the model's weights with its adapters added to them; the model itself stays as it is."""
+    merged = copy.deepcopy(model)
+    merge_lora(merged)
+    save_weights(path, merged, sidecar)
 
 
 def load_lora(model: nn.Module, path: str | Path, tokenizer_sha256: str | None = None) -> nn.Module:

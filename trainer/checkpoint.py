@@ -139,7 +139,7 @@ class Checkpoint:
         self.name = str(weights.relative_to(args.out_dir).with_suffix(""))
         self.path = args.out_dir / "resume" / f"{self.name}.resume"
         self.shards = self.path.with_suffix(".shards")
-        self.args, self.process, self.tokenizer = args, process, tokenizer
+        self.args, self.process, self.tokenizer, self.data = args, process, tokenizer, data
         self.identity = {"tokenizer": tokenizer.sha256, **data.fingerprint(), **identity}
 
     def restore(self, training: Training, fresh: str = "") -> Progress:
@@ -213,7 +213,7 @@ class Checkpoint:
 
     def _keep_global_batch(self, saved: int, ranks: int) -> None:
         args, world_size = self.args, self.process.world_size
-        if args.batch_size * args.accumulation_steps * world_size == saved:
+        if self.data.global_batch == saved:
             return
         per_step = args.batch_size * world_size
         if world_size != ranks and saved % per_step == 0:
@@ -250,7 +250,7 @@ class Checkpoint:
                     "rng": rng,
                     "flags": result_flags(self.args),
                     "identity": self.identity,
-                    "global_batch": self.args.batch_size * self.args.accumulation_steps * self.process.world_size,
+                    "global_batch": self.data.global_batch,
                     "ranks": self.process.world_size,
                 }
                 write_atomically(self.path, lambda file: torch.save(state, file))

@@ -81,6 +81,26 @@ class PackedData:
             f"{plural(self.plan.num_rows, 'row')} of {self.plan.max_seq_len} ({filled})"
         )
 
+    @property
+    def global_batch(self) -> int:
+        """Rows of an optimizer step, on all processes."""
+        return self.args.batch_size * self.args.accumulation_steps * self.process.world_size
+
+    def describe_steps(self) -> str:
+        args = self.args
+        return (
+            f"{plural(self.total_steps, 'step')} of {plural(self.global_batch, 'row')} ({args.batch_size} × "
+            f"{plural(args.accumulation_steps, 'micro-batch')} × {plural(self.process.world_size, 'process')})"
+        )
+
+    @property
+    def notice(self) -> str:
+        """What a user should hear before the run starts, if anything."""
+        if self.plan.num_rows >= self.global_batch:
+            return ""
+        advice = "for so little data lower --batch_size or --accumulation_steps"
+        return f"one step takes {plural(self.global_batch, 'row')}; {advice}"
+
     def _batches(self, epoch: int, shuffle: bool = True, accumulation_steps: int | None = None):
         options = {
             "batch_size": self.args.batch_size, "world_size": self.process.world_size, "rank": self.process.rank,

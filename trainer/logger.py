@@ -74,22 +74,14 @@ class Logger:
 
     def _introduce(self, data: PackedData, precision: Precision) -> None:
         """What is about to happen, in four lines."""
-        args, config = self.args, self.config
+        config = self.config
         kind = "mixture of experts" if config.use_moe else "dense"
-        rows = args.batch_size * args.accumulation_steps * self.process.world_size
         size = f"{plural(config.num_hidden_layers, 'layer')} of {config.hidden_size}"
         self.say(f"{self.parameters / 1e6:.2f}M parameters, {kind}, {size}")
         self.say(data.describe())
-        self.say(
-            f"{plural(self.total_steps, 'step')} of {plural(rows, 'row')} ({args.batch_size} × "
-            f"{plural(args.accumulation_steps, 'micro-batch')} × {plural(self.process.world_size, 'process')}) "
-            f"on {self.process.device} in {precision.name}"
-        )
-        if data.plan.num_rows < rows:
-            advice = "for so little data lower --batch_size or --accumulation_steps"
-            self.say(f"note: one step takes {plural(rows, 'row')}; {advice}")
-        if precision.notice:
-            self.say(f"note: {precision.notice}")
+        self.say(f"{data.describe_steps()} on {self.process.device} in {precision.name}")
+        for notice in filter(None, (data.notice, precision.notice)):
+            self.say(f"note: {notice}")
 
     def _clear_interval(self) -> None:
         self.sums = {"loss": 0.0, "steps": 0, "tokens": 0.0, "positions": 0.0, "attended": 0.0}
@@ -130,7 +122,7 @@ class Logger:
             "grad_norm": grad_norm,
             "tokens_per_second": sums["tokens"] / seconds,
             "mfu": flops / seconds / self.peak,
-            "padding": 1 - sums["tokens"] / sums["positions"],
+            "padding": 1 - sums["tokens"] / max(sums["positions"], 1),  # GRPO may find nothing to learn from in a step
             "waiting": (self.data.waited - self.waited) / seconds,  # for the loader, of this process
         }
         means = {name: value / sums["steps"] for name, value in self.more.items()}

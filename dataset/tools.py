@@ -1,0 +1,135 @@
+"""A few real tools that run on this machine: what a model may call in the sample data, in GRPO and in the tool check.
+
+Nothing evaluates code: the calculator walks the syntax tree of an arithmetic expression. A tool takes its arguments as
+a dict and returns text; a call that cannot be answered returns a line that says why, for the model to read.
+"""
+
+import ast
+import datetime
+import operator
+from collections.abc import Callable
+from fractions import Fraction
+
+OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+}
+LARGEST = 10**30  # results beyond it are refused
+LONGEST = 200  # characters of an expression
+
+# one unit of each, in the base unit of its kind: metres, kilograms, seconds, litres
+UNITS = {
+    "length": {"mm": "0.001", "cm": "0.01", "m": "1", "km": "1000", "inch": "0.0254", "mile": "1609.344"},
+    "mass": {"g": "0.001", "kg": "1", "t": "1000", "ounce": "0.028349523125", "pound": "0.45359237"},
+    "time": {"s": "1", "min": "60", "h": "3600", "day": "86400", "week": "604800"},
+    "volume": {"ml": "0.001", "l": "1", "m3": "1000"},
+}  # fmt: skip
+
+
+class ToolError(ValueError):
+    """Why a call cannot be answered; the model reads it as the tool's result."""
+
+
+def calculator(expression: str) -> str:
+    """The value of an arithmetic expression with + - * / // % and brackets, exactly; not whole: 6 digits."""
+    expression = str(expression).replace("×", "*").replace("÷", "/").replace("−", "-")
+    if len(expression) > LONGEST:
+        raise ToolError(f"the expression is longer than {LONGEST} characters")
+    try:
+        value = _value(ast.parse(expression.strip(), mode="eval").body)
+    except ZeroDivisionError as error:
+        raise ToolError("division by zero") from error
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise ToolError(f"{expression!r} is not an arithmetic expression") from error
+    return number_text(value)
+
+
+def _value(node: ast.AST) -> Fraction:
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float) and abs(node.value) <= LARGEST:
+        value = Fraction(str(node.value))
+    elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        value = Fraction(OPERATORS[type(node.op)](_value(node.left), _value(node.right)))
+    elif isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
+        value = OPERATORS[type(node.op)](_value(node.operand))
+    else:
+        raise ToolError("only numbers up to 1e30, + - * / // % and brackets are understood")
+    if abs(value) > LARGEST:
+        raise ToolError(f"a value beyond {LARGEST:.0e} came up")
+    return value
+
+
+def number_text(value: Fraction) -> str:
+    """A whole number in full, any other to 6 digits behind the point, without trailing zeros."""
+    if value.denominator == 1:
+        return str(value.numerator)
+    return f"{float(value):.6f}".rstrip("0").rstrip(".")
+
+
+def convert_units(value: float | str, source: str, target: str) -> str:
+    """A quantity in another unit of the same kind."""
+    try:
+        amount = Fraction(str(value))
+    except (ValueError, ZeroDivisionError) as error:
+        raise ToolError(f"{value!r} is not a number") from error
+    for units in UNITS.values():
+        if source in units and target in units:
+            return number_text(amount * Fraction(units[source]) / Fraction(units[target]))
+    known = ", ".join(name for units in UNITS.values() for name in units)
+    raise ToolError(f"cannot convert {source!r} to {target!r}; units: {known}")
+
+
+def clock(timezone_hours: float = 0) -> str:
+    """The date and time now, at this offset from UTC in hours."""
+    if not -24 < float(timezone_hours) < 24:
+        raise ToolError("timezone_hours must lie between -24 and 24")
+    zone = datetime.timezone(datetime.timedelta(hours=float(timezone_hours)))
+    return datetime.datetime.now(zone).strftime("%Y-%m-%d %H:%M")
+
+
+def text_length(text: str) -> str:
+    """The number of characters of a text."""
+    return str(len(str(text)))
+
+
+FUNCTIONS: dict[str, Callable[..., str]] = {
+    "calculator": calculator,
+    "convert_units": convert_units,
+    "clock": clock,
+    "text_length": text_length,
+}
+
+
+def _schema(name: str, description: str, required: list[str], **properties: dict) -> dict:
+    parameters = {"type": "object", "properties": properties, "required": required}
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
+
+
+TOOLS = {
+    tool["function"]["name"]: tool
+    for tool in (
+        _schema("calculator", "Work out an arithmetic expression", ["expression"], expression={"type": "string"}),
+        _schema(
+            "convert_units", "Convert a quantity to another unit", ["value", "source", "target"],
+            value={"type": "number"}, source={"type": "string"}, target={"type": "string"},
+        ),
+        _schema("clock", "Tell the date and time", [], timezone_hours={"type": "number"}),
+        _schema("text_length", "Count the characters of a text", ["text"], text={"type": "string"}),
+    )
+}  # fmt: skip
+
+
+def call_tool(name: str, arguments: dict) -> str:
+    """The result of a call as text; a mistake in the call is told in the text, beginning with "error:"."""
+    function = FUNCTIONS.get(name)
+    if function is None:
+        return f"error: there is no tool {name!r}; tools: {', '.join(FUNCTIONS)}"
+    try:
+        return function(**arguments)
+    except (TypeError, ValueError, OverflowError) as error:  # ToolError is a ValueError
+        return f"error: {error}"

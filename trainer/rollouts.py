@@ -1,0 +1,293 @@
+"""Answers that the model samples itself: drawn with the training weights, scored, and packed into rows to learn from.
+
+The answers to one prompt form a group. Draws depend on (seed, step, prompt, sample) alone: neither the number of
+processes nor what else is being decoded changes them, and a step that a crash cut off is sampled again to the same ids.
+
+The decoder lays out the weights anew for every step (a copy for fast products), so it always samples from the weights
+of the last update; the layout costs about as much time as decoding a few tokens.
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from dataset.lm_dataset import RecordError, parse_prompt
+from dataset.packing import best_fit
+from dataset.tokenization import ChatTokenizer
+from model.batching import Engine
+from model.sampling import SamplingParams
+from trainer.distributed import Process, gather_objects, sum_over_ranks
+from trainer.loader import plural
+from trainer.rewards import build_rewards, score_answer
+
+SLOTS = 64  # answers decoded together: more of them share each read of the weights, and each takes room in the cache
+HELD_OUT = 1 << 40  # the step that evaluation draws as: its draws are the same at every step
+
+
+@dataclass
+class Rollout:
+    """One sampled answer. `learned` marks the ids that the model chose; log_probs are theirs when sampled, in nats."""
+
+    prompt: int  # number of the prompt in the file
+    ids: list[int]  # prompt and answer
+    learned: list[int]
+    log_probs: list[float] = field(default_factory=list)
+    text: str = ""  # the answer; with tools, what follows the last result
+    finished: bool = False  # False if --max_new_tokens cut it
+    rewards: dict[str, float] = field(default_factory=dict)
+    total: float = 0.0  # weighted sum of the rewards
+    advantage: float = 0.0
+
+    @property
+    def length(self) -> int:
+        """Tokens that the model chose."""
+        return len(self.log_probs)
+
+
+def draw_seed(*numbers: int) -> int:
+    """A 64-bit seed that depends on all of the numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+class Sampler:
+    """The prompts of a file (they are few and stay in memory) and the answers to them.
+
+    steps_per_epoch, total_steps: batches of answers. One epoch follows another without a gap, so every step is full.
+    """
+
+    def __init__(self, path: Path, args: argparse.Namespace, tokenizer: ChatTokenizer, process: Process):
+        """Raises ValueError if a line is not a prompt with an answer (unless --skip_bad_lines), or is too long."""
+        self.path, self.args, self.process, self.tokenizer = path, args, process, tokenizer
+        self.rewards = build_rewards(args.reward.split())
+        self.records = read_prompts(path, args.skip_bad_lines)
+        self.prompt_ids = [tokenizer.encode_prompt(record["conversations"]) for record in self.records]
+        longest = max(map(len, self.prompt_ids))
+        needed = longest + args.max_new_tokens - 1
+        if needed > args.max_seq_len:
+            raise ValueError(
+                f"the longest prompt of {path} has {longest} tokens; with --max_new_tokens {args.max_new_tokens} it "
+                f"needs --max_seq_len {needed}, not {args.max_seq_len}"
+            )
+        self.passes, self.waited, self.notice = (
+            {},
+            0.0,
+            "",
+        )  # as a PackedData, for the logger: nothing is computed before the first step
+        self.global_batch = args.prompts_per_step * args.group_size
+        self.steps_per_epoch = -(-len(self.records) // args.prompts_per_step)
+        self.total_steps = args.max_steps or args.epochs * self.steps_per_epoch
+        self.params = SamplingParams(
+            args.temperature, max_new_tokens=args.max_new_tokens, stop_ids=(tokenizer.eos_id,), logprobs=0
+        )
+
+    def fingerprint(self) -> dict:
+        """What must be equal when a run is resumed."""
+        text = json.dumps(self.records, ensure_ascii=False, sort_keys=True)
+        return {"prompts": len(self.records), "contents": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+    def describe(self) -> str:
+        return f"{self.path}: {len(self.records):,} prompts, rewarded by {self.args.reward}"
+
+    def describe_steps(self) -> str:
+        prompts, group = self.args.prompts_per_step, self.args.group_size
+        return f"{plural(self.total_steps, 'step')} of {plural(prompts, 'prompt')} with {plural(group, 'answer')} each"
+
+    @torch.no_grad()
+    def sample_step(self, model: nn.Module, step: int) -> list[Rollout]:
+        """The scored answers of this process in a step, group by group: its share of the step's prompts."""
+        args, process = self.args, self.process
+        jobs = []
+        for position in range(args.prompts_per_step)[process.rank :: process.world_size]:
+            epoch, place = divmod(step * args.prompts_per_step + position, len(self.records))
+            number = int(self._order(epoch)[place])
+            jobs += [(number, draw_seed(args.seed, step, position, sample)) for sample in range(args.group_size)]
+        return self._answers(model, jobs, self.params)
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.args.seed, epoch)).permutation(len(self.records))
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> tuple[dict[str, float], str]:
+        """Held-out metrics over all prompts, and a sample. An answer is right if its first reward is above 0.5.
+
+        pass_at_1: share of right greedy answers; pass_at_K: of prompts with a right one among K = --eval_samples
+        sampled ones; means of all rewards, length in tokens and finished share of the greedy answers.
+        """
+        args, process, name = self.args, self.process, self.rewards[0].name
+        numbers = range(len(self.records))[process.rank :: process.world_size]
+        greedy = self._answers(model, [(n, 0) for n in numbers], replace(self.params, temperature=0.0))
+        jobs = [(n, draw_seed(args.seed, HELD_OUT, n, sample)) for n in numbers for sample in range(args.eval_samples)]
+        right = np.array([r.rewards[name] > 0.5 for r in self._answers(model, jobs, self.params)])
+        sums = {
+            "pass_at_1": sum(r.rewards[name] > 0.5 for r in greedy),
+            f"pass_at_{args.eval_samples}": right.reshape(-1, args.eval_samples).any(axis=1).sum(),
+            "answer_tokens": sum(r.length for r in greedy),
+            "finished": sum(r.finished for r in greedy),
+        }
+        sums |= {f"reward_{w.name}": sum(r.rewards[w.name] for r in greedy) for w in self.rewards}
+        totals = sum_over_ranks([float(value) for value in sums.values()], process)
+        shown = greedy[0] if greedy else None
+        sample = f"{self.records[shown.prompt]['conversations'][-1]['content']!r} -> {shown.text!r}" if shown else ""
+        return {key: total / len(self.records) for key, total in zip(sums, totals, strict=True)}, sample
+
+    def micro_batches(
+        self, rollouts: list[Rollout], advantages: Callable, token_weight: Callable
+    ) -> tuple[list[dict], dict[str, float]]:
+        """Micro-batches of the groups that teach something, and the step's means to log.
+
+        A batch is as `pack` makes it, with advantages, weights and sampled (log-probs) of each learned token, float32
+        (tokens,), and the step_documents and step_targets of all processes. Every process gets as many as the one with
+        the most; none at all if no process has a group that teaches.
+
+        advantages, token_weight: as train_grpo.py defines them.
+        """
+        args, process = self.args, self.process
+        totals = np.array([rollout.total for rollout in rollouts]).reshape(-1, args.group_size)
+        taught = []
+        for rollout, advantage, spread in zip(
+            rollouts,
+            advantages(totals, args.loss).flat,
+            np.repeat(np.ptp(totals, axis=1), args.group_size),
+            strict=True,
+        ):
+            rollout.advantage = float(advantage)
+            if spread > 0:
+                taught.append(rollout)
+        sums = {
+            "answers": len(rollouts),
+            "tokens": sum(r.length for r in rollouts),
+            "documents": len(taught),
+            "targets": sum(r.length for r in taught),
+            "reward": float(totals.sum()),
+            "finished": sum(r.finished for r in rollouts),
+            "entropy": -sum(sum(r.log_probs) for r in rollouts),
+        }
+        sums |= {f"reward_{w.name}": sum(r.rewards[w.name] for r in rollouts) for w in self.rewards}
+        totals = dict(zip(sums, sum_over_ranks([float(value) for value in sums.values()], process), strict=True))
+        answers, tokens, documents, targets = (
+            totals.pop(name) for name in ("answers", "tokens", "documents", "targets")
+        )
+        # entropy: the mean of -log p over the model's own samples, in nats per token
+        means = {name: value / (tokens if name == "entropy" else answers) for name, value in totals.items()}
+        means |= {"answer_tokens": tokens / answers, "groups_taught": documents / answers}
+        if not documents:
+            return [], means
+        batches = pack(taught, args, self.tokenizer.pad_id)
+        most = max(gather_objects(len(batches), process))
+        batches += [pack([], args, self.tokenizer.pad_id)[0] for _ in range(most - len(batches))]
+        for batch in batches:
+            members = batch.pop("rollouts")
+            lengths = [rollout.length for rollout in members]
+            weights = [token_weight(length, answers, tokens, args) for length in lengths]
+            batch["advantages"] = torch.tensor(np.repeat([r.advantage for r in members], lengths), dtype=torch.float32)
+            batch["weights"] = torch.tensor(np.repeat(weights, lengths), dtype=torch.float32)
+            batch["sampled"] = torch.tensor([p for r in members for p in r.log_probs], dtype=torch.float32)
+            for name, value in batch.items():
+                batch[name] = value.to(process.device) if isinstance(value, torch.Tensor) else value
+            batch |= {"step_documents": documents, "step_targets": targets}
+        return batches, means
+
+    def _answers(self, model: nn.Module, jobs: list[tuple[int, int]], params: SamplingParams) -> list[Rollout]:
+        """Scored answers to jobs, (number of the prompt, seed of the draws), in their order."""
+        if not jobs:
+            return []
+        needed = max(len(self.prompt_ids[number]) for number, _ in jobs) + params.max_new_tokens
+        engine = Engine(model, slots=min(SLOTS, len(jobs)), context_length=needed, max_queue=len(jobs))
+        pending = deque()
+        for number, seed in jobs:
+            ids = list(self.prompt_ids[number])
+            pending.append((Rollout(number, ids, [0] * len(ids)), engine.submit(ids, replace(params, seed=seed))))
+        rollouts = [rollout for rollout, _ in pending]
+        while pending:
+            rollout, request = pending.popleft()
+            tokens = list(request)  # steps the engine, and with it all other answers
+            rollout.ids += [token.id for token in tokens]
+            rollout.learned += [1] * len(tokens)
+            rollout.log_probs += [token.logprob for token in tokens]
+            rollout.finished = request.finish_reason == "stop"
+            rollout.text = self.tokenizer.decode([token.id for token in tokens])
+        for rollout in rollouts:
+            record = self.records[rollout.prompt] | {"length_share": rollout.length / params.max_new_tokens}
+            rollout.rewards = score_answer(self.rewards, rollout.text, record)
+            rollout.total = sum(reward.weight * rollout.rewards[reward.name] for reward in self.rewards)
+        return rollouts
+
+
+def read_prompts(path: Path, skip_bad_lines: bool) -> list[dict]:
+    """The records of a prompt file: conversations, answer, and whatever else a reward of the user's own reads."""
+    records, bad = [], []
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        records.append(parse_prompt(line))
+                    except RecordError as error:
+                        bad.append(f"line {number}: {error}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    if bad and not skip_bad_lines:
+        raise ValueError(
+            f"{path}: {len(bad)} of {len(bad) + len(records)} lines are not prompts with an answer; {bad[0]}. "
+            "Mend them, or give --skip_bad_lines"
+        )
+    if not records:
+        raise ValueError(f'{path} holds no prompt; a line is {{"conversations": [turns], "answer": "…"}}')
+    return records
+
+
+def pack(rollouts: list[Rollout], args: argparse.Namespace, pad_id: int) -> list[dict]:
+    """Micro-batches of --batch_size rows that hold all answers, each a document of its own; at least one micro-batch.
+
+    They are as dataset/packing.py makes them, with the rollouts in the order of their targets in the flattened rows.
+    """
+    lengths = np.array([len(rollout.ids) - 1 for rollout in rollouts], dtype=np.int64)
+    row_of = best_fit(lengths, args.max_seq_len) if len(rollouts) else lengths
+    rows = [[rollouts[i] for i in np.flatnonzero(row_of == row)] for row in range(row_of.max(initial=-1) + 1)]
+    starts = range(0, max(len(rows), 1), args.batch_size)
+    return [_lay_out(rows[first : first + args.batch_size], args, pad_id) for first in starts]
+
+
+def _lay_out(rows: list[list[Rollout]], args: argparse.Namespace, pad_id: int) -> dict:
+    batch_size, seq = args.batch_size, args.max_seq_len
+    input_ids, labels = np.full((batch_size, seq), pad_id), np.full((batch_size, seq), -100)
+    position_ids, document_ids = np.zeros((batch_size, seq), np.int64), np.full((batch_size, seq), -1, np.int32)
+    borders, members, attended = [0], [], 0
+    for row in range(batch_size):
+        at = 0
+        for rollout in rows[row] if row < len(rows) else []:
+            count = len(rollout.ids) - 1
+            place = slice(at, at + count)
+            input_ids[row, place] = rollout.ids[:-1]
+            labels[row, place] = np.where(rollout.learned[1:], rollout.ids[1:], -100)
+            position_ids[row, place] = np.arange(count)
+            document_ids[row, place] = len(members)
+            members.append(rollout)
+            attended += count * (count + 1) // 2
+            at += count
+            borders.append(row * seq + at)
+        position_ids[row, at:] = np.arange(seq - at)
+        if at < seq:  # padding is a document of its own
+            borders.append((row + 1) * seq)
+    # as many borders as a step can need: a compiled model sees one shape
+    cu_seqlens = np.full(args.prompts_per_step * args.group_size + batch_size + 1, batch_size * seq, np.int32)
+    cu_seqlens[: len(borders)] = borders
+    arrays = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, "document_ids": document_ids}
+    return {name: torch.from_numpy(array) for name, array in (arrays | {"cu_seqlens": cu_seqlens}).items()} | {
+        "max_seqlen": seq,
+        "rollouts": members,
+        "num_documents": len(members),
+        "target_tokens": int((labels >= 0).sum()),
+        "real_tokens": int((document_ids >= 0).sum()),
+        "attended": attended,
+    }

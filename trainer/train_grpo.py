@@ -1,0 +1,219 @@
+"""Group-relative policy optimisation (GRPO): the model samples answers, and those that score above their group's mean
+become more likely. Rewards are computed from the record's answer; there is no judge and no value model.
+
+    A_i  = r_i - mean(r)                      over the answers to one prompt; grpo, cispo: divided by their std
+    rho  = pi(token) / pi_sampled(token)
+    loss = -sum w * min(rho * A, clip(rho, 1 - low, 1 + high) * A) + beta * sum w * k3 + aux
+
+`--loss dr_grpo` (arXiv:2503.20783) weighs every token by 1 / (answers * --max_new_tokens), which favours neither short
+nor long answers; `grpo` (arXiv:2402.03300, eq. 3) by 1 / (answers * length of its answer); `cispo` (arXiv:2506.13585,
+eq. 4) by 1 / tokens, the average over tokens of DAPO (arXiv:2503.14476), with the loss
+-sum w * sg(min(rho, 1 + high)) * A * log pi, so that no token loses its gradient. --clip_high above --clip_low is
+DAPO's clip-higher. k3 = q - log q - 1 with q = pi_reference / pi estimates the KL divergence to the reference, which is
+the model as it was at the start.
+
+A group whose rewards are all equal has no advantage and is not trained on, but counts in `answers` and `tokens`.
+With one update per batch of answers (--updates 1) rho is 1, and the gradient is REINFORCE with the group's mean as
+baseline. One step is one batch of answers, with --updates optimizer steps.
+
+Reads   {"conversations": [turns, the user's last], "answer": "…"} a line (--data_path, default dataset/grpo.jsonl),
+        out/full_sft_{hidden_size}{_moe}.pth (--base_weight)
+Writes  out/grpo_{hidden_size}{_moe}.pth and a .json beside it, out/resume/, out/logs/
+
+    python train_grpo.py --data_path FILE.jsonl --reward number
+    torchrun --nproc_per_node 8 train_grpo.py --data_path FILE.jsonl --reward number format=0.2
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dataset.tokenization import ChatTokenizer
+from model.model_lora import apply_lora, save_merged
+from model.model_minimind import MiniMindForCausalLM
+from model.weights import find_weights, load_model, load_weights, save_weights
+from trainer.arguments import chat_command, from_root, model_config, parse_arguments, run_script, stage_parser
+from trainer.checkpoint import Checkpoint, file_sha256, output_path
+from trainer.distributed import start_process, stop_on_signal, stop_process, sum_over_ranks
+from trainer.loader import model_inputs
+from trainer.logger import Logger
+from trainer.optimization import check_finite, learning_rate
+from trainer.rewards import REWARD_HELP, build_rewards
+from trainer.rollouts import Sampler
+from trainer.token_losses import target_indices, token_cross_entropy
+from trainer.training import start_training
+
+METRICS = ("loss", "kl", "clipped", "rollout_kl")
+
+
+def parse(argv: list[str] | None):
+    parser = stage_parser(
+        __doc__,
+        data_path=from_root("dataset/grpo.jsonl"),
+        batch_size=8,
+        learning_rate={"adamw": 1e-4},
+        max_seq_len=512,
+        weight_decay=0.0,
+        log_interval=10,
+        eval_interval=50,
+    )
+    add = parser.add_argument_group("answers and rewards").add_argument
+    add("--reward", nargs="+", default=["number"], metavar="NAME[=WEIGHT]", help=REWARD_HELP)
+    add("--prompts_per_step", type=int, default=16, help="prompts of a step, all processes together")
+    add("--group_size", type=int, default=8, help="answers to each prompt")
+    add("--temperature", type=float, default=1.0, help="of sampling, and of the distribution that learns")
+    add("--max_new_tokens", type=int, default=256, help="longest answer in tokens")
+    add("--eval_samples", type=int, default=4, help="sampled answers to each held-out prompt, for pass@k")
+    add = parser.add_argument_group("the objective").add_argument
+    add("--loss", choices=("dr_grpo", "grpo", "cispo"), default="dr_grpo", help="how tokens are weighed, see above")
+    add("--clip_low", type=float, default=0.2)
+    add("--clip_high", type=float, default=0.28)
+    add("--updates", type=int, default=1, help="optimizer steps per batch of answers (1: on policy)")
+    add("--beta", type=float, default=0.0, help="weight of the KL divergence to the starting weights (0: no reference)")
+    add("--lora_rank", type=int, default=0, help="train an adapter of this rank, merged when saved (0: all weights)")
+    add("--base_weight", default="full_sft", help="stage or .pth file to start from")
+    args = parse_arguments(
+        parser,
+        argv,
+        prompts_per_step=(lambda n: n >= 1, "at least 1"),
+        group_size=(lambda n: n >= 2, "at least 2: an answer is compared with its group"),
+        temperature=(lambda t: 0 < t < float("inf"), "above 0: equal answers teach nothing"),
+        max_new_tokens=(lambda n: n >= 1, "at least 1"),
+        eval_samples=(lambda n: n >= 1, "at least 1"),
+        clip_low=(lambda c: 0 <= c <= 1, "between 0 and 1"),
+        clip_high=(lambda c: 0 <= c < float("inf"), "0 or more"),
+        updates=(lambda n: n >= 1, "at least 1"),
+        beta=(lambda b: 0 <= b < float("inf"), "0 or more"),
+        lora_rank=(lambda r: r >= 0, "0 or more"),
+        accumulation_steps=(lambda n: n == 1, "1: a step takes as many micro-batches as its answers need"),
+    )
+    build_rewards(args.reward)  # a mistake is told now
+    args.reward = " ".join(args.reward)
+    return args
+
+
+def advantages(totals: np.ndarray, loss: str) -> np.ndarray:
+    """How much better each answer is than its group, (prompts, group). totals, the same shape: sums of rewards."""
+    centred = totals - totals.mean(axis=1, keepdims=True)
+    return centred if loss == "dr_grpo" else centred / (totals.std(axis=1, ddof=1, keepdims=True) + 1e-4)
+
+
+def token_weight(length: int, answers: float, tokens: float, args) -> float:
+    """The share of one token in the step's loss, in an answer of `length` tokens.
+
+    answers, tokens: of the whole step, all processes together.
+    """
+    return {
+        "dr_grpo": 1 / (answers * args.max_new_tokens),
+        "grpo": 1 / (answers * length),
+        "cispo": 1 / tokens,
+    }[args.loss]
+
+
+def policy_loss(log_probs: torch.Tensor, batch: dict, args) -> tuple[torch.Tensor, torch.Tensor]:
+    """This micro-batch's share of the step's loss, and of METRICS, which have no gradient.
+
+    log_probs (tokens,): of the learned tokens under the model, in nats. batch holds, of the same shape: advantages;
+    weights, see token_weight; log-probs when sampled; before the first update (else it is now); under the reference.
+    """
+    before = batch.setdefault("before", log_probs.detach())
+    ratio, advantage = (log_probs - before).exp(), batch["advantages"]
+    clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
+    if args.loss == "cispo":
+        losses = -ratio.detach().clamp(max=1 + args.clip_high) * advantage * log_probs
+    else:
+        losses = -torch.minimum(ratio * advantage, clipped * advantage)
+    kl = torch.zeros_like(log_probs)
+    if "reference" in batch:
+        kl = k3(log_probs, batch["reference"])
+    loss = (batch["weights"] * (losses + args.beta * kl)).sum()
+    shown = torch.stack((kl, (ratio != clipped).float(), k3(batch["sampled"], before)))
+    return loss, torch.cat((loss.view(1), shown.sum(dim=1) / batch["step_targets"])).detach()
+
+
+def k3(log_probs: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL(pi || other) of each token, sampled from pi: unbiased, and never negative (Schulman's estimator k3)."""
+    return (other - log_probs).exp() - (other - log_probs) - 1
+
+
+def learned_log_probs(model: torch.nn.Module, batch: dict, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs (tokens,) of the learned tokens under softmax(logits / temperature), in nats, and the balance loss."""
+
+    def head(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return token_cross_entropy(hidden_states / temperature, weight, batch["labels"])
+
+    output = model(**model_inputs(batch), head=head)
+    return -output.head_output.flatten()[target_indices(batch)], output.aux_loss
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    process = start_process(args)
+    tokenizer = ChatTokenizer(args.tokenizer_path)
+    config = model_config(args, tokenizer.vocab_size)
+    weights = output_path("grpo", config, args)
+    base = find_weights(args.base_weight, args.out_dir, config.hidden_size, config.use_moe)
+
+    sampler = Sampler(args.data_path, args, tokenizer, process)
+    held_out = Sampler(args.valid_path, args, tokenizer, process) if args.valid_path else None
+    model = MiniMindForCausalLM(config).to(process.device)
+    load_weights(model, base, tokenizer.sha256)
+    reference = load_model(base, tokenizer.sha256)[0].to(process.device) if args.beta else None
+    if args.lora_rank:
+        apply_lora(model, args.lora_rank)
+    training = start_training(model, args, process)
+    write = save_merged if args.lora_rank else save_weights
+    checkpoint = Checkpoint(weights, "grpo", args, process, tokenizer, sampler, write, base=file_sha256(base))
+    progress = checkpoint.restore(training, fresh=f"starting from {base}")
+    logger = Logger(checkpoint.name, args, training, sampler, progress)
+
+    with stop_on_signal() as stop:
+        for step in range(progress.step, sampler.total_steps):
+            with training.whole_weights() as plain:
+                rollouts = sampler.sample_step(plain, step)
+            micro_batches, metrics = sampler.micro_batches(rollouts, advantages, token_weight)
+            lr = learning_rate(step, sampler.total_steps, args.learning_rate, args.warmup_iters, args.min_lr_ratio)
+            means, grad_norm = [0.0] * len(METRICS), 0.0  # if no group teaches anything
+            for _ in range(args.updates if micro_batches else 0):
+                # ---- one optimizer step ----
+                sums = torch.zeros(len(METRICS) + 1, device=process.device)
+                for batch in micro_batches:
+                    with training.micro_batch(last=batch is micro_batches[-1]):
+                        with training.autocast():
+                            log_probs, aux_loss = learned_log_probs(training.forward, batch, args.temperature)
+                            if reference is not None and "reference" not in batch:
+                                with torch.no_grad():
+                                    batch["reference"] = learned_log_probs(reference, batch, args.temperature)[0]
+                            loss, shown = policy_loss(log_probs, batch, args)
+                            aux_loss = aux_loss * batch["num_documents"] / batch["step_documents"]
+                        training.backward(loss + aux_loss)
+                    sums += torch.cat((shown, aux_loss.detach().view(1)))
+                *means, aux_loss = sum_over_ranks(sums.tolist(), process)
+                check_finite(means[0] + aux_loss, step)
+                grad_norm = training.step(lr)
+                # ----------------------------
+            counts = progress.advance(micro_batches, sampler.total_steps, process)
+            metrics |= zip(METRICS[1:], means[1:], strict=True)
+            logger.step(step, means[0], lr, grad_norm, counts, **metrics)
+
+            with logger.clock_stopped():
+                if held_out and progress.due(args.eval_interval):
+                    with training.whole_weights() as plain:
+                        found, text = held_out.evaluate(plain)
+                    metrics |= found
+                    logger.evaluation(progress.step, found, text)
+                stopping = stop.agreed(process)
+                if stopping or progress.due(args.save_interval):
+                    checkpoint.save(training, progress, metrics)
+            if stopping:
+                break
+    logger.close(weights, progress, chat_command(args, 5))
+    stop_process(stop, progress.complete)
+
+
+if __name__ == "__main__":
+    run_script(main)
