@@ -142,12 +142,12 @@ class Sampler:
 
     def micro_batches(
         self, rollouts: list[Rollout], advantages: Callable, token_weight: Callable
-    ) -> tuple[list[dict], dict[str, float]]:
-        """Micro-batches of the groups that teach something, and the step's means to log.
+    ) -> tuple[list[dict], dict[str, int], dict[str, float]]:
+        """Micro-batches of the groups that teach something, the step's counts, and its means to log.
 
-        A batch is as `pack` makes it, with advantages, weights and sampled (log-probs) of each learned token, float32
-        (tokens,), and the step_documents and step_targets of all processes. Every process gets as many as the one with
-        the most; none at all if no process has a group that teaches.
+        A batch is as `pack` makes it, with the counts, and advantages, weights and sampled (log-probs) of each learned
+        token, float32 (tokens,). Every process gets as many batches as the one with the most; none at all if no process
+        has a group that teaches.
 
         advantages, token_weight: as train_grpo.py defines them.
         """
@@ -165,27 +165,27 @@ class Sampler:
                 taught.append(rollout)
         sums = {
             "answers": len(rollouts),
-            "tokens": sum(r.length for r in rollouts),
-            "documents": len(taught),
-            "targets": sum(r.length for r in taught),
+            "sampled_tokens": sum(r.length for r in rollouts),
+            "step_documents": len(taught),
+            "step_targets": sum(r.length for r in taught),
+            "step_tokens": sum(len(r.ids) - 1 for r in taught),
+            "step_attended": sum(len(r.ids) * (len(r.ids) - 1) // 2 for r in taught),
             "reward": float(totals.sum()),
             "finished": sum(r.finished for r in rollouts),
             "entropy": -sum(sum(r.log_probs) for r in rollouts),
         }
         sums |= {f"reward_{w.name}": sum(r.rewards[w.name] for r in rollouts) for w in self.rewards}
         totals = dict(zip(sums, sum_over_ranks([float(value) for value in sums.values()], process), strict=True))
-        answers, tokens, documents, targets = (
-            totals.pop(name) for name in ("answers", "tokens", "documents", "targets")
-        )
+        answers, tokens = totals.pop("answers"), totals.pop("sampled_tokens")
+        counts = {name: int(totals.pop(name)) for name in list(totals) if name.startswith("step_")}
         # entropy: the mean of -log p over the model's own samples, in nats per token
         means = {name: value / (tokens if name == "entropy" else answers) for name, value in totals.items()}
-        means |= {"answer_tokens": tokens / answers, "groups_taught": documents / answers}
-        if not documents:
-            return [], means
-        batches = pack(taught, args, self.tokenizer.pad_id)
+        means |= {"answer_tokens": tokens / answers, "groups_taught": counts["step_documents"] / answers}
+        batches = pack(taught, args, self.tokenizer.pad_id) if counts["step_documents"] else []
         most = max(gather_objects(len(batches), process))
         batches += [pack([], args, self.tokenizer.pad_id)[0] for _ in range(most - len(batches))]
-        for batch in batches:
+        counts["step_positions"] = most * process.world_size * args.batch_size * args.max_seq_len
+        for number, batch in enumerate(batches):
             members = batch.pop("rollouts")
             lengths = [rollout.length for rollout in members]
             weights = [token_weight(length, answers, tokens, args) for length in lengths]
@@ -194,8 +194,8 @@ class Sampler:
             batch["sampled"] = torch.tensor([p for r in members for p in r.log_probs], dtype=torch.float32)
             for name, value in batch.items():
                 batch[name] = value.to(process.device) if isinstance(value, torch.Tensor) else value
-            batch |= {"step_documents": documents, "step_targets": targets}
-        return batches, means
+            batch |= counts | {"last": number == most - 1}
+        return batches, counts, means
 
     def _answers(self, model: nn.Module, jobs: list[tuple[int, int]], params: SamplingParams) -> list[Rollout]:
         """Scored answers to jobs, (number of the prompt, seed of the draws), in their order."""
@@ -262,7 +262,7 @@ def _lay_out(rows: list[list[Rollout]], args: argparse.Namespace, pad_id: int) -
     batch_size, seq = args.batch_size, args.max_seq_len
     input_ids, labels = np.full((batch_size, seq), pad_id), np.full((batch_size, seq), -100)
     position_ids, document_ids = np.zeros((batch_size, seq), np.int64), np.full((batch_size, seq), -1, np.int32)
-    borders, members, attended = [0], [], 0
+    borders, members = [0], []
     for row in range(batch_size):
         at = 0
         for rollout in rows[row] if row < len(rows) else []:
@@ -273,7 +273,6 @@ def _lay_out(rows: list[list[Rollout]], args: argparse.Namespace, pad_id: int) -
             position_ids[row, place] = np.arange(count)
             document_ids[row, place] = len(members)
             members.append(rollout)
-            attended += count * (count + 1) // 2
             at += count
             borders.append(row * seq + at)
         position_ids[row, at:] = np.arange(seq - at)
@@ -288,6 +287,4 @@ def _lay_out(rows: list[list[Rollout]], args: argparse.Namespace, pad_id: int) -
         "rollouts": members,
         "num_documents": len(members),
         "target_tokens": int((labels >= 0).sum()),
-        "real_tokens": int((document_ids >= 0).sum()),
-        "attended": attended,
     }

@@ -175,14 +175,14 @@ def main(argv: list[str] | None = None) -> None:
         for step in range(progress.step, sampler.total_steps):
             with training.whole_weights() as plain:
                 rollouts = sampler.sample_step(plain, step)
-            micro_batches, metrics = sampler.micro_batches(rollouts, advantages, token_weight)
+            micro_batches, counts, metrics = sampler.micro_batches(rollouts, advantages, token_weight)
             lr = learning_rate(step, sampler.total_steps, args.learning_rate, args.warmup_iters, args.min_lr_ratio)
             means, grad_norm = [0.0] * len(METRICS), 0.0  # if no group teaches anything
             for _ in range(args.updates if micro_batches else 0):
                 # ---- one optimizer step ----
                 sums = torch.zeros(len(METRICS) + 1, device=process.device)
                 for batch in micro_batches:
-                    with training.micro_batch(last=batch is micro_batches[-1]):
+                    with training.micro_batch(last=batch["last"]):
                         with training.autocast():
                             log_probs, aux_loss = learned_log_probs(training.forward, batch, args.temperature)
                             if reference is not None and "reference" not in batch:
@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
                 check_finite(means[0] + aux_loss, step)
                 grad_norm = training.step(lr)
                 # ----------------------------
-            counts = progress.advance(micro_batches, sampler.total_steps, process)
+            counts = progress.advance(counts, sampler.total_steps)
             metrics |= zip(METRICS[1:], means[1:], strict=True)
             logger.step(step, means[0], lr, grad_norm, counts, **metrics)
 
