@@ -145,7 +145,8 @@ LORA = Stage("train_lora", "conversation", "lora/lora_medical", "full_sft")
 DPO = Stage("train_dpo", "preference", "rlhf", "full_sft")
 REASON = Stage("train_distill_reason", "reasoning", "reason", "rlhf")
 DISTILLATION = Stage("train_distillation", "conversation", "full_dist", "full_sft")
-STAGES = (PRETRAIN, FULL_SFT, LORA, DPO, REASON, DISTILLATION)
+GRPO = Stage("train_grpo", "prompt", "grpo", "full_sft")
+STAGES = (PRETRAIN, FULL_SFT, LORA, DPO, REASON, DISTILLATION)  # those that read their data in packed rows
 # records that fill 33 to 39 rows (preferences: pairs): five optimizer steps of eight, the last one ragged
 FIVE_STEPS = {"pretrain": 48, "conversation": 64, "reasoning": 75, "preference": 37}
 ROW = {"pretrain": 64}  # else 128: most rows then hold more than one conversation
@@ -393,7 +394,7 @@ class Launcher:
     def __init__(self, folder: Path):
         self.folder, self.children = folder, []
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload([f"trainer.{stage.script}" for stage in STAGES])
+        self.context.set_forkserver_preload([f"trainer.{stage.script}" for stage in (*STAGES, GRPO)])
         before = dict(os.environ)
         os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         try:

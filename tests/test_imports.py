@@ -7,8 +7,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, STAGES, run_python
+from conftest import GRPO, ROOT, STAGES, run_python
 
+ALL_STAGES = (*STAGES, GRPO)
 FOLDERS = ("model", "dataset", "trainer", "scripts", "benchmarks", "tests")
 SHARED_LINES = 48  # of SFT and reason, and the most: a new helper should lower it, no change should raise it
 HEAVY = ("wandb", "deepspeed", "streamlit", "fastapi", "uvicorn", "openai")
@@ -89,7 +90,9 @@ def test_stages_never_import_each_other():
 
 
 def test_every_stage_has_its_script():
-    assert {path.stem for path in modules("trainer") if path.stem.startswith("train_")} == {s.script for s in STAGES}
+    assert {path.stem for path in modules("trainer") if path.stem.startswith("train_")} == {
+        stage.script for stage in ALL_STAGES
+    }
 
 
 def code_lines(path: Path) -> Counter:
@@ -106,7 +109,7 @@ def code_lines(path: Path) -> Counter:
 
 def test_two_stages_share_only_one_line_calls_of_helpers():
     """What a stage means stands in its script; what all stages do is a line that calls a helper."""
-    lines = {stage.script: code_lines(ROOT / "trainer" / f"{stage.script}.py") for stage in STAGES}
+    lines = {stage.script: code_lines(ROOT / "trainer" / f"{stage.script}.py") for stage in ALL_STAGES}
     shared = {pair: lines[pair[0]] & lines[pair[1]] for pair in itertools.combinations(lines, 2)}
     worst = max(shared, key=lambda pair: shared[pair].total())
     assert shared[worst].total() <= SHARED_LINES, (worst, sorted(shared[worst].elements()))
@@ -114,7 +117,7 @@ def test_two_stages_share_only_one_line_calls_of_helpers():
 
 def test_the_loss_of_a_docstrings_formula_is_defined_in_the_script():
     """Each docstring names the function behind its formula: it computes in the script, and main leads to it."""
-    for stage in STAGES:
+    for stage in ALL_STAGES:
         tree = ast.parse((ROOT / "trainer" / f"{stage.script}.py").read_text("utf-8"))
         named = re.findall(r"(\w+_loss) below\)", ast.get_docstring(tree))
         assert len(named) == 1, stage.script
@@ -130,7 +133,7 @@ def test_the_loss_of_a_docstrings_formula_is_defined_in_the_script():
         assert named[0] in reached, f"{stage.script} never calls {named[0]}"
 
 
-@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.script)
+@pytest.mark.parametrize("stage", ALL_STAGES, ids=lambda stage: stage.script)
 def test_a_stage_script_has_at_most_200_lines(stage):
     assert len((ROOT / "trainer" / f"{stage.script}.py").read_text("utf-8").splitlines()) <= 200
 

@@ -27,7 +27,9 @@ from model.batching import Engine
 from model.sampling import SamplingParams
 from trainer.distributed import Process, gather_objects, sum_over_ranks
 from trainer.loader import plural
+from trainer.logger import Logger
 from trainer.rewards import build_rewards, score_answer
+from trainer.training import Training
 
 SLOTS = 64  # answers decoded together: more of them share each read of the weights, and each takes room in the cache
 HELD_OUT = 1 << 40  # the step that evaluation draws as: its draws are the same at every step
@@ -102,7 +104,7 @@ class Sampler:
         return f"{plural(self.total_steps, 'step')} of {plural(prompts, 'prompt')} with {plural(group, 'answer')} each"
 
     @torch.no_grad()
-    def sample_step(self, model: nn.Module, step: int) -> list[Rollout]:
+    def sample_step(self, training: Training, step: int) -> list[Rollout]:
         """The scored answers of this process in a step, group by group: its share of the step's prompts."""
         args, process = self.args, self.process
         jobs = []
@@ -110,24 +112,27 @@ class Sampler:
             epoch, place = divmod(step * args.prompts_per_step + position, len(self.records))
             number = int(self._order(epoch)[place])
             jobs += [(number, draw_seed(args.seed, step, position, sample)) for sample in range(args.group_size)]
-        return self._answers(model, jobs, self.params)
+        with training.whole_weights() as model:
+            return self._answers(model, jobs, self.params)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019
     def _order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng((self.args.seed, epoch)).permutation(len(self.records))
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module) -> tuple[dict[str, float], str]:
-        """Held-out metrics over all prompts, and a sample. An answer is right if its first reward is above 0.5.
+    def evaluate(self, training: Training, logger: Logger, step: int) -> dict[str, float]:
+        """Answer all prompts; log and return the held-out metrics, and log a sample.
 
-        pass_at_1: share of right greedy answers; pass_at_K: of prompts with a right one among K = --eval_samples
-        sampled ones; means of all rewards, length in tokens and finished share of the greedy answers.
+        An answer is right if its first reward is above 0.5. pass_at_1: share of right greedy answers; pass_at_K: share
+        of prompts with a right one among K = --eval_samples sampled answers. Rewards, length in tokens and the finished
+        share are means over the greedy answers.
         """
         args, process, name = self.args, self.process, self.rewards[0].name
         numbers = range(len(self.records))[process.rank :: process.world_size]
-        greedy = self._answers(model, [(n, 0) for n in numbers], replace(self.params, temperature=0.0))
         jobs = [(n, draw_seed(args.seed, HELD_OUT, n, sample)) for n in numbers for sample in range(args.eval_samples)]
-        right = np.array([r.rewards[name] > 0.5 for r in self._answers(model, jobs, self.params)])
+        with training.whole_weights() as model:
+            greedy = self._answers(model, [(n, 0) for n in numbers], replace(self.params, temperature=0.0))
+            right = np.array([r.rewards[name] > 0.5 for r in self._answers(model, jobs, self.params)])
         sums = {
             "pass_at_1": sum(r.rewards[name] > 0.5 for r in greedy),
             f"pass_at_{args.eval_samples}": right.reshape(-1, args.eval_samples).any(axis=1).sum(),
@@ -138,7 +143,9 @@ class Sampler:
         totals = sum_over_ranks([float(value) for value in sums.values()], process)
         shown = greedy[0] if greedy else None
         sample = f"{self.records[shown.prompt]['conversations'][-1]['content']!r} -> {shown.text!r}" if shown else ""
-        return {key: total / len(self.records) for key, total in zip(sums, totals, strict=True)}, sample
+        metrics = {key: total / len(self.records) for key, total in zip(sums, totals, strict=True)}
+        logger.evaluation(step, metrics, sample)
+        return metrics
 
     def micro_batches(
         self, rollouts: list[Rollout], advantages: Callable, token_weight: Callable

@@ -3,8 +3,10 @@
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import nn
 
 from model.model_minimind import compute_dtype
+from trainer.loader import model_inputs
 
 CHUNK = {"cpu": 1024, "cuda": 4096}  # tokens whose float32 logits are held at once; a GPU wants few, large kernels
 BLOCK = 128  # on a CPU: tokens whose float32 logits stay in its cache while the softmax passes over them
@@ -167,3 +169,16 @@ def answer_log_probs(token_losses: torch.Tensor, batch: dict) -> tuple[torch.Ten
 def target_indices(batch: dict) -> torch.Tensor:
     """Indices of the targets in the flattened rows; their number is known, so a GPU is not waited for."""
     return (batch["labels"].flatten() >= 0).nonzero_static(size=batch["target_tokens"]).squeeze(1)
+
+
+def target_log_probs(model: nn.Module, batch: dict, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the model; return log-probs (target_tokens,) of the targets, in nats, and the balance loss.
+
+    The distribution is softmax(logits / temperature).
+    """
+
+    def head(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return token_cross_entropy(hidden_states / temperature, weight, batch["labels"])
+
+    output = model(**model_inputs(batch), head=head)
+    return -output.head_output.flatten()[target_indices(batch)], output.aux_loss

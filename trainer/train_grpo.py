@@ -1,27 +1,26 @@
 """Group-relative policy optimisation (GRPO): the model samples answers, and those that score above their group's mean
 become more likely. Rewards are computed from the record's answer; there is no judge and no value model.
 
-    A_i  = r_i - mean(r)                      over the answers to one prompt; grpo, cispo: divided by their std
-    rho  = pi(token) / pi_sampled(token)
-    loss = -sum w * min(rho * A, clip(rho, 1 - low, 1 + high) * A) + beta * sum w * k3 + aux
+    loss = -sum w * min(rho * A, clip(rho, 1 - low, 1 + high) * A) + beta * sum w * k3 + aux     (policy_loss below)
 
-`--loss dr_grpo` (arXiv:2503.20783) weighs every token by 1 / (answers * --max_new_tokens), which favours neither short
-nor long answers; `grpo` (arXiv:2402.03300, eq. 3) by 1 / (answers * length of its answer); `cispo` (arXiv:2506.13585,
-eq. 4) by 1 / tokens, the average over tokens of DAPO (arXiv:2503.14476), with the loss
--sum w * sg(min(rho, 1 + high)) * A * log pi, so that no token loses its gradient. --clip_high above --clip_low is
-DAPO's clip-higher. k3 = q - log q - 1 with q = pi_reference / pi estimates the KL divergence to the reference, which is
-the model as it was at the start.
+A is an answer's reward minus the mean over its group, the answers to one prompt (grpo, cispo: divided by the standard
+deviation); rho = pi / pi_before for each token, where pi_before is the model before the step's first update.
 
-A group whose rewards are all equal has no advantage and is not trained on, but counts in `answers` and `tokens`.
-With one update per batch of answers (--updates 1) rho is 1, and the gradient is REINFORCE with the group's mean as
-baseline. One step is one batch of answers, with --updates optimizer steps.
+`--loss dr_grpo` (arXiv:2503.20783) weighs a token by w = 1 / (answers * --max_new_tokens), which favours neither short
+nor long answers; `grpo` (arXiv:2402.03300, eq. 3) by 1 / (answers * its answer's length); `cispo` (arXiv:2506.13585,
+eq. 4) by 1 / tokens, DAPO's average (arXiv:2503.14476), with -sum w * sg(min(rho, 1 + high)) * A * log pi: no token
+loses its gradient. --clip_high above --clip_low is DAPO's clip-higher. k3 estimates the KL divergence to the base.
 
-Reads   {"conversations": [turns, the user's last], "answer": "…"} a line (--data_path, default dataset/grpo.jsonl),
+A group of equal rewards teaches nothing and is left out, but counts in `answers` and `tokens`. A step is one batch of
+answers with --updates optimizer steps; with one, rho is 1 and the gradient is REINFORCE with the group's mean as
+baseline.
+
+Reads   {"conversations": [turns, the user's last], "answer": "..."} a line (--data_path, default dataset/grpo.jsonl),
         out/full_sft_{hidden_size}{_moe}.pth (--base_weight)
 Writes  out/grpo_{hidden_size}{_moe}.pth and a .json beside it, out/resume/, out/logs/
 
-    python train_grpo.py --data_path FILE.jsonl --reward number
-    torchrun --nproc_per_node 8 train_grpo.py --data_path FILE.jsonl --reward number format=0.2
+    python train_grpo.py --data_path FILE.jsonl --reward number format=0.2
+    torchrun --nproc_per_node 8 train_grpo.py --data_path FILE.jsonl --reward number
 """
 
 import sys
@@ -39,12 +38,11 @@ from model.weights import find_weights, load_model, load_weights, save_weights
 from trainer.arguments import chat_command, from_root, model_config, parse_arguments, run_script, stage_parser
 from trainer.checkpoint import Checkpoint, file_sha256, output_path
 from trainer.distributed import start_process, stop_on_signal, stop_process, sum_over_ranks
-from trainer.loader import model_inputs
 from trainer.logger import Logger
 from trainer.optimization import check_finite, learning_rate
 from trainer.rewards import REWARD_HELP, build_rewards
 from trainer.rollouts import Sampler
-from trainer.token_losses import target_indices, token_cross_entropy
+from trainer.token_losses import target_log_probs
 from trainer.training import start_training
 
 METRICS = ("loss", "kl", "clipped", "rollout_kl")
@@ -79,16 +77,12 @@ def parse(argv: list[str] | None):
     args = parse_arguments(
         parser,
         argv,
-        prompts_per_step=(lambda n: n >= 1, "at least 1"),
+        **dict.fromkeys(
+            ("prompts_per_step", "max_new_tokens", "eval_samples", "updates"), (lambda n: n >= 1, "at least 1")
+        ),
+        **dict.fromkeys(("clip_low", "clip_high", "beta", "lora_rank"), (lambda v: 0 <= v < float("inf"), "0 or more")),
         group_size=(lambda n: n >= 2, "at least 2: an answer is compared with its group"),
         temperature=(lambda t: 0 < t < float("inf"), "above 0: equal answers teach nothing"),
-        max_new_tokens=(lambda n: n >= 1, "at least 1"),
-        eval_samples=(lambda n: n >= 1, "at least 1"),
-        clip_low=(lambda c: 0 <= c <= 1, "between 0 and 1"),
-        clip_high=(lambda c: 0 <= c < float("inf"), "0 or more"),
-        updates=(lambda n: n >= 1, "at least 1"),
-        beta=(lambda b: 0 <= b < float("inf"), "0 or more"),
-        lora_rank=(lambda r: r >= 0, "0 or more"),
         accumulation_steps=(lambda n: n == 1, "1: a step takes as many micro-batches as its answers need"),
     )
     build_rewards(args.reward)  # a mistake is told now
@@ -136,18 +130,8 @@ def policy_loss(log_probs: torch.Tensor, batch: dict, args) -> tuple[torch.Tenso
 
 
 def k3(log_probs: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """KL(pi || other) of each token, sampled from pi: unbiased, and never negative (Schulman's estimator k3)."""
+    """KL(pi || other) of each token, estimated from samples of pi: unbiased, never negative, in nats."""
     return (other - log_probs).exp() - (other - log_probs) - 1
-
-
-def learned_log_probs(model: torch.nn.Module, batch: dict, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs (tokens,) of the learned tokens under softmax(logits / temperature), in nats, and the balance loss."""
-
-    def head(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return token_cross_entropy(hidden_states / temperature, weight, batch["labels"])
-
-    output = model(**model_inputs(batch), head=head)
-    return -output.head_output.flatten()[target_indices(batch)], output.aux_loss
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -173,8 +157,7 @@ def main(argv: list[str] | None = None) -> None:
 
     with stop_on_signal() as stop:
         for step in range(progress.step, sampler.total_steps):
-            with training.whole_weights() as plain:
-                rollouts = sampler.sample_step(plain, step)
+            rollouts = sampler.sample_step(training, step)
             micro_batches, counts, metrics = sampler.micro_batches(rollouts, advantages, token_weight)
             lr = learning_rate(step, sampler.total_steps, args.learning_rate, args.warmup_iters, args.min_lr_ratio)
             means, grad_norm = [0.0] * len(METRICS), 0.0  # if no group teaches anything
@@ -184,10 +167,10 @@ def main(argv: list[str] | None = None) -> None:
                 for batch in micro_batches:
                     with training.micro_batch(last=batch["last"]):
                         with training.autocast():
-                            log_probs, aux_loss = learned_log_probs(training.forward, batch, args.temperature)
+                            log_probs, aux_loss = target_log_probs(training.forward, batch, args.temperature)
                             if reference is not None and "reference" not in batch:
                                 with torch.no_grad():
-                                    batch["reference"] = learned_log_probs(reference, batch, args.temperature)[0]
+                                    batch["reference"] = target_log_probs(reference, batch, args.temperature)[0]
                             loss, shown = policy_loss(log_probs, batch, args)
                             aux_loss = aux_loss * batch["num_documents"] / batch["step_documents"]
                         training.backward(loss + aux_loss)
@@ -202,10 +185,7 @@ def main(argv: list[str] | None = None) -> None:
 
             with logger.clock_stopped():
                 if held_out and progress.due(args.eval_interval):
-                    with training.whole_weights() as plain:
-                        found, text = held_out.evaluate(plain)
-                    metrics |= found
-                    logger.evaluation(progress.step, found, text)
+                    metrics |= held_out.evaluate(training, logger, progress.step)
                 stopping = stop.agreed(process)
                 if stopping or progress.due(args.save_interval):
                     checkpoint.save(training, progress, metrics)
