@@ -10,6 +10,7 @@ neighbouring pairs, so the rows of q and k are interleaved; "qwen3" and "qwen3mo
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -245,8 +246,10 @@ def _add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
     template = chat_template(folder)
-    if template:
-        writer.add_chat_template(template)
+    if isinstance(template, str):
+        writer.add_chat_template(without_marks(template))
+    elif template:
+        writer.add_chat_template([{**part, "template": without_marks(part["template"])} for part in template])
 
 
 def chat_template(folder: str | Path) -> str | list[dict] | None:
@@ -257,6 +260,65 @@ def chat_template(folder: str | Path) -> str | list[dict] | None:
         return file.read_text(encoding="utf-8")
     config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
     return config.get("chat_template")
+
+
+def without_marks(template: str) -> str:
+    """Return a template without the marks of transformers' assistant mask, which llama.cpp does not know.
+
+    A block that is always taken replaces them, so that spaces around them are trimmed as before.
+    """
+    opened = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", template)
+    return re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", opened)
+
+
+def go_template(folder: str | Path) -> str | None:
+    """Return the folder's chat template in Go's language, as ollama's Modelfile wants it; None if there is none.
+
+    It is put together from what the template makes of turns that hold marks.
+    """
+    from transformers import AutoTokenizer
+
+    if not chat_template(folder):
+        return None
+    render = AutoTokenizer.from_pretrained(folder, local_files_only=True).apply_chat_template
+    marks = {role: f"@{role}@" for role in ("system", "user", "assistant", "tool")}
+    turns = {role: {"role": role, "content": mark} for role, mark in marks.items()}
+    call = {"type": "function", "function": {"name": "@name@", "arguments": {}}}
+    calls = [turns["user"], {**turns["assistant"], "tool_calls": [call]}]
+    tool = {"type": "function", "function": {"name": "@offered@"}}
+
+    def text(*history: dict, **options) -> str:
+        return render(list(history), tokenize=False, **options)
+
+    def around(role: str, *history: dict, **options) -> tuple[str, str]:
+        added = text(*history, turns[role], **options).removeprefix(text(*history, **options))
+        before, _, after = added.partition(marks[role])
+        return before, after
+
+    user, answer = around("user", turns["user"], turns["assistant"]), around("assistant", turns["user"])
+    result = around("tool", *calls, tools=[tool])
+    asked = marks["user"].join(user)  # the text of the user's turn
+    openings = {}  # what precedes it, (with tools, with a system turn) -> text
+    for tools in (None, [tool]):
+        for system in ((), (turns["system"],)):
+            opening = text(*system, turns["user"], tools=tools).removesuffix(asked)
+            opening = opening.replace(marks["system"], "{{ .System }}")
+            openings[bool(tools), bool(system)] = opening.replace(
+                "\n" + json.dumps(tool), "{{ range .Tools }}\n{{ . }}{{ end }}"
+            )
+    prompt = text(turns["user"], add_generation_prompt=True).removeprefix(text(turns["user"]))
+    return (
+        f"{{{{ if .Tools }}}}{{{{ if .System }}}}{openings[True, True]}{{{{ else }}}}{openings[True, False]}"
+        "{{ end }}"
+        f"{{{{ else if .System }}}}{openings[False, True]}{{{{ else }}}}{openings[False, False]}{{{{ end }}}}"
+        '{{ range $turn := .Messages }}{{ if eq $turn.Role "user" }}'
+        f'{user[0]}{{{{ $turn.Content }}}}{user[1]}{{{{ else if eq $turn.Role "assistant" }}}}'
+        f"{answer[0]}{{{{ $turn.Content }}}}{{{{ range $number, $call := $turn.ToolCalls }}}}"
+        "{{ if or $number $turn.Content }}\n{{ end }}"
+        '<tool_call>\n{"name": "{{ $call.Function.Name }}", "arguments": {{ $call.Function.Arguments }}}\n</tool_call>'
+        f'{{{{ end }}}}{answer[1]}{{{{ else if eq $turn.Role "tool" }}}}'
+        f"{result[0]}{{{{ $turn.Content }}}}{result[1]}{{{{ end }}}}{{{{ end }}}}{prompt}"
+    )
 
 
 def pre_tokenizer(content: dict, folder: Path) -> str:

@@ -36,10 +36,10 @@ sys.path.insert(0, str(ROOT))
 import torch
 from safetensors import SafetensorError
 
-from dataset.tokenization import DEFAULT_SYSTEM, ChatTokenizer
+from dataset.tokenization import ChatTokenizer
 from model.export import CLASSES, from_hf, from_old_names, has_old_names, hf_config, hf_format, to_hf
 from model.flags import show_defaults
-from model.gguf_format import chat_template, check_gguf_type, read_gguf, round_to_gguf, write_gguf
+from model.gguf_format import chat_template, check_gguf_type, go_template, read_gguf, round_to_gguf, write_gguf
 from model.loading import (
     DTYPES,
     add_flags,
@@ -520,22 +520,20 @@ def write_gguf_folder(source: Source, target: Path, gguf_type: str, args: argpar
 
 
 def modelfile(tokenizer: ChatTokenizer, file_name: str) -> str:
-    """For `ollama create`. Its templates are Go's; the default system turn is that of the chat template."""
+    """Return ollama's Modelfile; its template is Go's spelling of the tokenizer's chat template."""
     bos, eos = (tokenizer.decode([number], skip_control=False) for number in (tokenizer.bos_id, tokenizer.eos_id))
+    template = go_template(tokenizer.path)
+    template = "# the tokenizer has no chat template" if template is None else f'TEMPLATE """{template}"""'
     return f'''# ollama create minimind -f Modelfile && ollama run minimind
 FROM ./{file_name}
 
-TEMPLATE """{bos}system
-{{{{ if .System }}}}{{{{ .System }}}}{{{{ else }}}}{DEFAULT_SYSTEM}{{{{ end }}}}{eos}
-{{{{ range .Messages }}}}{{{{ if ne .Role "system" }}}}{bos}{{{{ .Role }}}}
-{{{{ .Content }}}}{eos}
-{{{{ end }}}}{{{{ end }}}}{bos}assistant
-"""
+{template}
 
 PARAMETER stop "{bos}"
 PARAMETER stop "{eos}"
 PARAMETER temperature 0.85
 PARAMETER top_p 0.85
+PARAMETER top_k 0
 PARAMETER repeat_penalty 1.0
 '''
 

@@ -42,7 +42,8 @@ WORDS = (
 )
 HELD_OUT_EVERY, HELD_OUT_MOST = 50, 2000  # records kept from training for the report where no --valid_path is given
 
-# ChatML. Tools and tool calls are written as the Hermes parsers of vLLM, llama.cpp and others read them back.
+# ChatML. Tools and tool calls are written as the Hermes parsers of vLLM, llama.cpp and others read them back. What
+# training learns is between `generation` marks, for transformers' assistant mask. Reasoning is spelled as in our data.
 CHAT_TEMPLATE = (
     """\
 {%- if messages and messages[0]['role'] == 'system' -%}
@@ -64,23 +65,34 @@ CHAT_TEMPLATE = (
 {%- endif -%}
 {{- '<|im_end|>\\n' -}}
 {%- for turn in turns -%}
-    {%- set content = turn['content'] or '' -%}
-    {{- '<|im_start|>' + turn['role'] + '\\n' -}}
-    {%- if tools and turn['role'] == 'tool' -%}
-        {{- '<tool_response>\\n' + content + '\\n</tool_response>' -}}
-    {%- else -%}
-        {{- content -}}
-    {%- endif -%}
-    {%- for tool_call in turn['tool_calls'] or [] -%}
-        {%- set call = tool_call['function'] or tool_call -%}
-        {%- set arguments = call['arguments'] -%}
-        {%- if content or not loop.first -%}
-            {{- '\\n' -}}
+    {%- set body -%}
+        {%- set content = turn['content'] or '' -%}
+        {%- if turn['reasoning_content'] -%}
+            {{- '<think>\\n' + turn['reasoning_content'] + '\\n</think>\\n' -}}
+            {{- '<answer>\\n' + content + '\\n</answer>' if content else '' -}}
+        {%- elif tools and turn['role'] == 'tool' -%}
+            {{- '<tool_response>\\n' + content + '\\n</tool_response>' -}}
+        {%- else -%}
+            {{- content -}}
         {%- endif -%}
-        {{- '<tool_call>\\n{"name": ' + (call['name'] | tojson) + ', "arguments": ' -}}
-        {{- (arguments if arguments is string else arguments | tojson) + '}\\n</tool_call>' -}}
-    {%- endfor -%}
-    {{- '<|im_end|>\\n' -}}
+        {%- for tool_call in turn['tool_calls'] or [] -%}
+            {%- set call = tool_call['function'] or tool_call -%}
+            {%- set arguments = call['arguments'] -%}
+            {%- if content or not loop.first -%}
+                {{- '\\n' -}}
+            {%- endif -%}
+            {{- '<tool_call>\\n{"name": ' + (call['name'] | tojson) + ', "arguments": ' -}}
+            {{- (arguments if arguments is string else arguments | tojson) + '}\\n</tool_call>' -}}
+        {%- endfor -%}
+        {{- '<|im_end|>' -}}
+    {%- endset -%}
+    {{- '<|im_start|>' + turn['role'] + '\\n' -}}
+    {%- if turn['role'] == 'assistant' -%}
+        {%- generation -%}{{- body -}}{%- endgeneration -%}
+    {%- else -%}
+        {{- body -}}
+    {%- endif -%}
+    {{- '\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
     {{- '<|im_start|>assistant\\n' -}}

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaF
 from dataset.tokenization import ChatTokenizer
 from model import loading
 from model.export import CLASSES, hf_config, hf_format, interleave_rows, split_rows, to_hf
-from model.gguf_format import pre_tokenizer, read_gguf
+from model.gguf_format import pre_tokenizer, read_gguf, without_marks
 from model.model_lora import apply_lora, load_lora, lora_layers, save_lora
 from model.model_minimind import MINIMIND3, MiniMindConfig, MiniMindForCausalLM
 from model.weights import WeightsError, load_model, read_sidecar, read_state_dict, save_weights
@@ -542,7 +542,7 @@ def test_gguf_carries_the_tokenizer(moe, tmp_path, tokenizer, convert):
     assert ids == [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]
     assert field("tokenizer.ggml.add_bos_token") is False
     template = json.loads((ROOT / "model" / "tokenizer_config.json").read_text("utf-8"))["chat_template"]
-    assert field("tokenizer.chat_template") == template
+    assert field("tokenizer.chat_template") == without_marks(template)
     assert field("general.architecture") == "bailingmoe" and field("bailingmoe.expert_weights_norm") is True
 
 
@@ -561,11 +561,12 @@ def test_gguf_takes_the_template_from_where_transformers_saves_it(dense, tmp_pat
     assert "chat_template" not in config and (tmp_path / "saved" / "chat_template.jinja").is_file()
     ours = AutoTokenizer.from_pretrained(ROOT / "model").chat_template
     field, printed = written(tmp_path / "saved")
-    assert field.contents() == ours and "no chat template" not in printed
+    assert field.contents() == without_marks(ours) and "no chat template" not in printed
 
     config_file.write_text(json.dumps({**config, "chat_template": "old"}), encoding="utf-8")
     both = (tmp_path / "saved").rename(tmp_path / "both")
-    assert written(both)[0].contents() == ours == AutoTokenizer.from_pretrained(both).chat_template
+    assert written(both)[0].contents() == without_marks(ours)
+    assert ours == AutoTokenizer.from_pretrained(both).chat_template
 
     (both / "chat_template.jinja").unlink()
     (both / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -584,33 +585,146 @@ def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused():
             pre_tokenizer({**content, "pre_tokenizer": cutter}, Path("x"))
 
 
-def test_the_modelfile_spells_our_chat_template(dense, tmp_path, tokenizer, convert):
-    """Its Go template, rendered by hand for the constructs that it uses, gives our prompt."""
+def in_go(template: str, data: dict) -> str:
+    """Render the few constructs of Go's templates that a Modelfile of ours has: fields, if, or, eq, range."""
+    tokens = [token for token in re.split(r"(\{\{.*?\}\})", template, flags=re.DOTALL) if token]
+
+    def value(text: str, scope: dict):
+        text = text.strip()
+        if text.startswith(("eq ", "or ")):
+            first, second = text[3:].split(" ", 1)
+            first, second = value(first, scope), value(second, scope)
+            return first == second if text.startswith("eq ") else first or second
+        if text.startswith('"'):
+            return text[1:-1]
+        names = text.split(".")
+        found = scope[names[0] or "."]
+        for name in names[1:] if text != "." else ():
+            found = found.get(name, "")
+        return found
+
+    def block(position: int, scope: dict, shown: bool) -> tuple[str, int, str]:
+        """Return the text up to an end or else at this depth, its position, and that word."""
+        written = ""
+        while position < len(tokens):
+            token = tokens[position]
+            word = token[2:-2].strip() if token.startswith("{{") else None
+            if word is None:
+                written += token * shown
+            elif word == "end" or word.startswith("else"):
+                return written, position, word
+            elif word.startswith("if "):
+                taken = False
+                while word != "end":
+                    wanted = word == "else" or bool(shown and value(word.removeprefix("else ")[3:], scope))
+                    text, position, word = block(position + 1, scope, shown and wanted and not taken)
+                    written, taken = written + text, taken or wanted
+            elif word.startswith("range "):
+                names, _, items = word[6:].rpartition(":=")
+                names = [name.strip() for name in names.split(",") if name.strip()]
+                found = (value(items, scope) or []) if shown else []
+                for number, item in enumerate(found):
+                    values = (number, item)[2 - len(names) :]
+                    inner = {**scope, ".": item, **dict(zip(names, values, strict=True))}
+                    written += block(position + 1, inner, True)[0]
+                position = block(position + 1, {**scope, **dict.fromkeys(names, {})}, False)[1]
+            elif shown:
+                found = value(word, scope)
+                written += found if isinstance(found, str) else json.dumps(found)
+            position += 1
+        return written, position, "end"
+
+    return block(0, {".": data}, True)[0]
+
+
+def test_the_modelfile_spells_the_chat_template(dense, tmp_path, tokenizer, convert):
+    """Turns, tools, calls and results come out as transformers writes them, of our template and of one like Qwen's."""
+    (tmp_path / "other").mkdir()
+    config = json.loads((ROOT / "model" / "tokenizer_config.json").read_text("utf-8"))
+    config["chat_template"] = """\
+{%- if tools or messages[0].role == 'system' %}{{ '<|im_start|>system\\n' }}
+    {%- if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}
+    {%- if tools %}{{ '\\nTools:' }}{% for tool in tools %}{{ '\\n' + (tool | tojson) }}{% endfor %}{% endif %}
+    {{- '<|im_end|>\\n' }}
+{%- endif %}
+{%- for turn in messages if turn.role != 'system' %}
+    {{- '<|im_start|>' + ('user\\n<result>' if turn.role == 'tool' else turn.role) + '\\n' }}
+    {%- if turn.role == 'assistant' %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{{ turn.content }}
+    {%- for call in turn.tool_calls or [] %}
+        {{- '\\n' if turn.content or not loop.first }}
+        {{- '<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
+        {{- (call.function.arguments | tojson) + '}\\n</tool_call>' }}
+    {%- endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' }}{% endif %}"""
+    (tmp_path / "other" / "tokenizer_config.json").write_text(json.dumps(config))
+    shutil.copy(ROOT / "model" / "tokenizer.json", tmp_path / "other")
+    calls = [
+        {"type": "function", "function": {"name": name, "arguments": {"a": 1, "b": [name]}}} for name in ("f", "g")
+    ]
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    talk = [
+        {"role": "user", "content": "你好"},
+        {"role": "assistant", "content": "hi"},
+        {"role": "user", "content": "?"},
+    ]
+    more = [{"role": "assistant", "content": "", "tool_calls": calls}, {"role": "tool", "content": "4"}]
+    more += [{"role": "assistant", "content": "so", "tool_calls": calls[:1]}, {"role": "tool", "content": "5"}]
+    for folder in (ROOT / "model", tmp_path / "other"):
+        convert("--input", dense, "--output", tmp_path / folder.name / "g", "--to", "gguf", "--tokenizer_path", folder)
+        text = (tmp_path / folder.name / "g" / "Modelfile").read_text("utf-8")
+        assert (tmp_path / folder.name / "g" / re.search(r"^FROM \./(.+)$", text, re.MULTILINE)[1]).is_file()
+        assert re.findall(r'^PARAMETER stop "(.+)"$', text, re.MULTILINE) == ["<|im_start|>", "<|im_end|>"]
+        assert "\nPARAMETER top_k 0\n" in text
+        template = re.search(r'TEMPLATE """(.*?)"""', text, re.DOTALL)[1]
+        theirs = AutoTokenizer.from_pretrained(folder)
+        for system in ((), ({"role": "system", "content": "Be brief."},)):
+            for turns, tools in ((talk, None), (talk + more, [tool, {**tool, "x": 2}])):
+                history = [*system, *turns]
+                messages = [
+                    {
+                        "Role": turn["role"],
+                        "Content": turn["content"],
+                        "ToolCalls": [
+                            {"Function": {key.title(): value for key, value in call["function"].items()}}
+                            for call in turn.get("tool_calls", ())
+                        ],
+                    }
+                    for turn in history
+                ]
+                data = {"System": system[0]["content"] if system else "", "Tools": tools or [], "Messages": messages}
+                expected = theirs.apply_chat_template(history, tools=tools, tokenize=False, add_generation_prompt=True)
+                assert in_go(template, data) == expected
+    tokenizer_ids = tokenizer.encode_prompt(talk)
+    assert tokenizer.encode_documents([AutoTokenizer.from_pretrained(ROOT / "model").apply_chat_template(
+        talk, tokenize=False, add_generation_prompt=True)])[0] == tokenizer_ids  # fmt: skip
+
+
+def test_the_template_marks_what_training_learns_and_gguf_goes_without_the_marks(dense, tmp_path, tokenizer, convert):
+    """transformers' assistant mask is our loss mask; a runtime without that extension renders the same text."""
+    convert("--input", dense, "--output", tmp_path / "hf")
     convert("--input", dense, "--output", tmp_path / "g", "--to", "gguf")
-    text = (tmp_path / "g" / "Modelfile").read_text("utf-8")
-    file = re.search(r"^FROM \./(.+)$", text, re.MULTILINE)[1]
-    assert (tmp_path / "g" / file).is_file()
-    assert re.findall(r'^PARAMETER stop "(.+)"$', text, re.MULTILINE) == ["<|im_start|>", "<|im_end|>"]
-    template = re.search(r'TEMPLATE """(.*?)"""', text, re.DOTALL)[1]
-    head, loop, tail = re.fullmatch(
-        r'(.*?)\{\{ range \.Messages \}\}\{\{ if ne \.Role "system" \}\}(.*?)\{\{ end \}\}\{\{ end \}\}(.*)',
-        template,
-        re.DOTALL,
-    ).groups()
-
-    def render(turns: list[dict]) -> str:
-        system = turns[0]["content"] if turns[0]["role"] == "system" else ""
-        choice = re.search(r"\{\{ if \.System \}\}\{\{ \.System \}\}\{\{ else \}\}(.*?)\{\{ end \}\}", head)
-        result = head.replace(choice[0], system or choice[1])
-        for turn in turns:
-            if turn["role"] != "system":
-                result += loop.replace("{{ .Role }}", turn["role"]).replace("{{ .Content }}", turn["content"])
-        return result + tail
-
-    roles = ("user", "assistant", "user")
-    talk = [{"role": role, "content": text} for role, text in zip(roles, ("你好", "hi", "?"), strict=True)]
-    for turns in (talk, [{"role": "system", "content": "Be brief."}, *talk]):
-        assert tokenizer.encode_documents([render(turns)])[0] == tokenizer.encode_prompt(turns)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    turns = [
+        {"role": "user", "content": "你好 <think>"}, {"role": "assistant", "content": "hi\n"},
+        {"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4, I think"},
+    ]  # fmt: skip
+    marked = theirs.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
+    ids, mask = tokenizer.encode_conversation(turns)
+    assert (marked["input_ids"], marked["assistant_masks"]) == (ids, list(mask))
+    reader = gguf.GGUFReader(next((tmp_path / "g").glob("*.gguf")))
+    written = reader.get_field("tokenizer.chat_template").contents()
+    assert "generation -%}" in theirs.chat_template and "generation -%}" not in written
+    turns.append({"role": "assistant", "content": "5", "reasoning_content": "2+3"})
+    assert theirs.apply_chat_template(turns, tokenize=False, chat_template=written) == (
+        text := theirs.apply_chat_template(turns, tokenize=False)
+    )
+    assert text.endswith("assistant\n<think>\n2+3\n</think>\n<answer>\n5\n</answer><|im_end|>\n")
+    loose = "a {% generation %}\n b {%- endgeneration +%}\n c"
+    assert theirs.apply_chat_template(turns, tokenize=False, chat_template=without_marks(loose)) == (
+        theirs.apply_chat_template(turns, tokenize=False, chat_template=loose)
+    )
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------
