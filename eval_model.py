@@ -11,11 +11,9 @@ Answers go to stdout, everything else to stderr. /help lists the commands.
 """
 
 import argparse
-import contextlib
 import itertools
 import random
 import time
-import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -85,15 +83,6 @@ def sampling_params(args: argparse.Namespace, stop_ids: tuple[int, ...]) -> Samp
     )
 
 
-@contextlib.contextmanager
-def noted_warnings() -> Iterator[None]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    for warning in caught:
-        note(f"warning: {warning.message}")
-
-
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
@@ -142,9 +131,8 @@ class LocalChat(TerminalChat):
 
     def __init__(self, args: argparse.Namespace):
         super().__init__(args)
-        with noted_warnings():
-            ready = load(args)
-            lora = put_on_adapter(ready, args, args.lora_name)
+        ready = load(args)
+        lora = put_on_adapter(ready, args, args.lora_name)
         self._use(ready, STAGE_OF_MODE[args.model_mode])
         note(describe(ready.model, f"{ready.path} with {lora}" if lora else str(ready.path)))
 
@@ -214,8 +202,7 @@ class LocalChat(TerminalChat):
         path = next((entry.path for entry in find_models(out_dir) if entry.name == name), Path(name))
         if not path.is_dir():
             path = find_weights(str(path), out_dir, self.args.hidden_size, self.args.use_moe)
-        with noted_warnings():
-            ready = load_ready(path, ChatTokenizer, **ready_flags(self.args))
+        ready = load_ready(path, ChatTokenizer, **ready_flags(self.args))
         match = WEIGHT_NAME.fullmatch(path.stem)
         self._use(ready, match["stage"] if match else ready.sidecar.get("stage", "full_sft"))
         note(f"now with {describe(ready.model, str(path))}")
@@ -223,8 +210,7 @@ class LocalChat(TerminalChat):
     def switch_lora(self, name: str) -> None:
         if not name:
             raise ValueError("which adapter? /lora NAME, or /lora none")
-        with noted_warnings():
-            lora = put_on_adapter(self.ready, self.args, name)
+        lora = put_on_adapter(self.ready, self.args, name)
         note(f"now with {lora}" if lora else "now without an adapter")
 
 

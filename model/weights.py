@@ -39,8 +39,6 @@ STAGES = {
     "grpo": Stage(5, "train_grpo.py", 3),
 }
 STAGE_OF_MODE = {stage.mode: name for name, stage in STAGES.items()}
-# prefixes that wrappers add to parameter names: torch.compile, DDP
-WRAPPER_PREFIXES = ("_orig_mod.", "module.")
 # What a sidecar holds, as far as it is read. Sidecars come from other people too.
 SIDECAR_TYPES = {
     "config": dict,
@@ -54,10 +52,7 @@ IS_SAFETENSORS = "it is a safetensors file; put it in its folder, next to config
 # First bytes of a file -> what it is, and the cure.
 MISTAKEN_FILES = (
     (rb"\Z", "it is empty; a download or a copy was interrupted, so fetch it again"),
-    (
-        rb"version https://git-lfs",
-        "it is a Git-LFS pointer to the weights; run git lfs pull, or download the file itself",
-    ),
+    (rb"version https://git-lfs", "it is a Git-LFS pointer; run git lfs pull, or download the file itself"),
     (rb"\s*<(!doctype|html|head|\?xml)", "it is a web page, such as a login or an error; download the file itself"),
     (rb"\s*[{[]", "it is JSON, such as a server's error message; download the file again"),
     (rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd", "it is compressed; unpack it first"),
@@ -124,9 +119,9 @@ def sidecar_path(path: str | Path) -> Path:
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
-    """Writes beside `path`, flushes to disk, then renames: a reader sees the old file or the new one, never a part.
+    """Write to a temporary file, flush it to disk, rename it: a reader sees the old file or the new one, never a part.
 
-    Raises WeightsError when the folder cannot be written or the disk is full; the previous file stays as it was.
+    Raises WeightsError if the folder cannot be written or the disk is full; the previous file stays as it was.
     """
     path = Path(path)
     temporary = None
@@ -160,7 +155,7 @@ def file_mode() -> int:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a rename durable; Windows has no such call and needs none."""
+    """Make a rename durable; Windows has no such call and needs none."""
     if os.name != "nt":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -171,22 +166,17 @@ def _sync_folder(folder: Path) -> None:
 
 def write_json(path: str | Path, content: dict) -> None:
     text = json.dumps(content, ensure_ascii=False, indent=2, default=str) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    # a path that is not UTF-8 becomes a JSON escape
+    write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def clean_key(key: str) -> str:
-    """A parameter's name without what wrappers put before it."""
-    stripped = True
-    while stripped:
-        stripped = False
-        for prefix in WRAPPER_PREFIXES:
-            if key.startswith(prefix):
-                key, stripped = key.removeprefix(prefix), True
-    return key
+    """Return a parameter's name without the prefixes of torch.compile and DDP."""
+    return re.sub(r"^(_orig_mod\.|module\.)+", "", key)
 
 
 def half_state_dict(model: nn.Module | dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The model's weights in float16 on the CPU under their plain names; tied tensors stay one storage."""
+    """Return the model's weights in float16 on the CPU under their plain names; tied tensors stay one storage."""
     state = model if isinstance(model, dict) else model.state_dict()
     copies: dict[tuple, torch.Tensor] = {}
     result = {}
@@ -210,7 +200,7 @@ def _to_half(key: str, tensor: torch.Tensor) -> torch.Tensor:
 def save_weights(
     path: str | Path, model: nn.Module | dict[str, torch.Tensor], sidecar: dict[str, Any] | None = None
 ) -> None:
-    """Writes the half-precision state dict and, with `sidecar`, the JSON beside it; each beside first, then renamed."""
+    """Write the half-precision state dict and, if given, the sidecar next to it, each atomically."""
     state = half_state_dict(model)
     write_atomically(path, lambda file: torch.save(state, file))
     if sidecar is not None:
@@ -218,7 +208,7 @@ def save_weights(
 
 
 def read_sidecar(path: str | Path) -> dict[str, Any] | None:
-    """The sidecar of a weight file, or None when there is none."""
+    """Return the sidecar of a weight file or a folder of weights, or None if there is none."""
     side = sidecar_path(path)
     try:
         content = json.loads(side.read_text(encoding="utf-8"))
@@ -238,9 +228,9 @@ def read_sidecar(path: str | Path) -> dict[str, Any] | None:
 
 
 def read_state_dict(path: str | Path, old_names: bool = False) -> dict[str, torch.Tensor]:
-    """Reads a .pth of tensors, and of nothing that could run code; wrapper prefixes are taken off the names.
+    """Read a .pth of tensors, and of nothing that could run code, under plain names.
 
-    old_names: take names of before April 2025 as they are, which is an error otherwise.
+    old_names: accept the names of before April 2025, which are an error otherwise.
     """
     path = Path(path)
     if not path.is_file():
@@ -374,10 +364,10 @@ def tie_head(path: str | Path, state: dict[str, torch.Tensor]) -> None:
 
 
 def load_weights(model: nn.Module, path: str | Path, tokenizer_sha256: str | None = None) -> dict[str, Any] | None:
-    """Loads a weight file into a model of the same sizes, strictly, and returns the sidecar if there is one.
+    """Load a weight file into a model of the same sizes, strictly; return the sidecar if there is one.
 
-    tokenizer_sha256: hash of the tokenizer that will be used. Weights belong to a tokenizer: a sidecar that names
-    another one is an error, a missing sidecar a warning.
+    tokenizer_sha256: hash of the tokenizer in use. Weights belong to a tokenizer: a sidecar that names another one is
+    an error, a missing sidecar a warning.
     """
     state = read_state_dict(path)
     sidecar = read_sidecar(path)
@@ -409,7 +399,7 @@ def load_model(
 
 
 def check_tokenizer(path: str | Path, sidecar: dict | None, tokenizer_sha256: str | None) -> None:
-    """Raises when the sidecar names another tokenizer than the one in use; warns when there is no telling."""
+    """Raise WeightsError if the sidecar names another tokenizer than the one in use; warn if it names none."""
     if tokenizer_sha256 is None:
         return
     known = (sidecar or {}).get("tokenizer_sha256")
@@ -427,7 +417,7 @@ def check_tokenizer(path: str | Path, sidecar: dict | None, tokenizer_sha256: st
 
 
 def _check_heads(model: nn.Module, sidecar: dict | None, path: str | Path) -> None:
-    """Another division of the same matrices into heads is another model, which no tensor shows."""
+    """Raise WeightsError if the sidecar says that the same matrices are divided into another number of heads."""
     there = (sidecar or {}).get("config", {}).get("num_attention_heads")
     here = getattr(getattr(model, "config", None), "num_attention_heads", None)
     if None not in (there, here) and there != here:

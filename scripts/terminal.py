@@ -11,6 +11,7 @@ import io
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 
 from scripts.prepare_sources import guess_encoding
@@ -23,7 +24,11 @@ Enter 发送，Alt-Enter 换行。Ctrl-C 中止回答，空闲时按两次退出
 
 
 def set_up_streams() -> None:
-    """Make stdin, stdout and stderr show what they can, in UTF-8 unless PYTHONIOENCODING names another encoding."""
+    """Make stdin, stdout and stderr show what they can, in UTF-8 unless PYTHONIOENCODING names another encoding.
+
+    Warnings become lines on stderr, too.
+    """
+    warnings.showwarning = lambda message, *_: note(f"warning: {message}")
     for file in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(file, "reconfigure"):
             file.reconfigure(encoding=stream_encoding(), errors="replace")
