@@ -1,20 +1,32 @@
 """MiniMind-3: the original's weights and numbers, and what a file without a sidecar is taken for."""
 
+import contextlib
+import functools
 import json
 import shutil
+import signal
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import PRETRAIN, tiny_flags
 from safetensors.torch import save_file
+from test_checkpoint import assert_same_end, killed_at_step_4, noisy_slow_steps
+from test_distributed import ACCUMULATED, RANKS, WHOLE, check_split, split_run
+from test_generation import assert_same_answer
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+import eval_model
 from model.decoder import ForwardDecoder, LeanDecoder, is_llama_like
+from model.generation import SamplingParams, generate_batch
 from model.loading import load_folder
 from model.model_lora import apply_lora, lora_layers, merge_lora
 from model.model_minimind import MINIMIND3, PRESETS, MiniMindConfig, MiniMindForCausalLM
 from model.weights import WeightsError, load_model, read_state_dict, save_weights
+from trainer import train_pretrain
+from trainer.arguments import model_config
+from trainer.optimization import build_optimizer
 
 COMPAT3 = Path(__file__).parent / "compat3"
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 97}
@@ -138,7 +150,7 @@ def test_a_hostile_config_cannot_hang_or_break_the_loading(tmp_path):
     assert load_model(path)[0].config.num_key_value_heads == 2
     for key, value in [("config", [1]), ("flags", 3), ("tokenizer_sha256", 5)]:
         save_weights(path, model, {key: value})
-        with pytest.raises(WeightsError, match=f"{key} is not a JSON"):
+        with pytest.raises(WeightsError, match=f"{key} is not "):
             load_model(path)
     MiniMindConfig(num_labels=10**9)  # a list of that many names would take minutes
 
@@ -197,6 +209,18 @@ def test_the_fast_decoder_equals_the_models_forward(fields):
             torch.testing.assert_close(model(ids).logits, before, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
+def test_greedy_answers_made_together_equal_transformers_generate(use_moe):
+    model = tiny_model(use_moe=use_moe)
+    prompts = [torch.randint(3, 97, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 17, 30)]
+    params = SamplingParams(temperature=0, max_new_tokens=16, stop_ids=())
+    for prompt, answer in zip(prompts, generate_batch(model, prompts, params), strict=True):
+        ids = torch.tensor([prompt])
+        options = {"do_sample": False, "max_new_tokens": 16, "eos_token_id": None, "pad_token_id": 0}
+        theirs = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
+        assert_same_answer(model, prompt, answer, theirs)
+
+
 def test_the_balance_loss_of_a_batch_is_over_all_its_tokens_packed_or_not():
     model = tiny_model(use_moe=True).train()
     ids = torch.randint(97, (3, 20), generator=torch.Generator().manual_seed(3))
@@ -220,3 +244,68 @@ def test_a_single_chosen_expert_counts_in_full():
     assert torch.equal(weights, torch.ones(50, 1))
     score, _, weights = tiny_model(use_moe=True, norm_top1_prob=False).model.layers[0].mlp.gate(torch.randn(50, 64))
     assert torch.equal(weights.squeeze(1), score.max(dim=1).values)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", [pytest.param("minimind3", marks=pytest.mark.full), "minimind3_moe"])
+def test_a_killed_run_ends_bit_identical(launcher, tmp_path, texts, preset):
+    """Killed at the fourth step, two after the last save."""
+    flags = {"data_path": texts, "preset": preset, "save_interval": 2}
+    launcher.run("train_pretrain", tiny_flags(tmp_path / "whole", **flags), patches=[noisy_slow_steps])
+    line = tiny_flags(tmp_path / "parts", **flags)
+    child = launcher.start("train_pretrain", line, patches=[noisy_slow_steps, killed_at_step_4])
+    assert child.wait() == -signal.SIGKILL, child.output
+    launcher.run("train_pretrain", [*line, "--resume"], patches=[noisy_slow_steps])
+    assert_same_end(tmp_path / "parts", tmp_path / "whole", PRETRAIN.name(preset.endswith("moe")))
+
+
+@pytest.mark.parametrize("preset, whole", [("minimind3", WHOLE), ("minimind3_moe", ACCUMULATED)])
+def test_two_processes_train_as_one(launcher, tmp_path, texts, preset, whole):
+    """The mixture's balance loss is over a micro-batch, so that has the same rows in both runs."""
+    flags = {"data_path": texts, "preset": preset, "optimizer": "sgd", "learning_rate": 0.3}
+    flags["use_moe"] = preset.endswith("moe")
+    expected = split_run(launcher, tmp_path / "whole", PRETRAIN, whole, **flags)
+    check_split(launcher, tmp_path, PRETRAIN, RANKS, expected, 1e-6, **flags)
+
+
+def test_flags_win_over_the_preset():
+    parse = functools.partial(train_pretrain.parse, [])
+    assert model_config(parse(), 6400).to_dict() == MiniMindConfig().to_dict()
+
+    def config(*flags: str) -> MiniMindConfig:
+        return model_config(train_pretrain.parse(list(flags)), 6400)
+
+    for name, fields in PRESETS.items():
+        assert config("--preset", name).to_dict() == MiniMindConfig(**fields).to_dict()
+    small = config("--preset", "minimind3", "--hidden_size", "256", "--num_key_value_heads", "2")
+    assert (small.hidden_size, small.num_hidden_layers, small.num_key_value_heads) == (256, 8, 2)
+    assert small.intermediate_size == 832 and small.rms_norm_eps == 1e-6 and small.qk_norm
+    assert (
+        config("--preset", "minimind3", "--use_moe").to_dict() == MiniMindConfig(**PRESETS["minimind3_moe"]).to_dict()
+    )
+    assert not config("--preset", "minimind3", "--qk_norm", "false").qk_norm and config("--qk_norm").qk_norm
+
+
+def test_muon_takes_the_matrices_and_adamw_the_norms_of_heads():
+    model = tiny_model(use_moe=True).requires_grad_(True)
+    muon, adamw = build_optimizer(model, train_pretrain.parse(["--optimizer", "muon"])).parts
+    norms = [p for name, p in model.named_parameters() if name.endswith(("q_norm.weight", "k_norm.weight"))]
+    undecayed = [p for group in adamw.param_groups if not group["weight_decay"] for p in group["params"]]
+    assert len(norms) == 4 and all(any(p is norm for p in undecayed) for norm in norms)
+    assert all(p.dim() == 2 for group in muon.param_groups for p in group["params"])
+
+
+def test_chat_reads_the_originals_weights_by_preset_and_by_tensor(tmp_path, capsys):
+    shutil.copy(COMPAT3 / "moe.pth", tmp_path / "full_sft_64_moe.pth")
+    arguments = ["--out_dir", str(tmp_path), "--device", "cpu", "--prompt", "hi", "--max_new_tokens", "3"]
+    for more, named in [
+        ([], "6400 token ids"),  # the tokenizer is another one: sizes and layout were read
+        (["--hidden_size", "64", "--num_hidden_layers", "2", "--preset", "minimind3_moe"], "6400 token ids"),
+        (["--hidden_size", "64", "--preset", "minimind3_moe"], "6400 token ids"),
+        (["--preset", "minimind3_moe"], "full_sft_768_moe.pth not found"),
+    ]:
+        with warnings.catch_warnings(action="ignore"), contextlib.suppress(SystemExit):
+            eval_model.main([*arguments, *more])
+        assert named in capsys.readouterr().err
