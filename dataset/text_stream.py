@@ -1,7 +1,7 @@
-"""Token ids to text for people, a piece at a time: whole characters, no stop strings, thoughts apart, tool calls read.
+"""Token ids to text for people, piece by piece: whole characters, no stop strings, thoughts separate, tool calls read.
 
-Each class takes what the one before it gives, and holds back only what a later piece may still turn into something
-that is not to be shown. The pieces do not depend on where the text was cut on its way.
+Each class takes the output of the one before it and holds back only what a later piece may still turn into something
+that is not shown. The result does not depend on where the text was cut into pieces.
 """
 
 import json
@@ -20,8 +20,8 @@ class Piece(NamedTuple):
 class TextStream:
     """The text of one answer, from its ids.
 
-    stop: strings that end the text and are not shown; `stopped` tells that one came, and what follows is dropped.
-    split_thoughts: parts what stands in <think> from the answer, see ThoughtSplitter; else tags are text.
+    stop: strings that end the text and are not shown; after one, `stopped` is true and the rest is dropped.
+    split_thoughts: separate what is inside <think> from the answer, see ThoughtSplitter; otherwise tags are text.
     """
 
     def __init__(self, tokenizer: ChatTokenizer, stop: Sequence[str] = (), split_thoughts: bool = False):
@@ -33,11 +33,11 @@ class TextStream:
         return self._stop.stopped
 
     def push(self, token_id: int) -> list[Piece]:
-        """What can be shown after this id: often one piece, [] while a character or a tag is open."""
+        """Return what can be shown after this id: often one piece, [] while a character or a tag is incomplete."""
         return self._split(self._stop.push(self._decoder.push(token_id)))
 
     def flush(self) -> list[Piece]:
-        """What was held back, at the end of the answer."""
+        """Return what was held back, at the end of the answer."""
         pieces = self._split(self._stop.push(self._decoder.flush()) + self._stop.flush())
         return pieces + (self._splitter.flush() if self._splitter else [])
 
@@ -48,7 +48,7 @@ class TextStream:
 
 
 class StopStrings:
-    """Passes text on until one of the strings is complete; where two overlap, the one that is complete first counts."""
+    """Passes text on until one of the strings is complete; of two that overlap, the one complete first counts."""
 
     def __init__(self, strings: Sequence[str]):
         if any(not string for string in strings):
@@ -78,18 +78,18 @@ class StopStrings:
 
 
 class PrefixMatch:
-    """length: how much of the string's beginning the text ends with, as the characters come.
+    """Follows, character by character, how much of the string's beginning the text ends with: `length`.
 
-    Knuth, Morris and Pratt: linear in the text, whatever the strings are that a client asks for. Their table of borders
-    grows only as far as the text has matched.
+    This is the algorithm of Knuth, Morris and Pratt: linear in the text, whatever strings a client asks for. The table
+    of borders grows only as far as the text has matched.
     """
 
     def __init__(self, string: str):
         self.string, self.length = string, 0
-        self._borders = [0]  # [n - 1]: longest shorter beginning that the first n characters end with
+        self._borders = [0]  # [n - 1]: longest shorter beginning that ends the first n characters
 
     def push(self, char: str) -> bool:
-        """True where the string is complete; nothing may follow then."""
+        """Return True if the string is complete; nothing may be pushed after that."""
         self.length = self._after(self.length, char)
         if self.length > len(self._borders):
             self._borders.append(self._after(self._borders[-1], char))
@@ -102,12 +102,12 @@ class PrefixMatch:
 
 
 def len_of_open_end(text: str, string: str) -> int:
-    """Length of the longest end of `text` that `string` begins with, all of `string` excepted."""
+    """Return the length of the longest end of `text` that is a beginning of `string`, but not all of it."""
     return next((n for n in range(min(len(string) - 1, len(text)), 0, -1) if text.endswith(string[:n])), 0)
 
 
 class Spacing:
-    """Passes text on, and holds white space back until it is known what follows: beside a tag it is dropped."""
+    """Passes text on and holds white space back until it is known what follows: next to a tag it is dropped."""
 
     def __init__(self):
         self._held: list[str] = []
@@ -124,7 +124,7 @@ class Spacing:
         return words
 
     def tag(self) -> None:
-        """A tag stands here."""
+        """Note that there is a tag here."""
         self._held, self._after_tag = [], True
 
     def flush(self) -> str:
@@ -133,9 +133,9 @@ class Spacing:
 
 
 class ThoughtSplitter:
-    """Parts the text of a reasoning model, as it arrives, into thought and answer.
+    """Separates the text of a reasoning model, as it arrives, into thought and answer.
 
-    What stands in <think> is thought, all else answer; the tags and the white space beside them are dropped. A tag may
+    What is inside <think> is thought, all else answer; the tags and the white space next to them are dropped. A tag may
     arrive in several pieces. Each piece is read once, however much white space is held back.
     """
 
@@ -153,7 +153,7 @@ class ThoughtSplitter:
             self._spacing.tag()
             self.thinking, self.tagged, start = self.TAGS[match[0]], True, match.end()
         rest = text[start:]
-        # the end may be the beginning of a tag
+        # The end may be the beginning of a tag.
         end = len(rest) - max(len_of_open_end(rest, tag) for tag in self.TAGS)
         self._open_tag = rest[end:]
         self._show(rest[:end], pieces)
@@ -181,8 +181,8 @@ class ToolCall(NamedTuple):
 class ToolCallSplitter:
     """Takes `<tool_call>{"name": …, "arguments": {…}}</tool_call>` out of the text of an answer, as it arrives.
 
-    A call is given as one ToolCall when its closing tag is there. What stands between the tags and is no call stays
-    text, tags and all; white space beside a call is dropped.
+    A call becomes one ToolCall when its closing tag arrives. Anything else between the tags stays text, tags included;
+    white space next to a call is dropped.
     """
 
     OPEN, CLOSE = "<tool_call>", "</tool_call>"
