@@ -1,11 +1,10 @@
-"""Asks a model the sample's questions, none of which it was trained on, and counts the answers that are exactly right.
+"""Ask a model the sample's questions, none of which it was trained on, and count the answers that are exactly right.
 
     python scripts/score_sample.py --out_dir out/quickstart            the full_sft weights in that folder
     python scripts/score_sample.py --weight out/quickstart/full_sft_192.pth
 
-Every question is a chat of its own, answered greedily; an answer counts if its whole text, white space at its ends
-aside, is the expected one. Prints a table and a line `exact match: NN.N %`, and writes {weights}.score.json beside the
-weights.
+Every question is a chat of its own, answered greedily; an answer counts if its whole text, stripped of white space, is
+the expected one. Prints a table and a line `exact match: NN.N %`, and writes {weights}.score.json next to the weights.
 """
 
 import argparse
@@ -24,12 +23,13 @@ from model.flags import show_defaults
 from model.generation import SamplingParams, generate_batch
 from model.loading import add_flags, load_ready, ready_flags
 from model.weights import STAGES, find_weights, write_json
+from scripts.terminal import set_up_streams
 
 LONGEST_ANSWER = 128  # tokens; the longest expected answer is about half of it
 
 
 def read_questions(path: Path) -> list[dict]:
-    """[{"category", "rule", "question", "answer"}]; ValueError names the file and the line that is wrong."""
+    """Return [{"category", "rule", "question", "answer"}]. Raises ValueError that names a wrong file and line."""
     if not path.is_file():
         raise ValueError(f"{path} not found; run python dataset/sample/make_sample.py, or name a file with --questions")
     questions = []
@@ -48,7 +48,7 @@ def read_questions(path: Path) -> list[dict]:
 
 
 def ask(model: torch.nn.Module, tokenizer: ChatTokenizer, questions: list[dict]) -> list[str]:
-    """The model's greedy answer to each question, in order."""
+    """Return the model's greedy answer to each question, in order."""
     prompts = [tokenizer.encode_prompt([{"role": "user", "content": q["question"]}]) for q in questions]
     params = SamplingParams(temperature=0.0, max_new_tokens=LONGEST_ANSWER, stop_ids=(tokenizer.eos_id,))
     return [tokenizer.decode(ids).strip() for ids in generate_batch(model, prompts, params)]
@@ -59,7 +59,7 @@ def percent(right: int, asked: int) -> float:
 
 
 def score(questions: list[dict], answers: list[str]) -> dict:
-    """What is written to the .score.json; percentages are rounded down: rounding reaches no threshold."""
+    """Return what the .score.json holds; percentages are rounded down, so that rounding reaches no threshold."""
     rows: dict[str, list[int]] = {}
     for question, answer in zip(questions, answers, strict=True):
         right = answer == question["answer"].strip()
@@ -100,7 +100,7 @@ def print_score(result: dict, examples: int) -> None:
 
 
 def printable(text: str, longest: int = 60) -> str:
-    """One short line: an untrained model answers with control characters and half characters."""
+    """Return one short line: an untrained model answers with control characters and half characters."""
     line = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in text)
     return line if len(line) <= longest else line[:longest] + "…"
 
@@ -114,6 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--questions", type=Path, default=ROOT / "dataset" / "sample" / "questions.jsonl")
     add("--examples", type=int, default=5, help="wrong answers to print")
     show_defaults(parser)
+    set_up_streams()
     args = parser.parse_args(argv)
     try:
         questions = read_questions(args.questions)
