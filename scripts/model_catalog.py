@@ -58,7 +58,7 @@ def find_models(out_dir: str | Path = ROOT / "out", folders: tuple[str | Path, .
     for path in dict.fromkeys(candidates):
         entry = entry_of_folder(path, out_dir)
         if entry:
-            name = entry.name if entry.name not in names else str(path)
+            name = entry.name if entry.name not in names else printable(str(path))
             names.add(name)
             entries.append(Entry(**vars(entry) | {"name": name}))
     return entries
@@ -90,14 +90,19 @@ def entry_of_folder(path: Path, out_dir: Path) -> Entry | None:
         return None
     size = _label(path, use_moe)
     adapters = find_adapters(out_dir, hidden_size, use_moe)
-    return Entry(path.name, path, "hf", "", size, hidden_size, use_moe, adapters, Path(out_dir))
+    return Entry(printable(path.name), path, "hf", "", size, hidden_size, use_moe, adapters, Path(out_dir))
 
 
 def find_adapters(out_dir: str | Path, hidden_size: int, use_moe: bool) -> tuple[str, ...]:
     """Return the names of the adapters in out_dir/lora/ for models of this size."""
     ending = f"_{hidden_size}{'_moe' if use_moe else ''}"
     stems = [path.stem for path in _listed(Path(out_dir) / "lora") if path.suffix == ".pth"]
-    return tuple(sorted(stem.removesuffix(ending) for stem in stems if stem.endswith(ending) and stem != ending))
+    return tuple(sorted(printable(stem[: -len(ending)]) for stem in stems if stem.endswith(ending) and stem != ending))
+
+
+def printable(name: str) -> str:
+    """Return a file's name with escapes for bytes that are not UTF-8: JSON and browsers could not take them."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def load_entry(entry: Entry, lora_name: str | None = None, **flags) -> ReadyModel:

@@ -73,6 +73,19 @@ def test_folders_in_hugging_face_format(out_dir, tmp_path):
     assert entries[0].size == "0.2M" and entries[0].adapters == ("lora_identity", "lora_medical")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="names are bytes on Linux only")
+def test_names_that_are_not_utf8_are_escaped(tmp_path, tokenizer):
+    write_weights(tmp_path / "full_sft_32.pth", tokenizer)
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "caf\udce9_32.pth").write_bytes(b"")
+    save_folder(tmp_path / "caf\udce9")
+    entries = find_models(tmp_path, folders=())
+    assert [entry.name for entry in entries] == ["full_sft_32", "caf\\udce9"]
+    assert entries[0].adapters == entries[1].adapters == ("caf\\udce9",)
+    with pytest.raises(ValueError, match="not valid UTF-8"):  # safetensors refuses such a path
+        load_entry(entries[1])
+
+
 def test_an_empty_place_holds_no_models(tmp_path):
     assert find_models(tmp_path / "missing", folders=(tmp_path,)) == []
 
