@@ -7,9 +7,11 @@ Three kinds of record, one JSON object a line:
 """
 
 import json
+from collections import Counter
 
-from dataset.tokenization import ROLES
+from dataset.tokenization import ROLES, ChatTokenizer, Segment
 
+RULES_VERSION = 2  # of what a conversation becomes, besides the chat template; part of a token cache's identity
 KINDS = ("pretrain", "conversation", "preference")
 # what a line of each kind looks like
 FORMS = {
@@ -17,10 +19,23 @@ FORMS = {
     "conversation": '{"conversations": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}',
     "preference": '{"chosen": [turns], "rejected": [turns]}',
 }
+# what other data sets call our roles; a function call is a turn of the assistant
+ROLE_NAMES = dict(zip(ROLES, ROLES, strict=True)) | {
+    "human": "user", "prompter": "user",
+    "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatbot": "assistant", "function_call": "assistant",
+    "developer": "system", "observation": "tool", "ipython": "tool",
+}  # fmt: skip
+USED_KEYS = {
+    "system": {"role", "content", "tools"},
+    "user": {"role", "content"},
+    "assistant": {"role", "content", "reasoning_content", "tool_calls", "function_call"},
+    "tool": {"role", "content"},
+}
+MOST_UNUSED_KEYS = 20  # counted, of a file: broken files can have a new key in every line
 
 
 class RecordError(ValueError):
-    """Why a line is no record. The message is the reason alone; whoever reads the file adds its name and the line."""
+    """Why a line is not a record. The message is the reason alone; file and line are added where the file is read."""
 
 
 def check_kind(kind: str) -> None:
@@ -28,41 +43,48 @@ def check_kind(kind: str) -> None:
         raise ValueError(f"unknown kind of record {kind!r}; one of {', '.join(KINDS)}")
 
 
-def parse_record(kind: str, line: str) -> str | list[dict] | tuple[list[dict], list[dict]]:
-    """One line of a jsonl file, validated.
+def parse_record(
+    kind: str, line: str, unused: Counter | None = None
+) -> str | list[dict] | tuple[list[dict], list[dict]]:
+    """Return one line of a jsonl file, validated: text (pretrain), turns (conversation), or (chosen, rejected) turns.
 
-    Returns the text (pretrain), the turns (conversation) or (chosen turns, rejected turns) (preference). A turn is
-    {"role", "content"} and its role one of ROLES: where it is missing or unknown, the user and the assistant alternate,
-    the user first. RecordError: the line is something else.
+    A turn is {"role": one of ROLES, "content": str} and, where the record has them, "tools" (a list of objects),
+    "reasoning_content" (str) and "tool_calls" (a list of {"type": "function", "function": {"name", "arguments"}}).
+    If roles are missing, the user and the assistant alternate, the user first.
+    unused: counts keys that the record has and nothing reads, as '"key" of turns' or '"key" of records'.
+    Raises RecordError if the line is something else.
     """
     check_kind(kind)
     record = _json_object(line)
+    unused = Counter() if unused is None else unused
+    names = {"pretrain": ("text",), "conversation": ("conversations",), "preference": ("chosen", "rejected")}[kind]
+    values = [_value(record, name) for name in names]
+    used = {*names} if kind == "pretrain" else {*names, "tools"}
+    if len(record) > len(names):
+        _count_unused(record, used, "records", unused)
     if kind == "pretrain":
-        return _text(_value(record, "text"), '"text"')
-    if kind == "conversation":
-        turns = _turns(_value(record, "conversations"), '"conversations"')
-        if not any(turn["role"] == "assistant" for turn in turns):
-            raise RecordError('"conversations" has no assistant turn: there is nothing to learn')
-        return turns
-    chosen = _turns(_value(record, "chosen"), '"chosen"')
-    rejected = _turns(_value(record, "rejected"), '"rejected"')
-    shared = _shared_turns(chosen, rejected)
-    for name, turns in (("chosen", chosen), ("rejected", rejected)):
+        return _text(values[0], '"text"')
+    sides = [_turns(value, f'"{name}"', record.get("tools"), unused) for name, value in zip(names, values, strict=True)]
+    for name, turns in zip(names, sides, strict=True):
         if not any(turn["role"] == "assistant" for turn in turns):
             raise RecordError(f'"{name}" has no assistant turn: there is nothing to learn')
+    if kind == "conversation":
+        return sides[0]
+    shared = _shared_turns(*sides)
+    for name, turns in zip(names, sides, strict=True):
         if not any(turn["role"] == "assistant" for turn in turns[shared:]):
             raise RecordError(f'"{name}" has no assistant turn of its own: chosen and rejected hold the same answers')
-    if not shared or chosen[shared]["role"] != "assistant" or rejected[shared]["role"] != "assistant":
+    if not shared or any(turns[shared]["role"] != "assistant" for turns in sides):
         raise RecordError(
             f"chosen and rejected differ before their answers, in turn {shared + 1}: both must answer the same prompt"
         )
-    return chosen, rejected
+    return tuple(sides)
 
 
 def parse_prompt(line: str) -> dict:
     """One line of a prompt file: {"conversations": turns before the answer, "answer": text, …}. Raises RecordError."""
     record = _json_object(line)
-    turns = _turns(_value(record, "conversations"), '"conversations"')
+    turns = _turns(_value(record, "conversations"), '"conversations"', record.get("tools"), Counter())
     while turns and turns[-1]["role"] == "assistant":  # files of answered prompts serve too
         turns.pop()
     if not turns:
@@ -73,33 +95,54 @@ def parse_prompt(line: str) -> dict:
     return record | {"conversations": turns, "answer": _text(answer, '"answer"')}
 
 
-def tokenize_records(kind: str, records: list, tokenizer) -> list[tuple[list[int], list[int] | None]]:
-    """(ids, mask) of each document of the records; one batch, so that the tokenizer is asked once.
+def render_record(kind: str, record, tokenizer: ChatTokenizer) -> list[str] | list[list[Segment]]:
+    """Return the documents of a record as text. Raises ValueError if the chat template cannot write them."""
+    if kind == "pretrain":
+        return [record]
+    return [tokenizer.render(turns) for turns in ([record] if kind == "conversation" else record)]
+
+
+def tokenize_rendered(kind: str, documents: list, tokenizer: ChatTokenizer) -> list[tuple[list[int], list[int] | None]]:
+    """Return (ids, mask) of each rendered document; one batch, so that the tokenizer is asked once.
 
     pretrain: one bos opens and one eos ends a document, ids already there are not doubled; every token is a target, so
-    the mask is None. conversation: mask 1 on an assistant's content and the eos that ends it. preference: two
-    documents a record, chosen then rejected; turns that both begin with are the prompt and have mask 0.
+    the mask is None. conversation: mask 1 on what an assistant says and the eos that ends it. preference: two documents
+    a record, chosen then rejected; turns that both begin with are the prompt and have mask 0.
     """
-    check_kind(kind)
     if kind == "pretrain":
-        return [(_framed(ids, tokenizer.bos_id, tokenizer.eos_id), None) for ids in tokenizer.encode_documents(records)]
-    if kind == "conversation":
-        return tokenizer.encode_conversations(records)
-    documents = tokenizer.encode_conversations([turns for pair in records for turns in pair])
-    for pair, (chosen, rejected) in enumerate(records):
-        shared = _shared_turns(chosen, rejected)
-        opening = shared + (chosen[0]["role"] != "system")  # the default system turn that the tokenizer adds
-        for ids, mask in (documents[2 * pair], documents[2 * pair + 1]):
-            _clear_turns(ids, mask, opening if shared else 0, tokenizer.eos_id)
-    return documents
+        contents = tokenizer.encode_documents(documents)
+        return [(_framed(ids, tokenizer.bos_id, tokenizer.eos_id), None) for ids in contents]
+    encoded = tokenizer.encode_rendered(documents)
+    if kind == "preference":
+        for (chosen, chosen_mask), (rejected, rejected_mask) in zip(encoded[::2], encoded[1::2], strict=True):
+            # No content can hold an eos, so the last eos that both begin with ends the last turn that they share.
+            end = 0
+            for place, (ours, theirs) in enumerate(zip(chosen, rejected, strict=False)):
+                if ours != theirs:
+                    break
+                if ours == tokenizer.eos_id:
+                    end = place + 1
+            chosen_mask[:end] = rejected_mask[:end] = [0] * end
+    return encoded
+
+
+def tokenize_records(kind: str, records: list, tokenizer: ChatTokenizer) -> list[tuple[list[int], list[int] | None]]:
+    """Return (ids, mask) of each document of the records: render_record, then tokenize_rendered."""
+    check_kind(kind)
+    rendered = [document for record in records for document in render_record(kind, record, tokenizer)]
+    return tokenize_rendered(kind, rendered, tokenizer)
 
 
 def count_target_bytes(kind: str, record) -> int:
-    """UTF-8 bytes of the text that a record teaches: what bits per byte are counted on."""
+    """Count the UTF-8 bytes of the text that a record teaches: bits per byte refer to them."""
     if kind == "pretrain":
         return len(record.encode())
     turns = record if kind == "conversation" else [*record[0], *record[1]]
-    return sum(len(turn["content"].encode()) for turn in turns if turn["role"] == "assistant")
+    answers = [turn for turn in turns if turn["role"] == "assistant"]
+    more = [
+        turn.get("reasoning_content", "") + _dumped(turn.get("tool_calls", "")) for turn in answers if len(turn) > 2
+    ]
+    return sum(len(text.encode()) for text in (*(turn["content"] for turn in answers), *more))
 
 
 def _json_object(line: str) -> dict:
@@ -116,9 +159,13 @@ def _json_object(line: str) -> dict:
 
 def _value(record: dict, key: str):
     if key not in record:
-        found = ", ".join(f'"{name}"' for name in list(record)[:5]) or "none"
-        raise RecordError(f'key "{key}" is missing (keys here: {found})')
+        raise RecordError(f'key "{key}" {_missing(record)}')
     return record[key]
+
+
+def _missing(holder: dict) -> str:
+    found = ", ".join(f'"{key}"' for key in list(holder)[:5]) or "none"
+    return f"is missing (keys here: {found})"
 
 
 def _text(value, name: str) -> str:
@@ -129,11 +176,15 @@ def _text(value, name: str) -> str:
 
 
 def _text_fault(value) -> str | None:
-    """What keeps a value from being a text to learn from, if anything."""
+    """Return what keeps a value from being a text to learn from, if anything."""
     if not isinstance(value, str):
         return f"must be a string, not {_type_name(value)}"
     if not value or value.isspace():
         return "is empty"
+    return _surrogate_fault(value)
+
+
+def _surrogate_fault(value: str) -> str | None:
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -141,34 +192,121 @@ def _text_fault(value) -> str | None:
     return None
 
 
-def _turns(value, name: str) -> list[dict]:
+def _turns(value, name: str, tools, unused: Counter) -> list[dict]:
+    """Return validated turns. tools: of the whole record; they go to the first turn."""
     if not isinstance(value, list):
         raise RecordError(f"{name} must be a list of turns, not {_type_name(value)}")
     if not value:
         raise RecordError(f"{name} is empty")
     turns, before = [], None
-    for turn in value:
+    for number, turn in enumerate(value, 1):
         if not isinstance(turn, dict):
             fault = f'must be an object with "role" and "content", not {_type_name(turn)}'
-            raise RecordError(f"turn {len(turns) + 1} of {name} {fault}")
-        content, role = turn.get("content"), turn.get("role")
-        fault = _text_fault(content) if "content" in turn else "is missing"
-        if fault:
-            raise RecordError(f'"content" in turn {len(turns) + 1} of {name} {fault}')
-        if role not in ROLES:
-            if role is not None and not isinstance(role, str):
-                fault = f"must be a string, not {_type_name(role)}"
-                raise RecordError(f'"role" in turn {len(turns) + 1} of {name} {fault}')
-            role = role and role.strip().lower()
-            if role not in ROLES:
-                role = "assistant" if before in ("user", "tool") else "user"
-        turns.append({"role": role, "content": content})
-        before = role
+            raise RecordError(f"turn {number} of {name} {fault}")
+        turns.append(_turn(turn, f"in turn {number} of {name}", before, unused))
+        before = turns[-1]["role"]
+    if tools:
+        turns[0] = {**turns[0], "tools": _objects(tools, f'"tools" next to {name}') + turns[0].get("tools", [])}
     return turns
 
 
+def _turn(given: dict, where: str, before: str | None, unused: Counter) -> dict:
+    role = "assistant" if before in ("user", "tool") else "user"  # if the record names none
+    name = given.get("role", role)
+    if name not in ROLES:
+        if not isinstance(name, str):
+            raise RecordError(f'"role" {where} must be a string, not {_type_name(name)}')
+        if name.strip().lower() not in ROLE_NAMES:
+            raise RecordError(f'"role" {where} is {name[:40]!r}; known are {", ".join(ROLE_NAMES)}')
+        name = name.strip().lower()
+    role, content = ROLE_NAMES[name], given.get("content")
+    if isinstance(content, list) and name != "function_call":
+        content = _joined_parts(content, f'"content" {where}')
+    if given.keys() == {"role", "content"} and name != "function_call":
+        fault = _text_fault(content)
+        if not fault or (role == "tool" and content == ""):
+            return {"role": role, "content": content}
+        raise RecordError(f'"content" {where} {fault}')
+    _count_unused(given, USED_KEYS[role], "turns", unused)
+    more = {}
+    if role == "system" and given.get("tools"):
+        more["tools"] = _objects(given["tools"], f'"tools" {where}')
+    if role == "assistant":
+        thought = given.get("reasoning_content")
+        if thought is not None:
+            if not isinstance(thought, str) or _surrogate_fault(thought):
+                raise RecordError(f'"reasoning_content" {where} must be a text, not {_type_name(thought)}')
+            more["reasoning_content"] = thought
+        calls = [*_objects(given.get("tool_calls") or [], f'"tool_calls" {where}')]
+        calls += _objects(given.get("function_call") or [], f'"function_call" {where}')
+        if name == "function_call":
+            calls, content = calls + _objects(content, f'"content" {where}'), ""
+        if calls:
+            more["tool_calls"] = [_call(call, f"call {number} {where}") for number, call in enumerate(calls, 1)]
+    may_be_empty = more.keys() & {"tools", "tool_calls"} or (role == "tool" and content is not None)
+    if not (may_be_empty and content in (None, "")):
+        fault = _text_fault(content) if "content" in given else _missing(given)
+        if fault:
+            raise RecordError(f'"content" {where} {fault}')
+    return {"role": role, "content": content or "", **more}
+
+
+def _joined_parts(parts: list, name: str) -> str:
+    """Return the text of a list of parts, a line for each, as the API server joins them."""
+    for number, part in enumerate(parts, 1):
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else _type_name(part)
+            raise RecordError(f"{name}: part {number} is no text but {kind!r}; the model reads text only")
+    return "\n".join(part["text"] for part in parts)
+
+
+def _objects(value, name: str) -> list[dict]:
+    """Return a list of objects from that, from one object, or from either as JSON text."""
+    value = _from_json(value, name)
+    objects = [_from_json(item, name) for item in (value if isinstance(value, list) else [value])]
+    for item in objects:
+        if not isinstance(item, dict):
+            raise RecordError(f"{name} must be a list of objects, or that as JSON text; it holds {_type_name(item)}")
+    if fault := _surrogate_fault(_dumped(objects)):
+        raise RecordError(f"{name} {fault}")
+    return objects
+
+
+def _call(call: dict, name: str) -> dict:
+    function = _from_json(call.get("function") or call, name)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise RecordError(f'{name} has no "name" of a function')
+    arguments = function.get("arguments")
+    if not isinstance(_from_json(arguments, f'"arguments" of {name}'), dict):
+        raise RecordError(f'"arguments" of {name} must be an object, or one as JSON text, not {_type_name(arguments)}')
+    return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _from_json(value, name: str):
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"{name} is not valid JSON: {error}") from error
+
+
+def _dumped(value) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False) if value else ""
+    except RecursionError as error:
+        raise RecordError("nested too deeply") from error
+
+
+def _count_unused(holder: dict, used: set[str], what: str, unused: Counter) -> None:
+    for key in holder.keys() - used:
+        name = f'"{key[:40]}" of {what}'
+        if holder[key] is not None and (name in unused or len(unused) < MOST_UNUSED_KEYS):
+            unused[name] += 1
+
+
 def _shared_turns(chosen: list[dict], rejected: list[dict]) -> int:
-    """Number of turns that both conversations begin with: the prompt of a preference."""
+    """Return the number of turns that both conversations begin with: the prompt of a preference."""
     shared = 0
     for ours, theirs in zip(chosen, rejected, strict=False):
         if ours != theirs:
@@ -181,14 +319,6 @@ def _framed(ids: list[int], bos_id: int, eos_id: int) -> list[int]:
     start = [] if ids[:1] == [bos_id] else [bos_id]
     end = [] if ids[-1:] == [eos_id] else [eos_id]
     return start + ids + end
-
-
-def _clear_turns(ids: list[int], mask: list[int], turns: int, eos_id: int) -> None:
-    """Set mask to 0 on the first so many turns. Contents cannot forge an eos, so the n-th eos ends the n-th turn."""
-    end = 0
-    for _ in range(turns):
-        end = ids.index(eos_id, end) + 1
-    mask[:end] = [0] * end
 
 
 def _type_name(value) -> str:

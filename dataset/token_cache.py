@@ -13,7 +13,7 @@ data.
 import hashlib
 import itertools
 import json
-import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -21,16 +21,27 @@ from pathlib import Path
 
 import numpy as np
 
+from dataset.data_file import CONVERT, data_identity
 from dataset.disk import open_or_build, write_array
-from dataset.lm_dataset import FORMS, RecordError, check_kind, count_target_bytes, parse_record, tokenize_records
+from dataset.lm_dataset import (
+    FORMS,
+    RULES_VERSION,
+    RecordError,
+    check_kind,
+    count_target_bytes,
+    tokenize_rendered,
+    parse_record,
+    render_record,
+)
 from dataset.progress import ProgressBar
 from dataset.tokenization import ChatTokenizer
 from dataset.workers import results_in_order, usable_cores
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 RANGE_BYTES = 2 << 20  # of the file per task: about half a second of work, so that workers finish together
 BATCH_CHARACTERS = 200_000  # per call of the tokenizer: bounds the Python lists of ids that are alive at once
 SHOWN_ERRORS = 10
+MAX_RECORD_BYTES = 16 << 20  # tokenizing a line takes about 90 times its size in memory
 
 
 class TokenCache:
@@ -65,14 +76,15 @@ def open_token_cache(
     *,
     cache_dir: str | Path,
     skip_bad_lines: bool = False,
+    max_record_bytes: int = MAX_RECORD_BYTES,
     num_workers: int | None = None,
     show_progress: bool = True,
 ) -> TokenCache:
     """Return the tokens of a jsonl file; build them first if cache_dir does not hold them yet.
 
-    num_workers: processes that tokenize, all usable cores by default. If several processes ask for the same cache, one
-    builds and the others wait. Bad lines are listed before any training starts; with skip_bad_lines they are left out
-    and counted in meta["skipped_lines"].
+    max_record_bytes: a longer line is a bad one. num_workers: processes, all usable cores by default. If several ask
+    for the same cache, one builds and the others wait. Bad lines are listed before any training starts; with
+    skip_bad_lines they are left out and counted in meta["skipped_lines"].
     Raises ValueError if the file is missing, empty, not a file, or holds bad lines or nothing else; if the vocabulary
     does not fit uint16; if cache_dir cannot be written.
     """
@@ -83,19 +95,19 @@ def open_token_cache(
             "(65,536 at most); choose a smaller tokenizer with --tokenizer_path"
         )
     data_path = Path(data_path).absolute()
-    stat = _checked_stat(data_path)
-    identity = {
+    identity = data_identity(data_path) | {
         "format_version": FORMAT_VERSION,
         "kind": kind,
-        "data_path": str(data_path),
-        "data_bytes": stat.st_size,
-        "data_mtime_ns": stat.st_mtime_ns,
         "tokenizer_sha256": tokenizer.sha256,
         "skip_bad_lines": bool(skip_bad_lines),
     }
+    if kind != "pretrain":
+        identity |= {"rules_version": RULES_VERSION, "chat_template_sha256": tokenizer.template.sha256}
+    if skip_bad_lines:
+        identity["max_record_bytes"] = max_record_bytes
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    folder = Path(cache_dir).absolute() / f"{data_path.stem}-{kind}-{digest[:16]}"
-    reader = RangeReader(data_path, kind, tokenizer)
+    folder = Path(cache_dir).absolute() / f"{data_path.stem[:60]}-{kind}-{digest[:16]}"
+    reader = RangeReader(data_path, kind, tokenizer, max_record_bytes)
     cache = open_or_build(
         folder,
         TokenCache,
@@ -103,10 +115,13 @@ def open_token_cache(
         f"the token cache of {data_path.name}",
         show_progress,
     )
-    if cache.meta["skipped_lines"] and show_progress:
-        meta = cache.meta
+    meta = cache.meta
+    if meta["skipped_lines"] and show_progress:
         lines = "\n  ".join(meta["first_skipped"])
         print(f"{meta['skipped_lines']:,} bad lines of {data_path} are left out. The first:\n  {lines}", flush=True)
+    if meta["unused"] and show_progress:
+        keys = ", ".join(f"{what} ({count:,})" for what, count in meta["unused"].items())
+        print(f"{data_path}: these keys are not used: {keys}", flush=True)
     return cache
 
 
@@ -117,7 +132,7 @@ def _write_cache(
     data_path, size, skip_bad_lines = reader.data_path, identity["data_bytes"], identity["skip_bad_lines"]
     ranges = [(start, min(start + RANGE_BYTES, size)) for start in range(0, size, RANGE_BYTES)]
     counts = dict.fromkeys(("lines", "records", "bytes", "skipped_lines", "documents", "tokens"), 0)
-    first_skipped = []
+    first_skipped, unused = [], Counter()
     # A bad line ends the run, but people want to know all of them: after the first, ranges are only checked.
     tasks = ((byte_range, skip_bad_lines or not counts["skipped_lines"]) for byte_range in ranges)
     with ExitStack() as stack:
@@ -143,13 +158,13 @@ def _write_cache(
                     write("mask", part.mask)
             for name, amount in part.counts.items():
                 counts[name] += amount
+            unused += part.unused
             bar.update(end - start, f"{counts['tokens']:,} tokens")
     _refuse_bad_lines(data_path, reader.kind, counts, first_skipped, skip_bad_lines)
-    stat = _checked_stat(data_path)
-    if (stat.st_size, stat.st_mtime_ns) != (identity["data_bytes"], identity["data_mtime_ns"]):
+    if not data_identity(data_path).items() <= identity.items():
         raise ValueError(f"{data_path} changed while it was read; start again when nothing writes to it")
     joined = "".join(digests[name].hexdigest() for name in sorted(digests))
-    meta = identity | counts | {"first_skipped": first_skipped, "vocab_size": reader.tokenizer.vocab_size}
+    meta = identity | counts | {"first_skipped": first_skipped, "unused": dict(unused.most_common())}
     meta["contents_sha256"] = hashlib.sha256(joined.encode()).hexdigest()
     (folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
 
@@ -158,7 +173,10 @@ def _refuse_bad_lines(data_path: Path, kind: str, counts: dict, first: list[str]
     """Raise ValueError if there are bad lines that may not be skipped, or no good ones."""
     skipped, records = counts["skipped_lines"], counts["records"]
     shown = "\n  ".join(["", *first])
-    wanted = f"No line is what is wanted here, which is: {FORMS[kind]}. Is this the file that you meant?"
+    wanted = (
+        f"No line is what is wanted here, which is: {FORMS[kind]}. Is this the file that you meant? Files of other "
+        f"layouts (ShareGPT, messages, Alpaca and more) become such with: {CONVERT} {data_path} --output NEW.jsonl"
+    )
     if skipped and not skip_bad_lines:
         more = f"\n  … and {skipped - len(first):,} more" if skipped > len(first) else ""
         cure = "Correct them, or leave them out with --skip_bad_lines." if records else wanted
@@ -173,7 +191,7 @@ class Part:
     """What the lines of one range became.
 
     tokens uint16, mask uint8 (empty for pretrain) and lengths int64, one per document: empty if nothing was tokenized.
-    bad_lines: (line of the range from 1, reason) of the first few. counts: see _write_cache.
+    bad_lines: (line of the range from 1, reason) of the first few. counts: see _write_cache. unused: see parse_record.
     """
 
     tokens: np.ndarray
@@ -181,6 +199,7 @@ class Part:
     lengths: np.ndarray
     bad_lines: list[tuple[int, str]]
     counts: dict[str, int]
+    unused: Counter
 
 
 @dataclass
@@ -190,36 +209,40 @@ class RangeReader:
     data_path: Path
     kind: str
     tokenizer: ChatTokenizer
+    max_record_bytes: int
 
     def __call__(self, byte_range: tuple[int, int], tokenize: bool) -> Part:
-        ids, masks, lengths, bad_lines = [], [], [], []
-        records, characters = [], 0
+        ids, masks, lengths, bad_lines, unused = [], [], [], [], Counter()
+        rendered, characters = [], 0
         counts = dict.fromkeys(("lines", "records", "bytes", "skipped_lines"), 0)
 
         def flush() -> None:
-            nonlocal records, characters
-            documents = tokenize_records(self.kind, records, self.tokenizer) if tokenize and records else []
+            nonlocal rendered, characters
+            documents = tokenize_rendered(self.kind, rendered, self.tokenizer) if tokenize and rendered else []
             lengths.append(np.array([len(document) for document, _ in documents], np.int64))
             ids.append(_flat((document for document, _ in documents), np.uint16, lengths[-1].sum()))
             if self.kind != "pretrain":
                 masks.append(_flat((mask for _, mask in documents), np.uint8, lengths[-1].sum()))
-            records, characters = [], 0
+            rendered, characters = [], 0
 
         for line in self._lines(*byte_range):
             counts["lines"] += 1
             if not line:
                 continue
             try:
+                if len(line) > self.max_record_bytes:
+                    raise RecordError(f"longer than --max_record_bytes {self.max_record_bytes:,}")
                 text = line.decode("utf-8")
-                record = parse_record(self.kind, text)
+                record = parse_record(self.kind, text, unused)
+                documents = render_record(self.kind, record, self.tokenizer)
             except UnicodeDecodeError as error:
                 reason = f"not UTF-8 at byte {error.start + 1} of the line"
-            except RecordError as error:
+            except ValueError as error:
                 reason = str(error)
             else:
                 counts["records"] += 1
                 counts["bytes"] += count_target_bytes(self.kind, record)
-                records.append(record)
+                rendered += documents
                 characters += len(text)
                 if characters > BATCH_CHARACTERS:
                     flush()
@@ -229,42 +252,37 @@ class RangeReader:
                 bad_lines.append((counts["lines"], reason))
         flush()
         tokens, mask, lengths = (np.concatenate(arrays or [[]]) for arrays in (ids, masks, lengths))
-        return Part(tokens, mask, lengths, bad_lines, counts | {"documents": len(lengths), "tokens": len(tokens)})
+        counts |= {"documents": len(lengths), "tokens": len(tokens)}
+        return Part(tokens, mask, lengths, bad_lines, counts, unused)
 
     def _lines(self, start: int, end: int) -> Iterator[bytes]:
-        """Yield the lines that begin in [start, end), without white space around them or a byte order mark."""
+        """Yield the lines that begin in [start, end), without white space around them or a byte order mark.
+
+        Of a line that is too long only the beginning.
+        """
         try:
             with open(self.data_path, "rb") as file:
                 if start:
                     file.seek(start - 1)
-                    start += len(file.readline()) - 1  # the rest of a line that began in the range before
-                while start < end and (line := file.readline()):
-                    # Two files put together have a second mark in the middle.
-                    yield line.removeprefix(b"\xef\xbb\xbf").strip()
+                    start += self._skip_line(file, end) - 1  # the rest of a line that began in the range before
+                while start < end and (line := file.readline(self.max_record_bytes + 1)):
                     start += len(line)
+                    if len(line) > self.max_record_bytes and not line.endswith(b"\n"):
+                        start += self._skip_line(file, end)
+                        yield line
+                    else:  # two files put together have a second mark in the middle
+                        yield line.removeprefix(b"\xef\xbb\xbf").strip()
         except OSError as error:
             raise ValueError(f"cannot read {self.data_path}: {error.strerror}; see --data_path") from error
+
+    @staticmethod
+    def _skip_line(file, end: int) -> int:
+        """Read up to the end of the line, or past `end` of the range; return the number of bytes."""
+        first = file.tell()
+        while (part := file.readline(1 << 20)) and not part.endswith(b"\n") and file.tell() < end:
+            pass
+        return file.tell() - first
 
 
 def _flat(rows: Iterator[list[int]], dtype: type, count: int) -> np.ndarray:
     return np.fromiter(itertools.chain.from_iterable(rows), dtype, count)
-
-
-def _checked_stat(data_path: Path) -> os.stat_result:
-    """Return size and time of a data file. Raises ValueError if it is missing, unreadable, empty or a folder."""
-    if data_path.is_dir():
-        raise ValueError(f"{data_path} is a folder; --data_path takes one jsonl file")
-    try:
-        with open(data_path, "rb") as file:
-            stat = os.fstat(file.fileno())
-    except FileNotFoundError as error:
-        near = sorted(path.name for path in data_path.parent.glob("*.jsonl"))
-        holds = f"{data_path.parent} holds: {', '.join(near[:10]) or 'no jsonl file'}"
-        if not data_path.parent.is_dir():
-            holds = f"the folder {data_path.parent} is not there either"
-        raise ValueError(f"{data_path} not found; give a jsonl file to --data_path or --valid_path. {holds}") from error
-    except OSError as error:
-        raise ValueError(f"cannot read {data_path}: {error.strerror}; see --data_path") from error
-    if not stat.st_size:
-        raise ValueError(f"{data_path} is empty; download or make it again")
-    return stat

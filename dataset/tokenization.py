@@ -8,13 +8,28 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
-DEFAULT_SYSTEM = "You are a helpful assistant"
+from dataset.chat_template import DEFAULT_SYSTEM, ChatTemplate
+
 ROLES = ("system", "user", "assistant", "tool")
 # The ids that structure a conversation: what tokenizer_config.json calls them, and their names where it says nothing.
 CONTROL_TOKENS = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+
+
+class Segment(NamedTuple):
+    """A turn of a rendered conversation: ids of control tokens and headers, and the text between them.
+
+    An assistant's text is encoded apart from its header. Together, the header's "\\n" and a text that begins with a
+    newline would merge, and its ids would not be those that a model can produce when it continues the header.
+    """
+
+    opening: list[int]
+    text: str
+    closing: list[int]  # empty if the turn is still open
+    learned: bool
 
 
 class ChatTokenizer:
@@ -22,7 +37,7 @@ class ChatTokenizer:
 
     path: a folder with tokenizer.json (and tokenizer_config.json), or a tokenizer.json itself.
     Attributes: path (the folder), sha256 (hex digest of tokenizer.json, which is what weights and caches record),
-    vocab_size (the highest id plus one), bos_id, eos_id, pad_id.
+    vocab_size (the highest id plus one), bos_id, eos_id, pad_id, template.
     Pickles as its path. ValueError: a file is missing or broken, or the tokenizer lacks the control tokens of a chat.
     """
 
@@ -43,12 +58,14 @@ class ChatTokenizer:
         self.vocab_size = max(self._documents.get_vocab().values()) + 1
         added_tokens = self._documents.get_added_tokens_decoder()
         self._special_ids = {token_id for token_id, token in added_tokens.items() if token.special}
-        self.bos_id, self.eos_id, self.pad_id = self._control_ids()
+        config = self._read_config()
+        names, (self.bos_id, self.eos_id, self.pad_id) = self._control_ids(config)
+        self.template = ChatTemplate(self.path, config, names["bos_token"], names["eos_token"])
         decoder = json.loads(raw).get("decoder") or {}
         self.is_byte_level = decoder.get("type") == "ByteLevel"
         self._newline = self.encode_contents(["\n"])[0]
-        self._headers = dict(zip(ROLES, self.encode_contents([f"{role}\n" for role in ROLES]), strict=True))
-        self._openings = {role: [self.bos_id, *header] for role, header in self._headers.items()}
+        headers = self.encode_contents([f"{role}\n" for role in ROLES])
+        self._openings = {role: [self.bos_id, *header] for role, header in zip(ROLES, headers, strict=True)}
         self._closing = [self.eos_id, *self._newline]
         self._default_system = [
             *self._openings["system"],
@@ -68,32 +85,41 @@ class ChatTokenizer:
         return [e.ids for e in self._contents.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_conversations(self, conversations: list[list[dict]]) -> list[tuple[list[int], list[int]]]:
-        """(ids, mask) of each conversation: a list of {"role", "content"} whose roles are among ROLES.
+        """Return (ids, mask) of each conversation, as the chat template writes it.
 
-        A turn is bos, "role\\n", content, eos, "\\n"; a default system turn opens where none is given. The mask is 1 on
-        an assistant's content and the eos that ends it, 0 elsewhere. All contents go through one batch.
+        A turn is {"role", "content"} and, if it has them, "tools" (system), "tool_calls" and "reasoning_content"
+        (assistant). The mask is 1 on what an assistant says and the eos that ends it, 0 elsewhere.
         """
-        contents = iter(self.encode_contents([turn["content"] for turns in conversations for turn in turns]))
-        return [self._assemble(turns, contents) for turns in conversations]
+        return self.encode_rendered([self.render(turns) for turns in conversations])
 
     def encode_conversation(self, turns: list[dict]) -> tuple[list[int], list[int]]:
-        """(ids, mask) of one conversation, as encode_conversations."""
+        """Return (ids, mask) of one conversation, as encode_conversations."""
         return self.encode_conversations([turns])[0]
 
-    def encode_prompt(self, turns: list[dict]) -> list[int]:
-        """Ids of the conversation so far and the opening of the assistant's next turn: what a model continues."""
-        return [*self.encode_conversation(turns)[0], self.bos_id, *self._headers["assistant"]]
+    def encode_prompt(self, turns: list[dict], tools: list[dict] | None = None, **options) -> list[int]:
+        """Return the ids of the conversation so far and the opening of the assistant's next turn.
 
-    def encode_fitting(self, turns: list[dict], context_length: int, max_new_tokens: int) -> tuple[list[int], int]:
-        """encode_prompt without the oldest exchanges if they leave an answer too little room: (ids, turns left out).
+        tools: besides those of the turns. options: variables of the chat template, such as open_thinking.
+        """
+        return self.encode_rendered([self.render(turns, tools, prompt=True, **options)])[0][0]
 
-        An answer gets max_new_tokens, or a quarter of the context if that is less. A system turn and the question stay.
+    def encode_fitting(
+        self, turns: list[dict], context_length: int, max_new_tokens: int, **options
+    ) -> tuple[list[int], int]:
+        """Return encode_prompt without the oldest exchanges if they leave an answer too little room, and the number of
+        turns left out.
+
+        An answer gets max_new_tokens, or a quarter of the context if that is less. A system turn and the last question
+        stay; an exchange is all from one question to the next.
         """
         longest = context_length - min(max_new_tokens, context_length // 4)
         system = turns[:1] if turns[0]["role"] == "system" else []
-        turns, left_out = turns[len(system) :], 0
-        while len(ids := self.encode_prompt(system + turns[left_out:])) > longest and left_out + 2 < len(turns):
-            left_out += 2
+        turns = turns[len(system) :]
+        questions = [number for number, turn in enumerate(turns) if number and turn["role"] == "user"]
+        for left_out in (0, *questions):
+            ids = self.encode_prompt(system + turns[left_out:], **options)
+            if len(ids) <= longest:
+                break
         return ids, left_out
 
     def encode_beginning(self, text: str) -> list[int]:
@@ -115,27 +141,56 @@ class ChatTokenizer:
         except KeyError:  # an added token that is not spelled in the byte alphabet stands for itself
             return token.encode()
 
-    # A content is encoded apart from its header. Together, the header's "\n" and a content that opens with a newline
-    # would merge, and an answer's ids would not be the ones that a model, continuing the header, can produce.
-    def _assemble(self, turns: list[dict], contents: Iterable[list[int]]) -> tuple[list[int], list[int]]:
-        opened = bool(turns) and turns[0]["role"] == "system"
-        ids = [] if opened else self._default_system.copy()
-        mask = [0] * len(ids)
-        after = [0] * len(self._newline)
-        for turn, content in zip(turns, contents, strict=False):  # contents runs on into the next conversation
+    def render(
+        self, turns: list[dict], tools: list[dict] | None = None, prompt: bool = False, **options
+    ) -> list["Segment"]:
+        """Return a conversation as the chat template writes it, cut into segments; arguments as encode_prompt.
+
+        Raises ValueError if the template cannot write it.
+        """
+        tools = [*(tools or ()), *(tool for turn in turns for tool in turn.get("tools", ()))]
+        if not self.template.is_ours or tools or any(len(turn) != 2 for turn in turns):
+            return self._segments(self.template.split(turns, tools, prompt, options))
+        # What our own template does with plain turns, without running it.
+        segments = [] if turns and turns[0]["role"] == "system" else [Segment(self._default_system, "", [], False)]
+        for turn in turns:
             role = turn["role"]
-            opening = self._openings.get(role)
-            if opening is None:
+            if role not in ROLES:
                 raise ValueError(f"unknown role {role!r}; a turn's role is one of {', '.join(ROLES)}")
-            ids += opening
-            ids += content
-            ids += self._closing
-            if role == "assistant":
-                mask += [0] * (len(ids) - len(mask) - len(content) - len(self._closing))
-                mask += [1] * (len(content) + 1)  # the content and its eos
-                mask += after
-        mask += [0] * (len(ids) - len(mask))
-        return ids, mask
+            segments.append(Segment(self._openings[role], turn["content"], self._closing, role == "assistant"))
+        return [*segments, Segment(self._openings["assistant"], "", [], False)] if prompt else segments
+
+    def encode_rendered(self, rendered: list[list["Segment"]]) -> list[tuple[list[int], list[int]]]:
+        """Return (ids, mask) of each rendered conversation. All texts go through one batch."""
+        texts = iter(self.encode_contents([segment.text for segments in rendered for segment in segments]))
+        documents = []
+        for segments in rendered:
+            ids, mask = [], []
+            for (opening, _, closing, learned), content in zip(segments, texts, strict=False):
+                ids += opening
+                ids += content
+                ids += closing
+                if learned:
+                    mask += [0] * len(opening)
+                    mask += [1] * (len(content) + 1)  # the text and its eos
+                mask += [0] * (len(ids) - len(mask))
+            documents.append((ids, mask))
+        return documents
+
+    def _segments(self, parts: list[str]) -> list["Segment"]:
+        """Return the segments of a text that was divided at control strings (see ChatTemplate.split)."""
+        segments = [Segment([], parts[0], [], False)] if parts[0] else []
+        for control, text in zip(parts[1::2], parts[2::2], strict=True):
+            if control == self.template.bos:
+                opening, learned = [self.bos_id], text.startswith("assistant\n")
+                if learned:
+                    opening, text = self._openings["assistant"], text.removeprefix("assistant\n")
+                segments.append(Segment(opening, text, [], learned))
+            else:
+                closing = self._closing if text == "\n" else [self.eos_id, *self.encode_contents([text])[0]]
+                last = segments.pop() if segments and not segments[-1].closing else Segment([], "", [], False)
+                segments.append(last._replace(closing=closing))
+        return segments
 
     def _read_tokenizer(self, raw: bytes) -> Tokenizer:
         try:
@@ -146,13 +201,16 @@ class ChatTokenizer:
         tokenizer.no_padding()
         return tokenizer
 
-    def _control_ids(self) -> list[int]:
-        """Ids of bos, eos, pad. ValueError where one is missing, or where a content could hold it."""
-        config_file = self.path / "tokenizer_config.json"
+    def _read_config(self) -> dict:
+        file = self.path / "tokenizer_config.json"
         try:
-            config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+            config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         except ValueError as error:
-            raise ValueError(f"{config_file} is not valid JSON: {error}") from error
+            raise ValueError(f"{file} is not valid JSON: {error}") from error
+        return config
+
+    def _control_ids(self, config: dict) -> tuple[dict[str, str], list[int]]:
+        """Return names and ids of bos, eos, pad. Raises ValueError if one is missing, or if a content could hold it."""
         names = {}
         for key, default in CONTROL_TOKENS.items():
             value = config.get(key) or default
@@ -166,8 +224,8 @@ class ChatTokenizer:
             )
         if ids["bos_token"] == ids["eos_token"]:
             raise ValueError(
-                f"{config_file}: bos_token and eos_token are both {names['bos_token']}; a chat needs one to open "
-                "a turn and another to end it. Choose a ChatML tokenizer with --tokenizer_path"
+                f"{self.path / 'tokenizer_config.json'}: bos_token and eos_token are both {names['bos_token']}; a chat "
+                "needs one to open a turn and another to end it. Choose a ChatML tokenizer with --tokenizer_path"
             )
         plain = [name for key, name in names.items() if ids[key] not in self._special_ids]
         if plain:
@@ -175,7 +233,7 @@ class ChatTokenizer:
                 f'{self._file}: {", ".join(plain)} must be listed in "added_tokens" with "special": true, '
                 "or what people type could forge the end of a turn"
             )
-        return list(ids.values())
+        return names, list(ids.values())
 
 
 class StreamDecoder:

@@ -1,14 +1,9 @@
 """From a request to prompts of token ids, and from an engine's tokens to answers in OpenAI's format."""
 
 import asyncio
-import functools
-import json
-import re
 import secrets
 from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
 
-import jinja2
 import torch
 
 from dataset.text_stream import TextStream, ToolCall, ToolCallSplitter
@@ -24,45 +19,10 @@ LEAST_LOGPROB = -9999.0  # JSON has no -inf
 
 def encode_chat(tokenizer: ChatTokenizer, body: ChatRequest) -> list[int]:
     """Return the ids that training would make of the conversation, and the opening of the answer."""
-    tools = body.offered_tools
-    messages = [message.model_dump(include={"role", "content", "tool_calls"}) for message in body.messages]
-    for message in messages:
-        message["content"] = message["content"] or ""
-        message["role"] = "system" if message["role"] == "developer" else message["role"]
-    if tools or any(message["tool_calls"] for message in messages):
-        messages = render_tools(tokenizer, messages, tools)
-    return tokenizer.encode_prompt(messages)
-
-
-def render_tools(tokenizer: ChatTokenizer, messages: list[dict], tools: list[dict]) -> list[dict]:
-    """Return the turns as the tokenizer's chat template writes them, tools and tool calls inside the contents.
-
-    The template makes one text, in which a control string in a content would look like the end of a turn. So control
-    strings are replaced while the template runs and restored before the contents are encoded as text.
-    """
-    bos, eos = (tokenizer.token_bytes(i, skip_control=False).decode() for i in (tokenizer.bos_id, tokenizer.eos_id))
-    spelled = {control: f"({secrets.token_hex(8)})" for control in (bos, eos)}
     try:
-        given = json.dumps([messages, tools], ensure_ascii=False)
-        for control, spelling in spelled.items():
-            given = given.replace(control, spelling)
-        messages, tools = json.loads(given)
-        text = _template_reader(tokenizer.path).apply_chat_template(messages, tools=tools or None, tokenize=False)
-    except RecursionError as error:  # only tools can be nested
-        raise ApiError(400, "tools: the parameters are nested too deeply", "tools") from error
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise ApiError(400, f"the chat template cannot write this conversation: {error}", "messages") from error
-    turns = re.findall(f"{re.escape(bos)}(\\w+)\n(.*?){re.escape(eos)}", text, re.DOTALL)
-    for control, spelling in spelled.items():
-        turns = [(role, content.replace(spelling, control)) for role, content in turns]
-    return [{"role": role, "content": content} for role, content in turns]
-
-
-@functools.lru_cache(maxsize=8)
-def _template_reader(folder: Path):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return tokenizer.encode_prompt([message.as_turn() for message in body.messages], body.offered_tools)
+    except ValueError as error:
+        raise ApiError(400, str(error), "messages") from error
 
 
 def encode_completion(tokenizer: ChatTokenizer, prompt: str | list[int]) -> list[int]:

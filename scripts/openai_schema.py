@@ -58,6 +58,7 @@ class ToolCallMessage(Part):
 class Message(Part):
     role: Literal[ROLES]
     content: str | None = None
+    reasoning_content: str | None = None
     tool_calls: list[ToolCallMessage] | None = None
     tool_call_id: str | None = None
 
@@ -83,6 +84,16 @@ class Message(Part):
         if self.tool_calls and self.role != "assistant":
             raise ValueError("only an assistant's message has tool_calls")
         return self
+
+    def as_turn(self) -> dict:
+        """Return the turn that training makes of a record like this message."""
+        turn = {"role": "system" if self.role == "developer" else self.role, "content": self.content or ""}
+        if self.role == "assistant" and self.reasoning_content is not None:
+            turn["reasoning_content"] = self.reasoning_content
+        if self.tool_calls:
+            calls = [call.function.model_dump() for call in self.tool_calls]
+            turn["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+        return turn
 
 
 class Function(Part):

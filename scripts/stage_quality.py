@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 from dataset.answers import is_well_formed, reasoned_parts
 from dataset.lm_dataset import RecordError, parse_record
+from dataset.token_cache import MAX_RECORD_BYTES
 from dataset.tokenization import ChatTokenizer
 from model.generation import SamplingParams, generate_batch
 from model.model_lora import find_lora, load_lora
@@ -107,6 +108,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     # what PackedData reads besides
     args.cache_dir = getattr(args, "cache_dir", None) or args.out_dir / "token_cache"
     args.skip_bad_lines, args.num_workers, args.accumulation_steps = False, 0, 1
+    args.max_record_bytes = MAX_RECORD_BYTES
     args.seed = getattr(args, "seed", 0)
     return args
 

@@ -26,7 +26,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dataset.tokenization import CONTROL_TOKENS, DEFAULT_SYSTEM, ChatTokenizer, StreamDecoder
+from dataset.chat_template import CHAT_TEMPLATE
+from dataset.tokenization import CONTROL_TOKENS, ChatTokenizer, StreamDecoder
 
 CONTROLS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -41,64 +42,6 @@ WORDS = (
     r"|\s+(?!\S)|\s+"  # spaces; the last one before a word goes with the word
 )
 HELD_OUT_EVERY, HELD_OUT_MOST = 50, 2000  # records kept from training for the report where no --valid_path is given
-
-# ChatML. Tools and tool calls are written as the Hermes parsers of vLLM, llama.cpp and others read them back. What
-# training learns is between `generation` marks, for transformers' assistant mask. Reasoning is spelled as in our data.
-CHAT_TEMPLATE = (
-    """\
-{%- if messages and messages[0]['role'] == 'system' -%}
-    {%- set system = messages[0]['content'] or '' -%}
-    {%- set turns = messages[1:] -%}
-{%- else -%}
-    {%- set system = 'DEFAULT_SYSTEM' -%}
-    {%- set turns = messages -%}
-{%- endif -%}
-{{- '<|im_start|>system\\n' + system -}}
-{%- if tools -%}
-    {{- '\\n\\n# Tools\\n\\nThese functions can be called, each given as a JSON schema:\\n<tools>' -}}
-    {%- for tool in tools -%}
-        {{- '\\n' + (tool | tojson) -}}
-    {%- endfor -%}
-    {{- '\\n</tools>\\n\\nTo call one, write its name and arguments as a JSON object between tags, ' -}}
-    {{- 'one pair of tags for each call:\\n' -}}
-    {{- '<tool_call>\\n{"name": <function name>, "arguments": <object of arguments>}\\n</tool_call>' -}}
-{%- endif -%}
-{{- '<|im_end|>\\n' -}}
-{%- for turn in turns -%}
-    {%- set body -%}
-        {%- set content = turn['content'] or '' -%}
-        {%- if turn['reasoning_content'] -%}
-            {{- '<think>\\n' + turn['reasoning_content'] + '\\n</think>\\n' -}}
-            {{- '<answer>\\n' + content + '\\n</answer>' if content else '' -}}
-        {%- elif tools and turn['role'] == 'tool' -%}
-            {{- '<tool_response>\\n' + content + '\\n</tool_response>' -}}
-        {%- else -%}
-            {{- content -}}
-        {%- endif -%}
-        {%- for tool_call in turn['tool_calls'] or [] -%}
-            {%- set call = tool_call['function'] or tool_call -%}
-            {%- set arguments = call['arguments'] -%}
-            {%- if content or not loop.first -%}
-                {{- '\\n' -}}
-            {%- endif -%}
-            {{- '<tool_call>\\n{"name": ' + (call['name'] | tojson) + ', "arguments": ' -}}
-            {{- (arguments if arguments is string else arguments | tojson) + '}\\n</tool_call>' -}}
-        {%- endfor -%}
-        {{- '<|im_end|>' -}}
-    {%- endset -%}
-    {{- '<|im_start|>' + turn['role'] + '\\n' -}}
-    {%- if turn['role'] == 'assistant' -%}
-        {%- generation -%}{{- body -}}{%- endgeneration -%}
-    {%- else -%}
-        {{- body -}}
-    {%- endif -%}
-    {{- '\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-"""
-).replace("DEFAULT_SYSTEM", DEFAULT_SYSTEM)
 
 
 def texts_of(record: object) -> list[str]:

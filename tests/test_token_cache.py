@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,6 +128,30 @@ def test_a_warm_cache_is_opened_and_a_changed_file_or_kind_is_read_again(tmp_pat
     assert build(data, skip_bad_lines=True).folder != build(data).folder
 
 
+def test_data_changed_behind_size_and_time_is_read_again(tmp_path, build):
+    data = tmp_path / "data.jsonl"
+    for text in ("first", "other"):
+        data.write_text(json.dumps({"text": text}) + "\n")
+        os.utime(data, ns=(0, 10**18))
+        assert build(data).tokens.tolist() == build(data).tokens.tolist()
+        assert ChatTokenizer(ROOT / "model").decode(build(data).tokens) == text
+
+
+def test_another_chat_template_is_another_cache_of_conversations_alone(tmp_path, build, tokenizer):
+    """The tokenizer is the same file; only how it writes a conversation differs."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ROOT / "model" / name, tmp_path / name)
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    other = ChatTokenizer(tmp_path)
+    options = {"cache_dir": tmp_path / "cache", "num_workers": 1, "show_progress": False}
+    for kind in ("pretrain", "conversation"):
+        data = write(tmp_path / f"{kind}.jsonl", make_records(kind, 3))
+        theirs, ours = open_token_cache(data, other, kind, **options), build(data, kind)
+        assert (theirs.folder == ours.folder) == (kind == "pretrain")
+        assert (theirs.contents_sha256 == ours.contents_sha256) == (kind == "pretrain")
+
+
 @pytest.mark.parametrize("damage", ["tokens.bin", "offsets.bin", "meta.json"])
 def test_a_damaged_cache_is_made_again(tmp_path, build, damage):
     data = write(tmp_path / "data.jsonl", make_records("pretrain", 3))
@@ -200,6 +225,72 @@ def test_a_file_of_bad_lines_only_is_refused_even_when_they_are_left_out(tmp_pat
     data.write_text("x\ny\n")
     with pytest.raises(ValueError, match=r"holds no record: all 2 lines are bad(?s:.)*data\.jsonl:1: broken JSON"):
         build(data, skip_bad_lines=True)
+
+
+def test_a_line_that_is_too_long_is_named_and_not_tokenized(tmp_path, build, tokenizer, monkeypatch):
+    """Over several ranges, as the first line, as the last one without an end, and with white space before it."""
+    monkeypatch.setattr(token_cache, "RANGE_BYTES", 300)
+    fitting = {"text": "x" * (500 - len(json.dumps({"text": ""})))}
+    long = json.dumps({"text": "x" * 2000})
+    for number, place in ((1, 0), (3, 2), (5, 4)):
+        lines = [json.dumps(fitting), '{"text": "a"}', json.dumps(fitting), '{"text": "b"}']
+        lines.insert(place, long)
+        data = tmp_path / f"{place}.jsonl"
+        data.write_text("\n".join(lines), "utf-8")
+        with pytest.raises(ValueError, match=f"1 bad line in (?s:.)*:{number}: longer than --max_record_bytes 500\n"):
+            build(data, max_record_bytes=500)
+        cache = build(data, max_record_bytes=500, skip_bad_lines=True)
+        assert_holds(cache, "pretrain", [fitting, {"text": "a"}, fitting, {"text": "b"}], tokenizer)
+        assert build(data, skip_bad_lines=True).meta["documents"] == 5
+    data.write_text(" " * 2000 + '{"text": "a"}\n')
+    with pytest.raises(ValueError, match="1: longer than --max_record_bytes 500"):
+        build(data, max_record_bytes=500)
+
+
+def test_a_file_of_another_layout_gets_the_command_that_converts_it(tmp_path, build):
+    for record in (
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    ):
+        data = write(tmp_path / "data.jsonl", [record] * 3)
+        with pytest.raises(ValueError, match=f"prepare_data.py convert {data} --output"):
+            build(data, "conversation")
+
+
+def test_two_files_put_together_may_have_a_byte_order_mark_in_the_middle(tmp_path, build, tokenizer):
+    records = make_records("pretrain", 6)
+    first, second = (write(tmp_path / f"{n}.jsonl", records[n::2], prefix=b"\xef\xbb\xbf") for n in range(2))
+    (tmp_path / "data.jsonl").write_bytes(first.read_bytes() + second.read_bytes())
+    assert_holds(build(tmp_path / "data.jsonl"), "pretrain", records[::2] + records[1::2], tokenizer)
+
+
+def test_keys_that_are_not_used_are_said(tmp_path, build, capsys):
+    turns = [{"role": "user", "content": "a", "weight": 0}, {"role": "assistant", "content": "b", "weight": 1}]
+    data = write(tmp_path / "data.jsonl", [{"conversations": turns, "id": 3}] * 700)
+    for _ in range(2):  # built, then opened
+        build(data, "conversation", show_progress=True, num_workers=2)
+        assert (
+            f'{data}: these keys are not used: "weight" of turns (1,400), "id" of records (700)'
+            in capsys.readouterr().out
+        )
+
+
+def test_a_conversation_that_the_template_refuses_is_a_bad_line(tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ROOT / "model" / name, tmp_path / name)
+    (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
+    data = write(tmp_path / "data.jsonl", make_records("conversation", 3))
+    with pytest.raises(ValueError, match=f"{data}:1: the chat template of .*: roles must alternate"):
+        open_token_cache(data, ChatTokenizer(tmp_path), "conversation", cache_dir=tmp_path, show_progress=False)
+
+
+def test_a_long_name_and_one_that_is_not_utf8_are_fine(tmp_path, build):
+    for name in ("长" * 80 + ".jsonl", os.fsdecode(b"\xff\xfe.jsonl")):
+        try:
+            data = write(tmp_path / name, make_records("pretrain", 2))
+        except OSError:  # not every file system takes every name
+            continue
+        assert build(data).folder == build(data).folder
 
 
 def test_a_vocabulary_larger_than_16_bits_is_refused(tmp_path, tokenizer, monkeypatch):

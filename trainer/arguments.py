@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch.distributed import DistError
 
+from dataset.token_cache import MAX_RECORD_BYTES
 from model.flags import add_boolean, show_defaults, utf8, utf8_path
 from model.model_minimind import PRESETS, MiniMindConfig
 from trainer.tracking import tracking_mistakes
@@ -29,7 +30,7 @@ FREE_ON_RESUME = {
     "resume", "log_interval", "save_interval", "eval_interval", "num_workers", "use_wandb", "wandb_project", "out_dir",
     "cache_dir", "device", "ddp", "local_rank", "valid_path", "sample_prompt", "compile", "overwrite", "batch_size",
     "accumulation_steps", "gradient_checkpointing", "save_peft", "base_weight", "reference_weight", "teacher_weight",
-    "deepspeed_config", "estimate", "price_per_hour",
+    "deepspeed_config", "estimate", "price_per_hour", "max_record_bytes",
 }  # fmt: skip
 
 
@@ -68,6 +69,7 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
     group("--out_dir", type=utf8_path, default=from_root("out"), help="weights, logs and resume states (default: out/)")
     group("--cache_dir", type=utf8_path, help="tokenised data (default: OUT_DIR/token_cache)")
     add_boolean(parser, "--skip_bad_lines", False, "drop and count lines that are no valid record, instead of stopping")
+    group("--max_record_bytes", type=int, default=MAX_RECORD_BYTES, help="a longer line is a bad one (default: 16 MiB)")
     add_boolean(parser, "--overwrite", False, "replace weights of another configuration that have the same name")
 
     group = parser.add_argument_group("model").add_argument
@@ -193,6 +195,7 @@ def parse_arguments(
     for flag in ("epochs", "batch_size", "accumulation_steps", "log_interval", "save_interval", "eval_interval"):
         expect(flag, lambda v: v >= 1, "at least 1")
     expect("max_seq_len", lambda v: v >= 2, "at least 2")
+    expect("max_record_bytes", lambda v: v >= 1, "at least 1")
     for flag in ("warmup_iters", "max_steps", "num_workers", "weight_decay", "grad_clip", "seed", "price_per_hour"):
         expect(flag, lambda v: v >= 0, "0 or more")
     expect("learning_rate", lambda v: 0 < v < float("inf"), "a number above 0")

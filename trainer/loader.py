@@ -60,6 +60,7 @@ class PackedData:
             kind,
             cache_dir=args.cache_dir,
             skip_bad_lines=args.skip_bad_lines,
+            max_record_bytes=args.max_record_bytes,
             show_progress=process.is_main,
         )
         self.plan = build_plan(self.cache, args.max_seq_len, show_progress=process.is_main)

@@ -1,0 +1,139 @@
+"""The chat template of a tokenizer folder: how it writes a conversation as text, tools, calls and thoughts included."""
+
+import hashlib
+import json
+import re
+import secrets
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+
+DEFAULT_SYSTEM = "You are a helpful assistant"
+
+# ChatML. Tools and tool calls are written as the Hermes parsers of vLLM, llama.cpp and others read them back. What
+# training learns is between `generation` marks, for transformers' assistant mask. Reasoning is spelled as in our data.
+CHAT_TEMPLATE = (
+    """\
+{%- if messages and messages[0]['role'] == 'system' -%}
+    {%- set system = messages[0]['content'] or '' -%}
+    {%- set turns = messages[1:] -%}
+{%- else -%}
+    {%- set system = 'DEFAULT_SYSTEM' -%}
+    {%- set turns = messages -%}
+{%- endif -%}
+{{- '<|im_start|>system\\n' + system -}}
+{%- if tools -%}
+    {{- '\\n\\n# Tools\\n\\nThese functions can be called, each given as a JSON schema:\\n<tools>' -}}
+    {%- for tool in tools -%}
+        {{- '\\n' + (tool | tojson) -}}
+    {%- endfor -%}
+    {{- '\\n</tools>\\n\\nTo call one, write its name and arguments as a JSON object between tags, ' -}}
+    {{- 'one pair of tags for each call:\\n' -}}
+    {{- '<tool_call>\\n{"name": <function name>, "arguments": <object of arguments>}\\n</tool_call>' -}}
+{%- endif -%}
+{{- '<|im_end|>\\n' -}}
+{%- for turn in turns -%}
+    {%- set body -%}
+        {%- set content = turn['content'] or '' -%}
+        {%- if turn['reasoning_content'] -%}
+            {{- '<think>\\n' + turn['reasoning_content'] + '\\n</think>\\n' -}}
+            {{- '<answer>\\n' + content + '\\n</answer>' if content else '' -}}
+        {%- elif tools and turn['role'] == 'tool' -%}
+            {{- '<tool_response>\\n' + content + '\\n</tool_response>' -}}
+        {%- else -%}
+            {{- content -}}
+        {%- endif -%}
+        {%- for tool_call in turn['tool_calls'] or [] -%}
+            {%- set call = tool_call['function'] or tool_call -%}
+            {%- set arguments = call['arguments'] -%}
+            {%- if content or not loop.first -%}
+                {{- '\\n' -}}
+            {%- endif -%}
+            {{- '<tool_call>\\n{"name": ' + (call['name'] | tojson) + ', "arguments": ' -}}
+            {{- (arguments if arguments is string else arguments | tojson) + '}\\n</tool_call>' -}}
+        {%- endfor -%}
+        {{- '<|im_end|>' -}}
+    {%- endset -%}
+    {{- '<|im_start|>' + turn['role'] + '\\n' -}}
+    {%- if turn['role'] == 'assistant' -%}
+        {%- generation -%}{{- body -}}{%- endgeneration -%}
+    {%- else -%}
+        {{- body -}}
+    {%- endif -%}
+    {{- '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+).replace("DEFAULT_SYSTEM", DEFAULT_SYSTEM)
+
+
+class ChatTemplate:
+    """A template in Jinja, and the control strings that open and end a turn in it."""
+
+    def __init__(self, folder: Path, config: dict, bos: str, eos: str):
+        """config: of tokenizer_config.json. A folder without a template gets the one of this repository."""
+        self.file, self.bos, self.eos = folder / "chat_template.jinja", bos, eos
+        if self.file.is_file():
+            text = self.file.read_text("utf-8")
+        else:
+            self.file, text = folder / "tokenizer_config.json", config.get("chat_template")
+        if isinstance(text, list):  # several, by name
+            text = {each["name"]: each["template"] for each in text}.get("default")
+        self.is_ours = text in (None, CHAT_TEMPLATE)
+        self.text = text or CHAT_TEMPLATE.replace("<|im_start|>", bos).replace("<|im_end|>", eos)
+        self.sha256 = hashlib.sha256(self.text.encode()).hexdigest()
+
+    @cached_property
+    def _compiled(self):
+        from jinja2 import TemplateError
+        from jinja2.ext import loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def raise_exception(message: str) -> None:
+            raise TemplateError(message)
+
+        def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+            return json.dumps(
+                value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+            )
+
+        # Templates come with tokenizers of others: sandboxed, with the names that transformers gives them.
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.filters["tojson"] = tojson
+        environment.globals |= {"raise_exception": raise_exception, "strftime_now": datetime.now().strftime}
+        # transformers reads which text is learned from generation marks; here it is what the assistant says.
+        text = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", self.text)
+        return environment.from_string(re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", text))
+
+    def split(self, turns: list[dict], tools: list[dict], prompt: bool, options: dict) -> list[str]:
+        """Return what the template writes, divided at control strings: text, control, text, …, text.
+
+        prompt: with the opening of the assistant's next turn. options: further variables of the template.
+        A control string inside a content is text: it is replaced while the template runs and put back here.
+        Raises ValueError if the template fails.
+        """
+        spelled = {control: f"({secrets.token_hex(8)})" for control in (self.bos, self.eos)}
+        try:
+            given = json.dumps([turns, tools], ensure_ascii=False)
+            if self.bos in given or self.eos in given:
+                for control, spelling in spelled.items():
+                    given = given.replace(control, spelling)
+                turns, tools = json.loads(given)
+            text = self._compiled.render(
+                messages=turns,
+                tools=tools or None,
+                add_generation_prompt=prompt,
+                bos_token=self.bos,
+                eos_token=self.eos,
+                **options,
+            )
+        except RecursionError as error:
+            raise ValueError("the conversation is nested too deeply") from error
+        except Exception as error:  # a template can fail in any way
+            raise ValueError(f"the chat template of {self.file} cannot write this conversation: {error}") from error
+        parts = re.split(f"({re.escape(self.bos)}|{re.escape(self.eos)})", text)
+        for control, spelling in spelled.items():
+            parts = [part.replace(spelling, control) for part in parts]
+        return parts
