@@ -29,9 +29,9 @@ from dataset.lm_dataset import (
     RecordError,
     check_kind,
     count_target_bytes,
-    tokenize_rendered,
     parse_record,
     render_record,
+    tokenize_rendered,
 )
 from dataset.progress import ProgressBar
 from dataset.tokenization import ChatTokenizer
