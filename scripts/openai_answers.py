@@ -13,16 +13,27 @@ from model.generation import SamplingParams
 from scripts.openai_schema import ApiError, ChatRequest, CompletionRequest
 
 LEAST_LOGPROB = -9999.0  # JSON has no -inf
+MOST_NESTING = 100  # of tools: writing them is recursive
 
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
 
 def encode_chat(tokenizer: ChatTokenizer, body: ChatRequest) -> list[int]:
     """Return the ids that training would make of the conversation, and the opening of the answer."""
+    if _depth(body.offered_tools) > MOST_NESTING:
+        raise ApiError(400, "tools: the parameters are nested too deeply", "tools")
     try:
         return tokenizer.encode_prompt([message.as_turn() for message in body.messages], body.offered_tools)
     except ValueError as error:
         raise ApiError(400, str(error), "messages") from error
+
+
+def _depth(value: object) -> int:
+    depth, level = 0, [value]
+    while level:
+        holders = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
+        level, depth = [each for holder in holders for each in holder], depth + 1
+    return depth
 
 
 def encode_completion(tokenizer: ChatTokenizer, prompt: str | list[int]) -> list[int]:

@@ -183,13 +183,8 @@ class PackedData:
                 bar.update()
                 moments.append(time.monotonic())
                 seconds, left = moments[-1] - moments[0], len(indices) - number
-                if (
-                    self.args.estimate
-                    and missing is not None
-                    and number > 1
-                    and left
-                    and seconds >= CALIBRATION_SECONDS
-                ):
+                timed = missing is not None and self.args.estimate and number > 1 and left
+                if timed and seconds >= CALIBRATION_SECONDS:
                     warm = (number + 1) // 2  # until then kernels may have been compiled
                     self.passes[title] = seconds + (moments[-1] - moments[warm]) / (number - warm) * left
                     return
