@@ -107,10 +107,10 @@ def settings(args: argparse.Namespace, folder: Path, data_path: Path, what: str)
             "max_seq_len": args.max_seq_len or (1024 if what == "dpo" else 512),
             "folder": folder, "data_path": data_path, "weights": folder / f"{what}.pth",
             "cache_dir": folder / "token_cache", "skip_bad_lines": False, "num_workers": None, "accumulation_steps": 1,
-            "max_record_bytes": MAX_RECORD_BYTES, "seed": 1337, "dtype": "bfloat16", "optimizer": "adamw",
-            "learning_rate": LEARNING_RATE, "beta1": 0.9, "beta2": 0.95, "embedding_lr_scale": 1.0, "weight_decay": 0.0,
-            "grad_clip": 1.0, "compile": None,
-            "threads": torch.get_num_threads(), "estimate": False, "epochs": 1, "max_steps": 0,
+            "max_record_bytes": MAX_RECORD_BYTES, "seed": 1337, "dtype": "bfloat16",
+            "optimizer": "adamw", "learning_rate": LEARNING_RATE, "beta1": 0.9,
+            "beta2": 0.95, "embedding_lr_scale": 1.0, "weight_decay": 0.0, "grad_clip": 1.0, "compile": None,
+            "threads": torch.get_num_threads(), "pass_seconds": math.inf, "epochs": 1, "max_steps": 0,
         }
     )  # fmt: skip
 

@@ -22,6 +22,7 @@ class ProgressBar(tqdm):
 
     def __init__(self, title: str, total: int | None, unit: str, *, done: int = 0, show: bool = True):
         stream = _SafeStream(sys.stderr)
+        self.terminal = stream.terminal
         interval = 0.1 if stream.terminal else LINE_SECONDS
         super().__init__(
             desc=title,
@@ -39,6 +40,10 @@ class ProgressBar(tqdm):
             delay=0 if stream.terminal else interval,
             bar_format=None if stream.terminal or not total else LINE_FORMAT,
         )
+
+    def rename(self, title: str) -> None:
+        """Show another title: what is done instead for a while."""
+        self.set_description_str(title, refresh=self.terminal)
 
     def update(self, amount: float = 1, note: str | None = None) -> None:
         if note is not None:

@@ -65,5 +65,7 @@ def show_defaults(parser: argparse.ArgumentParser) -> None:
     """Add the default to each help text that does not mention it."""
     for action in parser._actions:
         said = action.help or ""
-        if "default" not in said and action.default not in (None, "", False, "None", argparse.SUPPRESS):
+        if argparse.SUPPRESS in (said, action.default) or "default" in said:
+            continue
+        if action.default not in (None, "", False, "None"):
             action.help = f"{said} (default: %(default)s)".lstrip()

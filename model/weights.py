@@ -4,6 +4,7 @@ A weight file is a plain state dict of half-precision tensors and nothing else. 
 says what the weights are (configuration, stage, tokenizer, losses); it is used when present and never required.
 """
 
+import errno
 import glob
 import inspect
 import json
@@ -137,10 +138,12 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], None]) -> Non
         os.chmod(temporary, file_mode())
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:
+        full = "enforce fail" in str(error) or "PytorchStreamWriter" in str(error)  # torch.save's words for a full disk
         kept = "; the previous file is as it was" if path.exists() else ""
         raise WeightsError(
-            f"cannot write {path}: {error}{kept}. Check --out_dir, its permissions and free space."
+            f"cannot write {path}: {os.strerror(errno.ENOSPC) if full else error}{kept}. "
+            "Check --out_dir, its permissions and free space."
         ) from error
     finally:
         if temporary and os.path.exists(temporary):

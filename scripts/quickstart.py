@@ -46,20 +46,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "quickstart")
     args = parser.parse_args(argv)
     out = ("--out_dir", args.out_dir)
+    afresh = (*out, "--overwrite")  # what an interrupted quickstart left is not worth keeping
     start = time.monotonic()
     run(
         "1. Pretraining: reading",
         "trainer/train_pretrain.py",
         *("--data_path", SAMPLE / "pretrain.jsonl", "--valid_path", SAMPLE / "valid.jsonl"),
         *("--epochs", PRETRAIN_EPOCHS, *COMMON.split(), "--embedding_lr_scale", 1),
-        *out,
+        *afresh,
     )
     run(
         "2. Fine-tuning: answering",
         "trainer/train_full_sft.py",
         *("--data_path", SAMPLE / "sft.jsonl"),
         *("--epochs", SFT_EPOCHS, *COMMON.split()),
-        *out,
+        *afresh,
     )
     run("3. Questions it was never asked before", "scripts/score_sample.py", *out)
     chat = run(

@@ -305,6 +305,11 @@ def read_log(out_dir: Path, name: str = "pretrain_32", event: str = "step") -> l
     return [record for record in map(json.loads, lines) if record["event"] == event]
 
 
+# what a log says of the machine, not of the model
+SPEEDS = {"time", "seconds", "seconds_per_step", "processor_seconds", "peak_memory_bytes", "tokens_per_second", "mfu"}
+SPEEDS |= {"waiting"}
+
+
 def relative_error(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
     """Norm of the difference over the norm, all tensors together."""
     assert ours.keys() == theirs.keys()
@@ -377,7 +382,7 @@ def _run_in_child(script: str, flags: list[str], env: dict, printed: Path, patch
     module = importlib.import_module(f"trainer.{script}")
     for patch in (skip_measuring, *patches):
         patch(module)
-    module.run_script(lambda: module.main(flags))
+    module.run_script(module.main, flags)
 
 
 def replace_step(make) -> None:

@@ -31,9 +31,10 @@ from conftest import (
 from dataset import progress
 from model.model_minimind import MiniMindConfig
 from model.weights import WeightsError, save_weights
-from trainer import frozen_outputs
+from trainer import checkpoint, frozen_outputs
 from trainer.arguments import FREE_ON_RESUME, parse_arguments, stage_parser
 from trainer.checkpoint import refuse_other_weights, result_flags
+from trainer.training import Training
 
 
 def noisy_slow_steps(module) -> None:
@@ -373,6 +374,75 @@ def test_without_resume_a_run_starts_anew_and_says_what_it_replaces(train, tmp_p
     assert contents(tmp_path)[Path("pretrain_32.pth")][0] != before
 
 
+@pytest.fixture
+def unfinished(train, tmp_path, texts, monkeypatch):
+    """A run that broke off in its fourth step, saved after the second, and its flags."""
+    flags = tiny_flags(tmp_path, texts, save_interval=2)
+    steps, step = [], Training.step
+
+    def breaks_off(training, lr):
+        steps.append(lr)
+        if len(steps) == 4:
+            raise FloatingPointError("broken off")
+        return step(training, lr)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "step", breaks_off)
+        with pytest.raises(FloatingPointError):
+            train("train_pretrain", flags)
+    return flags
+
+
+def test_an_unfinished_run_is_not_replaced_unasked(train, tmp_path, texts, unfinished, capsys):
+    """Refused before the data is read, with both ways out, and both work."""
+    before = contents(tmp_path)
+    said = r"pretrain_32.resume holds step 2 of an unfinished run: .*--resume.*--overwrite"
+    with pytest.raises(ValueError, match=said):
+        train("train_pretrain", [*unfinished, "--data_path=nowhere.jsonl"])
+    assert contents(tmp_path) == before
+    train("train_pretrain", [*unfinished, "--resume"])
+    train("train_pretrain", tiny_flags(tmp_path / "whole", texts))
+    assert_same_end(tmp_path, tmp_path / "whole")
+    train("train_pretrain", unfinished)  # a finished run may be made again
+
+
+def test_an_unfinished_run_is_replaced_when_asked(train, tmp_path, texts, unfinished):
+    train("train_pretrain", [*unfinished, "--overwrite"])
+    train("train_pretrain", tiny_flags(tmp_path / "whole", texts))
+    assert_same_end(tmp_path, tmp_path / "whole")
+
+
+def test_a_state_that_cannot_be_read_is_not_replaced_unasked(train, tmp_path, texts):
+    state = tmp_path / "resume" / "pretrain_32.resume"
+    state.parent.mkdir()
+    state.write_bytes(b"half a state")
+    with pytest.raises(ValueError, match="pretrain_32.resume holds what cannot be read: .*--overwrite"):
+        train("train_pretrain", tiny_flags(tmp_path, texts))
+    assert state.read_bytes() == b"half a state"
+
+
+def test_two_runs_of_one_name_exclude_each_other(launcher, train, tmp_path, texts, monkeypatch):
+    """Two processes of one run do not; another name in the same folder is another run."""
+    flags = tiny_flags(tmp_path, texts, epochs=200, batch_size=2, save_interval=1)
+    ranks = launcher.start_ranks(2, "train_pretrain", flags)
+    ranks[0].wait_for("(3/")
+    monkeypatch.setattr(checkpoint, "LOCK_SECONDS", 0)
+    for more in ([], ["--resume"], ["--overwrite"]):
+        with pytest.raises(ValueError, match="another process is training .*pretrain_32.pth.*--out_dir"):
+            train("train_pretrain", [*flags, *more])
+    train("train_pretrain", [*flags, "--hidden_size=48", "--max_steps=1"])
+    ranks[0].signal(signal.SIGTERM)
+    assert [child.wait() for child in ranks] == [128 + signal.SIGTERM] * 2, ranks[0].output
+    train("train_pretrain", [*flags, "--overwrite", "--max_steps=1"])
+
+
+@pytest.mark.parametrize("out_dir", ["file/out", "x" * 300])
+def test_an_output_folder_that_cannot_be_made(train, tmp_path, texts, out_dir):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ValueError, match="cannot write to .*--out_dir"):
+        train("train_pretrain", tiny_flags(tmp_path / out_dir, texts))
+
+
 def test_flags_that_change_the_result_are_listed_all(train, tmp_path, finished):
     before = contents(tmp_path)
     with pytest.raises(ValueError) as caught:
@@ -434,7 +504,8 @@ def test_other_frozen_weights_are_refused(train, tmp_path, inputs, tokenizer, st
 
 def test_every_flag_is_either_free_or_compared():
     """A new flag counts as one that changes the result until it is named as free."""
-    unset = ["--lora_alpha=1", "--reference_weight=x.pth", "--teacher_num_hidden_layers=1"]  # no value by default
+    # without a value by default
+    unset = ["--preset=minimind3", "--lora_alpha=1", "--reference_weight=x.pth", "--teacher_num_hidden_layers=1"]
     flags = set()
     for stage in STAGES:
         parse = importlib.import_module(f"trainer.{stage.script}").parse

@@ -15,6 +15,7 @@ from conftest import (
     PRETRAIN,
     REASON,
     ROOT,
+    SPEEDS,
     each_stage,
     read_log,
     read_resume,
@@ -71,7 +72,7 @@ def check_split(launcher, folder, stage, split, whole, tolerance, **flags):
         assert relative_error(ours, theirs) < (1e-6 if step == 0 else later), f"gradients of step {step}"
     assert relative_error(weights, expected_weights) < tolerance
     # how fast, and how a micro-batch of pairs was laid out, may differ
-    names = expected_log[0].keys() - {"event", "tokens_per_second", "mfu", "padding", "waiting"}
+    names = expected_log[0].keys() - SPEEDS - {"event", "padding"}
     for ours, theirs in zip(log, expected_log, strict=True):
         for name in names - {"step", "epoch", "lr"}:
             # margins are near 0, but differences of float32 log-probs, which are not

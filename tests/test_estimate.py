@@ -2,102 +2,131 @@
 
 import argparse
 import functools
+import importlib
 import json
 import re
-from pathlib import Path
+import shutil
+import signal
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DISTILLATION, DPO, PRETRAIN, each_stage, sharp_model, tiny_flags, write_data
+from conftest import DISTILLATION, DPO, LORA, PRETRAIN, each_stage, sharp_model, tiny_flags, write_data
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from model import model_minimind
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from trainer import estimate, frozen_outputs, loader
+from model.weights import write_json
+from trainer import estimate, train_pretrain
 from trainer.arguments import stage_parser
-from trainer.cost import activation_bytes, attention_backward_bytes, mapped_bytes
+from trainer.cost import activation_bytes, attention_backward_bytes, memory_parts
 from trainer.distributed import Process
-from trainer.estimate import CARDS, Calibration, assumed_mfu, compared, memory_parts
+from trainer.estimate import CARDS, Estimate, assumed_mfu, compared
 from trainer.loader import PackedData
 from trainer.optimization import build_optimizer
 
 
-@pytest.fixture(autouse=True)
-def few_steps(monkeypatch):
-    """Enough for tiny models."""
-    for module in (loader, frozen_outputs):
-        monkeypatch.setattr(module, "CALIBRATION_SECONDS", 0)
+@pytest.fixture
+def estimated(monkeypatch, tmp_path, capfd):
+    """estimated(stage, **flags): runs the stage's script with --estimate; returns (what is printed, the JSON file)."""
+    monkeypatch.setattr(estimate, "SECONDS", 0)  # enough for tiny models
 
+    def run(stage, **flags) -> tuple[str, dict]:
+        main = importlib.import_module(f"trainer.{stage.script}").main
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        capfd.readouterr()
+        estimate.run_or_estimate(main, tiny_flags(tmp_path, flags.pop("data_path"), **flags | {"estimate": True}))
+        (file,) = tmp_path.glob("logs/**/*.estimate.json")
+        return capfd.readouterr().out, json.loads(file.read_text("utf-8"))
 
-def alone(world_size: int = 1) -> Process:
-    return Process(rank=0, local_rank=0, world_size=world_size, device=torch.device("cpu"))
+    return run
 
 
 def files(folder) -> set[str]:
     return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and "token_cache" not in p.parts}
 
 
-@each_stage()
-def test_an_estimate_of_every_stage_prints_the_whole_and_saves_nothing_else(stage, train, inputs, tmp_path, capsys):
-    flags = inputs(stage) | {"estimate": True, "epochs": 3, "save_interval": 1, "price_per_hour": 36000}
-    train(stage.script, tiny_flags(tmp_path, flags.pop("data_path"), **flags))
+@each_stage(DPO)
+def test_an_estimate_of_every_stage_prints_the_whole_and_saves_nothing_else(stage, estimated, inputs, tmp_path):
+    more = {"epochs": 9, "save_interval": 1, "price_per_hour": 36000}
+    shown, record = estimated(stage, **inputs(stage) | more)
     assert files(tmp_path) == {f"logs/{stage.name()}.estimate.json"}
-    shown = capsys.readouterr().out
+    assert not list(tmp_path.glob(".estimate-*")), "the short run's folder is gone"
+    assert shown.index("timing step 1 of 5") < shown.index("this machine")
     steps, tokens = map(int, re.search(r"tokens in (\d+) steps (\d+) tokens a step", shown.replace(",", "")).groups())
-    assert steps >= 15 and 100 < tokens <= 4 * 2 * 128
-    assert "(4 timed)" in shown and "8 × H100 SXM" in shown and "without evaluations" in shown
-    seconds = json.loads((tmp_path / "logs" / f"{stage.name()}.estimate.json").read_text("utf-8"))["seconds"]
-    assert float(re.search(r"\$([\d,.]+) at \$36000 an hour", shown)[1].replace(",", "")) == pytest.approx(
-        10 * seconds, abs=0.01
-    )
-    assert ("beforehand: log-probs of" in shown) == (stage is DPO)
-    assert ("log-probs" in shown.split("disk: ")[1].splitlines()[0]) == (stage is DPO)
+    assert steps == record["steps"] >= 45 and 100 < tokens <= 4 * 2 * 128
+    assert record["timed"] >= 4 and "8 × H100 SXM" in shown and "without evaluations" in shown
+    cost = float(re.search(r"\$([\d,.]+) at \$36000 an hour", shown)[1].replace(",", ""))
+    assert cost == pytest.approx(10 * record["seconds"], abs=0.01)
+    assert ("before training: log-probs of" in shown) == (stage is DPO)
+    disk = shown.split("disk: ")[1].splitlines()[0]
+    assert ("log-probs" in disk) == (stage is DPO) and re.search(r"weights \d+ MB, resume \d+ MB", disk)
 
 
-def test_the_pass_of_a_cached_teacher_is_part_of_the_estimate(train, inputs, tmp_path, capsys):
-    flags = inputs(DISTILLATION) | {"estimate": True, "cache_teacher": 4, "batch_size": 1}
-    train(DISTILLATION.script, tiny_flags(tmp_path, flags.pop("data_path"), **flags))
-    beforehand = float(re.search(r"beforehand: likeliest tokens of \w+\.pth, ([\d.]+) s", capsys.readouterr().out)[1])
-    assert 0 < beforehand < json.loads((tmp_path / "logs/full_dist_32.estimate.json").read_text("utf-8"))["seconds"]
+@pytest.mark.full
+def test_the_pass_of_a_cached_teacher_is_part_of_the_estimate(estimated, inputs):
+    shown, record = estimated(DISTILLATION, **inputs(DISTILLATION) | {"cache_teacher": 4, "batch_size": 1})
+    seconds = float(re.search(r"before training: (?:most likely|likeliest) tokens of \w+\.pth, ([\d.]+) s", shown)[1])
+    assert 0 < seconds < record["seconds"]
 
 
-def test_an_estimate_leaves_a_run_that_could_be_resumed_alone(train, inputs, tmp_path, capsys):
-    flags = inputs(PRETRAIN)
-    command = tiny_flags(tmp_path, flags.pop("data_path"), **flags)
-    train(PRETRAIN.script, [*command, "--max_steps=2"])
+def test_an_estimate_leaves_a_run_that_could_be_resumed_alone(estimated, train, inputs, tmp_path):
+    """Its base may be named by stage, and its adapter has been exported."""
+    flags = inputs(LORA)
+    for suffix in (".pth", ".json"):
+        shutil.copy(flags["base_weight"].with_suffix(suffix), tmp_path / f"full_sft_32{suffix}")
+    flags |= {"base_weight": "full_sft", "save_peft": True}
+    train(LORA.script, tiny_flags(tmp_path, **flags | {"max_steps": 2}))
     before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
-    train(PRETRAIN.script, [*command, "--estimate", "--resume"])
+    assert "lora/lora_medical_32_peft/adapter_model.safetensors" in before
+    estimated(LORA, **flags | {"max_steps": 7, "resume": True})
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
-    assert "holds the state" not in capsys.readouterr().out.split("ready")[-1]
+    assert files(tmp_path) - before.keys() == {"logs/lora/lora_medical_32.estimate.json"}
+
+
+def test_a_mistake_is_said_by_the_short_run(estimated, inputs, tmp_path, capfd):
+    with pytest.raises(SystemExit, match="1"):
+        estimated(PRETRAIN, **inputs(PRETRAIN) | {"learning_rate": -1})
+    assert "error: --learning_rate -1" in capfd.readouterr().err
+    assert not files(tmp_path) and not list(tmp_path.glob(".estimate-*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.full)])
+def test_a_signal_ends_the_estimate_and_its_short_run(launcher, inputs, tmp_path, number):
+    flags = inputs(PRETRAIN) | {"epochs": 10**6, "estimate": True}
+    child = launcher.start(PRETRAIN.script, tiny_flags(tmp_path, flags.pop("data_path"), **flags))
+    child.wait_for("timing step 1")
+    child.signal(number)
+    assert child.wait() == 128 + number, child.output
+    assert not list(tmp_path.glob(".estimate-*")) and "Traceback" not in child.output
 
 
 def test_a_run_says_how_far_off_its_estimate_was(train, inputs, tmp_path, capsys):
+    """The same flags, what changes neither time nor memory apart."""
     flags = inputs(PRETRAIN)
     command = tiny_flags(tmp_path, flags.pop("data_path"), **flags)
-    train(PRETRAIN.script, [*command, "--estimate"])
-    capsys.readouterr()
+    start = {"flags": vars(train_pretrain.parse(command)), "processes": 1, "threads": 1}
+    path = tmp_path / "logs" / "pretrain_32.estimate.json"
+    write_json(path, {"seconds": 10.0, "bytes": 2e9, "flags": estimate.relevant_flags(start)})
     train(PRETRAIN.script, [*command, "--log_interval=2"])
     assert re.search(
-        r"estimated: [\d.]+ s, [\d.]+ GB; it took [\d.]+ s \([+-]\d+%\) and [\d.]+ GB", capsys.readouterr().out
+        r"estimated: 10 s, 2.0 GB; it took [\d.]+ s \([+-]\d+%\) and [\d.]+ GB \([+-]\d+%\)", capsys.readouterr().out
     )
     train(PRETRAIN.script, [*command, "--hidden_size=48"])
-    train(PRETRAIN.script, [*command, "--batch_size=2"])
+    train(PRETRAIN.script, [*command, "--batch_size=2", "--overwrite"])
     assert "estimated" not in capsys.readouterr().out
 
 
 def test_what_is_off_is_the_share_by_which_the_run_took_more(tmp_path):
-    args, path = argparse.Namespace(batch_size=3, estimate=False), tmp_path / "a.json"
-    flags = estimate.relevant_flags(args, alone())
-    path.write_text(json.dumps({"seconds": 100, "bytes": 2e9, "flags": flags}), "utf-8")
+    start, path = {"flags": {"batch_size": 3, "estimate": False}, "processes": 1, "threads": 1}, tmp_path / "a.json"
+    path.write_text(json.dumps({"seconds": 100, "bytes": 2e9, "flags": estimate.relevant_flags(start)}), "utf-8")
     expected = "estimated: 100 s, 2.0 GB; it took 110 s (+10%) and 1.5 GB (-25%)"
-    assert compared(path, args, alone(), 110, 1.5e9) == expected
-    args.estimate = True  # says nothing about the steps
-    assert compared(path, args, alone(), 110, 1.5e9) == expected
-    assert compared(path, args, alone(2), 110, 1.5e9) == ""
-    assert compared(tmp_path / "none.json", args, alone(), 110, 1.5e9) == ""
+    assert compared(path, start, 110, 1.5e9) == expected
+    start["flags"]["estimate"] = True  # says nothing about the steps
+    assert compared(path, start, 110, 1.5e9) == expected
+    assert compared(path, start | {"processes": 2}, 110, 1.5e9) == ""
+    assert compared(tmp_path / "none.json", start, 110, 1.5e9) == ""
 
 
 @pytest.mark.parametrize("use_moe", [False, True])
@@ -112,7 +141,7 @@ def test_memory_of_optimizer_state_is_what_the_optimizer_holds(optimizer, use_mo
     parts = [built] if isinstance(built, torch.optim.Optimizer) else built.parts
     states = [tensor for part in parts for state in part.state.values() for tensor in state.values()]
     held = sum(t.nbytes for t in states if isinstance(t, torch.Tensor) and t.numel() > 1)
-    found = memory_parts(model, args, alone())
+    found = memory_parts(model, args, 1)
     assert found["optimizer state"] == held
     assert found["weights"] == found["gradients"] == sum(p.numel() * 4 for p in model.parameters())
 
@@ -120,8 +149,7 @@ def test_memory_of_optimizer_state_is_what_the_optimizer_holds(optimizer, use_mo
 def test_zero_divides_memory_among_processes():
     model = sharp_model()
     parts = {
-        stage: memory_parts(model, argparse.Namespace(optimizer="adamw", zero_stage=stage), alone(4))
-        for stage in range(4)
+        stage: memory_parts(model, argparse.Namespace(optimizer="adamw", zero_stage=stage), 4) for stage in range(4)
     }
     whole = parts[0]
     divided = {1: {"optimizer state"}, 2: {"optimizer state", "gradients"}, 3: set(whole)}
@@ -205,21 +233,26 @@ def test_assumed_shares_of_the_peak():
     assert assumed_mfu(MiniMindConfig(), 8) == pytest.approx(0.27)
 
 
-def calibration(kind: str = "pretrain", positions: int = 512, **flags) -> Calibration:
-    """As it is after a step of one process; weights of 100 MB."""
-    made = Calibration.__new__(Calibration)
+def made(kind: str = "pretrain", steps: list[dict] | None = None, positions: int = 512, **flags) -> Estimate:
+    """From the log of two steps of 300 tokens and a second each; weights of 100 MB."""
     values = {"max_seq_len": 512, "batch_size": 32, "accumulation_steps": 1, "gradient_checkpointing": False}
-    made.args = argparse.Namespace(**values | {"dtype": "bfloat16"} | flags)
-    made.parts = {"weights": 10**8, "gradients": 10**8, "optimizer state": 2 * 10**8}
-    made.process, made.positions = alone(), [positions]
-    plan = argparse.Namespace(max_segments_per_row=7)
-    made.data = argparse.Namespace(cache=argparse.Namespace(kind=kind), plan=plan)
-    return made
+    start = {
+        "event": "start", "flags": values | {"dtype": "bfloat16", "epochs": 1} | flags, "kind": kind,
+        "config": MiniMindConfig().to_diff_dict(), "device": "cpu", "processes": 1, "threads": 1,
+        "parameters": 25 * 10**6, "frozen": 0, "peak_flops_per_second": 100.0, "passes": {}, "stores": {},
+        "bytes": {"weights": 10**8, "gradients": 10**8, "optimizer state": 2 * 10**8},
+        "total_steps": 10, "steps_per_epoch": 10, "tokens_per_step": 300, "segments_per_row": 7, "cache": "/nowhere",
+    }  # fmt: skip
+    numbers = {"seconds_per_step": 1.0, "mfu": 0.5, "padding": 1 - 300 / positions, "peak_memory_bytes": 7}
+    steps = steps or [{"seconds": n, "processor_seconds": n, "tokens": 300 * n} for n in (1, 2)]
+    return Estimate([start, *({"event": "step"} | numbers | step for step in steps)])
 
 
-def card_lines(flops: float = 165e12 * 0.3 * 3600, **flags) -> dict[str, str]:
-    lines = calibration(**flags)._card_lines(MiniMindConfig(), flops, 1.0)
-    return dict(zip((card.name for card in CARDS), lines, strict=True))
+def card_lines(seconds: float = 3600.0, **flags) -> dict[str, str]:
+    """Ten steps that take an RTX 4090 so many seconds at the share of its peak that is assumed."""
+    estimate = made(**flags)
+    estimate.flops = 165e12 * 0.3 * seconds / 10
+    return dict(zip((card.name for card in CARDS), estimate.card_lines(), strict=True))
 
 
 def test_time_and_cost_of_a_card_by_hand():
@@ -236,32 +269,33 @@ def test_memory_of_a_card_by_hand(monkeypatch):
     fixed = 10**8 + 2 * 10**8 + estimate.CONTEXT_BYTES  # weights, optimizer state
     copies = 10**8 // 2  # of the weights in bfloat16
     assert 32 * row + copies > 10**8, "else gradients, which come as activations go, are what is largest"
-    assert calibration().bytes_on_a_card(config, 32) == fixed + 32 * row + copies
-    accumulated = calibration(accumulation_steps=2)  # the gradients of earlier micro-batches are there meanwhile
-    assert accumulated.bytes_on_a_card(config, 32) == fixed + 32 * row + copies + 10**8
-    single = calibration(dtype="float32")
-    assert single.bytes_on_a_card(config, 32) == fixed + 32 * activation_bytes(config, 512, size=4)
-    distilled = calibration()
-    distilled.parts["teacher"] = 5 * 10**7
+    assert made().bytes_on_a_card(32) == fixed + 32 * row + copies
+    accumulated = made(accumulation_steps=2)  # the gradients of earlier micro-batches are there meanwhile
+    assert accumulated.bytes_on_a_card(32) == fixed + 32 * row + copies + 10**8
+    single = made(dtype="float32")
+    assert single.bytes_on_a_card(32) == fixed + 32 * activation_bytes(config, 512, size=4)
+    distilled = made()
+    distilled.bytes["teacher"] = 5 * 10**7
     without_head = activation_bytes(config, 512, whole_head=False) + backward
-    assert distilled.bytes_on_a_card(config, 32) == fixed + 5 * 10**7 + 32 * without_head + copies
+    assert distilled.bytes_on_a_card(32) == fixed + 5 * 10**7 + 32 * without_head + copies
     monkeypatch.setattr(estimate, "HAS_VARLEN", False)
-    assert calibration().bytes_on_a_card(config, 32) == fixed + 32 * (row - backward) + copies
+    assert made().bytes_on_a_card(32) == fixed + 32 * (row - backward) + copies
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "preference"])
 def test_borders_are_as_many_as_batches_of_a_gpu_have(tmp_path, tokenizer, kind):
     path = write_data(kind, tmp_path / "data.jsonl", count=12)
     args = stage_parser("").parse_args(tiny_flags(tmp_path, path, cache_dir=tmp_path, batch_size=3))
-    made = calibration(kind)
-    made.data = PackedData(args, kind, tokenizer, Process(0, 0, 1, torch.device("cuda")))
-    assert made.borders(3) == len(made.data._batches(0)[0]["cu_seqlens"]) - 1
+    data = PackedData(args, kind, tokenizer, Process(0, 0, 1, torch.device("cuda")))
+    estimate = made(kind)
+    estimate.start["segments_per_row"] = data.plan.max_segments_per_row
+    assert estimate.borders(3) == len(data._batches(0)[0]["cu_seqlens"]) - 1
 
 
 @pytest.mark.parametrize("positions, rows", [(2 * 512, 4), (4 * 512, 4), (5 * 512, 8)])
 def test_pairs_take_as_many_rows_as_were_seen(positions, rows):
-    assert calibration("preference", positions, batch_size=4).rows == rows
-    assert calibration("pretrain", positions, batch_size=4).rows == 4
+    assert made("preference", positions=positions, batch_size=4).rows == rows
+    assert made("pretrain", positions=positions, batch_size=4).rows == 4
 
 
 def test_what_does_not_fit_is_said_with_flags_that_fit_and_keep_the_step():
@@ -286,36 +320,28 @@ def test_checkpointing_is_proposed_only_where_rows_alone_are_not_enough():
 
 
 def test_steps_of_pairs_are_scaled_to_the_tokens_of_an_average_step():
+    """Timed are 2 s with 150 tokens and 4 s with 250; an average step of the run has 300."""
+    steps = [
+        {"seconds": 9, "processor_seconds": 9, "tokens": 1000, "seconds_per_step": 9},
+        {"seconds": 11, "processor_seconds": 10, "tokens": 1150, "seconds_per_step": 2},
+        {"seconds": 15, "processor_seconds": 12, "tokens": 1400, "seconds_per_step": 4},
+    ]
     for kind, longer in (("preference", 1.5), ("pretrain", 1.0)):
-        made = calibration(kind)
-        made.data.tokens_per_step, made.data.total_steps, made.data.steps_per_epoch = 300, 10, 10
-        made.data.cache.folder = Path("/nowhere")
-        made.memory = argparse.Namespace(peak=lambda: 7)
-        made.moments, made.processor = [0, 9, 11, 15], [0, 9, 10, 12]
-        made.tokens, made.flops = [1000, 150, 250], [1, 20, 40]
-        measured = made.measured()
-        assert measured["step"] == pytest.approx(3 * longer) and measured["first"] == 9 and measured["steps"] == 2
-        assert measured["processor"] == (9, pytest.approx(1.5 * longer))
-        assert measured["flops"] == pytest.approx(30 * 1.5) and measured["tokens"] == 300 and measured["bytes"] == 7
-
-
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's /proc")
-def test_mapped_bytes_are_those_of_files_in_the_folder_that_were_read(tmp_path):
-    folder = tmp_path / "a folder"
-    folder.mkdir()
-    for place in (folder, tmp_path):
-        (place / "tokens.bin").write_bytes(bytes(8 << 20))
-    inside, outside = (np.memmap(place / "tokens.bin", np.uint8, mode="r") for place in (folder, tmp_path))
-    assert mapped_bytes(folder) < 1 << 20
-    assert int(inside.sum()) + int(outside.sum()) == 0
-    assert mapped_bytes(folder) == 8 << 20
-    assert mapped_bytes(tmp_path / "elsewhere") == 0
+        estimate = made(kind, steps)
+        assert estimate.step_seconds == pytest.approx(3 * longer) and estimate.timed == 2
+        assert estimate.first_seconds == 9 and estimate.first_processor == 9
+        assert estimate.processor == pytest.approx(1.5 * longer)
+        assert estimate.seconds == pytest.approx(10 * 3 * longer + 9 - 3 * longer)
+        assert estimate.flops == pytest.approx(100 * 0.5 * 3 * 1.5) and estimate.memory == 7
 
 
 def test_the_rest_of_the_mapped_tokens_counts_as_far_as_the_run_will_read_it(tmp_path):
-    made = calibration()
+    """Two steps of ten in an epoch were read."""
     (tmp_path / "tokens.bin").write_bytes(bytes(1000))
-    made.data.cache.folder = tmp_path
     for steps, expected in ((5, 500), (10, 1000), (30, 1000)):
-        made.data.total_steps, made.data.steps_per_epoch = steps, 10
-        assert made._tokens_to_come() == made.parts["tokens"] == expected
+        log = made()
+        log = [log.start | {"total_steps": steps, "cache": str(tmp_path)}, *log.steps]
+        estimate = Estimate(log)
+        assert estimate.bytes["tokens"] == expected and estimate.to_come == expected - 200
+        assert estimate.memory == 7 + expected - 200
+        assert "tokens" not in Estimate([log[0] | {"device": "cuda:0"}, *log[1:]]).bytes

@@ -1,6 +1,8 @@
 """The stages as they are run: their losses by hand, what they write, what they say when something is wrong."""
 
+import errno
 import functools
+import io
 import json
 import math
 import os
@@ -19,6 +21,7 @@ from conftest import (
     PRETRAIN,
     REASON,
     ROOT,
+    SPEEDS,
     assert_identical,
     each_stage,
     read_log,
@@ -35,12 +38,14 @@ from conftest import (
 )
 
 from dataset.packing import PackedBatches, build_plan
+from dataset.progress import ProgressBar
 from dataset.token_cache import open_token_cache
 from model.model_lora import apply_lora
 from model.model_minimind import MiniMindConfig
 from model.weights import load_model, load_weights, read_sidecar, sidecar_path
-from trainer import train_full_sft, train_pretrain
+from trainer import tracking, train_full_sft, train_pretrain
 from trainer.loader import model_inputs
+from trainer.logger import hours
 from trainer.token_losses import token_cross_entropy
 
 # --- losses ----------------------------------------------------------------------------------------------------------
@@ -183,12 +188,30 @@ def test_lines_of_a_mixture_of_experts_have_the_same_format(train, tmp_path, tex
     assert all(record["aux_loss"] > 0.1 for record in read_log(tmp_path, "pretrain_32_moe"))
 
 
-def test_a_progress_bar_on_a_terminal_only(train, tmp_path, texts, capsys, monkeypatch):
+def test_a_progress_bar_with_the_same_loss_as_the_lines(train, tmp_path, texts, capsys, monkeypatch):
+    """On a terminal; elsewhere its first line comes after half a minute."""
     train("train_pretrain", tiny_flags(tmp_path / "a", texts, log_interval=5))
-    assert "\r" not in capsys.readouterr().err
+    assert not capsys.readouterr().err
+    notes, update = [], ProgressBar.update
+
+    def noting(bar, amount=1, note=None):
+        if bar.desc.startswith("training"):
+            notes.append(note)
+        update(bar, amount, note)
+
+    monkeypatch.setattr(ProgressBar, "update", noting)
+    monkeypatch.setattr(ProgressBar, "refresh", lambda bar, **_: print(bar, file=bar.fp))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     train("train_pretrain", tiny_flags(tmp_path / "b", texts, log_interval=5))
-    assert re.search(r"\[#+\.*\] 4/10 loss:\d\.\d+ \d+\.\d min left", capsys.readouterr().err)
+    shown = capsys.readouterr().err
+    assert "training: " in shown and "saving: " in shown
+    lines = [f"loss {record['loss']:.4f}, " for record in read_log(tmp_path / "b")]
+    assert len(notes) == 10 and notes[4].startswith(lines[0]) and notes[9].startswith(lines[1])
+    assert re.fullmatch(r"loss \d\.\d{4}, [\d,]+ tokens/s", notes[3])
+
+
+def test_hours():
+    assert [hours(seconds) for seconds in (0, 29, 31, 3599, 11220)] == ["0:00", "0:00", "0:01", "1:00", "3:07"]
 
 
 def layer_keys(use_moe: bool) -> set[str]:
@@ -236,10 +259,13 @@ def test_what_a_run_writes(train, tmp_path, inputs, tokenizer, stage, use_moe):
     assert sidecar["versions"]["torch"] == torch.__version__
     written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     written = {path for path in written if not path.startswith("token_cache/")}
-    assert written == {f"{name}.pth", f"{name}.json", f"logs/{name}.jsonl", f"resume/{name}.resume"}
+    folder, _, stem = name.rpartition("/")
+    lock = "/".join(filter(None, ("resume", folder, f".{stem}.lock")))
+    assert written == {f"{name}.pth", f"{name}.json", f"logs/{name}.jsonl", f"resume/{name}.resume", lock}
 
 
-COMMON_METRICS = {"loss", "lr", "grad_norm", "tokens_per_second", "mfu", "padding", "waiting", "aux_loss"}
+COMMON_METRICS = {"loss", "lr", "grad_norm", "tokens_per_second", "mfu", "padding", "waiting", "aux_loss", "tokens"}
+COMMON_METRICS |= SPEEDS
 OWN_METRICS = {
     DPO: {"reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected", "kl"},
     DISTILLATION: {"ce", "kl"},
@@ -446,7 +472,7 @@ def test_held_out_preferences(train, tmp_path, inputs, tokenizer, logp, capsys):
     assert [record["step"] for record in evaluations] == [2, 4]
     for name, value in expected.items():
         assert evaluations[-1][name] == pytest.approx(float(value), rel=1e-4, abs=1e-5), name
-    assert evaluations[-1].keys() == {"event", "step", "sample", *expected}
+    assert evaluations[-1].keys() == {"event", "time", "step", "sample", *expected}
     printed = capsys.readouterr().out
     assert f"valid reward margin {expected['valid_reward_margin']:.4f}" in printed and printed.count("sample:") == 2
     metrics = read_sidecar(tmp_path / f"{DPO.name()}.pth")["metrics"]
@@ -474,7 +500,7 @@ def test_held_out_metrics_are_the_same_on_two_processes(launcher, tmp_path, inpu
         launcher.run(stage.script, line, world_size)
     one, two = (read_log(tmp_path / str(n), stage.name(), "evaluation")[-1] for n in (1, 2))
     assert one.keys() == two.keys()
-    for name in one.keys() - {"event", "step", "sample"}:
+    for name in one.keys() - SPEEDS - {"event", "step", "sample"}:
         assert two[name] == pytest.approx(one[name], rel=1e-5 if dtype == "float32" else 5e-3, abs=1e-5), name
 
 
@@ -670,3 +696,63 @@ def test_memory_does_not_grow_with_the_data(launcher, tmp_path):
         path.unlink()
     print(peaks)
     assert peaks[1] - peaks[0] <= 50, peaks
+
+
+# --- nothing that prints or logs may end a run -----------------------------------------------------------------------
+
+
+def test_a_console_that_lacks_characters(tmp_path):
+    """What it cannot show is replaced: of a path, a sample, and our own lines."""
+    data = write_texts(tmp_path / "天气.jsonl", 8)
+    flags = tiny_flags(tmp_path / "输出", data, max_steps=1, sample_prompt="花", valid_path=data)
+    done = run_python("trainer/train_pretrain.py", *flags, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert done.returncode == 0, done.stderr
+    assert "1 step of 4 rows (4 ? 1" in done.stdout and "??.jsonl" in done.stdout and "sample: " in done.stdout
+    assert (tmp_path / "输出" / "pretrain_32.pth").exists()
+
+
+class Broken(io.StringIO):
+    def write(self, text):
+        raise BrokenPipeError("nobody reads this")
+
+
+def test_a_terminal_that_is_gone(train, tmp_path, texts, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Broken())
+    train("train_pretrain", tiny_flags(tmp_path, texts, max_steps=3))
+    monkeypatch.undo()
+    assert len(read_log(tmp_path)) == 3 and (tmp_path / "pretrain_32.pth").exists()
+
+
+def test_a_full_disk_costs_log_lines_and_not_the_run(train, tmp_path, texts, monkeypatch, capsys):
+    """Half of a line fits, then none; later there is room again."""
+    written, write = [], io.FileIO.write
+
+    def full(file, line):
+        written.append(line)
+        if len(written) in (2, 3):
+            if len(written) == 2:
+                write(file, line[:10])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(file, line)
+
+    monkeypatch.setattr(tracking, "append", full)
+    train("train_pretrain", tiny_flags(tmp_path, texts, max_steps=4))
+    assert capsys.readouterr().out.count("No space left on device") == 1
+    lines = (tmp_path / "logs" / "pretrain_32.jsonl").read_text("utf-8").splitlines()
+    read = [json.loads(line) for line in lines if line.endswith("}")]
+    assert [record.get("step") for record in read] == [None, 3, 4, 4]
+    assert sum(not line.endswith("}") for line in lines) == 1, "the half line stays alone"
+
+
+def test_a_half_line_of_a_killed_run_stays_alone(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"step": 1')
+    for number in (2, 3):
+        assert tracking.JsonLines(path).write({"step": number}) == ""
+    assert path.read_text("utf-8").splitlines() == ['{"step": 1', '{"step": 2}', '{"step": 3}']
+
+
+def test_notes_before_training_starts(train, tmp_path, texts, capsys):
+    train("train_pretrain", tiny_flags(tmp_path, texts, max_steps=1, warmup_iters=5, batch_size=64))
+    said = capsys.readouterr().out.split("Epoch:")[0]
+    assert "note: --warmup_iters 5: the run has 1 step" in said and "note: one step takes 64 rows" in said

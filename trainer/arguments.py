@@ -1,6 +1,7 @@
 """Flags that every stage has. Each stage passes its own defaults and adds its own flags."""
 
 import argparse
+import math
 import os
 import shlex
 import signal
@@ -10,19 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.distributed import DistError
 
 from dataset.token_cache import MAX_RECORD_BYTES
 from model.flags import add_boolean, show_defaults, utf8, utf8_path
 from model.model_minimind import PRESETS, MiniMindConfig
+from trainer.distributed import lost_process
+from trainer.estimate import run_or_estimate
 from trainer.tracking import tracking_mistakes
 from trainer.zero import zero_mistakes
 
 ROOT = Path(__file__).resolve().parents[1]
 
 LATER_SECONDS = 3  # how long other processes leave it to the first one to show an error
-# what gloo says when a process at the other end is gone
-LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
 
 MODEL_FLAGS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "use_moe", "qk_norm")
 # flags that may change between the parts of a resumed run; a change of any other would change its result
@@ -30,7 +30,8 @@ FREE_ON_RESUME = {
     "resume", "log_interval", "save_interval", "eval_interval", "num_workers", "use_wandb", "wandb_project", "out_dir",
     "cache_dir", "device", "ddp", "local_rank", "valid_path", "sample_prompt", "compile", "overwrite", "batch_size",
     "accumulation_steps", "gradient_checkpointing", "save_peft", "base_weight", "reference_weight", "teacher_weight",
-    "deepspeed_config", "estimate", "price_per_hour", "max_record_bytes",
+    "deepspeed_config", "estimate", "price_per_hour", "pass_seconds", "max_record_bytes",
+    "preset",
 }  # fmt: skip
 
 
@@ -41,118 +42,107 @@ class PerOptimizer(dict):
         return ", ".join(f"{value:g} with {optimizer}" for optimizer, value in self.items())
 
 
+# what a number must be: flags -> (whether a value is right, how to say it)
+COUNTS = (
+    "epochs", "batch_size", "accumulation_steps", "log_interval", "save_interval", "eval_interval", "max_record_bytes",
+)  # fmt: skip
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+RANGES = {
+    (*SIZES, *COUNTS): (lambda value: value >= 1, "at least 1"),
+    ("max_seq_len",): (lambda value: value >= 2, "at least 2"),
+    ("warmup_iters", "max_steps", "num_workers", "seed", "weight_decay", "grad_clip", "price_per_hour"): (
+        lambda value: value >= 0,
+        "0 or more",
+    ),
+    ("learning_rate",): (lambda value: 0 < value < math.inf, "a number above 0"),
+    ("embedding_lr_scale",): (lambda value: 0 <= value < math.inf, "0 or more"),
+    ("min_lr_ratio",): (lambda value: 0 <= value <= 1, "between 0 and 1"),
+    ("beta1", "beta2"): (lambda value: 0 <= value < 1, "at least 0 and below 1"),
+}
+
+
 def from_root(path: str | Path) -> Path:
-    """Path defaults are anchored on the repository root, so that a script does the same from any folder."""
+    """Anchor a path default on the repository root, so that a script does the same from any folder."""
     return ROOT / path
 
 
 def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
-    """The flags shared by all stages. `defaults` sets what differs between them (data_path, batch_size, ...).
+    """Make the parser of the flags that all stages share. defaults: what differs between stages (data_path, ...).
 
-    Some are given for each optimizer; the first of learning_rate is the one that the stage takes by itself.
+    A default may be given for each optimizer; the first in learning_rate is the stage's own optimizer.
     """
     defaults = {"learning_rate": {"adamw": 5e-4}} | defaults
     defaults = {name: PerOptimizer(value) if isinstance(value, dict) else value for name, value in defaults.items()}
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    add = parser.add_argument
 
-    group = parser.add_argument_group("data and output").add_argument
-    group("--data_path", type=utf8_path, help="training data, jsonl (default: %(default)s)")
-    group(
-        "--valid_path",
-        type=utf8_path,
-        help="held-out data of the same kind: loss and bits per byte every --eval_interval",
-    )
-    group("--tokenizer_path", type=utf8_path, default=from_root("model"), help="folder with tokenizer.json")
-    group("--out_dir", type=utf8_path, default=from_root("out"), help="weights, logs and resume states (default: out/)")
-    group("--cache_dir", type=utf8_path, help="tokenised data (default: OUT_DIR/token_cache)")
-    add_boolean(parser, "--skip_bad_lines", False, "drop and count lines that are no valid record, instead of stopping")
-    group("--max_record_bytes", type=int, default=MAX_RECORD_BYTES, help="a longer line is a bad one (default: 16 MiB)")
-    add_boolean(parser, "--overwrite", False, "replace weights of another configuration that have the same name")
+    group = parser.add_argument_group("data and output")
+    add = group.add_argument
+    add("--data_path", type=utf8_path, help="training data, jsonl")
+    add("--valid_path", type=utf8_path, help="held-out data of the same kind, evaluated every --eval_interval")
+    add("--tokenizer_path", type=utf8_path, default=from_root("model"), help="folder with tokenizer.json")
+    add("--out_dir", type=utf8_path, default=from_root("out"), help="weights, logs and resume states")
+    add("--cache_dir", type=utf8_path, help="tokenised data (default: OUT_DIR/token_cache)")
+    add_boolean(group, "--skip_bad_lines", False, "drop and count lines that are not valid records")
+    add("--max_record_bytes", type=int, default=MAX_RECORD_BYTES, help="a longer line is a bad one (default: 16 MiB)")
+    add_boolean(group, "--overwrite", False, "replace an unfinished run, or weights of another configuration")
 
-    group = parser.add_argument_group("model").add_argument
-    group("--preset", choices=list(PRESETS), help="a known model; the flags below win (default: minimind2_26m)")
-    group("--hidden_size", type=int, help="(default: 512 or the preset's)")
-    group("--num_hidden_layers", type=int, help="(default: 8 or the preset's)")
-    group("--num_attention_heads", type=int, help="(default: 8)")
-    group("--num_key_value_heads", type=int, help="(default: 2 or the preset's)")
-    group("--max_seq_len", type=int, default=512, help="positions in a row of packed documents (default: %(default)s)")
-    add_boolean(parser, "--use_moe", None, "mixture of experts (default: false or the preset's)")
-    add_boolean(parser, "--qk_norm", None, "normalise queries and keys (default: false or the preset's)")
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--preset", choices=list(PRESETS), help="a known model; the flags below win (default: minimind2_26m)")
+    add("--hidden_size", type=int, help="(default: 512 or the preset's)")
+    add("--num_hidden_layers", type=int, help="(default: 8 or the preset's)")
+    add("--num_attention_heads", type=int, help="(default: 8)")
+    add("--num_key_value_heads", type=int, help="(default: 2 or the preset's)")
+    add("--max_seq_len", type=int, default=512, help="positions in a row of packed documents")
+    add_boolean(group, "--use_moe", None, "mixture of experts (default: false or the preset's)")
+    add_boolean(group, "--qk_norm", None, "normalise queries and keys (default: false or the preset's)")
 
-    group = parser.add_argument_group("optimisation").add_argument
-    group("--epochs", type=int, default=1)
-    group(
-        "--max_steps",
-        type=int,
-        default=0,
-        help="stop after this many optimizer steps, schedule included (0: all epochs)",
-    )
-    group("--batch_size", type=int, default=32, help="rows per process and micro-batch (default: %(default)s)")
-    group("--accumulation_steps", type=int, default=1, help="micro-batches per optimizer step (default: %(default)s)")
-    group("--learning_rate", type=float, help="peak learning rate (default: %(default)s)")
-    group(
-        "--embedding_lr_scale",
-        type=float,
-        default=1.0,
-        help="the embedding, which is also the head, learns so many times as fast (default: %(default)s)",
-    )
-    group(
-        "--min_lr_ratio",
-        type=float,
-        default=0.1,
-        help="the cosine ends at this share of the peak (default: %(default)s)",
-    )
-    group("--warmup_iters", type=int, default=0, help="optimizer steps of linear warm-up (default: %(default)s)")
-    group(
+    group = parser.add_argument_group("optimisation")
+    add = group.add_argument
+    add("--epochs", type=int, default=1, help="passes over the data")
+    add("--max_steps", type=int, default=0, help="optimizer steps, schedule included (default: 0, as --epochs says)")
+    add("--batch_size", type=int, default=32, help="rows per process and micro-batch")
+    add("--accumulation_steps", type=int, default=1, help="micro-batches per optimizer step")
+    add("--learning_rate", type=float, help="peak learning rate")
+    add("--embedding_lr_scale", type=float, default=1.0, help="the embedding, which is also the head, learns faster")
+    add("--min_lr_ratio", type=float, default=0.1, help="the cosine ends at this share of the peak")
+    add("--warmup_iters", type=int, default=0, help="optimizer steps of linear warm-up (default: %(default)s)")
+    own = f"(default: {next(iter(defaults['learning_rate']))})"
+    add(
         "--optimizer",
         choices=("muon", "adamw", "sgd"),
-        help="muon: the matrices inside the blocks, adamw for the rest; under ZeRO only adamw; sgd is for checks "
-        f"(default: {next(iter(defaults['learning_rate']))})",
+        help=f"muon: for matrices inside the blocks; sgd: a check {own}",
     )
-    group("--beta1", type=float, default=0.9)
-    group("--beta2", type=float, default=0.95)
-    group("--weight_decay", type=float, default=0.1, help="on matrices, not on norms (default: %(default)s)")
-    group("--grad_clip", type=float, default=1.0, help="largest gradient norm, 0 = no clipping (default: %(default)s)")
-    group("--seed", type=int, default=1337)
-    group("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    add("--beta1", type=float, default=0.9, help="AdamW's mean of gradients")
+    add("--beta2", type=float, default=0.95, help="AdamW's mean of squared gradients")
+    add("--weight_decay", type=float, default=0.1, help="on matrices, not on norms (default: %(default)s)")
+    add("--grad_clip", type=float, default=1.0, help="largest gradient norm, 0 = no clipping")
+    add("--seed", type=int, default=1337, help="of first weights and of the order of the data")
+    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the matrix products")
 
-    group = parser.add_argument_group("the run").add_argument
-    group("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
-    group("--num_workers", type=int, help="processes that assemble batches (default: 1 on CUDA, 0 on a CPU)")
-    group("--log_interval", type=int, default=100, help="optimizer steps between log lines (default: %(default)s)")
-    group("--save_interval", type=int, default=100, help="optimizer steps between saves (default: %(default)s)")
-    group("--eval_interval", type=int, default=500, help="optimizer steps between evaluations (default: %(default)s)")
-    group("--sample_prompt", type=utf8, default="", help="a text that the model continues at every evaluation")
-    add_boolean(parser, "--estimate", False, "time a few steps and print what the run will take; no weights are saved")
-    group("--price_per_hour", type=float, help="of this machine in dollars, for --estimate")
-    add_boolean(parser, "--resume", False, "go on from the last saved state of this run")
-    add_boolean(parser, "--compile", None, "torch.compile (default: on with CUDA, off on a CPU)")
-    add_boolean(
-        parser, "--gradient_checkpointing", False, "recompute activations in the backward pass: less memory, more time"
-    )
-    group(
-        "--zero_stage",
-        type=int,
-        choices=(0, 1, 2, 3),
-        default=0,
-        help="DeepSpeed: divide optimizer state (1), gradients too (2), weights too (3) among processes (default: 0)",
-    )
-    group(
-        "--deepspeed_config", type=utf8_path, metavar="FILE", help="JSON settings of DeepSpeed over ours, for experts"
-    )
-    add_boolean(parser, "--use_wandb", False, "log to Weights & Biases too")
-    add("--wandb_project", default="MiniMind")
-    add_boolean(parser, "--ddp", None, "accepted because old commands pass it; torchrun alone decides")
-    add(
-        "--local_rank",
-        "--local-rank",
-        type=int,
-        default=-1,
-        help="accepted because launchers pass it; LOCAL_RANK decides",
-    )
+    group = parser.add_argument_group("the run")
+    add = group.add_argument
+    add("--device", default="cuda:0" if torch.cuda.is_available() else "cpu", help="cpu, cuda:N or mps")
+    add("--num_workers", type=int, help="processes that assemble batches (default: 1 on CUDA, 0 on a CPU)")
+    add("--log_interval", type=int, default=100, help="optimizer steps between log lines")
+    add("--save_interval", type=int, default=100, help="optimizer steps between saves")
+    add("--eval_interval", type=int, default=500, help="optimizer steps between evaluations")
+    add("--sample_prompt", type=utf8, default="", help="a text that the model continues at every evaluation")
+    add_boolean(group, "--estimate", False, "time a short run and print what the whole will take; nothing is kept")
+    add("--price_per_hour", type=float, help="of this machine in dollars, for --estimate")
+    add("--pass_seconds", type=float, default=math.inf, help=argparse.SUPPRESS)  # --estimate: cut frozen passes short
+    add_boolean(group, "--resume", False, "go on from the last saved state of this run")
+    add_boolean(group, "--compile", None, "torch.compile (default: on with CUDA, off on a CPU)")
+    add_boolean(group, "--gradient_checkpointing", False, "recompute activations: less memory, more time")
+    zero = "DeepSpeed: divide optimizer state (1), gradients too (2), weights too (3) among processes (default: 0)"
+    add("--zero_stage", type=int, choices=(0, 1, 2, 3), default=0, help=zero)
+    add("--deepspeed_config", type=utf8_path, metavar="FILE", help="DeepSpeed's own settings on top of ours, JSON")
+    add_boolean(group, "--use_wandb", False, "log to Weights & Biases too")
+    add("--wandb_project", default="MiniMind", help="project there")
+    add_boolean(group, "--ddp", None, "accepted because old commands pass it; torchrun alone decides")
+    add("--local_rank", "--local-rank", type=int, default=-1, help="accepted because launchers pass it; not used")
 
     unknown = defaults.keys() - {action.dest for action in parser._actions}
     assert not unknown, f"defaults for flags that do not exist: {unknown}"
@@ -163,7 +153,7 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
 def parse_arguments(
     parser: argparse.ArgumentParser, argv: list[str] | None = None, **checks: tuple[Callable, str]
 ) -> argparse.Namespace:
-    """Parses and checks; all mistakes are reported at once, each with its flag.
+    """Parse and check. Raises ValueError with all mistakes at once, each with its flag.
 
     checks: for flags of one stage, name -> (whether a value is right, what it must be).
     """
@@ -174,58 +164,32 @@ def parse_arguments(
     for name, value in vars(args).items():
         if isinstance(value, PerOptimizer):
             setattr(args, name, value.get(args.optimizer, value["adamw"]))
-    mistakes = []
-
-    def expect(flag: str, ok: Callable[[float], bool], wanted: str) -> None:
-        value = getattr(args, flag)
-        if value is not None and not ok(value):
-            mistakes.append(f"--{flag} {value}: must be {wanted}")
-
     chosen = MiniMindConfig(**PRESETS[args.preset or "minimind2_26m"])
     for flag in MODEL_FLAGS:
         if getattr(args, flag) is None:
             setattr(args, flag, getattr(chosen, flag))
-    for flag in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
-        expect(flag, lambda v: v >= 1, "at least 1")
+    mistakes = []
+    for flags, (ok, wanted) in [*RANGES.items(), *(((flag,), check) for flag, check in checks.items())]:
+        values = {flag: getattr(args, flag) for flag in flags}
+        mistakes += [f"--{k} {v}: must be {wanted}" for k, v in values.items() if v is not None and not ok(v)]
     if not mistakes:
         try:
             model_config(args, chosen.vocab_size)
         except ValueError as error:
             mistakes.append(str(error))
-    for flag in ("epochs", "batch_size", "accumulation_steps", "log_interval", "save_interval", "eval_interval"):
-        expect(flag, lambda v: v >= 1, "at least 1")
-    expect("max_seq_len", lambda v: v >= 2, "at least 2")
-    expect("max_record_bytes", lambda v: v >= 1, "at least 1")
-    for flag in ("warmup_iters", "max_steps", "num_workers", "weight_decay", "grad_clip", "seed", "price_per_hour"):
-        expect(flag, lambda v: v >= 0, "0 or more")
-    expect("learning_rate", lambda v: 0 < v < float("inf"), "a number above 0")
-    expect("embedding_lr_scale", lambda v: 0 <= v < float("inf"), "0 or more")
-    expect("min_lr_ratio", lambda v: 0 <= v <= 1, "between 0 and 1")
-    for flag in ("beta1", "beta2"):
-        expect(flag, lambda v: 0 <= v < 1, "at least 0 and below 1")
-    for flag, (ok, wanted) in checks.items():
-        expect(flag, ok, wanted)
-    if args.max_seq_len > MiniMindConfig().max_position_embeddings:
-        mistakes.append(
-            f"--max_seq_len {args.max_seq_len}: the model has {MiniMindConfig().max_position_embeddings} positions"
-        )
+    if args.max_seq_len > (most := MiniMindConfig().max_position_embeddings):
+        mistakes.append(f"--max_seq_len {args.max_seq_len}: the model has {most} positions")
     try:
-        device = torch.device(args.device)
+        kind = torch.device(args.device).type
         usable = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-        if not usable.get(device.type):
-            mistakes.append(
-                f"--device {args.device}: this machine has no usable {device.type} device; use --device cpu"
-            )
+        if not usable.get(kind):
+            mistakes.append(f"--device {args.device}: this machine has no usable {kind} device; use --device cpu")
     except RuntimeError:
         mistakes.append(f"--device {args.device}: not a device; use cpu, cuda or cuda:N")
     mistakes += zero_mistakes(args) + tracking_mistakes(args)
     if mistakes:
         raise ValueError("; ".join(mistakes))
     args.cache_dir = args.cache_dir or args.out_dir / "token_cache"
-    if args.estimate:  # the steps and nothing else
-        args.resume = args.use_wandb = False
-        args.valid_path, args.sample_prompt = None, ""
-        args.log_interval = args.save_interval = args.eval_interval = sys.maxsize
     return args
 
 
@@ -236,7 +200,7 @@ def model_config(args: argparse.Namespace, vocab_size: int) -> MiniMindConfig:
 
 
 def chat_command(args: argparse.Namespace, model_mode: int, *more: str) -> str:
-    """The command that talks to what this run made, ready to paste."""
+    """Return the command that talks to what this run made, ready to paste."""
     command = ["python", os.path.relpath(ROOT / "eval_model.py"), "--model_mode", str(model_mode)]
     if args.out_dir != from_root("out"):
         command += ["--out_dir", str(args.out_dir)]
@@ -246,24 +210,23 @@ def chat_command(args: argparse.Namespace, model_mode: int, *more: str) -> str:
     return shlex.join([*command, *more])
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's main; a mistake of the user's is shown as a message, not as a traceback.
+def run_script(main: Callable[..., None], argv: list[str] | None = None) -> None:
+    """Run a script's main, or with --estimate foretell it. A user's mistake is shown as a message without a traceback.
 
-    Among several processes the first one shows what all of them found; another one speaks when it is still there after
-    a while, for a launcher ends it together with the first.
+    The main process shows what all processes found. Another one waits a little before it speaks, because a launcher
+    ends it together with the main one.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a console's encoding may lack what is printed
+            stream.reconfigure(errors="replace")
     try:
-        main()
+        run_or_estimate(main, argv)
     except (ValueError, FloatingPointError) as error:
         message = str(error)
     except RuntimeError as error:
-        if not isinstance(error, DistError) and not any(sign in str(error) for sign in LOST_PROCESS):
+        message = lost_process(error)
+        if not message:
             raise
-        message = (
-            "another process of this job has ended, and this one cannot go on alone; what it said stands above, if it "
-            f"could say something. Start again with --resume to go on from the last save ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]})"
-        )
     except KeyboardInterrupt:  # before the loop that answers it by saving: there is nothing to save yet
         sys.exit(128 + signal.SIGINT)
     else:

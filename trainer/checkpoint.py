@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from filelock import FileLock, Timeout
 from torch import nn
 
 from dataset.tokenization import ChatTokenizer
@@ -34,6 +35,8 @@ from trainer.arguments import FREE_ON_RESUME
 from trainer.distributed import Process, barrier, gather_objects
 from trainer.loader import PackedData
 from trainer.training import Training
+
+LOCK_SECONDS = 8  # loader workers of a killed run hold its lock until they notice, within five seconds
 
 
 @dataclass
@@ -69,11 +72,50 @@ class Progress:
         return self.complete or self.step % interval == 0
 
 
-def output_path(stage: str, config: MiniMindConfig, args: argparse.Namespace) -> Path:
-    """Return the weight file that this run will write. Raises WeightsError if that would replace other weights."""
+def output_path(stage: str, config: MiniMindConfig, args: argparse.Namespace, process: Process) -> Path:
+    """Return the weight file of this run, claimed for it. Raises WeightsError if that would destroy other work."""
     path = weight_path(args.out_dir, stage, config.hidden_size, config.use_moe)
+    claim(path, args, process)
     refuse_other_weights(path, config, args)
     return path
+
+
+def resume_path(weights: Path, args: argparse.Namespace) -> Path:
+    return args.out_dir / "resume" / weights.relative_to(args.out_dir).with_suffix(".resume")
+
+
+def claim(weights: Path, args: argparse.Namespace, process: Process) -> Path:
+    """Return `weights`, locked until this process ends. Raises WeightsError, in all processes alike, if another run is
+    writing it, or if an unfinished run would be lost."""
+    state, mistake = resume_path(weights, args), ""
+    if process.is_main:
+        try:
+            state.parent.mkdir(parents=True, exist_ok=True)
+            process.locks.append(FileLock(state.with_name(f".{state.stem}.lock")))
+            process.locks[-1].acquire(LOCK_SECONDS)
+        except Timeout:
+            mistake = f"another process is training {weights} right now: wait for it, or choose another --out_dir"
+        except OSError as error:
+            mistake = f"cannot write to {state.parent}: {error.strerror}; choose another --out_dir"
+        else:
+            mistake = _unfinished(state) if not args.resume and not args.overwrite else ""
+    if mistake := gather_objects(mistake, process)[0]:
+        raise WeightsError(mistake)
+    return weights
+
+
+def _unfinished(state: Path) -> str:
+    """Say that a resume state belongs to an unfinished run; "" if it does not, or if there is none."""
+    if not state.exists():
+        return ""
+    try:
+        progress = torch.load(state, map_location="cpu", weights_only=True, mmap=True)["progress"]
+        if progress["complete"]:
+            return ""
+        step = f"step {progress['step']} of an unfinished run"
+    except Exception:  # torch raises many kinds here
+        step = "what cannot be read"
+    return f"{state} holds {step}: give --resume to go on with it, or --overwrite to start again and replace it"
 
 
 def refuse_other_weights(path: Path, config: MiniMindConfig, args: argparse.Namespace) -> None:
@@ -137,7 +179,7 @@ class Checkpoint:
         """
         self.weights, self.stage, self.write = weights, stage, write
         self.name = str(weights.relative_to(args.out_dir).with_suffix(""))
-        self.path = args.out_dir / "resume" / f"{self.name}.resume"
+        self.path = resume_path(weights, args)
         self.shards = self.path.with_suffix(".shards")
         self.args, self.process, self.tokenizer, self.data = args, process, tokenizer, data
         self.identity = {"tokenizer": tokenizer.sha256, **data.fingerprint(), **identity}
@@ -149,8 +191,8 @@ class Checkpoint:
         """
         state = self._load()
         if state is None:
-            if fresh and self.process.is_main:
-                print(fresh)
+            if fresh:
+                self.process.say(fresh)
             return Progress()
         try:
             training.load_state(state, self.shards / state["shards"])
@@ -159,9 +201,8 @@ class Checkpoint:
         if len(state["rng"]) == self.process.world_size:
             _set_rng_state(state["rng"][self.process.rank])
         progress = Progress(**state["progress"])
-        if self.process.is_main:
-            done = "the run is complete; nothing to do" if progress.complete else "going on"
-            print(f"--resume: {self.path} stands at step {progress.step}; {done}")
+        done = "the run is complete; nothing to do" if progress.complete else "going on"
+        self.process.say(f"--resume: {self.path} stands at step {progress.step}; {done}")
         return progress
 
     def _load(self) -> dict | None:
@@ -169,15 +210,12 @@ class Checkpoint:
 
         On another number of processes, accumulation_steps changes so that the global batch does not.
         """
-        if self.args.estimate:
-            return None
         if not self.args.resume:
-            if self.path.exists() and self.process.is_main:
-                print(f"{self.path} holds the state of an earlier run; this one will replace it (--resume would go on)")
+            if self.path.exists():
+                self.process.say(f"{self.path} holds the state of an earlier run; this one will replace it")
             return None
         if not self.path.exists():
-            if self.process.is_main:
-                print(f"--resume: nothing is saved at {self.path} yet; starting from the beginning")
+            self.process.say(f"--resume: nothing is saved at {self.path} yet; starting from the beginning")
             return None
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
@@ -218,10 +256,9 @@ class Checkpoint:
         per_step = args.batch_size * world_size
         if world_size != ranks and saved % per_step == 0:
             args.accumulation_steps = saved // per_step
-            if self.process.is_main:
-                print(
-                    f"--resume: {ranks} -> {world_size} processes; accumulation_steps is now {args.accumulation_steps}"
-                )
+            self.process.say(
+                f"--resume: {ranks} -> {world_size} processes; accumulation_steps is now {args.accumulation_steps}"
+            )
             return
         raise ValueError(
             f"--resume: the saved run took {saved} rows per optimizer step; batch_size × accumulation_steps × "
@@ -234,8 +271,6 @@ class Checkpoint:
 
         Every process calls it. The main one writes; under ZeRO each writes its shard. metrics: for the sidecar.
         """
-        if self.args.estimate:
-            return
         rng = gather_objects(_rng_state(), self.process)
         # the tag is unique: shards of an earlier run that stopped at this step must not be overwritten
         tag = gather_objects(f"step-{progress.step}-{secrets.token_hex(4)}", self.process)[0]

@@ -1,5 +1,6 @@
 """What training costs: floating-point operations, bytes of memory, and the rate that a device can reach."""
 
+import argparse
 import contextlib
 import ctypes
 import re
@@ -50,6 +51,21 @@ def matmul_flops_per_second(device: torch.device, dtype: torch.dtype, size: int 
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+def memory_parts(model: nn.Module, args: argparse.Namespace, processes: int) -> dict[str, int]:
+    """Return the bytes of one process that follow from the parameters."""
+    parameters = [(getattr(p, "ds_numel", p.numel()), p.element_size(), p.requires_grad) for p in model.parameters()]
+    trained = sum(size for size, _, grad in parameters if grad)
+    state = trained * {"adamw": 8, "muon": 4, "sgd": 0}[args.optimizer]
+    if args.optimizer == "muon":  # one momentum for matrices inside the blocks, two moments for the rest
+        state += 4 * sum(p.numel() for n, p in model.named_parameters() if p.dim() != 2 or ".layers." not in n)
+    share = {stage: processes if args.zero_stage >= stage else 1 for stage in (1, 2, 3)}
+    return {
+        "weights": sum(size * bytes_each for size, bytes_each, _ in parameters) // share[3],
+        "gradients": 4 * trained // share[2],
+        "optimizer state": state // share[1],
+    }
 
 
 def activation_bytes(
@@ -117,17 +133,6 @@ class Memory:
             text = Path("/proc/meminfo").read_text("ascii")
             return int(re.search(r"^MemTotal:\s+(\d+) kB", text, re.MULTILINE)[1]) * 1024
         return 0
-
-
-def mapped_bytes(folder: Path) -> int:
-    """Memory of this process that shows files of a folder; 0 where the system does not tell."""
-    with contextlib.suppress(OSError):
-        text, found = Path("/proc/self/smaps").read_text("utf-8", errors="replace"), 0
-        mapping = rf"^[0-9a-f]+-[0-9a-f]+ .* {re.escape(str(folder.resolve()))}/.*\n(?:[A-Z].*\n)*?Rss:\s+(\d+) kB"
-        for resident in re.findall(mapping, text, re.MULTILINE):
-            found += int(resident) * 1024
-        return found
-    return 0
 
 
 def _status(name: str) -> int:

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -24,10 +24,32 @@ class Process:
     local_rank: int
     world_size: int
     device: torch.device
+    locks: list = field(default_factory=list, compare=False, repr=False)  # on what this process writes, until it ends
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Print on the main process. A terminal that is gone or a full disk does not end a run."""
+        if self.is_main:
+            with contextlib.suppress(OSError, ValueError):
+                print(text, flush=True)
+
+
+# what gloo says when a process at the other end is gone
+LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+
+
+def lost_process(error: RuntimeError) -> str:
+    """Say what a process is to be told that waited for another one in vain; "" if the error is of another kind."""
+    if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in LOST_PROCESS):
+        return ""
+    return (
+        "another process of this job has ended, and this one cannot go on alone; see above for what it said. "
+        "Start again with --resume to go on from the last save "
+        f"({type(error).__name__}: {str(error).splitlines()[0]})"
+    )
 
 
 def start_process(args: argparse.Namespace) -> Process:

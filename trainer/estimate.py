@@ -1,36 +1,125 @@
 """--estimate: what a run will take, before anything is spent.
 
-The stage's own loop runs for a few optimizer steps on the real data and its time and memory are measured; no weights
-are saved. From that comes the time on this machine. Other cards are computed from the operations that the steps
-counted, at a share of the card's peak that is assumed, not measured: see assumed_mfu and CARDS. A later run with the
-same flags says at its end how far off the estimate was.
+The stage runs as always, with its own flags and data, but in a process and an output folder of its own. After some
+steps it is stopped as Ctrl-C stops it, its log is read and extrapolated, and nothing else of it is kept. The time on
+other cards is computed from the operations that were counted, at a share of the peak that is assumed, not measured: see
+assumed_mfu and CARDS. A later run with the same flags says at its end how far off the estimate was.
 """
 
 import argparse
 import itertools
 import json
 import math
-import statistics
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, pstdev
 
-import torch
-from torch import nn
-
+from model.flags import add_boolean
 from model.model_minimind import HAS_VARLEN, MiniMindConfig
 from model.weights import write_json
-from trainer.cost import Memory, activation_bytes, attention_backward_bytes, mapped_bytes
-from trainer.distributed import Process
-from trainer.loader import PackedData, plural
+from trainer.cost import Memory, activation_bytes, attention_backward_bytes
+from trainer.loader import plural
 
-LIBRARIES = Memory("cpu").now()  # this module is imported when the libraries are, and before any model is made
-# flags that change neither time nor memory of the steps themselves
+STEPS = {False: 5, True: 21}  # steps of the short run on a CPU, on a GPU, at least; the first one is not timed
+SECONDS = 10  # and at least this long; passes of a frozen model stop after as many
+# flags that change neither time nor memory of the steps
 IRRELEVANT = {
     "resume", "log_interval", "save_interval", "eval_interval", "use_wandb", "wandb_project", "out_dir", "cache_dir",
     "valid_path", "sample_prompt", "overwrite", "save_peft", "estimate", "price_per_hour", "local_rank", "ddp",
+    "pass_seconds",
 }  # fmt: skip
-CONTEXT_BYTES = 0.8e9  # what CUDA, its libraries and the allocator's fragments take besides
+CONTEXT_BYTES = 0.8e9  # what CUDA, its libraries and the allocator's fragmentation take on top
+
+
+# --- the short run ---------------------------------------------------------------------------------------------------
+
+
+def run_or_estimate(main: Callable[..., None], argv: list[str] | None = None) -> None:
+    """Call a script's main(argv), or with --estimate print what that would take."""
+    if any(word.split("=")[0] == "--estimate" for word in (sys.argv if argv is None else argv)):
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        add_boolean(parser, "--estimate", False, "")
+        parser.add_argument("--price_per_hour", type=float)
+        parser.add_argument("--out_dir", type=Path, default=Path(__file__).resolve().parents[1] / "out")
+        parser.add_argument("--cache_dir", type=Path)
+        args, rest = parser.parse_known_args(argv)
+        if args.estimate:
+            estimate(main, args, rest)
+            return
+    main(*([] if argv is None else [argv]))
+
+
+def estimate(main: Callable, args: argparse.Namespace, rest: list[str]) -> None:
+    """Print what main would take, and keep it for the comparison after the real run. rest: the stage's other flags."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the short run must not outlive this
+    try:
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=args.out_dir, prefix=".estimate-")
+    except OSError as error:
+        raise ValueError(f"cannot write to --out_dir {args.out_dir}: {error}") from error
+    with scratch as name:
+        log = short_run(Path(name), main, args, rest)
+        if int(os.environ.get("RANK", 0)):
+            return
+        found, saved = Estimate(log, args.price_per_hour), {}
+        for what, suffix in (("weights", "pth"), ("resume", "resume")):
+            files = Path(name).rglob(f"*.{suffix}")
+            saved[what] = sum(path.stat().st_size for path in files if not path.is_symlink())
+        print(found.report(saved))
+        write_json(args.out_dir / "logs" / f"{log[0]['run']}.estimate.json", found.record())
+
+
+def short_run(folder: Path, main: Callable, args: argparse.Namespace, rest: list[str]) -> list[dict]:
+    """Run main's script in `folder` until its log tells enough; return the log."""
+    for path in [*args.out_dir.glob("*.pth"), *args.out_dir.glob("*.json")]:  # weights to start from
+        try:
+            (folder / path.name).symlink_to(path.absolute())
+        except OSError:  # Windows lets few users make links
+            shutil.copy(path, folder)
+    command = [sys.executable, sys.modules[main.__module__].__file__, *rest, f"--out_dir={folder}"]
+    command += [f"--cache_dir={args.cache_dir or args.out_dir / 'token_cache'}", f"--pass_seconds={SECONDS}"]
+    command += [f"--{name}_interval={sys.maxsize}" for name in ("save", "eval")]
+    print(f"a short run of at least {STEPS[False]} steps and {SECONDS} seconds; nothing of it is kept", flush=True)
+    stopped, shown = False, 0
+    with subprocess.Popen(
+        [*command, "--log_interval=1", "--use_wandb=false", "--resume=false"], stdout=subprocess.DEVNULL
+    ) as child:
+        try:
+            while child.poll() is None:
+                time.sleep(0.1)
+                start, *steps = read_log(folder) or [None]
+                if start is None or stopped:
+                    continue
+                wanted = STEPS[start["device"].startswith("cuda")]
+                if len(steps) >= wanted and steps[-1]["seconds"] - steps[0]["seconds"] >= SECONDS:
+                    child.terminate()
+                    stopped = True
+                elif shown <= len(steps) < wanted:
+                    shown = len(steps) + 1
+                    print(f"timing step {shown} of {wanted}", flush=True)
+        finally:
+            child.kill()  # Ctrl-C: at once
+    if child.returncode not in (0, 128 + signal.SIGTERM) and not stopped:
+        sys.exit(child.returncode)  # it has said why
+    return read_log(folder)
+
+
+def read_log(folder: Path) -> list[dict]:
+    """Return the lines of the only log in an output folder; [] if there is none yet."""
+    logs = [*folder.glob("logs/**/*.jsonl")]
+    lines = logs[0].read_text("utf-8").splitlines(keepends=True) if logs else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+# --- what its log tells ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -60,133 +149,104 @@ CARDS = (
 
 
 def assumed_mfu(config: MiniMindConfig, cards: int) -> float:
-    """Share of the peak that training is assumed to reach: 30 % at width 512, in proportion below, 45 % from 768 on;
-    several cards in one machine lose a tenth."""
+    """Return the share of the peak that training is assumed to reach.
+
+    30 % at width 512, in proportion below, 45 % from 768 on; several cards in one machine lose a tenth.
+    """
     width = config.hidden_size
     share = 0.30 * min(width / 512, 1) + 0.15 * min(max((width - 512) / 256, 0), 1)
     return share * (0.9 if cards > 1 else 1.0)
 
 
-class Calibration:
-    """Times the optimizer steps of a run, and says what all of them will take."""
+class Estimate:
+    """What a whole run takes, from the log of a short one."""
 
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        process: Process,
-        model: nn.Module,
-        data: PackedData,
-        name: str,
-        teacher: nn.Module | None = None,
-    ):
-        self.args, self.process, self.data = args, process, data
-        self.path = Path(args.out_dir) / "logs" / f"{name}.estimate.json"
-        self.memory = Memory(process.device)
-        self.parts = memory_parts(model, args, process)
-        if teacher is not None:
-            self.parts["teacher"] = sum(p.nbytes for p in teacher.parameters())
-        self.memory.reset()
-        self.moments, self.processor = [time.perf_counter()], [time.process_time()]
-        self.flops, self.tokens, self.positions = [], [], []
+    def __init__(self, log: list[dict], price_per_hour: float | None = None):
+        self.start, self.price_per_hour = log[0], price_per_hour
+        self.steps = steps = [line for line in log if line["event"] == "step"]
+        self.flags, self.bytes = self.start["flags"], dict(self.start["bytes"])
+        self.config = MiniMindConfig(**self.start["config"])
+        self.total_steps, self.passes = self.start["total_steps"], sum(self.start["passes"].values())
 
-    def step_done(self, flops: float, tokens: float, positions: float) -> None:
-        if self.process.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.moments.append(time.perf_counter())
-        self.processor.append(time.process_time())
-        self.flops.append(flops)
-        self.tokens.append(tokens)
-        self.positions.append(positions)
+        def gains(name: str) -> list[float]:
+            return [after - before for before, after in itertools.pairwise([0, *(line[name] for line in steps)])]
 
-    def measured(self) -> dict:
-        """Seconds of one step, its operations and tokens on all processes, peak bytes of this process: of the steps of
-        the whole run, of which the timed ones are a sample. processor: of its seconds, those of the first step and of
-        another. to_come: of the bytes, those of tokens not read yet."""
-        data = self.data
-        seconds, processor = ([b - a for a, b in itertools.pairwise(m)] for m in (self.moments, self.processor))
-        timed = slice(min(1, len(seconds) - 1), None)  # the first one compiles and fills caches
-        tokens = data.tokens_per_step
-        larger = tokens / statistics.fmean(self.tokens[timed])
-        to_come = self._tokens_to_come()
-        # packed rows are as many in each step; pairs take as many rows as they need
-        longer = larger if data.cache.kind == "preference" else 1.0
+        timed = slice(min(1, len(steps) - 1), None)  # the first step compiles and fills caches
+        seconds, processor = gains("seconds"), gains("processor_seconds")
+        self.tokens = gains("tokens")
+        self.tokens_per_step = self.start.get("tokens_per_step") or fmean(self.tokens[timed])  # not known of answers
+        larger = self.tokens_per_step / fmean(self.tokens[timed])  # than the timed steps are those of the whole run
+        # packed rows are as many in every step; pairs take as many rows as they need
+        longer = larger if self.start["kind"] == "preference" else 1.0
+        self.timed, self.spread = len(seconds[timed]), pstdev(seconds[timed]) / fmean(seconds[timed])
+        self.step_seconds, self.processor = fmean(seconds[timed]) * longer, fmean(processor[timed]) * longer
+        self.first_seconds, self.first_processor = seconds[0], processor[0]
+        flops = [line["mfu"] * line["seconds_per_step"] for line in steps[timed]]
+        self.flops = fmean(flops) * self.start["peak_flops_per_second"] * larger
+        self.seconds = self.passes + self.total_steps * self.step_seconds
+        self.seconds += max(self.first_seconds - self.step_seconds, 0)
+        self.to_come, self.cached = 0, []
+        if "cache" in self.start:
+            self.cached = [(path, path.stat().st_size) for path in Path(self.start["cache"]).glob("*")]
+        if self.cached and not self.start["device"].startswith("cuda"):  # the rest of the token file will be mapped too
+            whole = sum(size for path, size in self.cached if path.suffix == ".bin")
+            read, share = (min(n / self.start["steps_per_epoch"], 1) for n in (len(steps), self.total_steps))
+            self.bytes["tokens"], self.to_come = int(share * whole), int((share - read) * whole)
+        self.memory = max(line["peak_memory_bytes"] for line in log if "peak_memory_bytes" in line) + self.to_come
+
+    def record(self) -> dict:
+        """Return what a comparison with the real run needs."""
         return {
-            "first": seconds[0],
-            "steps": len(seconds[timed]),
-            "step": statistics.fmean(seconds[timed]) * longer,
-            "processor": (processor[0], statistics.fmean(processor[timed]) * longer),
-            "spread": statistics.pstdev(seconds[timed]) / statistics.fmean(seconds[timed]),
-            "flops": statistics.fmean(self.flops[timed]) * larger,
-            "tokens": tokens,
-            "to_come": to_come,
-            "bytes": self.memory.peak() + to_come,
-        }
+            "seconds": self.seconds, "bytes": self.memory, "step": self.step_seconds, "steps": self.total_steps,
+            "timed": self.timed, "processor": (self.first_processor, self.processor), "to_come": self.to_come,
+            "flags": relevant_flags(self.start),
+        }  # fmt: skip
 
-    def _tokens_to_come(self) -> int:
-        """Bytes of the mapped token file that the rest of the run will bring into a CPU process."""
-        if self.process.device.type == "cuda":
-            return 0
-        share = min(self.data.total_steps / self.data.steps_per_epoch, 1.0)
-        whole = sum(file.stat().st_size for file in self.data.cache.folder.glob("*.bin"))
-        self.parts["tokens"] = int(share * whole)
-        return max(self.parts["tokens"] - mapped_bytes(self.data.cache.folder), 0)
-
-    def report(self, config: MiniMindConfig, parameters: int, frozen: int) -> str:
-        """All that is known, as text; also written beside the logs, for the comparison after the run."""
-        args, data, world = self.args, self.data, self.process.world_size
-        m, steps = self.measured(), data.total_steps
-        passes, threads = sum(data.passes.values()), plural(torch.get_num_threads(), "thread")
-        total = steps * m["step"] + max(m["first"] - m["step"], 0) + passes
-        record = {"seconds": total, "bytes": m["bytes"], "step": m["step"], "steps": steps}
-        record |= {"timed": m["steps"], "processor": m["processor"], "to_come": m["to_come"]}
-        write_json(self.path, record | {"flags": relevant_flags(args, self.process)})
-        timed = f"± {m['spread']:.0%} ({m['steps']} timed)" if m["steps"] > 1 else "(one timed: no spread is known)"
+    def report(self, saved: dict[str, int]) -> str:
+        """Return all that is known, as text. saved: bytes of the files that the short run left."""
+        steps, start, tokens = self.total_steps, self.start, self.tokens_per_step
+        timed = f"± {self.spread:.0%} ({self.timed} timed)" if self.timed > 1 else "(one timed: no spread is known)"
+        epochs = f" ({plural(self.flags['epochs'], 'epoch')})" * (self.flags["epochs"] > 1)
+        price = ""
+        if self.price_per_hour is not None:
+            cost = self.seconds / 3600 * self.price_per_hour
+            price = f", ${cost:,.2f} at ${self.price_per_hour:g} an hour"
+        used, total = self.memory, Memory(start["device"]).total()
+        parts = self.bytes | {"activations, libraries and the rest": max(used - sum(self.bytes.values()), 0)}
+        on_disk = {"tokens": sum(size for _, size in self.cached), **start["stores"], **saved}
+        trained = start["parameters"] - start["frozen"]
         lines = [
-            f"{parameters / 1e6:.2f}M parameters, {(parameters - frozen) / 1e6:.2f}M of them trained",
-            f"{m['tokens'] * steps / 1e6:,.1f}M tokens in {plural(steps, 'step')}, {m['tokens']:,.0f} tokens a step"
-            + f" ({plural(args.epochs, 'epoch')})" * (args.epochs > 1),
+            f"{start['parameters'] / 1e6:.2f}M parameters, {trained / 1e6:.2f}M of them trained",
+            f"{tokens * steps / 1e6:,.1f}M tokens in {plural(steps, 'step')}, {tokens:,.0f} tokens a step{epochs}",
             "",
-            f"this machine ({self.process.device}, {plural(world, 'process')} of {threads})",
-            f"  {m['step']:.3g} s a step {timed}, {m['tokens'] / m['step']:,.0f} tokens/s",
-            *(f"  beforehand: {title}, {duration(seconds)}" for title, seconds in data.passes.items()),
-            f"  {duration(total)}{self._price(total)}, without evaluations and saving",
-            *self._memory_lines(m["bytes"]),
-            "",
-            f"other cards, computed, not measured: {assumed_mfu(config, 1):.0%} of the peak is assumed",
-            f"  {'':14}{'memory':>16}{'time':>12}{'cost':>10}",
-            *self._card_lines(config, m["flops"] * steps, 1 + passes / (steps * m["step"])),
+            f"this machine ({start['device']}, {plural(start['processes'], 'process')} of "
+            f"{plural(start['threads'], 'thread')})",
+            f"  {self.step_seconds:.3g} s a step {timed}, {tokens / self.step_seconds:,.0f} tokens/s",
+            *(f"  before training: {title}, {duration(seconds)}" for title, seconds in start["passes"].items()),
+            f"  {duration(self.seconds)}{price}, without evaluations and saving",
+            f"  memory: {gigabytes(used)}{f' of {gigabytes(total)}' if total else ''} a process: {listed(parts)}",
+            f"  disk: {listed(on_disk)}",
         ]
+        if total and used > 0.9 * total:
+            lines.append("  that is nearly all memory: lower --batch_size and raise --accumulation_steps as much")
+        if start["kind"] != "rollouts":  # sampling answers takes most of the time, and its operations are not counted
+            lines += [
+                "",
+                f"other cards, computed, not measured: {assumed_mfu(self.config, 1):.0%} of the peak is assumed",
+                f"  {'':14}{'memory':>16}{'time':>12}{'cost':>10}",
+                *self.card_lines(),
+            ]
         return "\n".join(lines)
 
-    def _price(self, seconds: float) -> str:
-        if self.args.price_per_hour is None:
-            return ""
-        return f", ${seconds / 3600 * self.args.price_per_hour:,.2f} at ${self.args.price_per_hour:g} an hour"
+    # --- other cards -------------------------------------------------------------------------------------------------
 
-    def _memory_lines(self, peak: int) -> list[str]:
-        parts = dict(self.parts)
-        if self.process.device.type != "cuda":
-            parts["Python and its libraries"] = LIBRARIES
-        parts["activations and the rest"] = max(peak - sum(parts.values()), 0)
-        listed = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
-        total = self.memory.total()
-        lines = [f"  memory: {gigabytes(peak)}{f' of {gigabytes(total)}' if total else ''} a process: {listed}"]
-        if total and peak > 0.9 * total:
-            lines.append("  that is nearly all there is: lower --batch_size and raise --accumulation_steps as much")
-        cache = sum(file.stat().st_size for file in self.data.cache.folder.iterdir())
-        saved = self.parts["weights"] // 2, self.parts["weights"] + self.parts["optimizer state"]
-        stored = {"tokens": cache, **self.data.stores, "weights": saved[0], "resume": saved[1]}
-        lines.append("  disk: " + ", ".join(f"{name} {gigabytes(size)}" for name, size in stored.items()))
-        return lines
-
-    def _card_lines(self, config: MiniMindConfig, flops: float, beforehand: float) -> list[str]:
-        args, lines = self.args, []
+    def card_lines(self) -> list[str]:
+        lines, slower = [], 1 + self.passes / (self.total_steps * self.step_seconds)
         for card in CARDS:
-            seconds = beforehand * flops / (card.count * card.teraflops * 1e12 * assumed_mfu(config, card.count))
-            needed, room = self.bytes_on_a_card(config, args.batch_size), 0.95 * card.gigabytes * 1e9
-            advice = ""
-            if needed > room:
-                advice = f"  does not fit: {self._cure(config, room)}"
+            speed = card.count * card.teraflops * 1e12 * assumed_mfu(self.config, card.count)
+            seconds = slower * self.flops * self.total_steps / speed
+            needed, room = self.bytes_on_a_card(self.flags["batch_size"]), 0.95 * card.gigabytes * 1e9
+            advice = f"  does not fit: {self._cure(room)}" if needed > room else ""
             cost = seconds / 3600 * card.count * card.dollars
             lines.append(
                 f"  {card.name:14}{f'{gigabytes(needed)} of {card.gigabytes:g}':>16}{duration(seconds):>12}"
@@ -194,89 +254,80 @@ class Calibration:
             )
         return lines
 
-    def bytes_on_a_card(self, config: MiniMindConfig, batch_size: int, checkpointing: bool = False) -> float:
-        """Highest memory of training with CUDA and this batch size, computed."""
-        args, parts = self.args, dict(self.parts)
-        checkpointing = checkpointing or args.gradient_checkpointing
-        size = 4 if args.dtype == "float32" else 2
+    def bytes_on_a_card(self, batch_size: int, checkpointing: bool = False) -> float:
+        """Return the highest memory of training with CUDA and this batch size, computed."""
+        flags, parts = self.flags, self.bytes
+        checkpointing = checkpointing or flags["gradient_checkpointing"]
+        size = 4 if flags["dtype"] == "float32" else 2
         whole_head = "teacher" not in parts  # distillation computes its loss in chunks that are not kept
-        positions = args.max_seq_len * self.rows * batch_size / args.batch_size
-        activations = activation_bytes(config, positions, checkpointing, size, whole_head)
+        positions = flags["max_seq_len"] * self.rows * batch_size / flags["batch_size"]
+        activations = activation_bytes(self.config, positions, checkpointing, size, whole_head)
         activations += parts["weights"] // 2 if size == 2 else 0  # autocast's copies
         if HAS_VARLEN and size == 2:
-            activations += attention_backward_bytes(config, positions, self.borders(batch_size))
-        gradients = parts.pop("gradients")
-        parts.pop("tokens", None)
+            activations += attention_backward_bytes(self.config, positions, self.borders(batch_size))
+        kept = sum(parts.get(name, 0) for name in ("weights", "optimizer state", "teacher"))
         # within one micro-batch the activations go as the gradients come; those of earlier ones are there all the time
-        alone = args.accumulation_steps == 1 and self.process.world_size == 1
-        step = max(gradients, activations) if alone else gradients + activations
-        return sum(parts.values()) + step + CONTEXT_BYTES
+        alone = flags["accumulation_steps"] == 1 and self.start["processes"] == 1
+        step = max(parts["gradients"], activations) if alone else parts["gradients"] + activations
+        return kept + step + CONTEXT_BYTES
 
     @property
     def rows(self) -> int:
-        """Rows of a micro-batch; of pairs, which take as many as they need, the most that were seen, and on a GPU
-        a multiple of --batch_size."""
-        args = self.args
-        if self.data.cache.kind != "preference":
-            return args.batch_size
-        most = max(self.positions) / (args.accumulation_steps * self.process.world_size * args.max_seq_len)
-        return -(-math.ceil(most) // args.batch_size) * args.batch_size
+        """Rows of a micro-batch.
+
+        Pairs take as many as they need: the most that were seen, rounded up as on a GPU to a multiple of --batch_size.
+        """
+        flags, batch_size = self.flags, self.flags["batch_size"]
+        if self.start["kind"] != "preference":
+            return batch_size
+        positions = max(tokens / (1 - line["padding"]) for tokens, line in zip(self.tokens, self.steps, strict=True))
+        most = positions / (flags["accumulation_steps"] * self.start["processes"] * flags["max_seq_len"])
+        return -(-math.ceil(most - 1e-6) // batch_size) * batch_size
 
     def borders(self, batch_size: int) -> int:
-        """Ends of documents that a GPU's micro-batch of so many rows or pairs has room for: see dataset/packing.py."""
-        if self.data.cache.kind == "preference":
+        """Return how many ends of documents a GPU's micro-batch has room for: see dataset/packing.py."""
+        if self.start["kind"] == "preference":
             return 5 * batch_size - 1
-        return batch_size * (self.data.plan.max_segments_per_row + 1)
+        return batch_size * (self.start["segments_per_row"] + 1)
 
-    def _cure(self, config: MiniMindConfig, room: float) -> str:
-        """Flags with which it fits into so many bytes, and the optimizer step stays what it is where that can be."""
-        args = self.args
-        whole = args.batch_size * args.accumulation_steps
-        for checkpointing in (False, True)[args.gradient_checkpointing :]:
-            fitting = [
-                rows for rows in range(args.batch_size, 0, -1)
-                if whole % rows == 0 and self.bytes_on_a_card(config, rows, checkpointing) <= room
-            ]  # fmt: skip
-            if fitting:
-                flags = f"--batch_size {fitting[0]} --accumulation_steps {whole // fitting[0]}"
-                return flags + " --gradient_checkpointing" * (checkpointing and not args.gradient_checkpointing)
+    def _cure(self, room: float) -> str:
+        """Return flags with which it fits into `room` bytes and the optimizer step stays the same, if there are any."""
+        flags = self.flags
+        whole = flags["batch_size"] * flags["accumulation_steps"]
+        for checkpointing in (False, True)[flags["gradient_checkpointing"] :]:
+            for rows in range(flags["batch_size"], 0, -1):
+                if whole % rows == 0 and self.bytes_on_a_card(rows, checkpointing) <= room:
+                    more = " --gradient_checkpointing" * (checkpointing and not flags["gradient_checkpointing"])
+                    return f"--batch_size {rows} --accumulation_steps {whole // rows}{more}"
         return "use a smaller model, --zero_stage 3 on several cards, or a lower --max_seq_len"
 
 
-def memory_parts(model: nn.Module, args: argparse.Namespace, process: Process) -> dict[str, int]:
-    """Bytes of one process that follow from the parameters: weights, gradients, optimizer state."""
-    whole = [(getattr(p, "ds_numel", p.numel()), p.element_size(), p.requires_grad) for p in model.parameters()]
-    trained = sum(size for size, _, grad in whole if grad)
-    moments = {"adamw": 8, "muon": 4, "sgd": 0}[args.optimizer]
-    state = trained * moments
-    if args.optimizer == "muon":  # one momentum for matrices inside the blocks, two moments for the rest
-        state += 4 * sum(p.numel() for n, p in model.named_parameters() if p.dim() != 2 or ".layers." not in n)
-    share = {stage: process.world_size if args.zero_stage >= stage else 1 for stage in (1, 2, 3)}
-    return {
-        "weights": sum(size * bytes_each for size, bytes_each, _ in whole) // share[3],
-        "gradients": 4 * trained // share[2],
-        "optimizer state": state // share[1],
-    }
+# --- after the real run ----------------------------------------------------------------------------------------------
 
 
-def relevant_flags(args: argparse.Namespace, process: Process) -> dict[str, str]:
-    flags = {name: str(value) for name, value in vars(args).items() if name not in IRRELEVANT}
-    return flags | {"processes": str(process.world_size), "threads": str(torch.get_num_threads())}
+def relevant_flags(start: dict) -> dict[str, str]:
+    """Return what must be equal for two runs to take the same: from the first line of a log."""
+    flags = {name: str(value) for name, value in start["flags"].items() if name not in IRRELEVANT}
+    return flags | {name: str(start[name]) for name in ("processes", "threads")}
 
 
-def compared(path: Path, args: argparse.Namespace, process: Process, seconds: float, peak: int) -> str:
-    """How far off an earlier --estimate of this very run was; "" when there was none."""
+def compared(path: Path, start: dict, seconds: float, peak: int) -> str:
+    """Say how far off an earlier --estimate of this very run was; "" if there was none."""
     try:
         estimate = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return ""
-    if estimate.get("flags") != relevant_flags(args, process):
+    if estimate.get("flags") != relevant_flags(start):
         return ""
     off = seconds / estimate["seconds"] - 1, peak / estimate["bytes"] - 1
     return (
         f"estimated: {duration(estimate['seconds'])}, {gigabytes(estimate['bytes'])}; it took {duration(seconds)} "
         f"({off[0]:+.0%}) and {gigabytes(peak)} ({off[1]:+.0%})"
     )
+
+
+def listed(sizes: dict[str, float]) -> str:
+    return ", ".join(f"{name} {gigabytes(size)}" for name, size in sizes.items())
 
 
 def gigabytes(size: float) -> str:

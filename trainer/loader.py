@@ -16,10 +16,8 @@ from dataset.packing import PackedBatches, PreferenceBatches, build_plan
 from dataset.progress import ProgressBar
 from dataset.token_cache import open_token_cache
 from dataset.tokenization import ChatTokenizer
-from trainer.distributed import Process, sum_over_ranks
+from trainer.distributed import Process
 
-CALIBRATION_STEPS = {False: 5, True: 21}  # of --estimate on a CPU, on a GPU, at least; the first one is not timed
-CALIBRATION_SECONDS = 10  # and at least this long
 # These index arrays on disk; copying them back would wait for all queued GPU work.
 STAY_ON_CPU = ("row_ids", "pair_ids")
 LOSSES = {
@@ -64,8 +62,9 @@ class PackedData:
             show_progress=process.is_main,
         )
         self.plan = build_plan(self.cache, args.max_seq_len, show_progress=process.is_main)
-        self.passes: dict[str, float] = {}  # seconds of each pass over the file; under --estimate a forecast
+        self.passes: dict[str, float] = {}  # seconds of each pass over the file; if cut short, a forecast
         self.stores: dict[str, int] = {}  # bytes on disk of what such passes keep
+        self.cut_short = False
         self.waited = 0.0  # seconds that this process has spent on getting batches
 
     def fingerprint(self) -> dict:
@@ -122,10 +121,13 @@ class PackedData:
         total = self.steps_per_epoch * self.args.epochs
         return min(total, self.args.max_steps) if self.args.max_steps else total
 
-    @property
-    def tokens_per_step(self) -> float:
-        """Real tokens of an optimizer step of all processes, on average over an epoch."""
-        return self.plan.stats["positions"] / self.steps_per_epoch
+    def facts(self) -> dict:
+        """Return what the log says of the data, for --estimate. tokens_per_step: the mean over an epoch."""
+        return {
+            "kind": self.cache.kind, "cache": str(self.cache.folder), "passes": self.passes, "stores": self.stores,
+            "tokens_per_step": self.plan.stats["positions"] / self.steps_per_epoch,
+            "segments_per_row": self.plan.max_segments_per_row,
+        }  # fmt: skip
 
     @property
     def read_in_part(self) -> bool:
@@ -145,7 +147,6 @@ class PackedData:
                 yield fetched.popleft()
                 fetched.extend(islice(loader, 1))
 
-        started = time.monotonic()
         for epoch in range(start // per_epoch, -(-total // per_epoch)):
             begin = epoch * per_epoch
             first, last = max(start, begin), min(begin + per_epoch, total)
@@ -157,10 +158,6 @@ class PackedData:
                     of_this_step = micro_batches()
                     yield step, of_this_step
                     deque(of_this_step, maxlen=0)  # those that were not asked for
-                    if step == 0:
-                        started = time.monotonic()
-                    if self.args.estimate and self.enough(step + 1, time.monotonic() - started):
-                        return
             finally:
                 loader.close()  # ends its workers
 
@@ -168,8 +165,8 @@ class PackedData:
         """Yield this process's share of the file in file order, on the device, under a progress bar.
 
         missing: says of some rows of the plan which are wanted. Then batches without such rows are left out, and if
-        --max_steps ends the run within its first epoch, the batches are those of its steps. --estimate stops after some
-        of them. self.passes[title] is set to the seconds that the pass takes.
+        --max_steps ends the run within its first epoch, the batches are those of its steps. After --pass_seconds
+        the rest is left out. self.passes[title] is set to the seconds that the whole pass takes.
         """
         in_part = missing is not None and self.read_in_part
         batches = self._batches(0) if in_part else self._batches(0, shuffle=False, accumulation_steps=1)
@@ -183,17 +180,13 @@ class PackedData:
                 bar.update()
                 moments.append(time.monotonic())
                 seconds, left = moments[-1] - moments[0], len(indices) - number
-                timed = missing is not None and self.args.estimate and number > 1 and left
-                if timed and seconds >= CALIBRATION_SECONDS:
+                timed = missing is not None and number > 1 and left
+                if timed and seconds >= self.args.pass_seconds:
                     warm = (number + 1) // 2  # until then kernels may have been compiled
                     self.passes[title] = seconds + (moments[-1] - moments[warm]) / (number - warm) * left
+                    self.cut_short = True
                     return
         self.passes[title] = time.monotonic() - moments[0]
-
-    def enough(self, steps: int, seconds: float) -> bool:
-        """Whether this many steps are a calibration for --estimate; all processes agree."""
-        seconds = sum_over_ranks([seconds], self.process)[0] / self.process.world_size
-        return steps >= CALIBRATION_STEPS[self.process.device.type == "cuda"] and seconds >= CALIBRATION_SECONDS
 
     def _load(self, batches: PackedBatches | PreferenceBatches, indices: Sequence[int]) -> Iterator[dict]:
         """Yield some of these batches on the device, except for STAY_ON_CPU."""

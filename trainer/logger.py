@@ -1,26 +1,40 @@
-"""What a run shows: log lines, a progress bar on a terminal, the same numbers as JSON lines, and wandb on request."""
+"""What a run shows and keeps: log lines, a progress bar, the same numbers as JSON lines in out/logs/, and wandb.
+
+Only the main process prints and writes. Nothing in here ends a run: what cannot be shown or written is left out.
+"""
 
 import argparse
 import contextlib
-import json
+import shutil
 import sys
+import textwrap
 import time
+from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 
+import torch
 from torch import nn
 
+from dataset.progress import ProgressBar
 from trainer.checkpoint import Progress, StepCounts, versions
-from trainer.cost import Memory, attention_flops, count_parameters, flops_per_token, matmul_flops_per_second
-from trainer.estimate import Calibration, compared
+from trainer.cost import (
+    Memory,
+    attention_flops,
+    count_parameters,
+    flops_per_token,
+    matmul_flops_per_second,
+    memory_parts,
+)
+from trainer.estimate import compared
 from trainer.loader import PackedData, plural
-from trainer.optimization import Precision
-from trainer.tracking import Tracker
+from trainer.tracking import JsonLines, Tracker
 from trainer.training import Training
 
 
 class Logger:
-    """Numbers of one run. Only the main process prints and writes."""
+    """The numbers of one run."""
 
     def __init__(
         self,
@@ -32,124 +46,131 @@ class Logger:
         teacher: nn.Module | None = None,
     ):
         """teacher: a frozen model whose forward is part of every step; its operations count in MFU."""
-        self.name, self.args, self.process = name, args, training.process
-        process, model, precision, first_step = training.process, training.model, training.precision, progress.step
-        self.config = model.config
-        self.parameters, self.frozen = count_parameters(model)
-        self.first_step, self.total_steps, self.steps_per_epoch = first_step, data.total_steps, data.steps_per_epoch
-        self.file, self.tracker, self.bar_shown = None, None, False
-        self.terminal = process.is_main and sys.stderr.isatty()
-        self.flops_per_token = flops_per_token(self.config, self.parameters, self.frozen)
+        self.name, self.args, self.process, self.data = name, args, training.process, data
+        self.progress, self.first_step, self.total_steps = progress, progress.step, data.total_steps
+        self.config, self.file, self.tracker = training.model.config, None, None
+        parameters, frozen = count_parameters(training.model)
+        self.flops_per_token = flops_per_token(self.config, parameters, frozen)
+        parts = memory_parts(training.model, args, self.process.world_size)
         if teacher is not None:
+            parts["teacher"] = sum(p.nbytes for p in teacher.parameters())
             self.flops_per_token += flops_per_token(teacher.config, count_parameters(teacher)[0]) / 3
-        self.peak = matmul_flops_per_second(process.device, precision.dtype) * process.world_size
-        self.calibration = Calibration(args, process, model, data, name, teacher) if args.estimate else None
-        if process.is_main and not args.estimate:
-            self._open(name)
-            if first_step < self.total_steps:  # else a complete run was resumed, and nothing is about to happen
-                self._introduce(data, precision)
-        self.memory = Memory(process.device)
+        self.peak = matmul_flops_per_second(self.process.device, training.precision.dtype) * self.process.world_size
+        going_on = self.process.is_main and self.first_step < self.total_steps  # else a complete run was resumed
+        if self.process.is_main:
+            self.file = JsonLines(args.out_dir / "logs" / f"{name}.jsonl")
+            self._start({"parameters": parameters, "frozen": frozen, "bytes": parts})
+        if going_on:
+            self._introduce(parameters, training)
+        self.bar = ProgressBar("training", self.total_steps, "steps", done=self.first_step, show=going_on)
+        self.memory = Memory(self.process.device)
         self.memory.reset()
-        self.data, self.beforehand = data, sum(data.passes.values())
-        self.started, self.not_training = time.perf_counter(), 0.0
-        self.processor_started = time.process_time()
-        self._clear_interval()
+        self.recent: deque[float] = deque(maxlen=args.log_interval)  # losses: what the bar shows is their mean
+        self.started = _clocks()
+        self._start_interval()
 
-    def _open(self, name: str) -> None:
-        args = self.args
-        path = Path(args.out_dir) / "logs" / f"{name}.jsonl"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise ValueError(f"cannot write {path}: {error}; choose another --out_dir") from error
-        flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-        start = {"event": "start", "run": name, "time": time.time(), "first_step": self.first_step}
-        self.record(start | {"total_steps": self.total_steps, "flags": flags, "versions": versions()})
+    def _start(self, model_sizes: dict) -> None:
+        """Record what is about to run, with all that --estimate needs."""
+        args, data = self.args, self.data
+        self.start = {
+            "event": "start", "run": self.name, "first_step": self.first_step, "total_steps": self.total_steps,
+            "steps_per_epoch": data.steps_per_epoch, "processes": self.process.world_size,
+            "threads": torch.get_num_threads(), "device": str(self.process.device), "peak_flops_per_second": self.peak,
+            **model_sizes, **data.facts(), "config": self.config.to_diff_dict(), "versions": versions(),
+            "flags": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        }  # fmt: skip
+        self.record(self.start)
         if args.use_wandb:
-            run_name = (
-                f"MiniMind-{name}-Epoch-{args.epochs}-BatchSize-{args.batch_size}-LearningRate-{args.learning_rate}"
+            title = f"MiniMind-{self.name}-Epoch-{args.epochs}-BatchSize-{args.batch_size}"
+            self.tracker = Tracker(args, f"{title}-LearningRate-{args.learning_rate}", self.start["flags"])
+
+    def _introduce(self, parameters: int, training: Training) -> None:
+        """Say in a few lines what is about to happen."""
+        kind = "mixture of experts" if self.config.use_moe else "dense"
+        size = f"{plural(self.config.num_hidden_layers, 'layer')} of {self.config.hidden_size}"
+        self.process.say(f"{parameters / 1e6:.2f}M parameters, {kind}, {size}")
+        self.process.say(self.data.describe())
+        self.process.say(f"{self.data.describe_steps()} on {self.process.device} in {training.precision.name}")
+        notices = [self.data.notice, training.precision.notice]
+        if self.args.warmup_iters >= self.total_steps:
+            notices.append(
+                f"--warmup_iters {self.args.warmup_iters}: the run has {plural(self.total_steps, 'step')}, so it ends "
+                "before the learning rate comes down"
             )
-            self.tracker = Tracker(args, run_name, flags)
+        for notice in filter(None, notices):
+            self.process.say(f"note: {notice}")
 
-    def _introduce(self, data: PackedData, precision: Precision) -> None:
-        """What is about to happen, in four lines."""
-        config = self.config
-        kind = "mixture of experts" if config.use_moe else "dense"
-        size = f"{plural(config.num_hidden_layers, 'layer')} of {config.hidden_size}"
-        self.say(f"{self.parameters / 1e6:.2f}M parameters, {kind}, {size}")
-        self.say(data.describe())
-        self.say(f"{data.describe_steps()} on {self.process.device} in {precision.name}")
-        for notice in filter(None, (data.notice, precision.notice)):
-            self.say(f"note: {notice}")
+    def _start_interval(self) -> None:
+        self.sums = Counter()
+        self.interval_started, self.waited = self._seconds()[0], self.data.waited
 
-    def _clear_interval(self) -> None:
-        self.sums = {"loss": 0.0, "steps": 0, "tokens": 0.0, "positions": 0.0, "attended": 0.0}
-        self.more: dict[str, float] = {}
-        self.interval_started, self.paused, self.waited = time.perf_counter(), 0.0, self.data.waited
+    def _seconds(self) -> list[float]:
+        """Return the seconds of training so far: by the clock, and of this process's processors."""
+        return [now - start for now, start in zip(_clocks(), self.started, strict=True)]
 
     @contextlib.contextmanager
-    def clock_stopped(self) -> Iterator[None]:
-        """Evaluating and saving are not training: they do not count in tokens per second."""
-        start = time.perf_counter()
-        yield
-        self.paused += time.perf_counter() - start
-        self.not_training += time.perf_counter() - start
+    def paused(self, what: str) -> Iterator[None]:
+        """Show what is done instead of training; its time does not count in tokens per second."""
+        self.bar.rename(what)
+        before = _clocks()
+        try:
+            yield
+        finally:
+            self.started = [a + c - b for a, b, c in zip(self.started, before, _clocks(), strict=True)]
+            self.bar.rename("training")
 
-    def step(self, step: int, loss: float, lr: float, grad_norm: float, counts: StepCounts, **more) -> None:
-        """One optimizer step, numbers of all processes together. `more`: further means to log, such as aux_loss."""
-        if self.calibration:
-            self.calibration.step_done(self._flops(counts.tokens, counts.attended), counts.tokens, counts.positions)
-        for name, value in (("loss", loss), ("steps", 1), *vars(counts).items()):
-            self.sums[name] += value
-        for name, value in more.items():
-            self.more[name] = self.more.get(name, 0.0) + value
-        done = step + 1
+    def step(self, step: int, loss: float, lr: float, grad_norm: float, counts: StepCounts, **more: float) -> None:
+        """Log an optimizer step: numbers of all processes together. more: further means, such as aux_loss."""
+        self.recent.append(loss)
+        self.sums.update({"loss": loss, "steps": 1} | vars(counts) | more)
+        sums, (elapsed, processor) = self.sums, self._seconds()
+        seconds = max(elapsed - self.interval_started, 1e-9)
+        rate, done = sums["tokens"] / seconds, step + 1
+        self.bar.update(note=f"loss {fmean(self.recent):.4f}, {rate:,.0f} tokens/s")
         if not self.process.is_main or (done % self.args.log_interval and done != self.total_steps):
-            if self.process.is_main and self.terminal:
-                self._draw_bar(done, loss)
             return
-        sums, seconds = self.sums, max(time.perf_counter() - self.interval_started - self.paused, 1e-9)
-        flops = self._flops(sums["tokens"], sums["attended"])
-        epoch, epoch_step = divmod(step, self.steps_per_epoch)
-        epoch_steps = min(self.steps_per_epoch, self.total_steps - epoch * self.steps_per_epoch)
-        minutes = seconds / sums["steps"] * (epoch_steps - epoch_step - 1) / 60
+        flops = self.flops_per_token * sums["tokens"] + attention_flops(self.config, sums["attended"])
+        means = {name: sums[name] / sums["steps"] for name in ("loss", *more)}
         metrics = {
             "step": done,
-            "epoch": epoch + 1,
-            "loss": sums["loss"] / sums["steps"],
+            "epoch": step // self.data.steps_per_epoch + 1,
             "lr": lr,
             "grad_norm": grad_norm,
-            "tokens_per_second": sums["tokens"] / seconds,
+            "tokens": self.progress.tokens,
+            "tokens_per_second": rate,
             "mfu": flops / seconds / self.peak,
             "padding": 1 - sums["tokens"] / max(sums["positions"], 1),  # GRPO may find nothing to learn from in a step
             "waiting": (self.data.waited - self.waited) / seconds,  # for the loader, of this process
+            "seconds": elapsed,
+            "seconds_per_step": seconds / sums["steps"],
+            "processor_seconds": processor,
+            "peak_memory_bytes": self.memory.peak(),
+            **means,
         }
-        means = {name: value / sums["steps"] for name, value in self.more.items()}
-        metrics |= means
-        shown = "".join(f", {name} {value:.4f}" for name, value in means.items() if name != "aux_loss" or value)
-        self.say(
-            f"Epoch:[{epoch + 1}/{self.args.epochs}]({epoch_step + 1}/{epoch_steps}) "
-            f"loss:{metrics['loss']:.4f} lr:{lr:.3e} epoch_Time:{minutes:.1f}min | "
-            f"{metrics['tokens_per_second']:,.0f} tokens/s, MFU {metrics['mfu']:.0%}, "
-            f"grad_norm {grad_norm:.2f}, padding {metrics['padding']:.1%}, "
-            f"waiting {metrics['waiting']:.1%}{shown}"
-        )
+        self.say(self._line(step, metrics, means))
         self.record({"event": "step", **metrics})
-        self._clear_interval()
+        self._start_interval()
 
-    def _flops(self, tokens: float, attended: float) -> float:
-        return self.flops_per_token * tokens + attention_flops(self.config, attended)
-
-    def _draw_bar(self, done: int, loss: float) -> None:
-        seconds = (time.perf_counter() - self.started) / (done - self.first_step) * (self.total_steps - done)
-        share = done / self.total_steps
-        bar = "#" * int(24 * share)
-        print(
-            f"\r\x1b[K[{bar:.<24}] {done}/{self.total_steps} loss:{loss:.4f} {seconds / 60:.1f} min left",
-            end="", file=sys.stderr, flush=True,
-        )  # fmt: skip
-        self.bar_shown = True
+    def _line(self, step: int, metrics: dict, means: dict[str, float]) -> str:
+        epoch, epoch_step = divmod(step, self.data.steps_per_epoch)
+        epoch_steps = min(self.data.steps_per_epoch, self.total_steps - step + epoch_step)
+        minutes = metrics["seconds_per_step"] * (epoch_steps - epoch_step - 1) / 60
+        left = metrics["seconds_per_step"] * (self.total_steps - step - 1)
+        shown = [f"{k} {v:.4f}" for k, v in means.items() if k != "loss" and (k != "aux_loss" or v)]
+        line = ", ".join(
+            [
+                f"Epoch:[{epoch + 1}/{self.args.epochs}]({epoch_step + 1}/{epoch_steps}) loss:{metrics['loss']:.4f} "
+                f"lr:{metrics['lr']:.3e} epoch_Time:{minutes:.1f}min | {metrics['tokens_per_second']:,.0f} tokens/s",
+                f"MFU {metrics['mfu']:.0%}, grad_norm {metrics['grad_norm']:.2f}, padding {metrics['padding']:.1%}",
+                f"waiting {metrics['waiting']:.1%}",
+                *shown,
+                f"{hours(metrics['seconds'])} gone, {hours(left)} left",
+            ]
+        )
+        if not sys.stdout.isatty():
+            return line
+        width = max(shutil.get_terminal_size().columns, 40)
+        return textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
     def evaluation(self, step: int, metrics: dict, sample: str = "") -> None:
         numbers = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())
@@ -160,43 +181,47 @@ class Logger:
         self.record({"event": "evaluation", "step": step, **metrics, "sample": sample})
 
     def say(self, text: str) -> None:
-        if self.process.is_main:
-            if self.bar_shown:
-                print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-                self.bar_shown = False
-            print(text, flush=True)
+        self.bar.clear()
+        self.process.say(text)
 
     def record(self, content: dict) -> None:
-        """One JSON line in out/logs/, and the same to wandb."""
+        """Append one JSON line to out/logs/, and send its numbers to wandb."""
         if self.file is None:
             return
-        self.file.write(json.dumps(content, ensure_ascii=False) + "\n")
-        self.file.flush()
+        if trouble := self.file.write({"time": time.time(), **content}):
+            self.say(trouble)
         if self.tracker and content["event"] in ("step", "evaluation"):
             prefix = "valid/" if content["event"] == "evaluation" else ""
             values = {prefix + k: v for k, v in content.items() if k not in ("event", "step") and v != ""}
             self.tracker.log(values, content["step"])
 
     def close(self, weights: Path, progress: Progress, next_command: str) -> None:
-        """Says what the run left behind and what comes next."""
-        if self.calibration:
-            progress.complete = True  # all that was asked for
-            if self.process.is_main:
-                self.say(self.calibration.report(self.config, self.parameters, self.frozen))
-            return
-        seconds = self.beforehand + time.perf_counter() - self.started - self.not_training
-        peak = self.memory.peak()
-        end = {"event": "end", "step": progress.step, "seconds": seconds, "peak_memory_bytes": peak}
-        self.record(end | {"processor_seconds": time.process_time() - self.processor_started})
+        """Say what the run left behind and what comes next."""
+        self.bar.close()
+        seconds, processor = self._seconds()
+        end = {
+            "seconds": seconds + sum(self.data.passes.values()),
+            "peak_memory_bytes": self.memory.peak(),
+            "processor_seconds": processor,
+        }
+        self.record({"event": "end", "step": progress.step, **end})
         if progress.complete and self.first_step == 0 and self.process.is_main:
-            estimate = Path(self.args.out_dir) / "logs" / f"{self.name}.estimate.json"
-            if off := compared(estimate, self.args, self.process, seconds, peak):
+            estimate = self.args.out_dir / "logs" / f"{self.name}.estimate.json"
+            if off := compared(estimate, self.start, end["seconds"], end["peak_memory_bytes"]):
                 self.say(off)
         if progress.complete:
             self.say(f"{weights} is ready; next: {next_command}")
         else:
             self.say(f"stopped after step {progress.step}; saved {weights}. To go on: the same command with --resume")
-        if self.file is not None:
-            self.file.close()
         if self.tracker:
             self.tracker.finish(progress.complete, weights=str(weights), steps=progress.step, tokens=progress.tokens)
+
+
+def _clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def hours(seconds: float) -> str:
+    """3:07 for three hours and seven minutes."""
+    minutes = round(seconds / 60)
+    return f"{minutes // 60}:{minutes % 60:02}"

@@ -36,6 +36,5 @@ def reference_log_probs(path: Path, data: PackedData, tokenizer: ChatTokenizer) 
             head = functools.partial(token_cross_entropy, labels=batch["labels"])
             log_probs, _ = answer_log_probs(model(**model_inputs(batch), head=head).head_output, batch)
         outputs.write(pairs, pairs, log_probs=log_probs.cpu().numpy())
-    if not data.args.estimate:  # an estimate leaves it all to the run
-        outputs.finish(data.read_in_part)
+    outputs.finish(data.read_in_part or data.cut_short)
     return outputs.arrays["log_probs"]

@@ -79,11 +79,7 @@ class Sampler:
                 f"the longest prompt of {path} has {longest} tokens; with --max_new_tokens {args.max_new_tokens} it "
                 f"needs --max_seq_len {needed}, not {args.max_seq_len}"
             )
-        self.passes, self.waited, self.notice = (
-            {},
-            0.0,
-            "",
-        )  # as a PackedData, for the logger: nothing is computed before the first step
+        self.passes, self.waited, self.notice = {}, 0.0, ""  # as PackedData has them, for the logger
         self.global_batch = args.prompts_per_step * args.group_size
         self.steps_per_epoch = -(-len(self.records) // args.prompts_per_step)
         self.total_steps = args.max_steps or args.epochs * self.steps_per_epoch
@@ -95,6 +91,10 @@ class Sampler:
         """What must be equal when a run is resumed."""
         text = json.dumps(self.records, ensure_ascii=False, sort_keys=True)
         return {"prompts": len(self.records), "contents": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+    def facts(self) -> dict:
+        """Return what the log says of the data; no pass over it comes before the first step."""
+        return {"kind": "rollouts", "passes": self.passes, "stores": {}}
 
     def describe(self) -> str:
         return f"{self.path}: {len(self.records):,} prompts, rewarded by {self.args.reward}"

@@ -76,8 +76,7 @@ class Teacher:
                     chunks = [log_probs(part)[0].topk(k) for part in parts]
                 values, ids = (torch.cat(part).cpu().numpy() for part in zip(*chunks, strict=True))
                 kept.write(rows, self._places(batch), token_ids=ids, log_probs=values)
-            if not self.args.estimate:  # an estimate leaves it all to the run
-                kept.finish(data.read_in_part)
+            kept.finish(data.read_in_part or data.cut_short)
         self.kept, self.model = kept, None
 
     def _places(self, batch: dict) -> np.ndarray:

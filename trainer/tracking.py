@@ -1,10 +1,17 @@
-"""Weights & Biases, on request: one run per job. Whatever becomes of it, training goes on, and out/logs/ has it all."""
+"""Where numbers go besides the terminal: JSON lines in out/logs/, and Weights & Biases on request, one run per job.
+
+Whatever becomes of either, training goes on.
+"""
 
 import argparse
+import errno
 import importlib.util
+import io
+import json
 import os
 import sys
 import threading
+from pathlib import Path
 
 FINISH_SECONDS = 60  # how long the end of a run may wait for uploads
 
@@ -27,6 +34,36 @@ def tracking_mistakes(args: argparse.Namespace) -> list[str]:
         logged_in, reason = False, f"{type(error).__name__}: {error}"
     advice = "run `wandb login` once, or set WANDB_MODE=offline to keep the run on disk"
     return [] if logged_in else [f"--use_wandb: {reason}; {advice}"]
+
+
+def append(file: io.FileIO, line: bytes) -> int:
+    return file.write(line)
+
+
+class JsonLines:
+    """A file of one JSON object a line. A full disk is told once; a line that broke off does not spoil the next one."""
+
+    def __init__(self, path: Path):
+        self.path, self.told = path, False
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = path.open("a+b", buffering=0)
+            self.broken = self.file.tell() > 0 and self.file.seek(-1, os.SEEK_END) >= 0 and self.file.read(1) != b"\n"
+        except OSError as error:
+            raise ValueError(f"cannot write {path}: {error}; choose another --out_dir") from error
+
+    def write(self, content: dict) -> str:
+        """Append a line. Return what went wrong, the first time that something does; else ""."""
+        line = b"\n" * self.broken + json.dumps(content, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        self.broken = True
+        try:
+            if append(self.file, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.broken = False
+        except OSError as error:
+            first, self.told = not self.told, True
+            return f"note: cannot write {self.path} ({error}); training goes on, and its log lacks lines" * first
+        return ""
 
 
 class Tracker:

@@ -88,15 +88,15 @@ def main(argv: list[str] | None = None) -> None:
     process = start_process(args)
     tokenizer = ChatTokenizer(args.tokenizer_path)
     config = model_config(args, tokenizer.vocab_size)
-    weights = output_path("reason", config, args)
+    weights = output_path("reason", config, args, process)
     base = find_weights(args.base_weight, args.out_dir, config.hidden_size, config.use_moe)
     tags = tokenizer.encode_contents(list(TAGS))
 
     data = PackedData(args, "conversation", tokenizer, process)
     seen = set(np.unique(data.cache.tokens[: 1 << 22]).tolist())
     missing = [tag for tag, ids in zip(TAGS, tags, strict=True) if not seen.issuperset(ids)]
-    if missing and process.is_main:
-        print(f"note: {args.data_path} holds no {' '.join(missing)}; nothing in it teaches to think first")
+    if missing:
+        process.say(f"note: {args.data_path} holds no {' '.join(missing)}; nothing in it teaches to think first")
     evaluator = Evaluator(args, "conversation", tokenizer, process)
     model = MiniMindForCausalLM(config).to(process.device)
     load_weights(model, base, tokenizer.sha256)
@@ -125,15 +125,15 @@ def main(argv: list[str] | None = None) -> None:
             grad_norm = training.step(lr)
             # ----------------------------
             counts = progress.advance(batch, data.total_steps)
-            metrics["loss"] = cross_entropy
             logger.step(step, cross_entropy, lr, grad_norm, counts, aux_loss=aux_loss)
 
-            with logger.clock_stopped():
-                if progress.due(args.eval_interval):
+            if progress.due(args.eval_interval):
+                with logger.paused("evaluating"):
                     metrics |= evaluator.run(training, logger, progress.step)
-                stopping = stop.agreed(process)
-                if stopping or progress.due(args.save_interval):
-                    checkpoint.save(training, progress, metrics)
+            stopping = stop.agreed(process)
+            if stopping or progress.due(args.save_interval):
+                with logger.paused("saving"):
+                    checkpoint.save(training, progress, {"loss": cross_entropy, **metrics})
             if stopping:
                 break
     logger.close(weights, progress, chat_command(args, 3))

@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     process = start_process(args)
     tokenizer = ChatTokenizer(args.tokenizer_path)
     config = model_config(args, tokenizer.vocab_size)
-    weights = output_path("full_dist", config, args)
+    weights = output_path("full_dist", config, args, process)
     base = find_weights(args.base_weight, args.out_dir, config.hidden_size, config.use_moe)
     teacher_path = find_weights(
         args.teacher_weight, args.out_dir, args.teacher_hidden_size, args.teacher_use_moe, "--teacher_hidden_size"
@@ -168,16 +168,16 @@ def main(argv: list[str] | None = None) -> None:
             grad_norm = training.step(lr)
             # ----------------------------
             counts = progress.advance(batch, data.total_steps)
-            metrics["loss"] = loss
             more = {"ce": cross_entropy, "kl": divergence, "aux_loss": aux_loss}
             logger.step(step, loss, lr, grad_norm, counts, **more)
 
-            with logger.clock_stopped():
-                if progress.due(args.eval_interval):
+            if progress.due(args.eval_interval):
+                with logger.paused("evaluating"):
                     metrics |= evaluator.run(training, logger, progress.step)
-                stopping = stop.agreed(process)
-                if stopping or progress.due(args.save_interval):
-                    checkpoint.save(training, progress, metrics)
+            stopping = stop.agreed(process)
+            if stopping or progress.due(args.save_interval):
+                with logger.paused("saving"):
+                    checkpoint.save(training, progress, {"loss": loss, **metrics})
             if stopping:
                 break
     logger.close(weights, progress, chat_command(args, 4))

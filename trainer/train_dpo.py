@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     process = start_process(args)
     tokenizer = ChatTokenizer(args.tokenizer_path)
     config = model_config(args, tokenizer.vocab_size)
-    weights = output_path("rlhf", config, args)
+    weights = output_path("rlhf", config, args, process)
     base = find_weights(args.base_weight, args.out_dir, config.hidden_size, config.use_moe)
     frozen = find_weights(args.reference_weight or str(base), args.out_dir, config.hidden_size, config.use_moe)
 
@@ -159,16 +159,16 @@ def main(argv: list[str] | None = None) -> None:
             grad_norm = training.step(lr)
             # ----------------------------
             counts = progress.advance(batch, data.total_steps)
-            metrics["loss"] = loss
             more = dict(zip(METRICS[1:], shown, strict=True))
             logger.step(step, loss, lr, grad_norm, counts, **more, aux_loss=aux_loss)
 
-            with logger.clock_stopped():
-                if progress.due(args.eval_interval):
+            if progress.due(args.eval_interval):
+                with logger.paused("evaluating"):
                     metrics |= evaluator.run(training, logger, progress.step, measure)
-                stopping = stop.agreed(process)
-                if stopping or progress.due(args.save_interval):
-                    checkpoint.save(training, progress, metrics)
+            stopping = stop.agreed(process)
+            if stopping or progress.due(args.save_interval):
+                with logger.paused("saving"):
+                    checkpoint.save(training, progress, {"loss": loss, **metrics})
             if stopping:
                 break
     logger.close(weights, progress, chat_command(args, 2))

@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     process = start_process(args)
     tokenizer = ChatTokenizer(args.tokenizer_path)
     config = model_config(args, tokenizer.vocab_size)
-    weights = output_path("full_sft", config, args)
+    weights = output_path("full_sft", config, args, process)
     base = find_weights(args.base_weight, args.out_dir, config.hidden_size, config.use_moe)
 
     data = PackedData(args, "conversation", tokenizer, process)
@@ -99,15 +99,15 @@ def main(argv: list[str] | None = None) -> None:
             grad_norm = training.step(lr)
             # ----------------------------
             counts = progress.advance(batch, data.total_steps)
-            metrics["loss"] = cross_entropy
             logger.step(step, cross_entropy, lr, grad_norm, counts, aux_loss=aux_loss)
 
-            with logger.clock_stopped():
-                if progress.due(args.eval_interval):
+            if progress.due(args.eval_interval):
+                with logger.paused("evaluating"):
                     metrics |= evaluator.run(training, logger, progress.step)
-                stopping = stop.agreed(process)
-                if stopping or progress.due(args.save_interval):
-                    checkpoint.save(training, progress, metrics)
+            stopping = stop.agreed(process)
+            if stopping or progress.due(args.save_interval):
+                with logger.paused("saving"):
+                    checkpoint.save(training, progress, {"loss": cross_entropy, **metrics})
             if stopping:
                 break
     logger.close(weights, progress, chat_command(args, 1))

@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     process = start_process(args)
     tokenizer = ChatTokenizer(args.tokenizer_path)
     config = model_config(args, tokenizer.vocab_size)
-    weights = output_path("grpo", config, args)
+    weights = output_path("grpo", config, args, process)
     base = find_weights(args.base_weight, args.out_dir, config.hidden_size, config.use_moe)
 
     sampler = Sampler(args.data_path, args, tokenizer, process)
@@ -183,11 +183,12 @@ def main(argv: list[str] | None = None) -> None:
             metrics |= zip(METRICS[1:], means[1:], strict=True)
             logger.step(step, means[0], lr, grad_norm, counts, **metrics)
 
-            with logger.clock_stopped():
-                if held_out and progress.due(args.eval_interval):
+            if held_out and progress.due(args.eval_interval):
+                with logger.paused("evaluating"):
                     metrics |= held_out.evaluate(training, logger, progress.step)
-                stopping = stop.agreed(process)
-                if stopping or progress.due(args.save_interval):
+            stopping = stop.agreed(process)
+            if stopping or progress.due(args.save_interval):
+                with logger.paused("saving"):
                     checkpoint.save(training, progress, metrics)
             if stopping:
                 break

@@ -35,7 +35,7 @@ from trainer.arguments import (
     run_script,
     stage_parser,
 )
-from trainer.checkpoint import Checkpoint, file_sha256, refuse_other_adapter
+from trainer.checkpoint import Checkpoint, claim, file_sha256, refuse_other_adapter
 from trainer.distributed import start_process, stop_on_signal, stop_process, sum_over_ranks
 from trainer.evaluation import Evaluator
 from trainer.loader import PackedData, model_inputs
@@ -44,7 +44,7 @@ from trainer.optimization import check_finite, learning_rate, trainable
 from trainer.token_losses import token_cross_entropy
 from trainer.training import start_training
 
-PLAIN_NAME = 'a plain name, without / or ., and not "none", which stands for no adapter in eval_model.py'
+PLAIN_NAME = 'a plain, short name, without / or ., and not "none", which stands for no adapter in eval_model.py'
 
 
 def parse(argv: list[str] | None):
@@ -70,7 +70,10 @@ def parse(argv: list[str] | None):
         argv,
         lora_rank=(lambda rank: rank >= 1, "at least 1"),
         lora_alpha=(lambda alpha: alpha > 0, "above 0"),
-        lora_name=(lambda name: name.strip().lower() not in ("", "none") and not set(name) & set("/\\."), PLAIN_NAME),
+        lora_name=(
+            lambda name: name.strip().lower() not in ("", "none") and not set(name) & set("/\\.") and len(name) <= 60,
+            PLAIN_NAME,
+        ),
     )
 
 
@@ -87,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     process = start_process(args)
     tokenizer = ChatTokenizer(args.tokenizer_path)
     config = model_config(args, tokenizer.vocab_size)
-    weights = lora_path(args.out_dir, args.lora_name, config.hidden_size, config.use_moe)
+    weights = claim(lora_path(args.out_dir, args.lora_name, config.hidden_size, config.use_moe), args, process)
     base = find_weights(args.base_weight, args.out_dir, config.hidden_size, config.use_moe)
 
     data = PackedData(args, "conversation", tokenizer, process)
@@ -96,9 +99,8 @@ def main(argv: list[str] | None = None) -> None:
     load_weights(model, base, tokenizer.sha256)
     refuse_other_adapter(weights, model, args)
     apply_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets.split(","))
-    if process.is_main:
-        trained, total = (sum(p.numel() for p in part) for part in (trainable(model), model.parameters()))
-        print(f"adapting {base}: {trained:,} of {total:,} parameters train ({trained / total:.2%})")
+    trained, total = (sum(p.numel() for p in part) for part in (trainable(model), model.parameters()))
+    process.say(f"adapting {base}: {trained:,} of {total:,} parameters train ({trained / total:.2%})")
     training = start_training(model, args, process)
     checkpoint = Checkpoint(
         weights, f"lora/{args.lora_name}", args, process, tokenizer, data, write=save_lora, base=file_sha256(base)
@@ -125,15 +127,15 @@ def main(argv: list[str] | None = None) -> None:
             grad_norm = training.step(lr)
             # ----------------------------
             counts = progress.advance(batch, data.total_steps)
-            metrics["loss"] = cross_entropy
             logger.step(step, cross_entropy, lr, grad_norm, counts, aux_loss=aux_loss)
 
-            with logger.clock_stopped():
-                if progress.due(args.eval_interval):
+            if progress.due(args.eval_interval):
+                with logger.paused("evaluating"):
                     metrics |= evaluator.run(training, logger, progress.step)
-                stopping = stop.agreed(process)
-                if stopping or progress.due(args.save_interval):
-                    checkpoint.save(training, progress, metrics)
+            stopping = stop.agreed(process)
+            if stopping or progress.due(args.save_interval):
+                with logger.paused("saving"):
+                    checkpoint.save(training, progress, {"loss": cross_entropy, **metrics})
             if stopping:
                 break
     if args.save_peft:
