@@ -88,15 +88,15 @@ def _replaced(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def writing_errors(folder: Path, what: str) -> Iterator[None]:
-    """Turn a full or read-only disk into a ValueError that says what to do."""
+def writing_errors(folder: Path, what: str, flag: str = "--cache_dir") -> Iterator[None]:
+    """Turn a full or read-only disk into a ValueError that says what to do; flag: the one that names the folder."""
     try:
         yield
     except OSError as error:
         if error.errno not in CURES:
             raise
         raise ValueError(
-            f"cannot write {what} in {folder}: {error.strerror}; {CURES[error.errno]}, or choose another --cache_dir"
+            f"cannot write {what} in {folder}: {error.strerror}; {CURES[error.errno]}, or choose another {flag}"
         ) from error
 
 

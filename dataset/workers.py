@@ -78,7 +78,7 @@ class _Worker:
             result = pickle.load(self._process.stdout)
         except (OSError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(
-                f"a tokenizing process ended early (exit status {self._process.wait()}). If the system killed it for "
+                f"a worker process ended early (exit status {self._process.wait()}). If the system killed it for "
                 "lack of memory, free some or use fewer cores (taskset), then start again: nothing half-made is left"
             ) from error
         if isinstance(result, BaseException):

@@ -1,129 +1,123 @@
 """Make training files from raw sources, and look into them.
 
-    python scripts/prepare_data.py convert raw.json --output dataset/sft.jsonl          ShareGPT, Alpaca, csv, parquet …
-    python scripts/prepare_data.py clean dataset/sft.jsonl --output dataset/sft_clean.jsonl
-    python scripts/prepare_data.py inspect dataset/sft_clean.jsonl --max_seq_len 512
+    python scripts/prepare_data.py convert raw.json -o sft.jsonl            ShareGPT, Alpaca, csv, parquet, plain text …
+    python scripts/prepare_data.py clean sft.jsonl -o clean.jsonl           length, mojibake, refusals …: a flag each
+    python scripts/prepare_data.py dedup a.jsonl b.jsonl -o one.jsonl --held_out valid.jsonl
+    python scripts/prepare_data.py decontaminate one.jsonl -o fair.jsonl --evaluation ceval/ cmmlu/
+    python scripts/prepare_data.py join fair.jsonl -o texts.jsonl           conversations to pretraining texts
+    python scripts/prepare_data.py mix a.jsonl b.jsonl -o train.jsonl --epochs 1 2
+    python scripts/prepare_data.py inspect train.jsonl                      lengths, shares, rows as the model sees them
+    python scripts/prepare_data.py recipe raw/ -o sft_512.jsonl --name sft_512      all the steps of a published file
 
 Files are read in blocks by a process per core; memory does not grow with them. The same input and flags give the same
 bytes. Each command writes {output}.report.json: what came in, what was left out by which rule, ten examples of each.
 """
 
 import argparse
-import itertools
+import dataclasses
+import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dataset.tokenization import ChatTokenizer
-from scripts.prepare_formats import KINDS, Convert, guess_kind
-from scripts.prepare_inspect import Look, inspect_files
-from scripts.prepare_pipeline import rows_of, run_step
-from scripts.prepare_rules import MASKS, Clean
-from scripts.prepare_sources import find_files, read_blocks
+from scripts.prepare_formats import Convert
+from scripts.prepare_inspect import Inspect
+from scripts.prepare_mix import Join, Mix
+from scripts.prepare_overlap import Decontaminate, Dedup
+from scripts.prepare_pipeline import Step, check_output, find_files, flag
+from scripts.prepare_rules import Clean
+
+# How each published file is made from raw sources; the kinds of these are in docs/data.md.
+RECIPES = {
+    "pretrain": "convert --to conversation | clean --max_chars 512 --min_chinese 0.5 | dedup | join --max_chars 512",
+    "sft_512": "convert --to conversation | clean --max_chars 512 --min_chinese 0.5 | dedup | mix",
+    "sft_1024": "convert --to conversation | clean --max_chars 1024 | dedup | mix",
+    "sft_2048": "convert --to conversation | clean --max_chars 2048 | dedup | mix",
+    "dpo": "convert --to preference | clean --max_chars 3000 | dedup | mix",
+    "reason": "convert --to reason | clean --max_chars 1024 | dedup | mix",
+    "identity": "convert --to conversation | clean --min_chars 1 --max_chars 512 | dedup --near 0 | mix",
+    "medical": "convert --to conversation | clean --max_chars 1024 --min_chinese 0.3 | dedup | mix",
+}
 
 
-def first_rows(args) -> list[dict]:
-    first = next(read_blocks(find_files(args.inputs)[0], args.encoding))
-    return [row for _, _, row in itertools.islice(rows_of(first), 100) if isinstance(row, dict)]
+@dataclass
+class Recipe(Step):
+    """Run the steps that make a published file from raw sources, and print each as a command."""
+
+    name: str = flag("sft_512", "which file (default: %(default)s)", choices=tuple(RECIPES))
+    held_out: tuple = flag((), "files whose rows must not be in the output", type=Path)
+    evaluation: tuple = flag((), "evaluation files whose text must not be in the output", type=Path)
+
+    def run(self, args) -> None:
+        check_output(args, find_files(args.inputs))
+        steps = RECIPES[self.name].split(" | ")
+        more = {"dedup": ["--held_out", *self.held_out], "decontaminate": ["--evaluation", *self.evaluation]}
+        if self.evaluation:
+            steps.insert(-1, "decontaminate")
+        common = [
+            "--overwrite",
+            *(["--quiet"] if args.quiet else []),
+            *([f"--workers={args.workers}"] if args.workers else []),
+        ]
+        inputs, between = args.inputs, []
+        for number, step in enumerate(steps, 1):
+            name, *flags = step.split()
+            between.append(args.output.with_name(f"{args.output.stem}.{number}_{name}.jsonl"))
+            output = args.output if number == len(steps) else between[-1]
+            encoding = [f"--encoding={args.encoding}"] if number == 1 else []
+            command = [name, *inputs, "-o", output, *flags, *more.get(name, []), *encoding]
+            print("python scripts/prepare_data.py " + shlex.join(map(str, command)), flush=True)
+            run([*map(str, command), *common])
+            inputs = [output]
+        for path in between[:-1]:
+            path.unlink()
 
 
-def convert(args) -> None:
-    """Turn any known layout into records of this project."""
-    if args.to is None:
-        args.to = guess_kind(first_rows(args))
-        print(f"these become {args.to} records; --to chooses another kind")
-    run_step("convert", Convert(args.to, args.passage), args)
-
-
-def clean(args) -> None:
-    """Leave out rows that are no good to learn from, and mask personal data."""
-    names = Clean().settings()
-    run_step("clean", Clean(**{name: getattr(args, name) for name in names}), args)
-
-
-def inspect(args) -> None:
-    """Count what is in a file, and show rows as the model sees them."""
-    look = Look(args.kind or guess_kind(first_rows(args)), ChatTokenizer(args.tokenizer_path), args.seed, args.rows)
-    look.kind = KINDS[look.kind]
-    inspect_files(args.inputs, look, args.max_seq_len, args.picture, args)
+COMMANDS = (Convert, Clean, Dedup, Decontaminate, Join, Mix, Inspect, Recipe)
 
 
 def new_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(function, writes: bool = True) -> argparse.ArgumentParser:
-        sub = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
-        sub.set_defaults(run=function)
-        sub.add_argument("inputs", nargs="+", type=Path, help="data files or folders")
-        if writes:
-            sub.add_argument("--output", "-o", type=Path, required=True, help="the jsonl file to write")
-            sub.add_argument("--overwrite", action="store_true", help="replace an output that is there")
-        sub.add_argument("--workers", type=int, help="processes (default: one per core)")
-        sub.add_argument("--encoding", default="utf-8", help="of the inputs: gb18030, utf-16 … (default: utf-8)")
-        sub.add_argument("--quiet", action="store_true", help="no progress bar")
-        return sub
-
-    sub = command(convert)
-    sub.add_argument("--to", choices=list(KINDS), help="kind of record (default: what the first rows look like)")
-    sub.add_argument("--passage", type=int, default=512, help="longest passage of plain text, in characters")
-
-    sub = command(clean)
-    rules = Clean()
-    add = sub.add_argument
-    add("--min_chars", type=int, default=rules.min_chars, help="drop shorter rows (default: %(default)s)")
-    add(
-        "--max_chars",
-        type=int,
-        help="drop rows of this many characters or more (default: 512; preferences: 3000 a side)",
-    )
-    add("--min_chinese", type=float, default=0.0, help="least share of Han characters (default: %(default)s)")
-    add(
-        "--max_marks",
-        type=float,
-        default=rules.max_marks,
-        help="largest share of punctuation and symbols (default: %(default)s)",
-    )
-    add(
-        "--max_repeated_lines",
-        type=float,
-        default=rules.max_repeated_lines,
-        help="largest share of text in lines seen before",
-    )
-    add(
-        "--max_repeated_ngrams",
-        type=float,
-        default=rules.max_repeated_ngrams,
-        help="largest share of 10-character runs seen before",
-    )
-    for name, text in (
-        ("mojibake", "wrongly decoded text"),
-        ("markup", "HTML left over, tags and code fences without their other half"),
-        ("turns", "empty turns and one-sided conversations"),
-        ("cut", "answers cut in the middle"),
-        ("refusals", "refusals"),
-        ("other_names", "answers in another model's name"),
-    ):
-        add(f"--{name}", action=argparse.BooleanOptionalAction, default=True, help=f"drop {text}")
-    add("--mask", nargs="*", choices=list(MASKS), default=list(MASKS), help="what to mask (default: all)")
-
-    sub = command(inspect, writes=False)
-    add = sub.add_argument
-    add("--kind", choices=list(KINDS), help="kind of record (default: what the first rows look like)")
-    add("--tokenizer_path", type=Path, default=ROOT / "model", help="folder with tokenizer.json")
-    add("--max_seq_len", type=int, default=512, help="count what this length cuts (default: %(default)s)")
-    add("--rows", type=int, default=10, help="random rows to show (default: %(default)s)")
-    add("--seed", type=int, default=42, help="which rows (default: %(default)s)")
-    add("--picture", type=Path, help="write the histogram of lengths as an SVG file")
+    for step in COMMANDS:
+        add = commands.add_parser(step.__name__.lower(), help=step.__doc__, description=step.__doc__).add_argument
+        add("inputs", nargs="+", type=Path, help="data files or folders of them")
+        if getattr(step, "writes", True):
+            add("--output", "-o", type=Path, required=True, help="the jsonl file to write")
+            add("--overwrite", action="store_true", help="replace an output that is there")
+        add("--workers", type=int, help="processes (default: one per core)")
+        add("--encoding", default="utf-8", help="of the inputs: gb18030, utf-16 … (default: %(default)s)")
+        add("--quiet", action="store_true", help="no progress bar")
+        for field in dataclasses.fields(step):
+            if field.metadata:
+                add(f"--{field.name}", default=field.default, **options_of(field))
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
+def options_of(field: dataclasses.Field) -> dict:
+    """What argparse must know of a step's field."""
+    options, kind = dict(field.metadata), type(field.default)
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif kind is tuple:
+        options["nargs"] = "*"
+    elif kind in (int, float):
+        options["type"] = kind
+    return options
+
+
+def run(argv: list[str] | None) -> None:
     args = new_parser().parse_args(argv)
+    step = next(step for step in COMMANDS if step.__name__.lower() == args.command)
+    step(**{field.name: getattr(args, field.name) for field in dataclasses.fields(step) if field.metadata}).run(args)
+
+
+def main(argv: list[str] | None = None) -> None:
     try:
-        args.run(args)
+        run(argv)
     except ValueError as error:
         sys.exit(f"error: {error}")
 

@@ -1,68 +1,77 @@
 """Records of this project from the layouts that people publish: ShareGPT, messages, Alpaca, pairs, preferences, R1."""
 
+import itertools
 import json
 import re
+from dataclasses import dataclass
+from pathlib import Path
 
-from dataset.lm_dataset import RecordError, parse_record
-from scripts.prepare_pipeline import Dropped
+from dataset.lm_dataset import RecordError, parse_prompt, parse_record
+from scripts.prepare_pipeline import Dropped, Step, flag, rows_of
+from scripts.prepare_sources import find_files, read_blocks
 
-# the kinds that a file can be converted to, and how lm_dataset names what is in it
-KINDS = {
-    "pretrain": "pretrain",
-    "conversation": "conversation",
-    "reason": "conversation",
-    "preference": "preference",
-    "problem": "conversation",
-}
-TURNS = ("conversations", "messages", "conversation", "dialogue", "dialog", "data")
+TURNS = ("conversations", "messages", "conversation", "dialogue", "data")
 PROMPTS = ("instruction", "prompt", "question", "query", "problem", "input")
 ANSWERS = ("output", "response", "completion", "answer", "content", "solution", "target")
-REASONS = ("reasoning_content", "reasoning", "thinking", "think", "thought", "cot", "Complex_CoT")
-BETTER = ("chosen", "chosen_response", "response_chosen", "preferred", "accepted")
-WORSE = ("rejected", "rejected_response", "response_rejected", "non_preferred")
-# other spellings of a thought and its conclusion
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "think", "thought", "cot", "Complex_CoT")
+TEXTS = ("text", "content", "raw_content", "article")
+BETTER = ("chosen", "chosen_response", "response_chosen", "accepted")
+WORSE = ("rejected", "rejected_response", "response_rejected")
+SCORES = ("overall_score", "score", "rating")
+# other spellings of <think> and <answer>
+TAG = re.compile(r"<\|(begin|end)_of_(thought|solution)\|>")
 TAGS = {
-    "<|begin_of_thought|>": "<think>",
-    "<|end_of_thought|>": "</think>",
-    "<|begin_of_solution|>": "<answer>",
-    "<|end_of_solution|>": "</answer>",
+    "begin thought": "<think>",
+    "end thought": "</think>",
+    "begin solution": "<answer>",
+    "end solution": "</answer>",
 }
-THOUGHT = re.compile(r"\s*<think>\s*(.*?)\s*</think>\s*(?:<answer>)?\s*(.*?)\s*(?:</answer>)?\s*", re.DOTALL)
-HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")
+REASONED = re.compile(r"\s*<think>\s*(.*?)\s*</think>\s*(?:<answer>)?\s*(.*?)\s*(?:</answer>)?\s*", re.DOTALL)
 GSM8K = re.compile(r"(.*?)\s*\n#### *(\S.*)", re.DOTALL)
+HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")
 
 
-class Convert:
-    """A step: any known layout to records of one kind."""
+@dataclass
+class Convert(Step):
+    """Turn ShareGPT, messages, Alpaca, prompt and answer, preferences, R1 traces and plain text into our records."""
 
-    def __init__(self, kind: str, passage: int = 512):
-        self.kind, self.passage = kind, passage
+    to: str | None = flag(
+        None,
+        "kind of record (default: what the first rows look like)",
+        choices=("pretrain", "conversation", "reason", "preference", "problem"),
+    )
+    passage: int = flag(512, "longest passage of a plain text file, in characters (default: %(default)s)")
 
-    def settings(self) -> dict:
-        return vars(self)
+    def run(self, args) -> None:
+        if self.to is None:
+            self.to = guess_kind(args.inputs, args.encoding)
+            print(f"these become {self.to} records; --to chooses another kind")
+        super().run(args)
 
     def __call__(self, row: dict, changes: list[str]) -> list[dict]:
-        record = CONVERTERS[self.kind](row)
-        extra = {key: record[key] for key in ("answer",) if key in record}
-        if extra:  # a problem: its conversation ends with the question
-            record = record | {"conversations": [*record["conversations"], turn("assistant", record["answer"])]}
         try:
-            parsed = parse_record(KINDS[self.kind], json.dumps(record))
+            record = CONVERTERS[self.to](row)
+            if self.to == "pretrain":
+                return [{"text": parse_record("pretrain", json.dumps(record))}]
+            if self.to == "preference":
+                return [dict(zip(("chosen", "rejected"), parse_record("preference", json.dumps(record)), strict=True))]
+            if self.to == "problem":
+                return [parse_prompt(json.dumps(record))]
+            return [{"conversations": parse_record("conversation", json.dumps(record))}]
         except RecordError as error:
             raise Dropped(re.sub(r"\bturn \d+", "a turn", str(error))) from None
-        if self.kind == "pretrain":
-            return [{"text": parsed}]
-        if self.kind == "preference":
-            return [dict(zip(("chosen", "rejected"), parsed, strict=True))]
-        return [{"conversations": parsed[:-1] if extra else parsed} | extra]
+        except (AttributeError, TypeError, KeyError) as error:
+            raise Dropped("a value is not of the kind that it should be", str(error)) from None
 
 
-def guess_kind(rows: list[dict]) -> str:
-    """The kind that most rows of a file can become. Raises ValueError if none can become any."""
-    kinds = [kind for row in rows if (kind := _kind_of(row))]
+def guess_kind(inputs: list[Path], encoding: str) -> str:
+    """The kind that most of the first rows can become. Raises ValueError if none can become any."""
+    path = find_files(inputs)[0]
+    rows = [row for _, _, row in itertools.islice(rows_of(next(read_blocks(path, encoding))), 100)]
+    kinds = [kind for row in rows if isinstance(row, dict) and (kind := _kind_of(row))]
     if not kinds:
-        keys = ", ".join(sorted({key for row in rows for key in row})[:12])
-        raise ValueError(f"no known layout (keys here: {keys or 'none'}); rename its columns, or say --to")
+        keys = ", ".join(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row)) or "none"
+        raise ValueError(f"{path} has no layout that we know (keys: {keys[:200]}); rename its columns")
     return max(sorted(set(kinds)), key=kinds.count)
 
 
@@ -70,186 +79,52 @@ def _kind_of(row: dict) -> str | None:
     if (_first(row, BETTER) and _first(row, WORSE)) or isinstance(row.get("completions"), list):
         return "preference"
     try:
-        turns = turns_of(row)
+        last = str(_turns_of(row)[-1])
     except Dropped:
-        return "pretrain" if _text(row) else None
-    if "answer" in row and isinstance(row.get("conversations"), list):
-        return "problem"
-    return "reason" if "<think>" in str(turns[-1]) else "conversation"
-
-
-def turn(role: str, content: object) -> dict:
-    return {"role": role, "content": content}
-
-
-def turns_of(row: dict) -> list[dict]:
-    """The turns of a row, with the names of roles that it has. Raises Dropped if the layout is none that we know."""
-    value = next((row[key] for key in TURNS if isinstance(row.get(key), list) and row[key]), None)
-    if value is not None:
-        turns = [made for item in value for made in _turns_of_item(item)]
-        if all(isinstance(item, str) for item in value):
-            turns = [turn("assistant" if n % 2 else "user", text) for n, text in enumerate(value)]
-    else:
-        turns = _prompt(row)
-        answer = _first(row, [key for key in ANSWERS if key != _prompt_key(row)])
-        if not turns or answer is None:
-            raise Dropped("no known layout", f"keys: {', '.join(row)[:100]}")
-        turns.append(turn("assistant", with_thought(_first(row, REASONS), answer)))
-    return _with_system(row, turns)
-
-
-def _turns_of_item(item: object) -> list[dict]:
-    if not isinstance(item, dict):
-        return [item]
-    if "human" in item and "assistant" in item:
-        return [turn("user", item["human"]), turn("assistant", item["assistant"])]
-    made = {key: value for key, value in item.items() if key not in ("from", "value")}
-    for ours, theirs in (("role", "from"), ("content", "value")):
-        if theirs in item:
-            made.setdefault(ours, item[theirs])
-    if isinstance(made.get("content"), str):
-        for theirs, ours in TAGS.items():
-            made["content"] = made["content"].replace(theirs, ours)
-    return [made]
-
-
-def _prompt_key(row: dict) -> str | None:
-    return next((key for key in PROMPTS if _is_text(row.get(key))), None)
-
-
-def _prompt(row: dict) -> list[dict]:
-    """The turns before the answer: the history and the question."""
-    key = _prompt_key(row)
-    if key is None:
-        return []
-    question = row[key]
-    if key == "instruction" and _is_text(row.get("input")):
-        question += "\n" + row["input"]
-    history = row.get("history") or []
-    if not isinstance(history, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
-        raise Dropped("history is not a list of pairs", str(history)[:100])
-    turns = [made for asked, said in history for made in (turn("user", asked), turn("assistant", said))]
-    return [*turns, turn("user", question)]
-
-
-def _with_system(row: dict, turns: list) -> list[dict]:
-    system, tools = _first(row, ("system", "system_prompt")), row.get("tools")
-    opened = bool(turns) and isinstance(turns[0], dict) and turns[0].get("role") in ("system", "developer")
-    if system and not opened:
-        turns = [turn("system", system), *turns]
-    elif tools and not opened:
-        turns = [turn("system", ""), *turns]
-    if tools:
-        turns[0] = turns[0] | {"tools": tools}
-    return turns
-
-
-def with_thought(thought: str | None, answer: str) -> str:
-    return f"<think>\n{thought.strip()}\n</think>\n<answer>\n{answer.strip()}\n</answer>" if thought else answer
+        return "pretrain" if _first(row, TEXTS, str) else None
+    return "problem" if "answer" in row and _list_of(row) else "reason" if "<think>" in last else "conversation"
 
 
 def _pretrain(row: dict) -> dict:
-    text = _text(row)
+    text = _first(row, TEXTS, str)
     if text is None:
-        raise Dropped("no text", f"keys: {', '.join(row)[:100]}; join makes texts of conversations")
+        raise Dropped("no text", f"keys: {', '.join(row)[:200]}; join makes texts of conversations")
     return {"text": text}
 
 
-def _text(row: dict) -> str | None:
-    return next(
-        (row[key] for key in ("text", "content", "raw_content", "article", "passage") if _is_text(row.get(key))), None
-    )
-
-
 def _conversation(row: dict) -> dict:
-    return {"conversations": turns_of(row)}
+    return {"conversations": _turns_of(row)}
 
 
 def _reason(row: dict) -> dict:
-    turns = turns_of(row)
-    match = isinstance(turns[-1], dict) and THOUGHT.fullmatch(str(turns[-1].get("content")))
-    solved = isinstance(turns[-1], dict) and GSM8K.fullmatch(str(turns[-1].get("content")))
-    if not match and not solved:
-        raise Dropped("no thought before the answer")
-    thought, answer = (match or solved).groups()
-    if not thought or not answer:
-        raise Dropped("an empty thought or answer")
-    thought = thought if match else _without_marks(thought)
-    return {"conversations": [*turns[:-1], turns[-1] | {"content": with_thought(thought, answer)}]}
+    *turns, last = _turns_of(row)
+    content = str(last.get("content"))
+    match = REASONED.fullmatch(content) or GSM8K.fullmatch(re.sub(r"<<.*?>>", "", content))
+    if not match or not all(match.groups()):
+        raise Dropped("no thought and answer")
+    return {"conversations": [*turns, last | {"content": _with_thought(*match.groups())}]}
 
 
 def _problem(row: dict) -> dict:
     """A question and what its answer must be, for rewards and scores: GSM8K, or any prompt with an answer."""
-    if isinstance(row.get("conversations"), list) and _is_text(row.get("answer")):
-        turns = [made for item in row["conversations"] for made in _turns_of_item(item)]
-    else:
-        turns = turns_of(row)
-    answer = row.get("answer") if "answer" in row else turns[-1].get("content")
-    if isinstance(turns[-1], dict) and turns[-1].get("role") in ("assistant", "gpt"):
-        turns = turns[:-1]
-    if isinstance(answer, int | float):
-        answer = str(answer)
-    if not _is_text(answer):
-        raise Dropped("no answer")
+    answer = str(row.get("answer") or "")
+    turns = _turns_of(row | {"answer": answer})
+    answer = answer or str(turns[-1].get("content"))
     solved = GSM8K.fullmatch(answer)
-    answer = solved[2].replace(",", "") if solved else answer
-    return {"conversations": turns, "answer": answer.strip()}
-
-
-def _without_marks(text: str) -> str:
-    """A GSM8K solution without its calculator's marks."""
-    return re.sub(r"<<.*?>>", "", text)
+    return {"conversations": turns, "answer": solved[2].replace(",", "") if solved else answer.strip()}
 
 
 def _preference(row: dict) -> dict:
-    if isinstance(row.get("completions"), list):
-        better, worse = _best_and_worst(row["completions"])
-    else:
-        better, worse = _first(row, BETTER), _first(row, WORSE)
-    if not better or not worse:
-        raise Dropped("no known layout", f"keys: {', '.join(row)[:100]}")
-    prompt = next((row[key] for key in TURNS if isinstance(row.get(key), list)), None)
-    prompt = [made for item in prompt for made in _turns_of_item(item)] if prompt else _prompt(row)
+    better, worse = _first(row, BETTER), _first(row, WORSE)
+    if isinstance(row.get("completions"), list):  # UltraFeedback: several answers with scores
+        scored = [(_first(item, SCORES), item.get("response")) for item in row["completions"]]
+        scored = sorted((pair for pair in scored if pair[0] is not None and pair[1]), key=lambda pair: pair[0])
+        if len(scored) < 2 or scored[0][0] == scored[-1][0]:
+            raise Dropped("no two answers of different scores")
+        worse, better = scored[0][1], scored[-1][1]
+    prompt = [turn for item in _list_of(row) or [] for turn in _turns_of_item(item)] or _question(row)
     prompt = _with_system(row, prompt)
     return {"chosen": _whole(prompt, better), "rejected": _whole(prompt, worse)}
-
-
-def _whole(prompt: list[dict], answer: object) -> list[dict]:
-    """The conversation that ends with an answer, which may be a text, a turn, or hold its prompt already."""
-    if isinstance(answer, str):
-        parts = HH_TURN.split(answer)
-        if len(parts) > 2 and not parts[0].strip():
-            roles = {"Human": "user", "Assistant": "assistant"}
-            return [turn(roles[role], text.strip()) for role, text in zip(parts[1::2], parts[2::2], strict=True)]
-        return [*prompt, turn("assistant", answer)]
-    answers = answer if isinstance(answer, list) else [answer]
-    turns = [made for item in answers for made in _turns_of_item(item)]
-    asked = any(isinstance(made, dict) and made.get("role") in ("user", "human") for made in turns)
-    return turns if asked else [*prompt, *turns]
-
-
-def _best_and_worst(completions: list) -> tuple[str, str]:
-    """UltraFeedback: several answers with scores."""
-    scored = []
-    for item in completions:
-        score = next(
-            (item[k] for k in ("overall_score", "score", "rating") if isinstance(item.get(k), int | float)), None
-        )
-        if score is not None and _is_text(item.get("response")):
-            scored.append((score, item["response"]))
-    if len(scored) < 2 or max(scored)[0] == min(scored)[0]:
-        raise Dropped("no two answers of different scores")
-    return max(scored, key=lambda pair: pair[0])[1], min(scored, key=lambda pair: pair[0])[1]
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _first(row: dict, keys) -> object:
-    return next(
-        (row[key] for key in keys if row.get(key) and (not isinstance(row[key], str) or _is_text(row[key]))), None
-    )
 
 
 CONVERTERS = {
@@ -259,3 +134,81 @@ CONVERTERS = {
     "preference": _preference,
     "problem": _problem,
 }
+
+
+def _whole(prompt: list[dict], answer: object) -> list[dict]:
+    """The conversation that ends with an answer: a text, a turn, or turns that may hold the prompt already."""
+    if isinstance(answer, str):
+        parts = HH_TURN.split(answer)
+        if len(parts) > 2 and not parts[0].strip():  # Anthropic's HH: the whole dialogue in one text
+            roles = {"Human": "user", "Assistant": "assistant"}
+            return [_turn(roles[role], said.strip()) for role, said in zip(parts[1::2], parts[2::2], strict=True)]
+        return [*prompt, _turn("assistant", answer)]
+    turns = [turn for item in (answer if isinstance(answer, list) else [answer]) for turn in _turns_of_item(item)]
+    return turns if any(turn.get("role") in ("user", "human") for turn in turns) else [*prompt, *turns]
+
+
+def _turns_of(row: dict) -> list[dict]:
+    """The turns of a row, with the names of roles that it has. Raises Dropped if we do not know its layout."""
+    items = _list_of(row)
+    if items:
+        if all(isinstance(item, str) for item in items):
+            items = [_turn("assistant" if n % 2 else "user", text) for n, text in enumerate(items)]
+        return _with_system(row, [turn for item in items for turn in _turns_of_item(item)])
+    turns = _question(row)
+    answer = _first(row, [key for key in ANSWERS if key != _first_key(row, PROMPTS)], str)
+    if not turns or answer is None:
+        raise Dropped("no layout that we know", f"keys: {', '.join(row)[:200]}")
+    thought = _first(row, THOUGHTS, str)
+    return _with_system(row, [*turns, _turn("assistant", _with_thought(thought, answer) if thought else answer)])
+
+
+def _turns_of_item(item: object) -> list[dict]:
+    if "human" in item and "assistant" in item:
+        return [_turn("user", item["human"]), _turn("assistant", item["assistant"])]
+    turn = {{"from": "role", "value": "content"}.get(key, key): value for key, value in item.items()}
+    if isinstance(turn.get("content"), str):
+        turn["content"] = TAG.sub(lambda match: TAGS[f"{match[1]} {match[2]}"], turn["content"])
+    return [turn]
+
+
+def _question(row: dict) -> list[dict]:
+    """The turns before the answer: the history and the question."""
+    key, history = _first_key(row, PROMPTS), row.get("history") or []
+    if key is None:
+        return []
+    more = key == "instruction" and _first(row, ("input",), str)
+    if not isinstance(history, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
+        raise Dropped("history is not a list of pairs", str(history)[:100])
+    turns = [turn for asked, said in history for turn in (_turn("user", asked), _turn("assistant", said))]
+    return [*turns, _turn("user", f"{row[key]}\n{more}" if more else row[key])]
+
+
+def _with_system(row: dict, turns: list[dict]) -> list[dict]:
+    system, tools = _first(row, ("system", "system_prompt"), str), row.get("tools")
+    if (system or tools) and (not turns or turns[0].get("role") not in ("system", "developer")):
+        turns = [_turn("system", system or ""), *turns]
+    return [turns[0] | {"tools": tools}, *turns[1:]] if tools else turns
+
+
+def _with_thought(thought: str, answer: str) -> str:
+    return f"<think>\n{thought.strip()}\n</think>\n<answer>\n{answer.strip()}\n</answer>"
+
+
+def _turn(role: str, content: object) -> dict:
+    return {"role": role, "content": content}
+
+
+def _list_of(row: dict) -> list | None:
+    return _first(row, TURNS, list)
+
+
+def _first_key(row: dict, keys, kind: type = object) -> str | None:
+    """The first of the keys under which a row has something that is not blank."""
+    found = (key for key in keys if row.get(key) is not None and isinstance(row[key], kind))
+    return next((key for key in found if (row[key].strip() if isinstance(row[key], str) else row[key] != [])), None)
+
+
+def _first(row: dict, keys, kind: type = object):
+    key = _first_key(row, keys, kind)
+    return None if key is None else row[key]

@@ -1,6 +1,5 @@
 """What is in a data file: counts, lengths, scripts, roles, duplicates, and rows as the model sees them."""
 
-import hashlib
 import heapq
 import html
 import os
@@ -11,24 +10,46 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.lm_dataset import RecordError, count_target_bytes, parse_record, tokenize_records
+from dataset.lm_dataset import KINDS, RecordError, count_target_bytes, parse_record, tokenize_records
 from dataset.tokenization import ChatTokenizer
-from scripts.prepare_pipeline import Dropped, all_blocks, in_order, rows_of
+from scripts.prepare_formats import guess_kind
+from scripts.prepare_overlap import hash_of
+from scripts.prepare_pipeline import Dropped, Step, all_blocks, flag, in_order, rows_of
 from scripts.prepare_rules import HAN, LETTER, character_classes, code_points
 from scripts.prepare_sources import Block, find_files
 
+ROOT = Path(__file__).resolve().parents[1]
 LONGEST = 1 << 16  # tokens; longer documents count as this long
 SHOWN_IDS = 48
 
 
 @dataclass
-class Look:
-    """What workers need to know: kind of record, tokenizer, seed and number of rows to show."""
+class Inspect(Step):
+    """Count what is in files of records, and show some as the model sees them."""
 
-    kind: str
-    tokenizer: ChatTokenizer
-    seed: int
-    rows: int
+    kind: str | None = flag(None, "kind of record (default: what the first rows look like)", choices=KINDS)
+    tokenizer_path: Path = flag(ROOT / "model", "folder with tokenizer.json (default: model/)", type=Path)
+    max_seq_len: int = flag(512, "count what this length cuts (default: %(default)s)")
+    rows: int = flag(10, "random rows to show (default: %(default)s)")
+    seed: int = flag(42, "which rows (default: %(default)s)")
+    picture: Path | None = flag(None, "write the histogram of lengths to this SVG file", type=Path)
+    writes = False
+
+    def run(self, args) -> None:
+        paths, total = find_files(args.inputs), Statistics()
+        guess = self.kind or guess_kind(paths, args.encoding)
+        self.kind = guess if guess in KINDS else "conversation"
+        self.tokenizer = ChatTokenizer(self.tokenizer_path)
+        for part in in_order(look_at_block, self, all_blocks(paths, "inspect", args), args):
+            total.add(part, self.rows)
+        if total.rows == total.bad.total():
+            raise ValueError(f"no {self.kind} record in {paths[0]}: {dict(total.bad.most_common(3))}")
+        print_statistics(total, self.kind, self.max_seq_len)
+        if self.picture:
+            self.picture.write_text(histogram_svg(total.lengths, self.max_seq_len), encoding="utf-8")
+            print(f"picture: {self.picture}")
+        for number, (_, where, line) in enumerate(sorted(total.shown)):
+            show_row(self, where, line, as_table=not number)
 
 
 @dataclass
@@ -55,7 +76,7 @@ class Statistics:
         self.shown = heapq.nsmallest(rows, self.shown + other.shown)
 
 
-def look_at_block(look: Look, block: Block) -> Statistics:
+def look_at_block(look: Inspect, block: Block) -> Statistics:
     found, records, hashes = Statistics(), [], []
     for number, line, row in rows_of(block):
         found.rows += 1
@@ -67,11 +88,9 @@ def look_at_block(look: Look, block: Block) -> Statistics:
             found.bad[str(error)[:60]] += 1
             continue
         records.append(record)
-        digest = hashlib.blake2b(line.encode(), digest_size=8).digest()
-        hashes.append(int.from_bytes(digest, "little"))
+        hashes.append(hash_of(line))
         where = f"{block.path}:{number}"
-        order = hashlib.blake2b(f"{look.seed} {where}".encode(), digest_size=8).hexdigest()
-        found.shown = heapq.nsmallest(look.rows, [*found.shown, (order, where, line)])
+        found.shown.append((hash_of(f"{look.seed} {where}"), where, line))
         found.bytes += count_target_bytes(look.kind, record)
         sides = [] if look.kind == "pretrain" else [record] if look.kind == "conversation" else record
         for side in sides:
@@ -82,7 +101,7 @@ def look_at_block(look: Look, block: Block) -> Statistics:
     for ids, mask in tokenize_records(look.kind, records, look.tokenizer):
         found.lengths[min(len(ids), LONGEST)] += 1
         found.targets += len(ids) - 1 if mask is None else sum(mask[1:])
-    found.hashes = [np.array(hashes, np.uint64)]
+    found.hashes, found.shown = [np.array(hashes, np.uint64)], heapq.nsmallest(look.rows, found.shown)
     return found
 
 
@@ -96,26 +115,11 @@ def count_scripts(scripts: Counter, codes: np.ndarray) -> None:
     scripts["no letter"] += int(np.count_nonzero((classes != HAN) & ~letters))
 
 
-def inspect_files(inputs: list[Path], look: Look, max_seq_len: int, picture: Path | None, args) -> None:
-    paths, total = find_files(inputs), Statistics()
-    blocks = all_blocks(paths, args.encoding, "inspect", args.quiet)
-    for _, part in in_order(look_at_block, look, blocks, args.workers):
-        total.add(part, look.rows)
-    if total.rows == total.bad.total():
-        raise ValueError(f"no {look.kind} record in {', '.join(map(str, paths))}: {dict(total.bad.most_common(3))}")
-    print_statistics(total, look, max_seq_len)
-    if picture:
-        picture.write_text(histogram_svg(total.lengths, max_seq_len), encoding="utf-8")
-        print(f"picture: {picture}")
-    for number, (_, where, line) in enumerate(sorted(total.shown)):
-        show_row(look, where, line, as_table=not number)
-
-
-def print_statistics(total: Statistics, look: Look, max_seq_len: int) -> None:
+def print_statistics(total: Statistics, kind: str, max_seq_len: int) -> None:
     lengths, documents = total.lengths, int(total.lengths.sum())
     tokens = int(lengths @ np.arange(len(lengths)))
     hashes = np.concatenate(total.hashes)
-    print(f"{total.rows:,} rows, {total.rows - total.bad.total():,} of them {look.kind} records")
+    print(f"{total.rows:,} rows, {total.rows - total.bad.total():,} of them {kind} records")
     for reason, count in total.bad.most_common(5):
         print(f"  not one: {reason:60} {count:,}")
     print(f"{tokens:,} tokens in {documents:,} documents, {total.targets:,} learned, ", end="")
@@ -166,7 +170,7 @@ def histogram_svg(lengths: np.ndarray, max_seq_len: int) -> str:
     )
 
 
-def show_row(look: Look, where: str, line: str, as_table: bool) -> None:
+def show_row(look: Inspect, where: str, line: str, as_table: bool) -> None:
     """One row as the model sees it: what is learned stands out."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     learned, plain = ("\x1b[32m", "\x1b[0m") if colour else ("⟦", "⟧")
@@ -186,7 +190,7 @@ def show_row(look: Look, where: str, line: str, as_table: bool) -> None:
             print_labels(look, ids, mask)
 
 
-def print_labels(look: Look, ids: list[int], mask: list[int]) -> None:
+def print_labels(look: Inspect, ids: list[int], mask: list[int]) -> None:
     """Inputs and labels around the first learned token: a label is the next input, or -100 if it is not learned."""
     first = max(mask.index(1) - 6, 0) if 1 in mask else 0
     print("position  input  label  input's text")

@@ -1,28 +1,28 @@
 """Rows of data files through worker processes into one file, with a report of what was left out and why.
 
-A step is an object that workers call with each row: it returns the records that come out, None to keep the line as it
-is, or raises Dropped. Blocks are cut by size alone and written in order, so the output is the same with any number of
-workers. The output is written next to its name and renamed at the end: a killed run leaves the old file or none.
+A step is a dataclass whose fields are the command's flags. Workers call it with each row: it returns the records that
+come out, None to keep the line as it is, or raises Dropped. Blocks are cut by size alone and written in order, so the
+output is the same with any number of workers. It is written next to its name and renamed at the end: a killed run
+leaves the old file or none.
 """
 
+import dataclasses
+import functools
 import json
-import multiprocessing
 import os
-import signal
-import threading
-from collections import Counter, deque
+import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing import connection
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from dataset.disk import writing_errors
 from dataset.progress import ProgressBar
-from dataset.workers import usable_cores
-from scripts.prepare_sources import Block, find_files, passages, read_blocks
+from dataset.workers import results_in_order, usable_cores
+from scripts.prepare_sources import Block, find_files, layout, passages, read_blocks
 
 EXAMPLES = 10  # of each reason, in the report
 EXAMPLE_CHARACTERS = 300
@@ -38,7 +38,7 @@ class Dropped(Exception):
 
 @dataclass
 class Report:
-    """What came in, what went and why. Of workers' results, and of a whole run."""
+    """What came in, what went and why: of one block, or of a whole run."""
 
     rows_in: int = 0
     rows_out: int = 0
@@ -47,189 +47,171 @@ class Report:
     examples: dict[str, list[dict]] = field(default_factory=dict)
 
     def add(self, other: "Report") -> None:
-        self.rows_in += other.rows_in
-        self.rows_out += other.rows_out
-        self.dropped += other.dropped
-        self.changed += other.changed
+        for name in ("rows_in", "rows_out", "dropped", "changed"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
         for reason, examples in other.examples.items():
-            known = self.examples.setdefault(reason, [])
-            known += examples[: EXAMPLES - len(known)]
+            self.examples[reason] = (self.examples.get(reason, []) + examples)[:EXAMPLES]
 
     def count(self, counts: Counter, reason: str, where: str, row: str, detail: str = "") -> None:
-        """Count a reason among dropped or changed, with an example."""
+        """Count a reason in self.dropped or self.changed, and keep the first rows as examples."""
         counts[reason] += 1
-        examples = self.examples.setdefault(reason, [])
-        if len(examples) < EXAMPLES:
-            shown = row if len(row) <= EXAMPLE_CHARACTERS else row[:EXAMPLE_CHARACTERS] + "…"
-            shown = shown.encode(errors="replace").decode()
-            examples.append({"where": where, "row": shown} | ({"detail": detail} if detail else {}))
+        if counts[reason] <= EXAMPLES:
+            shown = row[:EXAMPLE_CHARACTERS] + "…" * (len(row) > EXAMPLE_CHARACTERS)
+            example = {"where": where, "detail": detail, "row": shown.encode(errors="replace").decode()}
+            self.examples.setdefault(reason, []).append(example)
+
+    def write(self, path: Path, command: str, inputs: list[Path], settings: dict) -> None:
+        """Write {path}.report.json, and the same in short to the screen."""
+        print(f"{command}: {self.rows_in:,} rows in, {self.rows_out:,} rows out -> {path}")
+        contents = {"command": command, "settings": settings, "inputs": {str(p): p.stat().st_size for p in inputs}}
+        contents |= {"rows_in": self.rows_in, "rows_out": self.rows_out}
+        for title, counts in (("dropped", self.dropped), ("changed", self.changed)):
+            contents[title] = {}
+            for name, count in counts.most_common():
+                print(f"  {title} {name:40} {count:9,}  {count / max(self.rows_in, 1):6.2%}")
+                contents[title][name] = {"rows": count, "examples": self.examples.get(name, [])}
+        report_path = path.with_name(path.name + ".report.json")
+        report_path.write_text(dumped(contents, indent=1) + "\n", encoding="utf-8")
+        print(f"  ten examples of each: {report_path}", flush=True)
+
+
+def dumped(record: object, **options) -> str:
+    return json.dumps(record, ensure_ascii=False, default=str, **options)
 
 
 def rows_of(block: Block, passage: int = 512) -> Iterator[tuple[int, str, object]]:
     """(number, source text, decoded row or Dropped) of each row of a block."""
-    if isinstance(block.data, list):
-        for number, row in enumerate(block.data, block.first):
-            yield number, "", row if isinstance(row, dict) else Dropped("not a JSON object")
-        return
-    if block.is_text:
-        try:
-            for text in passages(block.data.decode(), passage):
-                if text.strip():
-                    yield block.first, "", {"text": text.strip()}
-        except UnicodeDecodeError as error:
-            yield block.first, "", Dropped("not UTF-8", str(error))
-        return
-    for number, line in enumerate(block.data.split(b"\n"), block.first):
-        try:
-            text = line.decode().strip().strip("\ufeff")  # files put together have a byte order mark in the middle
-            if text:
-                row = json.loads(text)
-                if "\\ud" in text.lower():
-                    dumped(row).encode()  # half of a surrogate pair is no character
-                yield number, text, row if isinstance(row, dict) else Dropped("not a JSON object")
-        except UnicodeDecodeError as error:
-            yield number, line.decode(errors="replace"), Dropped("not UTF-8", f"at byte {error.start + 1} of the line")
-        except UnicodeEncodeError:
-            yield number, text, Dropped("half a surrogate pair")
-        except (ValueError, RecursionError) as error:
-            yield number, text, Dropped("broken JSON", str(error))
+    if isinstance(block.rows, list):
+        for number, row in enumerate(block.rows, block.first):
+            yield number, dumped(row), row if isinstance(row, dict) else Dropped("not a JSON object")
+    elif layout(block.path) == "text":
+        for text in filter(None, map(str.strip, passages(block.rows, passage))):
+            yield block.first, text, {"text": text} if _is_utf8(text) else Dropped("not UTF-8")
+    else:
+        for number, line in enumerate(block.rows.split("\n"), block.first):
+            line = line.strip().strip("\ufeff")  # files put together have a byte order mark in the middle
+            if line:
+                yield number, line, _decoded(line)
 
 
-def filter_block(step: Callable, block: Block) -> tuple[bytes, Report]:
+def _decoded(line: str) -> object:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return Dropped("broken JSON" if _is_utf8(line) else "not UTF-8", str(error))
+    if not _is_utf8(line):
+        return Dropped("not UTF-8")
+    if "\\ud" in line.lower() and not _is_utf8(dumped(row)):
+        return Dropped("half a surrogate pair")
+    return row if isinstance(row, dict) else Dropped("not a JSON object")
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        return bool(text.encode()) or True
+    except UnicodeEncodeError:
+        return False
+
+
+def filter_block(step: "Step", block: Block) -> tuple[bytes, Report]:
     """The lines that a step makes of a block, and the report on it."""
-    report, lines = Report(), []
-    for number, source, row in rows_of(block, getattr(step, "passage", 512)):
+    report, records = Report(), []
+    for index, (number, source, row) in enumerate(rows_of(block, getattr(step, "passage", 512))):
         report.rows_in += 1
         where, changes = f"{block.path}:{number}", []
         try:
-            if isinstance(row, Dropped):
-                raise row
-            records = step(row, changes)
-            made = [source] if records is None else [dumped(record) for record in records]
+            dropped = block.verdicts[index] if block.verdicts else None
+            if dropped or isinstance(row, Dropped):
+                raise dropped or row
+            made = step(row, changes)
         except Dropped as dropped:
-            report.count(report.dropped, dropped.reason, where, source or dumped(row), dropped.detail)
+            report.count(report.dropped, dropped.reason, where, source, dropped.detail)
             continue
+        records += [source] if made is None else made
         for change in changes:
-            report.count(report.changed, change, where, made[0])
-        lines += made
-        report.rows_out += len(made)
+            report.count(report.changed, change, where, dumped(made))
+    lines = [record if isinstance(record, str) else dumped(record) for record in step.finish(records)]
+    report.rows_out = len(lines)
     return "".join(line + "\n" for line in lines).encode(), report
 
 
-def dumped(record: object) -> str:
-    return json.dumps(record, ensure_ascii=False, default=str)
+def in_order(function: Callable, argument: object, blocks: Iterable[Block], args) -> Iterator:
+    """function(argument, block) for each block, in order, by worker processes; few blocks are in memory."""
+    tasks = ((block,) for block in blocks)
+    return results_in_order(functools.partial(function, argument), tasks, args.workers or usable_cores())
 
 
-def in_order(function: Callable, argument: object, blocks: Iterable, workers: int | None = None) -> Iterator[tuple]:
-    """(block, function(argument, block)) for each block, in order, computed by processes; few blocks are in memory."""
-    workers = workers or usable_cores()
-    if workers == 1:
-        for block in blocks:
-            yield block, function(argument, block)
-        return
-    pending = deque()
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, spawn, initializer=_start_worker, initargs=(function, argument))
-    try:
-        for block in blocks:
-            pending.append((block, pool.submit(_run, block)))
-            if len(pending) > 2 * workers:
-                block, result = pending.popleft()
-                yield block, result.result()
-        while pending:
-            block, result = pending.popleft()
-            yield block, result.result()
-    except BrokenProcessPool as error:
-        raise ValueError(
-            "a worker process ended early. If the system killed it for lack of memory, free some or use fewer "
-            "--workers, then start again: nothing half-made is left behind"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker(function: Callable, argument: object) -> None:
-    global _job
-    _job = function, argument
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
-
-
-def _run(block: Block):
-    function, argument = _job
-    return function(argument, block)
-
-
-def all_blocks(paths: list[Path], encoding: str, title: str, quiet: bool) -> Iterator[Block]:
+def all_blocks(paths: list[Path], title: str, args) -> Iterator[Block]:
     """The blocks of several files, with a progress bar over their bytes."""
-    with ProgressBar(title, sum(path.stat().st_size for path in paths), "B", show=not quiet) as bar:
+    with ProgressBar(title, sum(path.stat().st_size for path in paths), "B", show=not args.quiet) as bar:
         for path in paths:
-            for block in read_blocks(path, encoding):
+            for block in read_blocks(path, args.encoding):
                 yield block
                 bar.update(block.size)
 
 
+def check_output(args, inputs: list[Path]) -> None:
+    """Raise ValueError if args.output is one of the inputs, or is there and must not be replaced."""
+    if any(args.output.exists() and args.output.samefile(source) for source in inputs):
+        raise ValueError(f"{args.output} is an input too; give another --output")
+    if args.output.exists() and not args.overwrite:
+        raise ValueError(f"{args.output} is there already; give another --output, or --overwrite")
+
+
 @contextmanager
-def new_output(path: Path, inputs: list[Path], overwrite: bool):
-    """A file to write bytes to, which takes its name when the block ends well. Raises ValueError if it may not."""
-    if any(path.exists() and path.samefile(source) for source in inputs):
-        raise ValueError(f"{path} is an input too; give another --output")
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path} is there already; give another --output, or --overwrite")
+def new_output(args, inputs: list[Path]):
+    """(file to write bytes to, folder for scratch files); the file takes the name args.output when all went well."""
+    check_output(args, inputs)
+    path = args.output
     unfinished = path.with_name(path.name + ".unfinished")
-    with writing_errors(path.parent, path.name):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with writing_errors(path.parent, path.name, "--output"):
+        unfinished.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(unfinished / "lock")
         try:
-            with open(unfinished, "wb") as file:
-                yield file
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"another run is writing {path}; wait for it, or give another --output") from None
+        try:
+            with open(unfinished / "rows", "wb") as file:
+                yield file, unfinished
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(unfinished, path)
+            os.replace(unfinished / "rows", path)
         finally:
-            unfinished.unlink(missing_ok=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
+            lock.release()
 
 
-def write_report(path: Path, command: str, inputs: list[Path], report: Report, **facts) -> None:
-    """{output}.report.json, and the same in short on the screen."""
-    reasons = {
-        reason: {"rows": count, "examples": report.examples.get(reason, [])}
-        for reason, count in report.dropped.most_common()
-    }
-    contents = {
-        "command": command,
-        "inputs": [{"path": str(source), "bytes": source.stat().st_size} for source in inputs],
-        **facts,
-        "rows_in": report.rows_in,
-        "rows_out": report.rows_out,
-        "dropped": reasons,
-        "changed": {
-            name: {"rows": count, "examples": report.examples.get(name, [])}
-            for name, count in report.changed.most_common()
-        },
-    }
-    report_path = path.with_name(path.name + ".report.json")
-    report_path.write_text(json.dumps(contents, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"{command}: {report.rows_in:,} rows in, {report.rows_out:,} rows out -> {path}")
-    for title, counts in (("left out", report.dropped), ("changed", report.changed)):
-        for name, count in counts.most_common():
-            print(f"  {title:9} {name:32} {count:9,}  {count / max(report.rows_in, 1):6.2%}")
-    print(f"  examples of each: {report_path}", flush=True)
+def flag(default, text: str, **options):
+    """A field of a step that is a flag of its command, with options of argparse."""
+    return field(default=default, metadata={"help": text} | options)
 
 
-def run_step(command: str, step: Callable, args) -> Report:
-    """Send every row of args.inputs through a step to args.output, and report."""
-    inputs, report = find_files(args.inputs), Report()
-    blocks = all_blocks(inputs, args.encoding, command, args.quiet)
-    with new_output(args.output, inputs, args.overwrite) as file:
-        for _, (lines, part) in in_order(filter_block, step, blocks, args.workers):
+@dataclass
+class Step:
+    """One command: rows of args.inputs to args.output."""
+
+    def __call__(self, row: dict, changes: list[str]) -> list[dict] | None:
+        """The records that a row becomes, None if it stays as it is. Append to changes what was changed."""
+
+    def finish(self, records: list) -> list:
+        """The records of a block, once all its rows are done."""
+        return records
+
+    def settings(self) -> dict:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata}
+
+    def run(self, args) -> None:
+        inputs = find_files(args.inputs)
+        with new_output(args, inputs) as (file, _):
+            self.write(file, all_blocks(inputs, args.command, args), inputs, args)
+
+    def write(self, file, blocks: Iterable[Block], inputs: list[Path], args) -> None:
+        """Send blocks through workers to a file, and write the report."""
+        report = Report()
+        for lines, part in in_order(filter_block, self, blocks, args):
             file.write(lines)
             report.add(part)
         if not report.rows_out:
             raise ValueError(f"no row is left of {report.rows_in:,}: {dict(report.dropped.most_common(5))}")
-        write_report(args.output, command, inputs, report, settings=step.settings())
-    return report
+        report.write(args.output, args.command, inputs, self.settings())

@@ -3,11 +3,12 @@
 import functools
 import re
 import unicodedata
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 
-from scripts.prepare_pipeline import Dropped
+from scripts.prepare_pipeline import Dropped, Step, flag
 
 REPEAT = 10  # characters of the n-grams whose repetition is measured
 WEIGHTS = np.random.default_rng(0).integers(1, 1 << 30, 24).astype(np.float64)  # of the codes in a run, for its hash
@@ -62,99 +63,73 @@ OTHER_NAME = re.compile(
 
 
 @dataclass
-class Clean:
-    """A step: drop rows that break a rule, mask personal data in the others."""
+class Clean(Step):
+    """Leave out rows that are no good to learn from, and mask personal data."""
 
-    min_chars: int = 10
-    max_chars: int | None = None  # 512 for texts and conversations, 3000 for a preference's sides
-    min_chinese: float = 0.0
-    max_marks: float = 0.6
-    max_repeated_lines: float = 0.3
-    max_repeated_ngrams: float = 0.5
-    mojibake: bool = True
-    markup: bool = True
-    turns: bool = True
-    cut: bool = True
-    refusals: bool = True
-    other_names: bool = True
-    mask: tuple[str, ...] = tuple(MASKS)
-
-    def settings(self) -> dict:
-        return asdict(self)
+    min_chars: int = flag(10, "drop shorter rows (default: %(default)s)")
+    max_chars: int = flag(0, "drop rows of as many characters (default: 512; of preferences, sides of 3000)")
+    min_chinese: float = flag(0.0, "least share of Han characters (default: %(default)s)")
+    max_marks: float = flag(0.6, "largest share of punctuation and symbols (default: %(default)s)")
+    max_repeated_lines: float = flag(0.3, "largest share of text in lines seen before (default: %(default)s)")
+    max_repeated_ngrams: float = flag(0.5, "largest share of 10-grams seen before (default: %(default)s)")
+    mojibake: bool = flag(True, "drop text that was decoded wrongly")
+    markup: bool = flag(True, "drop HTML left over, tags and code fences without their other half")
+    turns: bool = flag(True, "drop empty turns and one-sided conversations")
+    cut: bool = flag(True, "drop answers cut in the middle")
+    refusals: bool = flag(True, "drop refusals")
+    other_names: bool = flag(True, "drop answers in another model's name")
+    mask: tuple = flag(tuple(MASKS), "what to mask (default: all)", choices=tuple(MASKS))
 
     def __call__(self, row: dict, changes: list[str]) -> list[dict] | None:
-        sides = [row[key] for key in ("conversations", "chosen", "rejected") if key in row]
-        if not sides and not isinstance(row.get("text"), str):
-            raise Dropped("not a record", f"keys: {', '.join(row)[:80]}; convert makes records of other layouts")
         try:
-            texts = [[turn["content"] or "" for turn in side] for side in sides] or [[row["text"]]]
-            text = "\n".join(text for side in texts for text in side)
-            answers = [turn["content"] or "" for side in sides for turn in side if turn.get("role") == "assistant"]
-        except (TypeError, KeyError, AttributeError):
-            raise Dropped("not a record", "a turn is not an object with role and content") from None
-        self._check_lengths(texts, "chosen" in row)
-        if self.turns:
-            for side in sides:
-                self._check_turns(side, changes)
-        self._check_characters(text)
+            sides = [row[key] for key in ("conversations", "chosen", "rejected") if key in row]
+            holders = [(turn, "content") for side in sides for turn in side] or [(row, "text")]
+            text = "\n".join(holder[key] or "" for holder, key in holders)
+            answers = [turn["content"] or "" for side in sides for turn in side if turn["role"] == "assistant"]
+        except (TypeError, KeyError):
+            raise Dropped("not a record", "convert makes records of other layouts") from None
+        lengths = [sum(len(turn["content"] or "") for turn in side) for side in sides] or [len(text)]
+        bound = self.max_chars or (3000 if "chosen" in row else 512)
+        if not self.min_chars <= min(lengths) <= max(lengths) < bound:
+            reason = "too short" if min(lengths) < self.min_chars else "too long"
+            raise Dropped(reason, f"{min(lengths)} to {max(lengths)} characters")
+        for side in sides if self.turns else ():
+            check_turns(side, changes)
+        self.check_characters(text)
         if self.markup:
             check_markup(text, is_chat=bool(sides))
-        if self.cut and any(is_cut(answer) for answer in answers):
-            raise Dropped("answer cut in the middle", "…" + answers[-1][-40:])
-        claims = [answer for answer in answers if CLAIM_SIGN.search(answer)]
-        for on, rule, pattern in (
-            (self.refusals, "refusal", REFUSAL),
-            (self.other_names, "another model's name", OTHER_NAME),
-        ):
-            for answer in claims if on else ():
-                if match := pattern.search(answer):
-                    raise Dropped(rule, match[0])
+        for answer in answers:
+            if self.cut and is_cut(answer):
+                raise Dropped("answer cut in the middle", "…" + answer[-40:])
+            if CLAIM_SIGN.search(answer):
+                if self.refusals and (match := REFUSAL.search(answer)):
+                    raise Dropped("refusal", match[0])
+                if self.other_names and (match := OTHER_NAME.search(answer)):
+                    raise Dropped("another model's name", match[0])
         masks = [name for name in self.mask if MASK_SIGN[name].search(text)]
-        for holder, key in [(turn, "content") for side in sides for turn in side] or [(row, "text")] if masks else ():
+        for holder, key in holders if masks else ():
             for name in masks if holder[key] else ():
                 holder[key], count = MASKS[name].subn(f"[{name}]", holder[key])
                 if count and f"{name} masked" not in changes:
                     changes.append(f"{name} masked")
         return [row] if changes else None
 
-    def _check_lengths(self, texts: list[list[str]], preference: bool) -> None:
-        lengths = [sum(map(len, side)) for side in texts]
-        bound = self.max_chars or (3000 if preference else 512)
-        if max(lengths) >= bound:
-            raise Dropped("too long", f"{max(lengths)} characters, bound {bound}")
-        if min(lengths) < self.min_chars:
-            raise Dropped("too short", f"{min(lengths)} characters")
-
-    def _check_turns(self, turns: list[dict], changes: list[str]) -> None:
-        while turns and turns[-1]["role"] in ("user", "system"):
-            turns.pop()
-            changes.append("question without answer at the end")
-        roles = {turn["role"] for turn in turns}
-        if not {"user", "assistant"} <= roles:
-            raise Dropped("one-sided conversation")
-        for turn, before in zip(turns, [{}, *turns], strict=False):
-            content = (turn["content"] or "").strip()
-            if not content and not turn.get("tool_calls") and turn["role"] != "system":
-                raise Dropped("empty turn")
-            if turn["role"] == "assistant" and content == before.get("content"):
-                raise Dropped("answer repeats the question")
-
-    def _check_characters(self, text: str) -> None:
+    def check_characters(self, text: str) -> None:
         codes = code_points(text)
         counts = np.bincount(character_classes()[np.minimum(codes, 0xFFFF + (codes >= 0x20000))], minlength=6)
         shown = max(len(codes) - counts[SPACE], 1)
-        if self.mojibake:
-            match = MOJIBAKE_SIGN.search(text) and MOJIBAKE.search(text)
-            if match or counts[BAD] > 0.01 * shown:
-                raise Dropped("mojibake", match[0] if match else f"{counts[BAD]} control or unassigned characters")
-        if counts[MARK] > self.max_marks * shown:
-            raise Dropped("symbol noise", f"{counts[MARK] / shown:.0%} are marks")
-        if counts[HAN] < self.min_chinese * shown:
-            raise Dropped("too little Chinese", f"{counts[HAN] / shown:.0%}")
-        if self.max_repeated_lines < 1 and (share := repeated_lines(text)) > self.max_repeated_lines:
-            raise Dropped("repeated lines", f"{share:.0%} of the characters")
-        if self.max_repeated_ngrams < 1 and (share := repeated_ngrams(codes)) > self.max_repeated_ngrams:
-            raise Dropped("repeated n-grams", f"{share:.0%}")
+        match = MOJIBAKE_SIGN.search(text) and MOJIBAKE.search(text)
+        if self.mojibake and (match or counts[BAD] > 0.01 * shown):
+            raise Dropped("mojibake", match[0] if match else f"{counts[BAD]} control or unassigned characters")
+        measures = (
+            ("symbol noise", counts[MARK] / shown, self.max_marks),
+            ("too little Chinese", self.min_chinese - counts[HAN] / shown, 0),
+            ("repeated lines", repeated_lines(text), self.max_repeated_lines),
+            ("repeated n-grams", repeated_ngrams(codes), self.max_repeated_ngrams),
+        )
+        for reason, measure, bound in measures:
+            if measure > bound:
+                raise Dropped(reason, f"by {measure - bound:.0%}")
 
 
 def code_points(text: str) -> np.ndarray:
@@ -166,15 +141,11 @@ def character_classes() -> np.ndarray:
     """The class of each character up to U+FFFF; one more entry stands for all Han beyond, U+FFFF for symbols beyond."""
     classes = np.empty(0x10001, np.uint8)
     names = {"L": LETTER, "N": DIGIT, "Z": SPACE, "P": MARK, "S": MARK, "M": LETTER, "C": BAD}
-    for code in range(0x10000):
-        classes[code] = names[unicodedata.category(chr(code))[0]]
-    for first, last in ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF)):
-        classes[first : last + 1] = HAN
-    classes[[0x09, 0x0A, 0x0D]] = SPACE
-    classes[[ord(sign) for sign in "{}\\^_"]] = LETTER  # LaTeX is no noise
-    classes[0x200B:0x2010] = SPACE
-    classes[0xFFFF], classes[0x10000] = MARK, HAN
-    classes[0xFFFD] = BAD
+    classes[:0x10000] = [names[unicodedata.category(chr(code))[0]] for code in range(0x10000)]
+    classes[0x3400:0x4DC0] = classes[0x4E00:0xA000] = classes[0xF900:0xFB00] = classes[0x10000] = HAN
+    classes[[*b"\t\n\r", *range(0x200B, 0x2010)]] = SPACE
+    classes[list(b"{}\\^_")] = LETTER  # LaTeX is not noise
+    classes[[0xFFFD, 0xFFFF]] = BAD, MARK
     return classes
 
 
@@ -200,24 +171,34 @@ def rolling_hashes(codes: np.ndarray, size: int) -> np.ndarray:
     return np.correlate(codes.astype(np.float64), WEIGHTS[:size], "valid") if len(codes) >= size else np.empty(0)
 
 
+def check_turns(turns: list[dict], changes: list[str]) -> None:
+    """Take questions off the end that nobody answers. Raises Dropped if a turn is empty, or somebody never speaks."""
+    while turns and turns[-1]["role"] in ("user", "system"):
+        turns.pop()
+        changes.append("question without answer at the end")
+    if not {"user", "assistant"} <= {turn["role"] for turn in turns}:
+        raise Dropped("one-sided conversation")
+    before = None
+    for turn in turns:
+        content = (turn["content"] or "").strip()
+        if not content and not turn.get("tool_calls") and turn["role"] != "system":
+            raise Dropped("empty turn")
+        if turn["role"] == "assistant" and content == before:
+            raise Dropped("answer repeats the question")
+        before = content
+
+
 def check_markup(text: str, is_chat: bool) -> None:
-    if match := LEFTOVERS.search(text) if "<" in text or "&" in text else None:
-        raise Dropped("broken markup", match[0])
-    if "<" in text:
-        open_tags = {}
+    wrong = []
+    if "&" in text or "<" in text:
+        halves = Counter()
         for match in TAGS.finditer(text):
-            name = match[2].lower()
-            open_tags[name] = open_tags.get(name, 0) + (-1 if match[1] else 1)
-        wrong = [name for name, count in open_tags.items() if count]
-        if wrong:
-            raise Dropped("broken markup", f"<{wrong[0]}> without its other half")
-        for tag in ("think", "answer"):
-            if text.count(f"<{tag}>") != text.count(f"</{tag}>"):
-                raise Dropped("broken markup", f"<{tag}> without its other half")
-        if is_chat and (match := CONTROL.search(text)):
-            raise Dropped("broken markup", match[0])
-    if text.count("```") % 2:
-        raise Dropped("broken markup", "``` without its other half")
+            halves[match[2].lower()] += -1 if match[1] else 1
+        halves |= {tag: text.count(f"<{tag}>") - text.count(f"</{tag}>") for tag in ("think", "answer")}
+        wrong = [match[0] for match in LEFTOVERS.finditer(text)] + [f"<{tag}>" for tag in halves if halves[tag]]
+        wrong += CONTROL.findall(text) if is_chat else []
+    if wrong or text.count("```") % 2:
+        raise Dropped("broken markup", ", ".join(wrong[:3]) or "``` without its other half")
 
 
 def is_cut(answer: str) -> bool:

@@ -1,13 +1,19 @@
 """From raw files to records: layouts, rules, reports, and what a broken input says."""
 
+import contextlib
 import gzip
 import json
+import random
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
+import zstandard
 from conftest import ROOT, write_conversations, write_jsonl, write_preferences, write_texts
+from filelock import FileLock
 
 from scripts import prepare_data
 
@@ -119,7 +125,7 @@ def test_distilled_reasoning_gets_the_four_tags(tmp_path, row):
 def test_an_answer_without_a_thought_is_no_reasoning(tmp_path):
     rows = [{"question": "1+1?", "answer": "2"}, {"question": "1+1?", "reasoning": "加", "answer": "2"}]
     assert len(converted(tmp_path, rows, "--to", "reason")) == 1
-    assert reasons(tmp_path / "made.jsonl") == {"no thought before the answer": 1}
+    assert reasons(tmp_path / "made.jsonl") == {"no thought and answer": 1}
 
 
 def test_gsm8k_becomes_problems_with_a_bare_answer(tmp_path):
@@ -172,7 +178,7 @@ def test_what_cannot_be_converted_is_counted_by_reason(tmp_path):
     ]
     assert len(converted(tmp_path, rows)) == 1
     found = reasons(tmp_path / "made.jsonl")
-    assert found["no known layout"] == found["not a JSON object"] == found["history is not a list of pairs"] == 1
+    assert found["no layout that we know"] == found["not a JSON object"] == found["history is not a list of pairs"] == 1
     assert sum(found.values()) == 4 and report(tmp_path / "made.jsonl")["rows_in"] == 5
 
 
@@ -206,8 +212,6 @@ def write_as(path: Path, rows: list[dict]) -> Path:
     if name.endswith(".gz"):
         data = gzip.compress(data)
     if name.endswith(".zst"):
-        import zstandard
-
         data = zstandard.compress(data)
     path.write_bytes(data)
     return path
@@ -294,20 +298,21 @@ def test_bad_lines_are_counted_by_reason_with_file_and_line(tmp_path):
 @pytest.mark.parametrize(
     ("name", "data", "said"),
     [
-        ("a.jsonl.gz", b'{"text": "plain"}\n', "not a gzip file"),
-        ("b.jsonl.gz", gzip.compress(b'{"text": "cut short"}\n' * 9000)[:-300], "damaged"),
-        ("a.jsonl.zst", b'{"text": "plain"}\n', "not a whole zstd file"),
-        ("a.parquet", b"PAR1 no table", "not a readable parquet file"),
+        ("a.jsonl.gz", b'{"text": "plain"}\n', "Not a gzipped file"),
+        ("b.jsonl.gz", gzip.compress(b'{"text": "cut short"}\n' * 9000)[:-300], "ended before"),
+        ("a.jsonl.zst", b'{"text": "plain"}\n', "zstd"),
+        ("b.jsonl.zst", zstandard.compress(b'{"text": "cut short"}\n' * 9000)[:-9], "ends early"),
+        ("a.parquet", b"PAR1 no table", "Parquet"),
         ("a.json", b'[{"text": "one"}, {"text": ', "broken after item 1"),
         ("a.json", b'[{"text": "one"} oops]', "broken after item 1"),
         ("a.jsonl", b"", "is empty"),
-        ("a.jsonl", b'{"x": 1}\n', "no known layout (keys here: x)"),
+        ("a.jsonl", b'{"x": 1}\n', "no layout that we know (keys: x)"),
     ],
 )
 def test_a_damaged_file_is_named_and_nothing_is_written(tmp_path, name, data, said):
     (tmp_path / name).write_bytes(data)
     message = error_of("convert", tmp_path / name, "-o", tmp_path / "made.jsonl")
-    assert said in message and str(tmp_path / name) in message or said.startswith("no known")
+    assert said in message and str(tmp_path / name) in message
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
@@ -480,3 +485,278 @@ def test_inspect_agrees_with_the_token_cache(tmp_path, capsys, write, kind, toke
         f"{cache.meta['tokens']:,} tokens in {cache.meta['documents']:,} documents, {targets:,} learned"
         in capsys.readouterr().out
     )
+
+
+# --- overlap ---------------------------------------------------------------------------------------------------------
+
+
+def edited(rng: random.Random, text: str, share: float) -> str:
+    """The text with about that share of its characters replaced, in a few places."""
+    letters = list(text)
+    for _ in range(int(len(text) * share)):
+        letters[rng.randrange(len(letters))] = chr(rng.randrange(0x4E00, 0x9FA5))
+    return "".join(letters)
+
+
+def similarity(left: str, right: str) -> float:
+    """The Jaccard similarity of the 5-character runs, counted one by one."""
+    a, b = ({text[n : n + 5] for n in range(len(text) - 4)} for text in (left, right))
+    return len(a & b) / len(a | b)
+
+
+def random_text(rng: random.Random, length: int) -> str:
+    return "".join(chr(rng.randrange(0x4E00, 0x9FA5)) for _ in range(length))
+
+
+def test_dedup_keeps_the_first_and_ignores_width_case_and_marks(tmp_path):
+    texts = ["Ａ cat，很小的猫！", "另一只猫，很大的一只", "a CAT 很小的猫", "另一只猫，很大的一只"]
+    a = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    b = write_jsonl(tmp_path / "b.jsonl", [{"text": texts[1]}, {"text": "第三只猫，不大也不小"}])
+    prepare("dedup", a, b, "-o", tmp_path / "c.jsonl")
+    assert [r["text"] for r in read(tmp_path / "c.jsonl")] == [*texts[:2], "第三只猫，不大也不小"]
+    assert reasons(tmp_path / "c.jsonl") == {"exact duplicate": 3}
+    assert (
+        report(tmp_path / "c.jsonl")["dropped"]["exact duplicate"]["examples"][0]["detail"] == "of row 1 of all files"
+    )
+
+
+def test_near_duplicates_are_those_whose_runs_are_alike(tmp_path):
+    """Against similarities counted one by one; near the bound the estimate may err: 120 minima, 3 to 4 % either way."""
+    rng = random.Random(0)
+    originals = [random_text(rng, rng.randrange(60, 400)) for _ in range(60)]
+    copies = [edited(rng, text, rng.choice([0.003, 0.01, 0.03, 0.06, 0.2])) for text in originals for _ in range(4)]
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in originals + copies])
+    prepare("dedup", source, "-o", tmp_path / "b.jsonl")
+    kept = {record["text"] for record in read(tmp_path / "b.jsonl")}
+    assert set(originals) <= kept
+    likeness = {copy: similarity(copy, originals[n // 4]) for n, copy in enumerate(copies)}
+    near = [copy for copy in copies if likeness[copy] > 0.9]
+    far = [copy for copy in copies if likeness[copy] < 0.5]
+    assert len(near) > 40 and len(far) > 40
+    assert not kept & set(near) and set(far) <= kept
+    prepare("dedup", source, "-o", tmp_path / "c.jsonl", "--near", "0")
+    assert len(read(tmp_path / "c.jsonl")) == len(set(originals + copies))
+
+
+def test_held_out_rows_come_first_and_are_not_written(tmp_path):
+    rng = random.Random(1)
+    texts = [random_text(rng, 200) for _ in range(6)]
+    held_out = write_jsonl(tmp_path / "valid.jsonl", [{"text": texts[0]}, {"text": edited(rng, texts[1], 0.005)}])
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    prepare("dedup", source, "-o", tmp_path / "b.jsonl", "--held_out", held_out)
+    assert [r["text"] for r in read(tmp_path / "b.jsonl")] == texts[2:]
+    assert reasons(tmp_path / "b.jsonl") == {"exact duplicate": 1, "near duplicate": 1}
+
+
+def test_dedup_of_many_rows_in_slices_gives_the_same(tmp_path, monkeypatch):
+    rng = random.Random(2)
+    texts = [random_text(rng, 40) for _ in range(300)]
+    rows = [{"text": rng.choice([text, edited(rng, text, 0.03)])} for text in rng.choices(texts, k=900)]
+    source = write_jsonl(tmp_path / "a.jsonl", rows + [{"broken": 1}])
+    source.write_bytes(source.read_bytes() + b"{oops\n")
+    prepare("dedup", source, "-o", tmp_path / "b.jsonl")
+    monkeypatch.setattr("scripts.prepare_overlap.SLICE_ROWS", 50)
+    prepare("dedup", source, "-o", tmp_path / "c.jsonl")
+    assert (tmp_path / "b.jsonl").read_bytes() == (tmp_path / "c.jsonl").read_bytes()
+    assert reasons(tmp_path / "b.jsonl")["broken JSON"] == 1
+
+
+QUESTION = "在农业生产中被当作极其重要的劳动对象发挥作用，最主要的不可替代的基本生产资料是"
+ENGLISH = (
+    "An astronomer observes that a planet rotates faster after a meteorite impact, which is the most likely effect?"
+)
+
+
+@pytest.fixture
+def evaluation(tmp_path) -> Path:
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    (folder / "ceval.csv").write_text(
+        f"id,question,A,B,C,D,answer\n0,短题,甲,乙,丙,丁,A\n1,{QUESTION},工具,土地,劳力,资金,B\n", "utf-8"
+    )
+    (folder / "cmmlu.csv").write_text(",Question,A,B,C,D,Answer\n0,另一题,甲,乙,丙,丁,A\n", "utf-8")
+    write_jsonl(folder / "core.jsonl", [{"query": ENGLISH, "choices": ["a", "b"], "gold": 1}])
+    return folder
+
+
+def test_decontaminate_finds_shared_text_in_any_layout(tmp_path, evaluation, capsys):
+    shared = [
+        {"text": "题目：" + QUESTION.replace("，", "\n")[5:35] + "……"},  # other marks between the same letters
+        {"conversations": [{"role": "user", "content": ENGLISH.upper()}, {"role": "assistant", "content": "Days."}]},
+    ]
+    clean = [{"text": QUESTION[:20] + "别的东西"}, {"text": "An astronomer observes that a planet rotates faster."}]
+    source = write_jsonl(tmp_path / "a.jsonl", [shared[0], clean[0], shared[1], clean[1]])
+    prepare("decontaminate", source, "-o", tmp_path / "b.jsonl", "--evaluation", evaluation)
+    assert read(tmp_path / "b.jsonl") == clean
+    assert "4 evaluation rows; 2 are too short" in capsys.readouterr().out
+    details = [
+        e["detail"] for e in report(tmp_path / "b.jsonl")["dropped"]["shares text with an evaluation"]["examples"]
+    ]
+    assert "ceval.csv:2: " in details[0] and "core.jsonl:1: an astronomer" in details[1]
+    prepare("decontaminate", source, "-o", tmp_path / "c.jsonl", "--evaluation", evaluation, "--list_only")
+    assert [found["row"] for found in read(tmp_path / "c.jsonl")] == shared
+
+
+def test_decontaminate_says_when_nothing_can_be_found(tmp_path):
+    source = write_texts(tmp_path / "a.jsonl", 2)
+    evaluation = write_jsonl(tmp_path / "e.jsonl", [{"query": "短", "choices": ["甲"], "gold": 0}])
+    assert "--characters" in error_of("decontaminate", source, "-o", tmp_path / "b.jsonl", "--evaluation", evaluation)
+
+
+# --- mix and join ----------------------------------------------------------------------------------------------------
+
+
+def numbered(path: Path, count: int, name: str = "row") -> Path:
+    return write_jsonl(path, [{"text": f"{name} {n}", "score": (n * 7919) % count - 5} for n in range(count)])
+
+
+def test_mix_takes_each_input_so_many_times_and_shuffles_by_seed(tmp_path, monkeypatch):
+    a, b, c = (numbered(tmp_path / f"{name}.jsonl", 400, name) for name in "abc")
+    flags = ["--epochs", "1", "2", "0.5"]
+    prepare("mix", a, b, c, "-o", tmp_path / "1.jsonl", *flags)
+    monkeypatch.setattr("scripts.prepare_mix.RUN_CHARACTERS", 2000)  # many runs to merge
+    prepare("mix", a, b, c, "-o", tmp_path / "2.jsonl", *flags)
+    prepare("mix", a, b, c, "-o", tmp_path / "3.jsonl", *flags, "--seed", "1")
+    first, other = read(tmp_path / "1.jsonl"), read(tmp_path / "3.jsonl")
+    assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "2.jsonl").read_bytes() and first != other
+    counts = Counter(record["text"] for record in first)
+    assert all(counts[f"a {n}"] == 1 and counts[f"b {n}"] == 2 for n in range(400))
+    assert 150 < sum(counts[f"c {n}"] for n in range(400)) < 250  # half of 400, five deviations of 10 either way
+    assert sorted(map(str, other)) != sorted(map(str, first))  # another half
+    where = [n for n, record in enumerate(first) if record["text"][0] == "a"]
+    assert 0.45 < sum(where) / len(where) / len(first) < 0.55
+
+
+def test_mix_by_weights_and_rows(tmp_path):
+    a, b = numbered(tmp_path / "a.jsonl", 1000, "a"), numbered(tmp_path / "b.jsonl", 100, "b")
+    prepare("mix", a, b, "-o", tmp_path / "c.jsonl", "--weights", "3", "1")
+    names = Counter(record["text"][0] for record in read(tmp_path / "c.jsonl"))
+    assert names["b"] == 100 and 240 < names["a"] < 360  # 300 expected, four deviations of 14.5
+    prepare("mix", a, b, "-o", tmp_path / "d.jsonl", "--weights", "3", "1", "--rows", "4000")
+    assert Counter(record["text"][0] for record in read(tmp_path / "d.jsonl")) == {"a": 3000, "b": 1000}
+
+
+@pytest.mark.parametrize("order", ["length", "score"])
+def test_mix_in_order_of_a_measure(tmp_path, order):
+    source = numbered(tmp_path / "a.jsonl", 1200)
+    measure = (lambda r: len(r["text"])) if order == "length" else lambda r: r["score"]
+    for flags, sign in (([], 1), (["--descending"], -1)):
+        prepare("mix", source, "-o", tmp_path / "b.jsonl", "--order", order, "--overwrite", *flags)
+        measures = [sign * measure(record) for record in read(tmp_path / "b.jsonl")]
+        assert len(measures) == 1200 and measures == sorted(measures)
+    assert "no number named 'quality'" in error_of("mix", source, "-o", tmp_path / "c.jsonl", "--order", "quality")
+
+
+def test_held_out_rows_are_in_one_file_only_with_all_their_copies(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": f"row {n % 500}"} for n in range(1000)])
+    valid = tmp_path / "valid.jsonl"
+    prepare("mix", source, "-o", tmp_path / "b.jsonl", "--held_out", "100", "--held_out_output", valid, "--epochs", "2")
+    held_out, rest = [r["text"] for r in read(valid)], [r["text"] for r in read(tmp_path / "b.jsonl")]
+    assert 50 <= len(held_out) <= 100 and len(set(held_out)) == len(held_out)
+    assert not set(held_out) & set(rest) and len(rest) == 4 * (500 - len(held_out))
+
+
+def test_some_conversations_get_a_system_turn_and_some_lose_an_empty_thought(tmp_path):
+    empty = "<think>\n\n</think>\n\n"
+    turns = [{"role": "user", "content": "问"}, {"role": "assistant", "content": empty + "答"}]
+    source = write_jsonl(tmp_path / "a.jsonl", [{"conversations": turns, "n": n} for n in range(1000)])
+    flags = ["--random_system", "0.2", "--drop_empty_think", "0.8"]
+    prepare("mix", source, "-o", tmp_path / "b.jsonl", *flags)
+    records = read(tmp_path / "b.jsonl")
+    opened = [r for r in records if r["conversations"][0]["role"] == "system"]
+    thoughtless = [r for r in records if r["conversations"][-1]["content"] == "答"]
+    assert 140 < len(opened) < 260 and 740 < len(thoughtless) < 860  # five deviations of 12.6
+    changed = {name: entry["rows"] for name, entry in report(tmp_path / "b.jsonl")["changed"].items()}
+    assert changed == {"random system turn": len(opened), "empty <think> block taken out": len(thoughtless)}
+    prepare("mix", source, "-o", tmp_path / "c.jsonl", *flags)
+    assert (tmp_path / "b.jsonl").read_bytes() == (tmp_path / "c.jsonl").read_bytes()
+
+
+def test_join_makes_texts_as_the_published_file_has_them(tmp_path):
+    def chat(*contents: str) -> dict:
+        roles = ["user", "assistant"] * len(contents)
+        return {"conversations": [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]}
+
+    rows = [
+        chat("问一", "答一"),
+        chat("问二", "答二", "问三", "答三"),
+        chat("问四", "长" * 40),
+        chat("太长", "长" * 99),
+    ]
+    source = write_jsonl(tmp_path / "a.jsonl", rows)
+    prepare("join", source, "-o", tmp_path / "b.jsonl", "--max_chars", "160")
+    texts = [record["text"] for record in read(tmp_path / "b.jsonl")]
+    turn = "<|im_start|>{}<|im_end|>".format
+    assert texts == [
+        " ".join(map(turn, ["问一", "答一", "问二", "答二", "问三", "答三"])),
+        f"{turn('问四')} {turn('长' * 40)}",
+    ]
+    assert reasons(tmp_path / "b.jsonl") == {"longer than a text may be": 1}
+    prepare("join", source, "-o", tmp_path / "c.jsonl", "--max_chars", "60", "--plain")
+    assert [r["text"] for r in read(tmp_path / "c.jsonl")] == ["问一\n答一\n问二\n答二\n问三\n答三\n问四\n" + "长" * 40]
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+
+def raw_of(kind: str, rng: random.Random) -> list[dict]:
+    """Rows of a raw source of each kind, as good as they can be."""
+    texts = [f"这是第{n}个回答，" + random_text(rng, 60) + "。" for n in range(80)]
+    asked = [f"第{n}个问题，{random_text(rng, 12)}？" for n in range(80)]
+    if kind == "dpo":
+        return [{"prompt": q, "chosen": a, "rejected": a[::-1]} for q, a in zip(asked, texts, strict=True)]
+    if kind == "reason":
+        return [{"input": q, "reasoning_content": a, "content": a[9:]} for q, a in zip(asked, texts, strict=True)]
+    return [{"instruction": q, "input": "", "output": a, "history": []} for q, a in zip(asked, texts, strict=True)]
+
+
+@pytest.mark.parametrize("name", prepare_data.RECIPES)
+def test_every_recipe_makes_a_file_that_trains(tmp_path, capsys, tokenizer, name, evaluation):
+    from dataset.token_cache import open_token_cache
+
+    rows = raw_of(name, random.Random(3))
+    source = write_as(tmp_path / "raw.json", [*rows, *rows[:20]])
+    output = tmp_path / "made" / f"{name}.jsonl"
+    flags = ["--evaluation", evaluation] if name == "sft_512" else []
+    prepare("recipe", source, "-o", output, "--name", name, *flags)
+    kind = {"pretrain": "pretrain", "dpo": "preference"}.get(name, "conversation")
+    cache = open_token_cache(output, tokenizer, kind, cache_dir=tmp_path / "cache", show_progress=False)
+    contents = output.read_text("utf-8")
+    assert cache.meta["skipped_lines"] == 0 and all(contents.count(f"第{n}个问题") >= 1 for n in range(80))
+    assert len(read(output)) == 80 or name == "pretrain"
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python scripts/prepare_data.py")]
+    steps = len(prepare_data.RECIPES[name].split(" | ")) + bool(flags)
+    assert len(shown) == steps == len(list(output.parent.glob("*.report.json")))
+    assert [path.name for path in output.parent.glob("*.jsonl")] == [output.name]
+
+
+def test_a_killed_run_leaves_no_half_file_and_its_processes_end(tmp_path):
+    """Killed at several moments and started again: the same bytes as uninterrupted, and no worker left."""
+    source = tmp_path / "a.jsonl"
+    rng = random.Random(4)
+    write_jsonl(source, [{"text": f"{n} " + random_text(rng, 200)} for n in range(8000)])
+    for command in ("clean", "dedup", "mix"):
+        whole = tmp_path / f"{command}_whole.jsonl"
+        prepare(command, source, "-o", whole, workers=2)
+        again = tmp_path / f"{command}.jsonl"
+        start = [sys.executable, SCRIPT, command, source, "-o", again, "--quiet", "--workers=2"]
+        for seconds in (0.6, 1.2, 2.0):
+            process = subprocess.Popen(list(map(str, start)), stdout=subprocess.DEVNULL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(seconds)
+            children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+            process.kill()
+            process.wait()
+            assert not psutil.wait_procs(children, timeout=60)[1]
+            assert not again.exists() or again.read_bytes() == whole.read_bytes()
+        subprocess.run([*map(str, start), "--overwrite"], check=True, stdout=subprocess.DEVNULL)
+        assert again.read_bytes() == whole.read_bytes()
+        assert not again.with_name(again.name + ".unfinished").exists()
+
+
+def test_two_runs_on_one_output_do_not_mix(tmp_path):
+    source = write_texts(tmp_path / "a.jsonl", 5)
+    (tmp_path / "b.jsonl.unfinished").mkdir()
+    with FileLock(tmp_path / "b.jsonl.unfinished" / "lock"):
+        assert "another run is writing" in error_of("clean", source, "-o", tmp_path / "b.jsonl")
+    prepare("clean", source, "-o", tmp_path / "b.jsonl")

@@ -1,0 +1,174 @@
+"""Rows of several files into one in a chosen order (mix), and turns into pretraining texts (join)."""
+
+import heapq
+import struct
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from scripts.prepare_overlap import hash_of, strings_of
+from scripts.prepare_pipeline import Dropped, Report, Step, all_blocks, dumped, flag, new_output, rows_of
+from scripts.prepare_sources import find_files
+
+RUN_CHARACTERS = 16 << 20  # rows that are sorted in memory together
+KEY_CHARACTERS = 32
+MOST_RUNS = 256  # files open at once; beyond 4 GB the runs grow
+SYSTEM_PROMPTS = (
+    "你是一个乐于助人的助手。",
+    "你是 MiniMind，一个小巧而有用的人工智能助手。",
+    "请用简洁、准确的语言回答用户的问题。",
+    "你是一位知识丰富的助手，请尽量详细地回答。",
+    "You are a helpful assistant.",
+    "You are MiniMind, a small but useful assistant.",
+    "Answer the user's questions briefly and precisely.",
+)
+EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
+
+
+@dataclass
+class Mix(Step):
+    """Write one file from several: shuffled or sorted, some rows twice or in part, some held out."""
+
+    epochs: tuple = flag((), "how many times each input is taken; 0.5: half of its rows (default: once)", type=float)
+    weights: tuple = flag((), "instead: the share of each input in the output", type=float)
+    rows: int = flag(0, "rows of the output, with --weights (default: as many as there are without repeating any)")
+    order: str = flag("shuffle", "shuffle, length, or the name of a number in each record (default: %(default)s)")
+    descending: bool = flag(False, "from long to short, from high to low")
+    held_out: int = flag(0, "random rows, with all their copies, that go into --held_out_output instead")
+    held_out_output: Path | None = flag(None, "the file for them", type=Path)
+    random_system: float = flag(0.0, "share of the conversations without a system turn that get a random one")
+    drop_empty_think: float = flag(0.0, "share of the answers with an empty <think> block that lose it")
+    seed: int = flag(42, "of everything random (default: %(default)s)")
+
+    def run(self, args) -> None:
+        inputs, report, held_out = find_files(args.inputs), Report(), {}
+        if bool(self.held_out) != bool(self.held_out_output):
+            raise ValueError("--held_out and --held_out_output go together")
+        epochs, last_held_out = self._plan(inputs, args)
+        with new_output(args, inputs) as (file, scratch), ExitStack() as stack:
+            runs, keyed, size = [], [], 0
+            longest = max(RUN_CHARACTERS, sum(path.stat().st_size for path in inputs) // MOST_RUNS)
+
+            def write_run() -> None:
+                with open(scratch / f"run{len(runs)}", "w", encoding="utf-8", newline="") as run:
+                    run.writelines(sorted(keyed))
+                runs.append(stack.enter_context(open(run.name, encoding="utf-8", newline="\n")))
+                keyed.clear()
+
+            for index, path, line, row in self._rows(inputs, "mix: reading", report, args):
+                content = hash_of(f"{self.seed} {line}")
+                if content <= last_held_out:
+                    held_out[content] = line
+                    continue
+                for copy in range(int(epochs[path] + self._random("copies", index))):
+                    made = self._varied(row, f"{index} {copy}", report.changed) or line
+                    keyed.append(f"{self._key(row, f'{index} {copy}')}{made}\n")
+                    size += len(made)
+                    report.rows_out += 1
+                    if size > longest:
+                        size = write_run() or 0
+            write_run()
+            file.writelines(line[KEY_CHARACTERS:].encode() for line in heapq.merge(*runs))
+            if not report.rows_out:
+                raise ValueError("no row is left; see --epochs and --held_out")
+            if held_out:
+                lines = "".join(held_out[content] + "\n" for content in sorted(held_out))
+                self.held_out_output.write_text(lines, encoding="utf-8")
+            report.write(args.output, args.command, inputs, self.settings())
+
+    def _rows(self, inputs: list[Path], title: str, report: Report, args) -> Iterator[tuple[int, Path, str, dict]]:
+        for block in all_blocks(inputs, title, args):
+            for number, line, row in rows_of(block):
+                report.rows_in += 1
+                if isinstance(row, Dropped):
+                    report.count(report.dropped, row.reason, f"{block.path}:{number}", line, row.detail)
+                else:
+                    yield report.rows_in, block.path, line, row
+
+    def _plan(self, inputs: list[Path], args) -> tuple[dict[Path, float], int]:
+        """How many times each input is taken, and the largest hash of the rows that are held out."""
+        given = self.weights or self.epochs or [1.0] * len(inputs)
+        if len(given) != len(inputs) or min(given) < 0 or not sum(given):
+            raise ValueError(f"--epochs and --weights need a number from 0 up for each of the {len(inputs)} inputs")
+        epochs, counts, last = dict(zip(inputs, given, strict=True)), Counter(), -1
+        if self.weights or self.held_out:
+
+            def contents() -> Iterator[int]:
+                for _, path, line, _ in self._rows(inputs, "mix: counting", Report(), args):
+                    counts[path] += 1
+                    yield hash_of(f"{self.seed} {line}")
+
+            smallest = heapq.nsmallest(max(self.held_out, 1), contents())
+            last = smallest[-1] if self.held_out else -1
+        if self.weights:
+            shares = {path: weight / sum(given) for path, weight in epochs.items() if weight}
+            rows = self.rows or min(counts[path] / share for path, share in shares.items())
+            epochs = {path: shares.get(path, 0) * rows / max(counts[path], 1) for path in inputs}
+        return epochs, last
+
+    def _random(self, *what: object) -> float:
+        return hash_of(f"{self.seed} {what}") / 2**64
+
+    def _key(self, row: dict, copy: str) -> str:
+        """KEY_CHARACTERS whose order is that of the output."""
+        value = 0.0
+        if self.order == "length":
+            value = sum(map(len, strings_of(row)))
+        elif self.order != "shuffle":
+            value = row.get(self.order)
+            if not isinstance(value, int | float):
+                raise ValueError(f"a record has no number named {self.order!r}; see --order")
+        (bits,) = struct.unpack(">Q", struct.pack(">d", -value if self.descending else value))
+        rank = bits ^ (-(bits >> 63) & (1 << 64) - 1 | 1 << 63)  # so that whole numbers sort as the floats do
+        return f"{rank:016x}{hash_of(f'{self.seed} place {copy}'):016x}"
+
+    def _varied(self, row: dict, copy: str, changed: Counter) -> str | None:
+        """The record with a random system turn, or without its empty thoughts; None if it stays as it is."""
+        turns = row.get("conversations")
+        if not turns or not (self.random_system or self.drop_empty_think):
+            return None
+        made = []
+        for number, turn in enumerate(turns):
+            content = turn.get("content")
+            empty = isinstance(content, str) and content.startswith(EMPTY_THOUGHT)
+            if empty and self._random("think", copy, number) < self.drop_empty_think:
+                turn = turn | {"content": content.removeprefix(EMPTY_THOUGHT)}
+                changed["empty <think> block taken out"] += 1
+            made.append(turn)
+        if turns[0].get("role") != "system" and self._random("system", copy) < self.random_system:
+            prompt = SYSTEM_PROMPTS[int(self._random("prompt", copy) * len(SYSTEM_PROMPTS))]
+            made.insert(0, {"role": "system", "content": prompt})
+            changed["random system turn"] += 1
+        return None if made == turns else dumped(row | {"conversations": made})
+
+
+@dataclass
+class Join(Step):
+    """Make pretraining texts of conversations as pretrain_hq has them, several to a text."""
+
+    max_chars: int = flag(512, "longest text, in characters (default: %(default)s)")
+    plain: bool = flag(False, "lines without <|im_start|> and <|im_end|>")
+
+    def __call__(self, row: dict, changes: list[str]) -> list[str]:
+        turns = row.get("conversations") or [{"role": "user", "content": row.get("text")}]
+        said = [turn["content"] for turn in turns if turn.get("role") in ("user", "assistant")]
+        if not all(isinstance(text, str) and text.strip() for text in said) or not said:
+            raise Dropped("no text in a turn")
+        text = self._joined(said if self.plain else [f"<|im_start|>{text.strip()}<|im_end|>" for text in said])
+        if len(text) > self.max_chars:
+            raise Dropped("longer than a text may be", f"{len(text)} characters")
+        return [text]
+
+    def finish(self, records: list[str]) -> list[dict]:
+        texts = []
+        for text in records:
+            if texts and len(texts[-1]) + 1 + len(text) <= self.max_chars:
+                texts[-1] = self._joined([texts[-1], text])
+            else:
+                texts.append(text)
+        return [{"text": text} for text in texts]
+
+    def _joined(self, texts: list[str]) -> str:
+        return ("\n" if self.plain else " ").join(texts)

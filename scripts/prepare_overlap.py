@@ -1,0 +1,241 @@
+"""Rows that repeat earlier ones, exactly or nearly (dedup), and rows that share text with evaluations (decontaminate).
+
+Near duplicates are found by MinHash (Broder 1997) with banding: 120 minima of hashed 5-character runs, 20 keys of six
+minima each. Two rows with a key in common are compared by all their minima, whose share of equal ones estimates the
+Jaccard similarity. Keys and minima lie in scratch files, so memory does not grow with the data.
+"""
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from scripts.prepare_pipeline import Dropped, Step, all_blocks, flag, in_order, new_output, rows_of
+from scripts.prepare_rules import HAN, character_classes, code_points, rolling_hashes
+from scripts.prepare_sources import Block, find_files, read_blocks
+
+SHINGLE = 5  # characters
+BANDS, BAND_ROWS = 20, 6
+MINIMA = BANDS * BAND_ROWS
+SLICE_ROWS = 500_000  # rows whose keys are sorted together: bounds memory
+ROUNDS = 20  # rows of one key that the others are compared with
+MULTIPLIERS = np.random.default_rng(1).integers(0, 1 << 32, (2, MINIMA), np.uint32) | np.uint32(1)
+KEY_WEIGHTS = np.random.default_rng(2).integers(0, 1 << 63, BAND_ROWS, np.uint64) | np.uint64(1)
+NOT_ALNUM = re.compile(r"[\W_]+")
+
+
+def strings_of(value: object) -> Iterator[str]:
+    """All texts in a row, at any depth, but for roles."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in pairs:
+            if key not in ("role", "from"):
+                yield from strings_of(inner)
+
+
+def normal(text: str) -> str:
+    """Letters and digits alone, in one width and case: what is equal here counts as equal."""
+    return NOT_ALNUM.sub("", unicodedata.normalize("NFKC", text).casefold())
+
+
+def minima_of(text: str) -> np.ndarray | None:
+    """The MinHash of a normal text, (MINIMA,) uint32; None if it is shorter than a shingle."""
+    runs = rolling_hashes(code_points(text), SHINGLE).astype(np.uint64)
+    if not len(runs):
+        return None
+    runs = ((runs * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)).astype(np.uint32)
+    parts = [runs[n : n + 4096, None] * MULTIPLIERS[0] + MULTIPLIERS[1] for n in range(0, len(runs), 4096)]
+    return np.min([part.min(axis=0) for part in parts], axis=0)
+
+
+def sign_block(near: float, block: Block) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(rows,) keys of equal texts, (BANDS, rows) keys of near ones, (rows, MINIMA) low bytes. Key 0: not comparable."""
+    texts = [None if isinstance(row, Dropped) else normal("".join(strings_of(row))) for _, _, row in rows_of(block)]
+    exact = np.array([hash_of(text) if text else 0 for text in texts], np.uint64)
+    minima = [minima_of(text) if text and near else None for text in texts]
+    table = np.array([np.zeros(MINIMA, np.uint32) if row is None else row for row in minima]).reshape(-1, MINIMA)
+    bands = (table.reshape(-1, BANDS, BAND_ROWS) * KEY_WEIGHTS).sum(axis=2)
+    return exact, np.ascontiguousarray(bands.T), table.astype(np.uint8)
+
+
+def hash_of(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+@dataclass
+class Dedup(Step):
+    """Leave out rows that repeat an earlier row, exactly or nearly; held-out files count as earlier."""
+
+    near: float = flag(
+        0.8, "similarity (Jaccard) from which rows are near duplicates, 0: exact ones only (default: 0.8)"
+    )
+    held_out: tuple = flag((), "files whose rows must not be in the output", type=Path)
+
+    def run(self, args) -> None:
+        inputs, held_out = find_files(args.inputs), find_files(self.held_out)
+        with new_output(args, [*inputs, *held_out]) as (file, scratch):
+            counts = self._sign(held_out + inputs, scratch, args)
+            like = np.memmap(scratch / "like", np.int64, "w+", shape=sum(counts))  # the row that it repeats, plus one
+            is_near = np.memmap(scratch / "near", np.bool_, "w+", shape=sum(counts))
+            for name in ["exact", *(f"band{band}" for band in range(BANDS if self.near else 0))]:
+                for leaders, rows in self._repeats(scratch, name, like):
+                    new = like[rows] == 0
+                    like[rows[new]], is_near[rows[new]] = leaders[new] + 1, name != "exact"
+            self.write(file, self._judged(held_out, inputs, counts, like, is_near, args), inputs, args)
+
+    def _sign(self, paths: list[Path], scratch: Path, args) -> list[int]:
+        """Write keys and minima of all rows to scratch files; return the rows of each block."""
+        counts = []
+        names = ["exact", *(f"band{band}" for band in range(BANDS)), "minima"]
+        files = {name: open(scratch / name, "wb") for name in names}
+        blocks = all_blocks(paths, "dedup: reading", args)
+        for exact, bands, minima in in_order(sign_block, self.near, blocks, args):
+            counts.append(len(exact))
+            for name, array in zip(names, [exact, *bands, minima], strict=True):
+                files[name].write(memoryview(array).cast("B"))
+        for file in files.values():
+            file.close()
+        return counts
+
+    def _repeats(self, scratch: Path, name: str, like: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(earlier rows, rows that repeat them) among those not left out yet, a part of the keys at a time."""
+        slices = len(like) // SLICE_ROWS + 1
+        for part in range(slices):
+            keys, rows = _slice_of(scratch / name, part, slices, like)
+            order = np.lexsort((rows, keys))
+            keys, rows = keys[order], rows[order]
+            for _ in range(ROUNDS):
+                first = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1]))) if len(keys) else []
+                sizes = np.diff([*first, len(keys)])
+                leaders = np.repeat(rows[first], sizes)
+                others = np.flatnonzero(leaders != rows)
+                if not len(others):
+                    break
+                alike = (
+                    np.ones(len(others), bool)
+                    if name == "exact"
+                    else self._alike(scratch, leaders[others], rows[others])
+                )
+                yield leaders[others[alike]], rows[others[alike]]
+                keys, rows = keys[others[~alike]], rows[others[~alike]]
+
+    def _alike(self, scratch: Path, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        with open(scratch / "minima", "rb") as file:
+
+            def read(rows: np.ndarray) -> np.ndarray:
+                found = bytearray()
+                for row in rows.tolist():
+                    file.seek(row * MINIMA)
+                    found += file.read(MINIMA)
+                return np.frombuffer(found, np.uint8).reshape(-1, MINIMA)
+
+            equal = np.concatenate(
+                [
+                    (read(left[n : n + 4096]) == read(right[n : n + 4096])).mean(axis=1)
+                    for n in range(0, len(left), 4096)
+                ]
+            )
+        return (equal - 1 / 256) / (1 - 1 / 256) >= self.near  # a byte is equal by chance once in 256
+
+    def _judged(
+        self, held_out: list[Path], inputs: list[Path], counts: list[int], like, is_near, args
+    ) -> Iterator[Block]:
+        """The blocks of the inputs, with a verdict for each row."""
+        start, counts = 0, iter(counts)
+        for path in held_out:
+            for _ in read_blocks(path, args.encoding):
+                start += next(counts)
+        for block in all_blocks(inputs, "dedup: writing", args):
+            stop = start + next(counts)
+            verdicts = [
+                Dropped("near duplicate" if near else "exact duplicate", f"of row {twin:,} of all files")
+                if twin
+                else None
+                for twin, near in zip(like[start:stop].tolist(), is_near[start:stop].tolist(), strict=True)
+            ]
+            yield block._replace(verdicts=verdicts)
+            start = stop
+
+
+def _slice_of(path: Path, part: int, slices: int, like: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(keys, rows) of the rows whose key falls into one part of all keys and that are not left out yet."""
+    found, start = [], 0
+    with open(path, "rb") as file:
+        while len(keys := np.frombuffer(file.read(8 * SLICE_ROWS), np.uint64)):
+            chosen = np.flatnonzero((keys % slices == part) & (keys != 0) & (like[start : start + len(keys)] == 0))
+            found.append((keys[chosen], chosen + start))
+            start += len(keys)
+    return tuple(np.concatenate(arrays) for arrays in zip(*found, strict=True))
+
+
+@dataclass
+class Decontaminate(Step):
+    """Leave out rows that share a run of text with evaluation files, or list them."""
+
+    evaluation: tuple = flag(
+        (), "evaluation files or folders, in any layout that evaluate.py reads", type=Path, required=True
+    )
+    characters: int = flag(24, "a shared run of as many letters, part of them Chinese (default: %(default)s)")
+    words: int = flag(13, "or of as many words (default: %(default)s)")
+    list_only: bool = flag(False, "write the rows that overlap, and with what, instead of the others")
+    known: np.ndarray | None = None  # (runs,) hashes, sorted
+    known_items: np.ndarray | None = None  # (runs,) the evaluation row that each is from
+    items: list = field(default_factory=list)
+
+    def run(self, args) -> None:
+        known = [(np.empty(0), np.empty(0, int))]
+        for path in find_files(self.evaluation):
+            for number, _, row in (found for block in read_blocks(path, args.encoding) for found in rows_of(block)):
+                runs = [hashes for text in strings_of(row) for hashes, _ in self.runs_of(text)]
+                runs = np.concatenate([np.empty(0), *runs])
+                known.append((runs[runs != 0], np.full(np.count_nonzero(runs), len(self.items))))
+                self.items.append(f"{path}:{number}")
+        short = sum(not len(runs) for runs, _ in known[1:])
+        hashes, items = (np.concatenate(arrays) for arrays in zip(*known, strict=True))
+        self.known, first = np.unique(hashes, return_index=True)
+        self.known_items = items[first]
+        if not len(hashes):
+            raise ValueError(
+                f"no text in --evaluation is as long as --characters {self.characters} or --words {self.words}"
+            )
+        print(f"{len(self.items):,} evaluation rows; {short:,} are too short to be found")
+        super().run(args)
+
+    def runs_of(self, text: str) -> Iterator[tuple[np.ndarray, list[str] | str]]:
+        """(hashes, what they are runs of): of the characters of a Chinese text, and of the words of any."""
+        letters = normal(text)
+        codes = code_points(letters)
+        hashes = rolling_hashes(codes, self.characters)
+        if len(hashes):
+            is_han = character_classes()[np.minimum(codes, 0xFFFF)] == HAN
+            han = np.convolve(is_han, np.ones(self.characters, int), "valid")
+            hashes = np.where(4 * han >= self.characters, hashes, 0)
+        yield hashes, letters
+        words = unicodedata.normalize("NFKC", text).casefold().split()
+        words = [word for word in (NOT_ALNUM.sub("", word) for word in words) if word]
+        numbers = (
+            np.array([hash_of(word) & 0x3FFFF for word in words], np.uint32) if len(words) >= self.words else codes[:0]
+        )
+        yield -rolling_hashes(numbers, self.words), words
+
+    def __call__(self, row: dict, changes: list[str]) -> list[dict] | None:
+        for text in strings_of(row):
+            for (hashes, parts), size in zip(self.runs_of(text), (self.characters, self.words), strict=True):
+                at = np.searchsorted(self.known, hashes).clip(max=len(self.known) - 1)
+                hits = np.flatnonzero((self.known[at] == hashes) & (hashes != 0))
+                if len(hits):
+                    shared = parts[hits[0] : hits[0] + size]
+                    shared = shared if isinstance(shared, str) else " ".join(shared)
+                    source = self.items[self.known_items[at[hits[0]]]]
+                    if self.list_only:
+                        return [{"shared": shared, "with": source, "row": row}]
+                    raise Dropped("shares text with an evaluation", f"{source}: {shared}")
+        if self.list_only:
+            raise Dropped("no overlap")
+        return None
