@@ -137,8 +137,8 @@ def hub_errors(hub: HuggingFace, what: str) -> Iterator[None]:
     except Exception as error:  # each library has its own; none must end in a traceback
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"{what}: {reason[:500]}\nWhat has arrived is kept: run the command again to go on. If {hub.endpoint} cannot be "
-            "reached, try --source modelscope, or a mirror: HF_ENDPOINT=https://…"
+            f"{what}: {reason[:500]}\nWhat has arrived is kept: run the command again to go on. If {hub.endpoint} "
+            "cannot be reached, try --source modelscope, or a mirror: HF_ENDPOINT=https://…"
         ) from error
 
 

@@ -148,7 +148,7 @@ class Mix(Step):
 class Join(Step):
     """Make pretraining texts of conversations as pretrain_hq has them, several to a text."""
 
-    max_chars: int = flag(512, "longest text, in characters (default: %(default)s)")
+    max_chars: int = flag(512, "longest text, in characters without marks (default: %(default)s)")
     plain: bool = flag(False, "lines without <|im_start|> and <|im_end|>")
 
     def __call__(self, row: dict, changes: list[str]) -> list[str]:
@@ -157,14 +157,14 @@ class Join(Step):
         if not all(isinstance(text, str) and text.strip() for text in said) or not said:
             raise Dropped("no text in a turn")
         text = self._joined(said if self.plain else [f"<|im_start|>{text.strip()}<|im_end|>" for text in said])
-        if len(text) > self.max_chars:
-            raise Dropped("longer than a text may be", f"{len(text)} characters")
+        if _shown(text) > self.max_chars:
+            raise Dropped("longer than a text may be", f"{_shown(text)} characters")
         return [text]
 
     def finish(self, records: list[str]) -> list[dict]:
         texts = []
         for text in records:
-            if texts and len(texts[-1]) + 1 + len(text) <= self.max_chars:
+            if texts and _shown(texts[-1]) + 1 + _shown(text) <= self.max_chars:
                 texts[-1] = self._joined([texts[-1], text])
             else:
                 texts.append(text)
@@ -172,3 +172,7 @@ class Join(Step):
 
     def _joined(self, texts: list[str]) -> str:
         return ("\n" if self.plain else " ").join(texts)
+
+
+def _shown(text: str) -> int:
+    return len(text.replace("<|im_start|>", "").replace("<|im_end|>", ""))

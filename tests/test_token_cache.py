@@ -447,7 +447,7 @@ def test_a_killed_worker_is_an_error_and_not_a_hang(tmp_path, build, monkeypatch
         self._process.kill()
 
     monkeypatch.setattr(workers._Worker, "__init__", short_lived)
-    with pytest.raises(ValueError, match="a tokenizing process ended early"):
+    with pytest.raises(ValueError, match="a worker process ended early"):
         build(data, num_workers=2)
 
 
