@@ -1,6 +1,6 @@
 """Text to token ids and back: raw documents, chat turns in ChatML, and text that arrives one token at a time.
 
-Needs only `tokenizers`, so that worker processes start without importing torch.
+It needs only `tokenizers`, so worker processes start without importing torch.
 """
 
 import codecs
@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from dataset.chat_template import DEFAULT_SYSTEM, ChatTemplate
 
 ROLES = ("system", "user", "assistant", "tool")
-# The ids that structure a conversation: what tokenizer_config.json calls them, and their names where it says nothing.
+# The ids that structure a conversation: what tokenizer_config.json calls them, and their names if it says nothing.
 CONTROL_TOKENS = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
 
 
@@ -54,7 +54,7 @@ class ChatTokenizer:
         self.sha256 = hashlib.sha256(raw).hexdigest()
         self._documents = self._read_tokenizer(raw)
         self._contents = self._read_tokenizer(raw)
-        self._contents.encode_special_tokens = True  # the one difference: control strings are spelled out as text
+        self._contents.encode_special_tokens = True  # the only difference: control strings are encoded as text
         self.vocab_size = max(self._documents.get_vocab().values()) + 1
         added_tokens = self._documents.get_added_tokens_decoder()
         self._special_ids = {token_id for token_id, token in added_tokens.items() if token.special}
@@ -77,11 +77,11 @@ class ChatTokenizer:
         return ChatTokenizer, (self._file,)
 
     def encode_documents(self, texts: list[str]) -> list[list[int]]:
-        """Ids of raw documents. Control strings in them become control ids; nothing is added."""
+        """Return the ids of raw documents. Control strings in them become control ids; nothing is added."""
         return [e.ids for e in self._documents.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_contents(self, texts: list[str]) -> list[list[int]]:
-        """Ids of what people and models say: control strings are plain text, so no content can forge a turn."""
+        """Return the ids of what people and models say. Control strings are text, so no content can forge a turn."""
         return [e.ids for e in self._contents.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_conversations(self, conversations: list[list[dict]]) -> list[tuple[list[int], list[int]]]:
@@ -123,22 +123,22 @@ class ChatTokenizer:
         return ids, left_out
 
     def encode_beginning(self, text: str) -> list[int]:
-        """Ids of a text that a model is to continue: one bos, with which documents begin in training, then the text."""
+        """Return the ids of a text for a model to continue: one bos, as documents have in training, then the text."""
         ids = self.encode_documents([text])[0]
         return ids if ids[:1] == [self.bos_id] else [self.bos_id, *ids]
 
     def decode(self, ids: Iterable[int], skip_control: bool = True) -> str:
-        """Text of ids; bytes that are no UTF-8 become U+FFFD. Control ids are left out unless skip_control is False."""
+        """Return the text of ids; invalid UTF-8 becomes U+FFFD. skip_control: leave out control ids."""
         return self._documents.decode([int(i) for i in ids], skip_special_tokens=skip_control)
 
     def token_bytes(self, token_id: int, skip_control: bool = True) -> bytes:
-        """The bytes of one id, exact in a byte-level tokenizer; b"" for unknown ids and for skipped control ids."""
+        """Return the bytes of one id, exact in a byte-level tokenizer; b"" for unknown and for skipped control ids."""
         token = self._documents.id_to_token(token_id)
         if token is None or (skip_control and token_id in self._special_ids):
             return b""
         try:
             return bytes(BYTE_OF_CHARACTER[character] for character in token)
-        except KeyError:  # an added token that is not spelled in the byte alphabet stands for itself
+        except KeyError:  # an added token outside the byte alphabet is its own text
             return token.encode()
 
     def render(
@@ -237,31 +237,31 @@ class ChatTokenizer:
 
 
 class StreamDecoder:
-    """Text of ids that arrive one at a time. The pieces of push, and flush at the end, join to decode of all ids.
+    """Text of ids that arrive one at a time. The pieces of push, and of flush at the end, add up to decode of all ids.
 
     With a byte-level tokenizer a step costs the bytes of one token, whatever came before. Other tokenizers decode a
-    window of a few ids again, and may show bytes that are no UTF-8 as more or fewer U+FFFD than decode does.
+    window of a few ids again, and may turn invalid UTF-8 into more or fewer U+FFFD than decode does.
     """
 
     def __init__(self, tokenizer: ChatTokenizer, skip_control: bool = True):
         self._tokenizer = tokenizer
         self._skip_control = skip_control
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._window = []  # other tokenizers: the ids shown last, which settle spacing, and those not shown yet
+        self._window = []  # other tokenizers: the ids shown last, which decide spacing, and those not shown yet
         self._shown = 0
 
     def push(self, token_id: int) -> str:
-        """The text that this id completes: whole characters only, "" while one is still open."""
+        """Return the text that this id completes: whole characters only, "" while one is incomplete."""
         token = self._tokenizer.token_bytes(int(token_id), self._skip_control)
         if self._tokenizer.is_byte_level:
             return self._utf8.decode(token)
-        if not token:  # what is not shown must not take the place of the ids that settle spacing
+        if not token:  # an id that is not shown must not push out the ids that decide spacing
             return ""
         self._window.append(int(token_id))
         return self._release(final=False)
 
     def flush(self) -> str:
-        """What is left at the end of a text: U+FFFD for a character that was never completed, or ""."""
+        """Return what is left at the end of a text: U+FFFD for a character that was never completed, or ""."""
         if self._tokenizer.is_byte_level:
             return self._utf8.decode(b"", final=True)
         return self._release(final=True)
@@ -269,7 +269,7 @@ class StreamDecoder:
     def _release(self, final: bool) -> str:
         before = self._tokenizer.decode(self._window[: self._shown], self._skip_control)
         text = self._tokenizer.decode(self._window, self._skip_control)
-        # A character has four bytes at most: what is open for longer is no character, and must not hold the rest back.
+        # A character has at most four bytes: what is incomplete for longer is invalid and must not hold back the rest.
         if text.endswith("\ufffd") and len(self._window) - self._shown < 4 and not final:
             return ""
         self._window = self._window[self._shown :]
@@ -278,8 +278,7 @@ class StreamDecoder:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The character that byte-level BPE writes for each byte, reversed: printable Latin-1 stands for itself, the other
-    bytes take U+0100 and on, in order."""
+    """Return character -> byte in the alphabet of byte-level BPE: printable Latin-1 as it is, the rest from U+0100."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
