@@ -15,6 +15,7 @@ import torch
 from dataset.token_cache import MAX_RECORD_BYTES
 from model.flags import add_boolean, show_defaults, utf8, utf8_path
 from model.model_minimind import PRESETS, MiniMindConfig
+from model.weights import STAGES
 from trainer.distributed import lost_process
 from trainer.estimate import run_or_estimate
 from trainer.tracking import tracking_mistakes
@@ -199,9 +200,9 @@ def model_config(args: argparse.Namespace, vocab_size: int) -> MiniMindConfig:
     return MiniMindConfig(**{**PRESETS.get(args.preset, {}), **flags, "vocab_size": vocab_size})
 
 
-def chat_command(args: argparse.Namespace, model_mode: int, *more: str) -> str:
-    """Return the command that talks to what this run made, ready to paste."""
-    command = ["python", os.path.relpath(ROOT / "eval_model.py"), "--model_mode", str(model_mode)]
+def chat_command(args: argparse.Namespace, stage: str, *more: str) -> str:
+    """Return the command that talks to the weights of a stage, ready to paste."""
+    command = ["python", os.path.relpath(ROOT / "eval_model.py"), "--model_mode", str(STAGES[stage].mode)]
     if args.out_dir != from_root("out"):
         command += ["--out_dir", str(args.out_dir)]
     if args.tokenizer_path != from_root("model"):

@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
                     checkpoint.save(training, progress, {"loss": cross_entropy, **metrics})
             if stopping:
                 break
-    logger.close(weights, progress, chat_command(args, 3))
+    logger.close(weights, progress, chat_command(args, "reason"))
     stop_process(stop, progress.complete)
 
 

@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
                     checkpoint.save(training, progress, {"loss": loss, **metrics})
             if stopping:
                 break
-    logger.close(weights, progress, chat_command(args, 4))
+    logger.close(weights, progress, chat_command(args, "full_dist"))
     stop_process(stop, progress.complete)
 
 

@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
                     checkpoint.save(training, progress, {"loss": loss, **metrics})
             if stopping:
                 break
-    logger.close(weights, progress, chat_command(args, 2))
+    logger.close(weights, progress, chat_command(args, "rlhf"))
     stop_process(stop, progress.complete)
 
 

@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
                     checkpoint.save(training, progress, {"loss": cross_entropy, **metrics})
             if stopping:
                 break
-    logger.close(weights, progress, chat_command(args, 1))
+    logger.close(weights, progress, chat_command(args, "full_sft"))
     stop_process(stop, progress.complete)
 
 

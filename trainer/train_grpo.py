@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
                     checkpoint.save(training, progress, metrics)
             if stopping:
                 break
-    logger.close(weights, progress, chat_command(args, 5))
+    logger.close(weights, progress, chat_command(args, "grpo"))
     stop_process(stop, progress.complete)
 
 

@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
         with training.whole_weights() as model:
             if process.is_main:
                 save_peft(weights.with_name(f"{weights.stem}_peft"), model)
-    logger.close(weights, progress, chat_command(args, 1, "--lora_name", args.lora_name))
+    logger.close(weights, progress, chat_command(args, "full_sft", "--lora_name", args.lora_name))
     stop_process(stop, progress.complete)
 
 

@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
                     checkpoint.save(training, progress, {"loss": cross_entropy, **metrics})
             if stopping:
                 break
-    logger.close(weights, progress, chat_command(args, 0))
+    logger.close(weights, progress, chat_command(args, "pretrain"))
     stop_process(stop, progress.complete)
 
 
