@@ -1,5 +1,6 @@
 """Every shell block of every page runs, in printed order, in one shell, from the root of a fresh copy; tiny sizes."""
 
+import json
 import os
 import shutil
 import socket
@@ -8,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import write_conversations, write_preferences, write_reasoning, write_texts
+from conftest import write_conversations, write_jsonl, write_preferences, write_reasoning, write_texts
 from test_readme import CHINESE, HOUSE_PAGE, PAGES, README, ROOT, fences
 
 pytestmark = [
@@ -41,6 +42,7 @@ def fresh_copy(folder: Path) -> Path:
     for name in filter(lambda name: (ROOT / name).is_file(), listed.stdout.splitlines()):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, folder / name)
+    (folder / "raw").mkdir()
     for write, names in DATA.items():
         for seed, name in enumerate(names):
             write(
@@ -48,6 +50,12 @@ def fresh_copy(folder: Path) -> Path:
                 count=2040 if name in ("pretrain_hq", "sft_mini_512") else 40,
                 seed=seed,
             )
+    question = {"question": "How many are 3 and 4?", "answer": "3 + 4 = 7.\n#### 7"}
+    write_jsonl(folder / "raw" / "gsm8k.jsonl", [question] * 8)
+    problem = {"conversations": [{"role": "user", "content": "How many are 3 and 4?"}], "answer": "7"}
+    write_jsonl(folder / "dataset" / "grpo.jsonl", [problem] * 8)
+    alpaca = {"instruction": "Name a colour that the sky has on a clear day.", "output": "On a clear day it is blue."}
+    (folder / "raw" / "alpaca.json").write_text(json.dumps([alpaca] * 8), encoding="utf-8")
     programs = folder / "bin_of_tests"
     programs.mkdir()
     for name in PROGRAMS:

@@ -161,8 +161,14 @@ def parser_of(script: Path) -> argparse.ArgumentParser | None:
 
 
 def declared_flags(script: Path) -> set[str]:
-    parser = parser_of(script)
-    return {name for name in parser._option_string_actions if name.startswith("--")} if parser else set()
+    """Its flags, those of subcommands too."""
+    names, parsers = set(), [parser_of(script)]
+    while parsers:
+        parser = parsers.pop()
+        names |= set(parser._option_string_actions) if parser else set()
+        for action in parser._actions if parser else []:
+            parsers += action.choices.values() if isinstance(action, argparse._SubParsersAction) else []
+    return {name for name in names if name.startswith("--")}
 
 
 def check_flags(script: Path, words: list[str]) -> None:

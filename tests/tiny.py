@@ -17,6 +17,7 @@ from pathlib import Path
 STAGE = "--optimizer adamw --num_hidden_layers 1 --max_steps 2 --batch_size 2 --max_seq_len 128 --epochs 1 --device cpu"
 SIZES = {  # flags that a script is given in place of its own
     "train_distillation.py": f"{STAGE} --teacher_num_hidden_layers 1",
+    "train_grpo.py": f"{STAGE} --prompts_per_step 2 --group_size 2 --max_new_tokens 4 --eval_samples 2",
     "eval_model.py": "--max_new_tokens 4 --device cpu",
     "stage_rates.py": "--steps 2 --num_hidden_layers 1 --device cpu",
     "recipe.py": "--tokens 4096 --num_hidden_layers 1 --hidden_size 64 --device cpu",
