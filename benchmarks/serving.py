@@ -1,16 +1,21 @@
 """The server under load: many clients at once, each asking again as soon as it has its answer.
 
     python benchmarks/serving.py [--clients 64] [--seconds 60] [--weight out/full_sft_512.pth]
+    python benchmarks/serving.py --hostile                                  once without and once with a hostile client
     python benchmarks/serving.py --base_url http://127.0.0.1:8998/v1        a server that runs already
 
 The openai client asks for chats of one to six turns; three in four answers are streamed, and one stream in ten is left
-in its middle. Printed: time to first token of streams (from sending, queue included; refused tries apart), tokens of
-answers per second, refusals (429, tried again after Retry-After) and errors by kind, and what the server still
-holds a second after the last client has gone.
+in its middle. Printed: time to first token of streams (from sending, queue included; refused tries apart), time between
+the tokens of a stream, tokens of answers per second, refusals (429, tried again after Retry-After) and errors by kind,
+and what the server still holds a second after the last client has gone. The hostile client sends megabytes of errors,
+of text and of brackets, schemas that explode, names that do not exist, and requests that it does not finish.
 """
 
 import argparse
 import asyncio
+import contextlib
+import itertools
+import json
 import os
 import random
 import re
@@ -39,11 +44,13 @@ class Load:
     """What the clients saw."""
 
     first_token: list[float] = field(default_factory=list)  # seconds
+    gaps: list[float] = field(default_factory=list)  # seconds between two tokens of a stream
     answers: int = 0
     left: int = 0
     tokens: int = 0
     refused: int = 0
     errors: Counter = field(default_factory=Counter)
+    hostile: Counter = field(default_factory=Counter)  # what the hostile client was told, by status
     seconds: float = 0.0
 
 
@@ -62,7 +69,7 @@ async def ask(client: openai.AsyncOpenAI, model: str, rng: random.Random, max_to
         load.answers += 1
         return
     leave_after = rng.randint(1, 20) if rng.random() < LEFT_STREAMS else None
-    seen, finished = 0, False
+    seen, finished, last = 0, False, 0.0
     stream = await client.chat.completions.create(stream=True, stream_options={"include_usage": True}, **options)
     async with stream:
         async for chunk in stream:
@@ -70,8 +77,9 @@ async def ask(client: openai.AsyncOpenAI, model: str, rng: random.Random, max_to
                 load.tokens += chunk.usage.completion_tokens
                 finished = True
             elif chunk.choices[0].delta.content:
-                if not seen:
-                    load.first_token.append(time.perf_counter() - started)
+                now = time.perf_counter()
+                (load.gaps if seen else load.first_token).append(now - (last if seen else started))
+                last = now
                 seen += 1
                 if seen == leave_after:
                     load.tokens += seen
@@ -100,8 +108,56 @@ async def client_loop(
             load.errors[type(error).__name__] += 1
 
 
-async def run_load(base_url: str, clients: int, seconds: float, max_tokens: int) -> Load:
-    """Asks for so long; what has begun by then is answered to its end."""
+def hostile_bodies(model: str) -> list[tuple[str, bytes]]:
+    """Return (path, body) of requests that cost their sender little."""
+    hello = [{"role": "user", "content": "hello"}]
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+    def schema(schema: dict) -> dict:
+        json_schema = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+        return {"messages": hello, "max_tokens": 8, "response_format": json_schema}
+
+    chats = [
+        {"messages": [1] * 300_000},
+        {"messages": [{"role": "user", "content": [1] * 300_000}]},
+        {"messages": hello, "stop": ["a" * 1000] * 500},
+        {"messages": hello, "tools": [tool] * 10_000},
+        {"messages": [{"role": "user", "content": "word " * 200_000}]},
+        {"messages": [{"role": "user", "content": "a" * 1_000_000}]},
+        {"messages": hello * 25_000},
+        {"messages": hello, "metadata": [[{}]] * 150_000},
+        {"messages": hello, "max_tokens": 400, "logprobs": True, "top_logprobs": 20, "n": 2},
+        {"messages": hello, "model": "nothing"},
+        schema({"type": "array", "items": {"type": "string", "pattern": "(a{1,500}){1,500}"}, "minItems": 100_000}),
+        schema({"anyOf": [{"const": "x" * number} for number in range(1, 1000)]}),
+        schema({"type": "string", "pattern": "(x+x+)+y" * 50}),
+    ]
+    prompts = [{"prompt": [1] * 300_000 + ["a"]}, {"prompt": ["a"] * 200_000}, {"prompt": "word " * 1500, "echo": True,
+                "logprobs": 20, "max_tokens": 0}]  # fmt: skip
+    bodies = [("chat/completions", json.dumps({"model": model} | chat).encode()) for chat in chats]
+    bodies += [("completions", json.dumps({"model": model} | prompt).encode()) for prompt in prompts]
+    return [*bodies, ("chat/completions", b"[" * 900_000), ("completions", b'{"a":' * 180_000)]
+
+
+async def hostile_loop(base_url: str, model: str, end: float, load: Load) -> None:
+    """Send hostile bodies one after the other, and leave requests half sent on the way."""
+    url, half_sent = httpx.URL(base_url), []
+    async with httpx.AsyncClient(trust_env=False, timeout=120) as client:
+        for path, body in itertools.cycle(hostile_bodies(model)):
+            if time.perf_counter() > end:
+                break
+            if len(half_sent) < 200:
+                _, writer = await asyncio.open_connection(url.host, url.port)
+                writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Le")
+                half_sent.append(writer)
+            answer = await client.post(f"{base_url}/{path}", content=body, headers={"Content-Type": "application/json"})
+            load.hostile[answer.status_code] += 1
+    for writer in half_sent:
+        writer.close()
+
+
+async def run_load(base_url: str, clients: int, seconds: float, max_tokens: int, hostile: bool = False) -> Load:
+    """Ask for so long; what has begun by then is answered to its end."""
     # one client object with a connection for each, because making 64 of them takes seconds
     http_client = openai.DefaultAsyncHttpxClient(trust_env=False)
     async with openai.AsyncOpenAI(
@@ -110,19 +166,20 @@ async def run_load(base_url: str, clients: int, seconds: float, max_tokens: int)
         model = [model.id async for model in client.models.list()][0]
         load, started = Load(), time.perf_counter()
         loops = (client_loop(client, model, n, started + seconds, max_tokens, load) for n in range(clients))
-        await asyncio.gather(*loops)
+        attacks = [hostile_loop(base_url, model, started + seconds, load)] if hostile else []
+        await asyncio.gather(*loops, *attacks)
         load.seconds = time.perf_counter() - started
     return load
 
 
 def held_by_server(base_url: str) -> int:
-    """Answers under way and waiting."""
+    """Return the answers under way and waiting."""
     text = httpx.get(base_url.removesuffix("/v1") + "/metrics", trust_env=False).text
     return int(sum(map(float, re.findall(r"^minimind_(?:running|waiting)\{.*\} (\S+)$", text, re.MULTILINE))))
 
 
 def slots_leaked(base_url: str) -> int:
-    """Once everyone has gone; the server has a second to notice."""
+    """Return what is held when everyone has gone; the server has a second to notice."""
     end = time.monotonic() + 1
     while held_by_server(base_url) and time.monotonic() < end:
         time.sleep(0.05)
@@ -135,20 +192,25 @@ def percentile(values: list[float], share: float) -> float:
 
 def report(load: Load, clients: int, leaked: int) -> str:
     first = f"p50 {percentile(load.first_token, 0.5):.2f} s, p95 {percentile(load.first_token, 0.95):.2f} s"
+    gap = ", ".join(
+        f"{name} {percentile(load.gaps, share) * 1000:.0f} ms" for name, share in (("p50", 0.5), ("p99", 0.99))
+    )
+    hostile = "".join(f", {count} x {status}" for status, count in sorted(load.hostile.items()))
     errors = ", ".join(f"{count} {kind}" for kind, count in load.errors.items()) or "none"
     return (
         f"{clients} clients for {load.seconds:.0f} s: {load.answers} answers, {load.left} streams left half-way\n"
         f"first token   {first} ({len(load.first_token)} streams)\n"
+        f"token gap     {gap}, most {max(load.gaps, default=0) * 1000:.0f} ms\n"
         f"throughput    {load.tokens / load.seconds:,.0f} tokens/s\n"
         f"refused (429) {load.refused}, tried again after Retry-After\n"
         f"other errors  {errors}\n"
-        f"slots leaked  {leaked}"
+        f"slots leaked  {leaked}" + (f"\nhostile       answered{hostile[1:]}" if hostile else "")
     )
 
 
 @contextmanager
 def own_server(args: argparse.Namespace):
-    """(URL, process id) of a server that lives as long as the measurement."""
+    """Give (URL, process id) of a server that lives as long as the measurement."""
     with tempfile.TemporaryDirectory() as folder:
         out_dir, flags = Path(folder), []
         if args.weight:
@@ -168,7 +230,7 @@ def own_server(args: argparse.Namespace):
             save_weights(out_dir / "full_sft_512.pth", MiniMindForCausalLM(MiniMindConfig()), sidecar)
         command = [sys.executable, str(ROOT / "scripts" / "serve_openai_api.py"), "--out_dir", str(out_dir), *flags]
         command += ["--port", "0", "--device", args.device, "--slots", str(args.slots)]
-        command += ["--max_queue", str(args.max_queue), *(["--dtype", args.dtype] if args.dtype else [])]
+        command += ["--quiet", "--max_queue", str(args.max_queue), *(["--dtype", args.dtype] if args.dtype else [])]
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
         )
@@ -203,17 +265,17 @@ def main() -> None:
     parser.add_argument("--max_queue", type=int, default=64)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--hostile", action="store_true", help="measure again with a hostile client among the others")
     args = parser.parse_args()
-    if args.base_url:
-        load = asyncio.run(run_load(args.base_url, args.clients, args.seconds, args.max_tokens))
-        print(report(load, args.clients, slots_leaked(args.base_url)))
-        return
-    with own_server(args) as (url, pid):
+    with contextlib.ExitStack() as stack:
+        url, pid = (args.base_url, None) if args.base_url else stack.enter_context(own_server(args))
         asyncio.run(run_load(url, 2, 1, 8))  # warms up
-        before = resident_megabytes(pid)
-        load = asyncio.run(run_load(url, args.clients, args.seconds, args.max_tokens))
-        print(report(load, args.clients, slots_leaked(url)))
-        print(f"memory        {before:,.0f} MB before, {resident_megabytes(pid):,.0f} MB after")
+        for hostile in (False, True) if args.hostile else (False,):
+            before = resident_megabytes(pid) if pid else 0
+            load = asyncio.run(run_load(url, args.clients, args.seconds, args.max_tokens, hostile))
+            print(report(load, args.clients, slots_leaked(url)))
+            if pid:
+                print(f"memory        {before:,.0f} MB before, {resident_megabytes(pid):,.0f} MB after")
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ class Request:
         self._made = 0  # tokens of the answer
         # Random ignores the sign of an integer: -1 and 1 would be the same seed.
         self._random = random.Random(None if params.seed is None else params.seed % 2**64)
+        self._grammar = params.grammar() if params.grammar else None
         self._started = 0.0
         self._new: deque[Token] = deque()
         self._changed = threading.Condition()
@@ -343,6 +344,8 @@ class Engine:
         self._counters["generated_tokens"] += 1
         request._next_id = token.id
         request._made += 1
+        if request._grammar:
+            request._grammar.advance(token.id)
         if request.params.penalises:
             self._seen[request._slot.index, token.id] = True
             self._counts[request._slot.index, token.id] += 1
@@ -365,12 +368,16 @@ class Engine:
         if self._rows.penalised is not None:
             slots = self._penalised_slots
             allowed = penalise(logits, self._rows, self._seen[slots], self._counts[slots])
-        early = [row for row, r in enumerate(requests) if r._made < r.params.min_new_tokens]
-        if early:
+        early = [r._made < r.params.min_new_tokens and r._grammar is None for r in requests]
+        guided = [row for row, r in enumerate(requests) if r._grammar]
+        if any(early) or guided:
             allowed = allowed.clone()
-            for row in early:
+            for row in (row for row, is_early in enumerate(early) if is_early):
                 stop_ids = [i for i in requests[row].params.stop_ids if i < logits.shape[1]]
                 allowed[row, stop_ids] = -torch.inf
+            for row in guided:
+                mask = requests[row]._grammar.allowed(logits.shape[1])
+                allowed[row].masked_fill_(~mask.to(logits.device), -torch.inf)
         draws = to_device([[r._random.random()] for r in requests], logits.device, torch.float64)
         ids = choose(allowed, self._rows, draws)
         logprobs = self._logprobs(requests, logits, ids)

@@ -1,10 +1,23 @@
 """Choose tokens: penalties, temperature, top-k, top-p and min-p of many rows at once, each with its own."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
+
+
+class GrammarError(ValueError):
+    """A grammar cannot be followed any further, because it is too complex."""
+
+
+class Grammar(Protocol):
+    """Restricts an answer's tokens: allowed gives a mask (vocab,) on the CPU, advance takes the one that was chosen."""
+
+    def allowed(self, vocab_size: int) -> torch.Tensor: ...
+
+    def advance(self, token_id: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -24,6 +37,7 @@ class SamplingParams:
     seed: None draws a new one each time.
     logprobs: None = none; k = the log-probability of each chosen token and of the k most likely, in the model's own
         distribution: before penalties, temperature and the rest.
+    grammar: makes a Grammar for each answer, which decides when it may end; min_new_tokens does not count then.
     """
 
     temperature: float = 1.0
@@ -38,6 +52,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logprobs: int | None = None
     min_new_tokens: int = 0
+    grammar: Callable[[], Grammar] | None = None
 
     def __post_init__(self):
         infinite = float("inf")

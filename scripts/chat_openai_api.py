@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import openai
 
 from model.flags import HISTORY, message_count, show_defaults, utf8
-from scripts.openai_client import new_client
+from scripts.openai_client import explain, new_client
 from scripts.terminal import (
     Display,
     LineEditor,
@@ -58,7 +58,13 @@ class ServerChat(TerminalChat):
     def __init__(self, args: argparse.Namespace):
         super().__init__(args)
         self.client = new_client(openai.OpenAI, args.base_url, api_key=args.api_key)
-        self.model = args.model or self.models()[0]
+        names = self.models()
+        self.model = args.model or names[0]
+        if self.model not in names:
+            try:
+                self.client.models.retrieve(args.model)  # a name that the server knows but does not list
+            except openai.NotFoundError as error:
+                raise ValueError(f"there is no model {args.model!r} here; there are: {', '.join(names)}") from error
 
     def models(self) -> list[str]:
         names = [model.id for model in self.client.models.list()]
@@ -119,19 +125,6 @@ class ServerChat(TerminalChat):
 
     def explain(self, error: Exception) -> str:
         return explain(error, self.args.base_url) if isinstance(error, openai.OpenAIError) else str(error)
-
-
-def explain(error: openai.OpenAIError, base_url: str) -> str:
-    if isinstance(error, openai.APITimeoutError):
-        return f"{base_url} did not answer in time"
-    if isinstance(error, openai.APIConnectionError):
-        return f"no server at {base_url}; start one with: python scripts/serve_openai_api.py, or name it by --base_url"
-    if isinstance(error, openai.AuthenticationError):
-        return f"{base_url} asks for a key: --api_key KEY, or MINIMIND_API_KEY"
-    if isinstance(error, openai.NotFoundError) and not base_url.rstrip("/").endswith("/v1"):
-        return f"there is no OpenAI API at {base_url}; is it {base_url.rstrip('/')}/v1?"
-    body = getattr(error, "body", None)
-    return body["message"] if isinstance(body, dict) and body.get("message") else str(error)
 
 
 def converse(args: argparse.Namespace) -> int:

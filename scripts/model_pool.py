@@ -73,8 +73,8 @@ class ModelPool:
         offers |= {f"{self.name}:{adapter}": Offer(self.default.entry, adapter) for adapter in self._adapters()}
         for entry in find_models(self._out_dir, self._folders):
             if entry.path != self.default.entry.path:
-                offers[entry.name] = Offer(entry)
-                offers |= {f"{entry.name}:{adapter}": Offer(entry, adapter) for adapter in entry.adapters}
+                found = [Offer(entry), *(Offer(entry, adapter) for adapter in entry.adapters)]
+                offers |= {offer.root: offer for offer in found}
         return offers
 
     def find(self, name: str) -> Offer:
@@ -84,10 +84,9 @@ class ModelPool:
         offers = self.offers()
         if name in offers:
             return offers[name]
-        base, _, adapter = name.partition(":")
-        if base == self.default.entry.name and adapter in ("", *self._adapters()):
-            offer = Offer(self.default.entry, adapter or None)
-            if self.max_models > 1 or offer == self.default:
+        for adapter in (None, *self._adapters()):
+            offer = Offer(self.default.entry, adapter)
+            if name == offer.root and (self.max_models > 1 or offer == self.default):
                 return offer
         message = f"there is no model {name!r} here; there are: {', '.join(offers)}"
         raise ApiError(404, message, "model", "model_not_found")
@@ -95,7 +94,7 @@ class ModelPool:
     @contextlib.asynccontextmanager
     async def use(self, name: str) -> AsyncIterator[LoadedModel]:
         """Give the loaded model, which stays in memory while it is used. If its files have changed, load them first."""
-        offer = self.find(name)
+        offer = self.default if name == self.name else await asyncio.to_thread(self.find, name)
         stamp = await asyncio.to_thread(stamp_of, offer.entry, offer.lora_name)
         if offer.key not in self._loaded or self._loaded[offer.key].stamp != stamp:
             await self._bring(offer)

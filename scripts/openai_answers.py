@@ -10,6 +10,7 @@ from dataset.text_stream import TextStream, ToolCall, ToolCallSplitter
 from dataset.tokenization import ChatTokenizer, StreamDecoder
 from model.batching import Engine, Request, Token, check_prompt
 from model.generation import SamplingParams
+from model.sampling import GrammarError
 from scripts.openai_schema import ApiError, ChatRequest, CompletionRequest
 
 LEAST_LOGPROB = -9999.0  # JSON has no -inf
@@ -71,6 +72,8 @@ class Choice:
                 self.request.cancel()
                 ending = "stop"
                 break
+        if isinstance(self.request.error, GrammarError):
+            raise ApiError(400, str(self.request.error), "response_format", "invalid_value")
         if ending == "error":
             raise ApiError(500, f"the answer could not be made: {self.request.error}")
         if ending == "cancelled":
@@ -287,7 +290,7 @@ class ChatFormat:
         return self._chunk(choice, {}, self.logprobs(choice)) | {"finish_reason": choice.finish_reason}
 
     def whole(self, choice: Choice, deltas: list[Delta]) -> dict:
-        message = {"role": "assistant", "content": None} | self._message(choice, deltas)
+        message = {"role": "assistant", "content": None, "refusal": None} | self._message(choice, deltas)
         if message["content"] is None and "tool_calls" not in message:
             message["content"] = ""
         for call in message.get("tool_calls", ()):

@@ -9,10 +9,25 @@ Client = TypeVar("Client", openai.OpenAI, openai.AsyncOpenAI)
 
 
 def new_client(kind: type[Client], base_url: str, **options) -> Client:
-    """A client of this kind. ValueError where base_url is none."""
-    # a proxy that the environment names has no way to this machine, and what is said here is none of its business
+    """Create an OpenAI client. Raises ValueError if base_url is invalid."""
+    # a proxy that the environment names cannot reach this machine, and need not hear what is said here
     if urlsplit(base_url).hostname in ("127.0.0.1", "localhost", "::1"):
         is_async = issubclass(kind, openai.AsyncOpenAI)
         http_client = openai.DefaultAsyncHttpxClient if is_async else openai.DefaultHttpxClient
         options["http_client"] = http_client(trust_env=False)
     return kind(base_url=base_url, **options)
+
+
+def explain(error: openai.OpenAIError, base_url: str) -> str:
+    """Return what went wrong with a server, and the cure."""
+    if isinstance(error, openai.APITimeoutError):
+        return f"{base_url} did not answer in time"
+    if isinstance(error, openai.APIConnectionError):
+        return f"no server at {base_url}; start one with: python scripts/serve_openai_api.py, or name it by --base_url"
+    if isinstance(error, openai.AuthenticationError):
+        return f"{base_url} asks for an API key: --api_key KEY, or MINIMIND_API_KEY"
+    if isinstance(error, openai.NotFoundError) and not base_url.rstrip("/").endswith("/v1"):
+        return f"there is no OpenAI API at {base_url}; is it {base_url.rstrip('/')}/v1?"
+    body = getattr(error, "body", None)
+    text = body.get("message") if isinstance(body, dict) else None
+    return f"{base_url} is busy: {text or error}" if isinstance(error, openai.RateLimitError) else str(text or error)

@@ -1,22 +1,31 @@
 """What clients may send to the server, in OpenAI's words, and how they are told that something is wrong.
 
-Unknown fields are ignored, as OpenAI-compatible servers do; fields that would change the answer and are not supported
-are refused by name.
+Unknown fields are ignored, as OpenAI-compatible servers do. Fields that would change the answer and are not supported
+are refused by name. Lists stop at their first error: a body of half a million errors would take seconds to describe.
 """
 
 import json
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-MOST_STOP_STRINGS = 4
+MOST_STOP_STRINGS, MOST_TOOLS = 4, 128
+NO_LIMIT = 2**31 - 1  # tokens: what max_tokens -1 means to local servers; the context ends the answer
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class ApiError(Exception):
-    """Becomes {"error": {"message", "type", "param", "code"}} with its status."""
+    """Becomes {"error": {"message", "type", "param", "code"}} with this status."""
 
     TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -40,6 +49,19 @@ def unsupported(param: str, message: str) -> ApiError:
     return ApiError(400, message, param, "unsupported_parameter")
 
 
+def whole_number(value: Any) -> Any:
+    """3.0 is 3, as some clients write it."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def answer_length(value: Any) -> Any:
+    return NO_LIMIT if whole_number(value) == -1 and not isinstance(value, bool) else whole_number(value)
+
+
+Int = Annotated[int, BeforeValidator(whole_number)]
+Length = Annotated[int, BeforeValidator(answer_length)]
+
+
 class Part(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
@@ -59,13 +81,13 @@ class Message(Part):
     role: Literal[ROLES]
     content: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[ToolCallMessage] | None = None
+    tool_calls: Annotated[list[ToolCallMessage], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
 
     @field_validator("content", mode="before")
     @classmethod
     def join_parts(cls, content: Any) -> Any:
-        """A list of parts of type text is one text, a line for each."""
+        """Join parts of type text, a line for each."""
         if not isinstance(content, list):
             return content
         texts = []
@@ -100,9 +122,30 @@ class Function(Part):
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
+    strict: bool | None = None
 
 
 class Tool(Part):
+    type: Literal["function"]
+    function: Function
+
+
+class JsonSchema(Part):
+    definition: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(Part):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def has_schema(self):
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("type json_schema needs json_schema, with a schema in it")
+        return self
+
+
+class NamedTool(Part):
     type: Literal["function"]
     function: Function
 
@@ -114,23 +157,23 @@ class StreamOptions(Part):
 class Sampling(Part):
     """What both endpoints take. None: the server's default."""
 
-    model: str
+    model: Annotated[str, Field(max_length=1000)]
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = 1
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: list[str] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    n: Annotated[Int, Field(ge=1, le=128)] | None = 1
+    seed: Annotated[Int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Annotated[list[str], Field(fail_fast=True)] | None = None
+    max_tokens: Annotated[Length, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    top_k: Annotated[Int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     ignore_eos: bool | None = False
-    min_tokens: Annotated[int, Field(ge=0)] | None = 0
-    # changes the answer, and is not there: only what leaves it as it is can be accepted
+    min_tokens: Annotated[Int, Field(ge=0)] | None = 0
+    # would change the answer, and is not supported: only what changes nothing is accepted
     logit_bias: dict[str, Any] | None = None
 
     @field_validator("stop", mode="before")
@@ -157,13 +200,13 @@ class Sampling(Part):
 
 
 class ChatRequest(Sampling):
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
+    max_completion_tokens: Annotated[Length, Field(ge=1)] | None = None
     logprobs: bool | None = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: list[Tool] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    response_format: dict[str, Any] | None = None
+    top_logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MOST_TOOLS)] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
+    response_format: ResponseFormat | None = None
     functions: Any = None
     function_call: Any = None
     modalities: list[str] | None = None
@@ -172,36 +215,44 @@ class ChatRequest(Sampling):
     def chat_supported(self):
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
-        if self.response_format and self.response_format.get("type") != "text":
-            raise unsupported("response_format", "response_format is not supported, except for {'type': 'text'}")
         if self.functions or self.function_call:
             raise unsupported("functions" if self.functions else "function_call", "use tools and tool_choice instead")
         if self.modalities not in (None, [], ["text"]):
             raise unsupported("modalities", "the model writes text only")
-        if self.tool_choice not in (None, "none", "auto"):
-            raise unsupported("tool_choice", "a tool call cannot be enforced; tool_choice is 'auto' or 'none'")
+        if self.tool_choice not in (None, "none", "auto") and not self.enforced_tools:
+            raise ApiError(400, "tool_choice names a tool that is not among tools", "tool_choice", "invalid_value")
         return self
 
     @property
+    def enforced_tools(self) -> list[Function]:
+        """The functions of which the answer must call one; [] if it need not call any."""
+        functions = [tool.function for tool in self.tools or ()]
+        if isinstance(self.tool_choice, NamedTool):
+            return [function for function in functions if function.name == self.tool_choice.function.name]
+        return functions if self.tool_choice == "required" else []
+
+    @property
     def offered_tools(self) -> list[dict]:
-        """Tools as the chat template takes them."""
+        """Return the tools as the chat template takes them."""
         if not self.tools or self.tool_choice == "none":
             return []
-        return [tool.model_dump(exclude_none=True) for tool in self.tools]
+        return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in self.tools]
 
 
 class CompletionRequest(Sampling):
-    prompt: list[str | list[Annotated[int, Field(ge=0, lt=2**31)]]]
-    max_tokens: Annotated[int, Field(ge=0)] | None = 16
+    prompt: Annotated[
+        list[str | Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True)]], Field(fail_fast=True)
+    ]  # fmt: skip
+    max_tokens: Annotated[Length, Field(ge=0)] | None = 16
     echo: bool | None = False
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
     suffix: str | None = None
-    best_of: int | None = None
+    best_of: Int | None = None
 
     @field_validator("prompt", mode="before")
     @classmethod
     def several(cls, prompt: Any) -> Any:
-        """A text, texts, ids, or lists of ids: always a list of prompts."""
+        """Make a list of prompts of one text, several, ids, or lists of ids."""
         single = isinstance(prompt, str) or (
             isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt)
         )
@@ -220,10 +271,10 @@ class CompletionRequest(Sampling):
         return self
 
 
-def parse(schema: type[Sampling], raw: bytes) -> Sampling:
-    """The request that a body holds. ApiError 400 names the first field that is wrong."""
+def parse(schema: type[Sampling], raw: bytes, max_messages: int = 1000) -> Sampling:
+    """Read a request from its body. Raises ApiError 400, which names the first field that is wrong."""
     try:
-        content = json.loads(raw.decode("utf-8-sig"))  # of bytes, json would let surrogates pass
+        content = json.loads(raw.decode("utf-8-sig"))  # given bytes, json would let surrogates pass
         if SURROGATE.search(raw):
             json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -232,13 +283,15 @@ def parse(schema: type[Sampling], raw: bytes) -> Sampling:
         raise ApiError(400, f"the body is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ApiError(400, "the body must be a JSON object")
+    if isinstance(content.get("messages"), list) and len(content["messages"]) > max_messages:
+        message = f"{len(content['messages'])} messages, and at most {max_messages} are taken"
+        raise ApiError(400, message, "messages", "too_many_messages")
     try:
         return schema.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         names = schema.model_fields.keys()
         place = [str(key) for key in first["loc"]]
-        # what follows a union's field are names of its types
         param = ".".join(place) if place and place[0] in names else None
         message = first["msg"].removeprefix("Value error, ")
         code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"

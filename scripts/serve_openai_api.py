@@ -9,7 +9,8 @@
 POST /v1/chat/completions, /v1/completions · GET /v1/models, /health, /metrics
 
 Other weights in --out_dir and other folders are served by their names (full_sft_768), adapters as "minimind:NAME";
-each is loaded when first asked for. Only programs on this machine can reach it unless --host says otherwise.
+each is loaded when first asked for. Only programs on this machine can reach it unless --host says otherwise. With the
+llguidance package, response_format and tool_choice hold the answer to a schema.
 """
 
 import argparse
@@ -25,30 +26,30 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-import prometheus_client as prometheus
 import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from prometheus_client.metrics_core import GaugeMetricFamily
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from dataset.tokenization import ChatTokenizer
 from model.batching import Engine, QueueFull, Token
-from model.flags import at_least, show_defaults
+from model.flags import add_boolean, at_least, show_defaults
 from model.generation import SamplingParams
 from model.loading import READY_FLAGS, add_flags, check_sizes, given_sizes, named_path, read_config, ready_flags
 from model.model_lora import find_lora
+from scripts.known_hosts import KnownHosts
 from scripts.model_catalog import entry_of_file, entry_of_folder, load_entry
 from scripts.model_pool import LoadedModel, ModelPool, Offer
 from scripts.openai_answers import (
@@ -61,15 +62,13 @@ from scripts.openai_answers import (
     prompt_log_probs,
     sampling_params,
 )
+from scripts.openai_grammar import make_grammar
+from scripts.openai_http import EventStream, Metrics, TimedProtocol, WatchRequests, event, read_body, unless_gone
 from scripts.openai_schema import ApiError, ChatRequest, CompletionRequest, parse
 
-Echo = tuple[str, list[Token]]  # a prompt's text and, where log-probs are asked for, its tokens
-
-BODY_SECONDS = 30  # a body that has not arrived by then is given up
-FIRST_TOKEN_BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)  # seconds
-
-
-prometheus.disable_created_metrics()  # a second series for every counter
+Echo = tuple[str, list[Token]]  # a prompt's text and, if log-probs are asked for, its tokens
+LARGE = 2**16  # bytes; requests above this are read one at a time, so that they leave a core for everybody's answers
+SWITCH_SECONDS = 0.0005  # the decoding engine needs the interpreter hundreds of times a token, and soon
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -86,11 +85,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="requests must bring it (default: MINIMIND_API_KEY, if set)",
     )
     add("--cors_origin", action="append", default=[], help="web pages from there may ask; may be given several times")
+    add("--allowed_host", action="append", default=[], help="a name under which clients may ask for this server")
     add("--slots", type=at_least(1), default=16, help="answers that are made together")
     add("--max_queue", type=at_least(0), default=64, help="requests that may wait for a slot; more get status 429")
     add("--max_models", type=at_least(1), default=3, help="models and adapters in memory; 1: the default alone")
     add("--max_messages", type=at_least(1), default=1000, help="in one request")
     add("--max_body_bytes", type=at_least(1), default=2**20, help="longest request")
+    add_boolean(parser, "--quiet", False, "do not print a line for every request")
     add("--shutdown_timeout", type=at_least(0), default=30, help="seconds that running answers get at the end")
     show_defaults(parser)
     args = parser.parse_args(argv)
@@ -110,7 +111,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def default_offer(args: argparse.Namespace) -> Offer:
-    """What the flags name. ValueError where it is missing."""
+    """Return what the flags name. Raises ValueError if it is missing."""
     lora_name = None if args.lora_name.lower() == "none" else args.lora_name
     path = named_path(args).absolute()
     if args.load == 1:
@@ -140,111 +141,7 @@ def make_loader(args: argparse.Namespace, default: Offer) -> Callable[[Offer], t
     return load
 
 
-# --- metrics ---------------------------------------------------------------------------------------------------------
-
-
-class Metrics:
-    """Counts requests and tokens for Prometheus.
-
-    stats: returns each model's engine statistics; the gauges show what it says when they are read.
-    """
-
-    def __init__(self, stats: Callable[[], dict[str, dict]]):
-        self.stats, self.registry = stats, prometheus.CollectorRegistry()
-
-        def counter(name: str, about: str, *labels: str) -> prometheus.Counter:
-            return prometheus.Counter(f"minimind_{name}", about, labels, registry=self.registry)
-
-        self.requests = counter("requests", "HTTP requests by path and status.", "path", "status")
-        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens.", "model")
-        self.cached_tokens = counter("cached_tokens", "Prompt tokens that were already in the cache.", "model")
-        self.generated_tokens = counter("generated_tokens", "Answer tokens.", "model")
-        name, about = "minimind_time_to_first_token_seconds", "Time from request to first token."
-        self.first_token = prometheus.Histogram(name, about, buckets=FIRST_TOKEN_BOUNDS, registry=self.registry)
-        self.registry.register(self)
-
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Yield the gauges: slots in all, answers being made, requests waiting for a slot."""
-        stats = self.stats()
-        for key in ("slots", "running", "waiting"):
-            gauge = GaugeMetricFamily(f"minimind_{key}", f"Answers: {key}.", labels=("model",))
-            for model, counts in stats.items():
-                gauge.add_metric((model,), counts[key])
-            yield gauge
-
-    def count_usage(self, model: str, usage: dict) -> None:
-        self.prompt_tokens.labels(model).inc(usage["prompt_tokens"])
-        self.cached_tokens.labels(model).inc(usage["prompt_tokens_details"]["cached_tokens"])
-        self.generated_tokens.labels(model).inc(usage["completion_tokens"])
-
-
-class CountRequests:
-    """Counts each response by path and status. Paths that do not exist are one, or anyone could fill the memory."""
-
-    def __init__(self, app, metrics: Metrics, paths: set[str]):
-        self.app, self.metrics, self.paths = app, metrics, paths
-
-    async def __call__(self, scope, receive, send):
-        async def counting_send(message):
-            if message["type"] == "http.response.start":
-                path = scope["path"] if scope["path"] in self.paths else "other"
-                self.metrics.requests.labels(path, message["status"]).inc()
-            await send(message)
-
-        await self.app(scope, receive, counting_send if scope["type"] == "http" else send)
-
-
-# --- answers ---------------------------------------------------------------------------------------------------------
-
-
-async def read_body(request: Request, longest: int) -> bytes:
-    if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-        raise ApiError(415, "send JSON, with the header Content-Type: application/json")
-    body, size = bytearray(), 0
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size <= longest:  # the rest is read and dropped: a client that is still sending hears no answer
-                    body += chunk
-    except TimeoutError as error:
-        raise ApiError(408, f"the body did not arrive in {BODY_SECONDS} s") from error
-    if size > longest:
-        raise ApiError(413, f"the body has {size} bytes, and at most {longest} are taken", code="request_too_large")
-    return bytes(body)
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events; what they hold is freed when the last was sent, and when the client has gone."""
-
-    def __init__(self, events: AsyncIterator[str], held: contextlib.AsyncExitStack):
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(events, media_type="text/event-stream", headers=headers)
-        self.held = held
-
-    async def __call__(self, scope, receive, send) -> None:
-        async with self.held:
-            await super().__call__(scope, receive, send)
-
-
-def event(content: dict) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
-
-
-async def unless_gone(request: Request, answer):
-    """The result of a coroutine, which is cancelled when the client disconnects; None then."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = asyncio.ensure_future(answer), asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        return await tasks[0] if tasks[0].done() else None
-    finally:
-        for task in tasks:
-            task.cancel()
+# --- endpoints -------------------------------------------------------------------------------------------------------
 
 
 class Api:
@@ -255,13 +152,15 @@ class Api:
         self.generations: set[Generation] = set()
         # prompts whose log-probs are asked for are read outside the engine, one at a time
         self.reader, self.readings = ThreadPoolExecutor(1, "prompts"), 0
+        self.large = ThreadPoolExecutor(1, "large requests")
 
     def app(self) -> ASGIApp:
         @contextlib.asynccontextmanager
         async def lifespan(_: FastAPI):
             yield
             self.end_answers()
-            self.reader.shutdown(wait=False, cancel_futures=True)
+            for executor in (self.reader, self.large):
+                executor.shutdown(wait=False, cancel_futures=True)
             await asyncio.to_thread(self.pool.close)
 
         # the pages of /docs would be fetched from other hosts
@@ -269,10 +168,14 @@ class Api:
         checked = [Depends(self.check_key)]
         app.post("/v1/chat/completions", dependencies=checked)(self.chat)
         app.post("/v1/completions", dependencies=checked)(self.complete)
-        app.get("/v1/models", dependencies=checked)(self.models)
-        app.get("/v1/models/{name:path}", dependencies=checked)(self.model)
-        app.get("/metrics", dependencies=checked)(self.show_metrics)
-        app.get("/health")(self.health)
+        for path, endpoint, dependencies in (
+            ("/v1/models", self.models, checked),
+            ("/v1/models/", self.models, checked),
+            ("/v1/models/{name:path}", self.model, checked),
+            ("/metrics", self.show_metrics, checked),
+            ("/health", self.health, []),
+        ):
+            app.api_route(path, methods=["GET", "HEAD"], dependencies=dependencies)(endpoint)
         app.exception_handler(ApiError)(self.tell)
         app.exception_handler(HTTPException)(self.tell_http)
         app.exception_handler(QueueFull)(self.tell_full)
@@ -283,8 +186,10 @@ class Api:
         if self.args.cors_origin:
             origins = self.args.cors_origin
             whole = CORSMiddleware(whole, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
+        if self.args.api_key is None:
+            whole = KnownHosts(whole, {self.args.host, *self.args.allowed_host})
         paths = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/metrics", "/health"}
-        return CountRequests(whole, self.metrics, paths)
+        return WatchRequests(whole, self.metrics, paths, None if self.args.quiet else print_line)
 
     def end_answers(self) -> None:
         for generation in list(self.generations):
@@ -304,16 +209,16 @@ class Api:
         return {"status": "ok"}
 
     async def show_metrics(self) -> Response:
-        return Response(
-            prometheus.generate_latest(self.metrics.registry), media_type=prometheus.CONTENT_TYPE_PLAIN_0_0_4
-        )
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def models(self) -> dict:
-        offers = await asyncio.to_thread(self.pool.offers)
-        return {"object": "list", "data": [self._about(name, offer) for name, offer in offers.items()]}
+        def listed() -> list[dict]:
+            return [self._about(name, offer) for name, offer in self.pool.offers().items()]
+
+        return {"object": "list", "data": await asyncio.to_thread(listed)}
 
     async def model(self, name: str) -> dict:
-        return self._about(name, await asyncio.to_thread(self.pool.find, name))
+        return await asyncio.to_thread(lambda: self._about(name, self.pool.find(name)))
 
     def _about(self, name: str, offer: Offer) -> dict:
         about = {"id": name, "object": "model", "owned_by": "minimind", "root": offer.root, "size": offer.entry.size}
@@ -322,28 +227,39 @@ class Api:
         except OSError:  # deleted since
             return about | {"created": 0}
 
+    async def _read(self, request: Request, schema: type) -> tuple[ChatRequest | CompletionRequest, Callable]:
+        """Return the request, and what runs a function on it in a thread: parsing and encoding are work of the size of
+        the body, during which the event loop has tokens to send."""
+        raw = await read_body(request, self.args.max_body_bytes)
+        executor, loop = self.large if len(raw) > LARGE else None, asyncio.get_running_loop()
+
+        def run(function: Callable, *args) -> asyncio.Future:
+            return loop.run_in_executor(executor, function, *args)
+
+        body = await run(parse, schema, raw, self.args.max_messages)
+        request.state.about.append(body.model if body.model.isprintable() else repr(body.model))
+        return body, run
+
     async def chat(self, request: Request) -> Response:
         started = time.monotonic()
-        body = parse(ChatRequest, await read_body(request, self.args.max_body_bytes))
-        if len(body.messages) > self.args.max_messages:
-            message = f"{len(body.messages)} messages, and at most {self.args.max_messages} are taken"
-            raise ApiError(400, message, "messages", "too_many_messages")
+        body, run = await self._read(request, ChatRequest)
         self._check_count(body, 1)
         async with contextlib.AsyncExitStack() as held:
             model = await held.enter_async_context(self.pool.use(body.model))
-            prompt = await asyncio.to_thread(encode_chat, model.tokenizer, body)
-            generation = self._generate(held, model, [prompt], body)
+            prompt = await run(encode_chat, model.tokenizer, body)
+            grammar = await run(make_grammar, model, body)
+            generation = self._generate(held, request, model, [prompt], body, grammar)
             form = ChatFormat(model.tokenizer, body)
             return await self._answer(request, body, generation, form, started, held.pop_all())
 
     async def complete(self, request: Request) -> Response:
         started = time.monotonic()
-        body = parse(CompletionRequest, await read_body(request, self.args.max_body_bytes))
+        body, run = await self._read(request, CompletionRequest)
         self._check_count(body, len(body.prompt))
         async with contextlib.AsyncExitStack() as held:
             model = await held.enter_async_context(self.pool.use(body.model))
-            prompts = await asyncio.to_thread(lambda: [encode_completion(model.tokenizer, p) for p in body.prompt])
-            generation = self._generate(held, model, prompts, body)
+            prompts = await run(lambda: [encode_completion(model.tokenizer, prompt) for prompt in body.prompt])
+            generation = self._generate(held, request, model, prompts, body)
             echoes = await unless_gone(request, self._echo(model, body, prompts)) if body.echo else []
             if echoes is None:
                 return await self.tell_nobody()
@@ -357,7 +273,7 @@ class Api:
             raise ApiError(400, message, "n", "too_many_answers")
 
     async def _echo(self, model: LoadedModel, body: CompletionRequest, prompts: list[list[int]]) -> list[Echo]:
-        """One for each prompt. Raises QueueFull where as many requests wait as may wait for the engine."""
+        """Return one for each prompt. Raises QueueFull if as many requests wait as may wait for the engine."""
         pairs = list(zip(body.prompt, prompts, strict=True))
         if body.logprobs is None:
             return await asyncio.to_thread(lambda: [make_echo(model, *pair) for pair in pairs])
@@ -374,16 +290,20 @@ class Api:
     def _generate(
         self,
         held: contextlib.AsyncExitStack,
+        request: Request,
         model: LoadedModel,
         prompts: list[list[int]],
         body: ChatRequest | CompletionRequest,
+        grammar: Callable | None = None,
     ) -> Generation:
-        """Puts all answers of a request in line; leaving `held` cancels them."""
+        """Queue all answers to a request; leaving `held` cancels them."""
         is_chat, context_length = isinstance(body, ChatRequest), model.engine.context_length
         param = "messages" if is_chat else "prompt"
         for ids in prompts:
             if len(ids) >= context_length:
-                message = f"{len(ids)} tokens of {param}, and the context holds {context_length}, answer included"
+                # the first sentence is OpenAI's, by which client libraries recognise this error
+                message = f"Input tokens exceed the configured limit of {context_length} tokens. Your {param} resulted "
+                message += f"in {len(ids)} tokens; the context holds {context_length}, answer included."
                 raise ApiError(400, message, param, "context_length_exceeded")
         tokenizer = model.tokenizer
         defaults = SamplingParams(
@@ -394,6 +314,8 @@ class Api:
         )
         tools = is_chat and bool(body.offered_tools)
         params = sampling_params(body, defaults)
+        if grammar:
+            params = [replace(each, grammar=grammar, stop_ids=defaults.stop_ids) for each in params]
         nothing, stop = body.max_tokens == 0, body.stop or ()
         try:
             generation = Generation(model.engine, tokenizer, prompts, params, stop, is_chat, tools, nothing)
@@ -402,7 +324,13 @@ class Api:
         self.generations.add(generation)
         held.callback(self.generations.discard, generation)
         held.callback(generation.close)
-        held.callback(lambda: self.metrics.count_usage(model.name, generation.usage()))
+
+        def count() -> None:
+            usage = generation.usage()
+            self.metrics.count_usage(model.name, usage)
+            request.state.about.append(f"{usage['prompt_tokens']}+{usage['completion_tokens']} tokens")
+
+        held.callback(count)
         return generation
 
     async def _answer(
@@ -429,8 +357,13 @@ class Api:
             found = {choice: [] for choice in generation.choices}
             async for choice, new in deltas():
                 found[choice] += new
-            choices = [form.whole(choice, found[choice]) for choice in generation.choices]
-            return JSONResponse(about | {"choices": choices, "usage": generation.usage()})
+
+            def render() -> bytes:  # by parts: log-probs of a long answer take a while
+                choices = [form.whole(choice, found[choice]) for choice in generation.choices]
+                encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+                return "".join(encoder.iterencode(about | {"choices": choices, "usage": generation.usage()})).encode()
+
+            return Response(await asyncio.to_thread(render), media_type="application/json")
 
         async def events() -> AsyncIterator[str]:
             include_usage = body.stream_options is not None and body.stream_options.include_usage
@@ -475,7 +408,7 @@ class Api:
         return await self.tell(request, ApiError(429, str(error), code="queue_full", headers=seconds))
 
     async def tell_nobody(self, *_) -> Response:
-        """The client has gone; only the metrics hear of it."""
+        """The client has gone; only metrics and log hear of it."""
         return Response(status_code=499)
 
     async def tell_bug(self, request: Request, error: Exception) -> JSONResponse:
@@ -483,9 +416,11 @@ class Api:
 
 
 def make_echo(model: LoadedModel, prompt: str | list[int], ids: list[int], logprobs: int | None = None) -> Echo:
-    """ids: those of the prompt. logprobs: how many likeliest tokens beside each token; None: no tokens."""
+    """ids: the prompt's. logprobs: how many of the most likely tokens to give for each; None: no tokens."""
     text = prompt if isinstance(prompt, str) else model.tokenizer.decode(ids, skip_control=False)
     tokens = [] if logprobs is None else prompt_log_probs(model.engine.model, ids, logprobs)
+    if any(token.logprob is not None and math.isnan(token.logprob) for token in tokens):
+        raise ApiError(503, "the log-probs are not finite: the weights are broken", "model", "model_broken")
     if isinstance(prompt, str) and ids != model.tokenizer.encode_documents([prompt])[0]:
         tokens = tokens[1:]  # a bos that the prompt did not hold
     return text, tokens
@@ -495,27 +430,49 @@ def make_echo(model: LoadedModel, prompt: str | list[int], ids: list[int], logpr
 
 
 class Server(uvicorn.Server):
-    """Told to stop, it takes no new connections, lets running answers finish, and ends those that take too long."""
+    """Told to stop, it takes no new connections and lets running answers finish; told again, it ends them at once."""
 
     def __init__(self, config: uvicorn.Config, api: Api):
         super().__init__(config)
-        self.api = api
+        self.api, self.stopped_by, self.hurried = api, None, False
+
+    def handle_exit(self, sig: int, frame) -> None:
+        self.hurried, self.should_exit, self.stopped_by = self.should_exit, True, sig
 
     async def shutdown(self, sockets=None) -> None:
-        seconds = self.api.args.shutdown_timeout
         if self.api.generations:
+            seconds = self.api.args.shutdown_timeout
             note(f"{len(self.api.generations)} answers are under way; they have {seconds} s. Ctrl-C ends them now")
-        timer = asyncio.get_running_loop().call_later(seconds, self.api.end_answers)
+        ending = asyncio.create_task(self._end_answers())
         await super().shutdown(sockets)
-        timer.cancel()
+        ending.cancel()
+
+    async def _end_answers(self) -> None:
+        started = time.monotonic()
+        while not self.hurried and time.monotonic() < started + self.api.args.shutdown_timeout:
+            await asyncio.sleep(0.05)
+        for _ in range(40):  # clients hear of it, those that are still sending a request too
+            self.api.end_answers()
+            await asyncio.sleep(0.05)
+        if self.stopped_by:
+            os._exit(self.status)  # what has not ended by now would end in tracebacks
+
+    @property
+    def status(self) -> int:
+        return 130 if self.stopped_by == signal.SIGINT else 0
 
 
 def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def print_line(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # a terminal that was closed is no reason to fail a request
+        print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. ValueError names the flag that is wrong."""
+    """Return a listening socket. Raises ValueError, which names the flag that is wrong."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=1024)
@@ -527,7 +484,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def make_server(args: argparse.Namespace) -> tuple[Server, socket.socket]:
-    """The server with its default model loaded, and the socket to listen on. ValueError says what is wrong."""
+    """Return the server with its default model loaded, and the socket to listen on. Raises ValueError."""
     listener = listen(args.host, args.port)
     try:
         default = default_offer(args)
@@ -544,10 +501,10 @@ def make_server(args: argparse.Namespace) -> tuple[Server, socket.socket]:
     api = Api(pool, args)
     config = uvicorn.Config(
         api.app(),
+        http=TimedProtocol,
         log_level="warning",
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=args.shutdown_timeout + 5,
     )
     return Server(config, api), listener
 
@@ -555,17 +512,19 @@ def make_server(args: argparse.Namespace) -> tuple[Server, socket.socket]:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     warnings.showwarning = lambda message, *_: note(f"warning: {message}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn hands the signal on when it is done
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the server runs
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.setswitchinterval(SWITCH_SECONDS)
     try:
         server, listener = make_server(args)
         announce(args, server.api.pool, listener.getsockname()[1])
         server.run(sockets=[listener])
+        return server.status
     except ValueError as error:
         note(f"error: {error}")
         return 1
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 def announce(args: argparse.Namespace, pool: ModelPool, port: int) -> None:

@@ -1,24 +1,30 @@
 """Where the web page's answers come from: a model in this process, or an OpenAI-compatible server.
 
-Both `start` an answer and return at once. The page calls `poll` to move what has arrived into the Answer, and `cancel`
-to stop; nothing here draws, and nothing here waits.
+`start` returns at once; the Run is a thread that fills in the Answer, whatever the page does meanwhile: a visitor may
+reload it or close it. `cancel` ends the answer and keeps what there is.
 """
 
 import asyncio
-import queue
+import contextlib
 import random
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from dataset.text_stream import TextStream, ThoughtSplitter
+import openai
+
+from dataset.text_stream import TextStream, ThoughtSplitter, ToolCall, ToolCallSplitter
 from dataset.tokenization import ChatTokenizer
 from model.batching import Engine, QueueFull
 from model.sampling import SamplingParams
+from scripts.openai_client import explain, new_client
 from scripts.web_conversation import CUT, FAILED, STOPPED, Answer
 
 PUT_AWAY = "This model was put away to make room for another. Ask again."
 API_TIMEOUT = 300.0  # seconds without a sign of life
+LONGEST = 400_000  # characters of an answer; a server may go on for ever
+SHOWN_EVERY = 0.05  # seconds; joining the text for every token would take the square of its length
 
 
 @dataclass(frozen=True)
@@ -30,19 +36,67 @@ class Settings:
     system: str = ""
 
 
-class Clock:
-    """Tokens per second from the first token on: waiting in line and reading the prompt are not the model's pace."""
+class Run(threading.Thread):
+    """Fills in an answer. Only this thread writes to it; ended is called, from here, when it has an ending."""
 
-    def __init__(self):
-        self.first, self.last = 0.0, 0.0
+    def __init__(self, answer: Answer, ended: Callable[[], None]):
+        super().__init__(name="answer", daemon=True)
+        self.answer, self._ended, self._cancelled = answer, ended, False
+        self._texts: dict[bool, list[str]] = {False: [], True: []}  # by whether they are thoughts
+        self._length, self._shown, self._first_token, self._calls = 0, 0.0, 0.0, ToolCallSplitter()
 
-    def tick(self) -> None:
-        self.last = time.perf_counter()
-        self.first = self.first or self.last
+    def run(self) -> None:
+        try:
+            ending, error = self._read()
+        except Exception as failure:  # whatever a server sends, the answer must come to its end
+            ending, error = self._explain(failure)
+        self._show()
+        self.answer.error, self.answer.ending = error, ending
+        self._ended()
 
-    def rate(self, tokens: int) -> float:
-        seconds = self.last - self.first
-        return (tokens - 1) / seconds if tokens > 1 and seconds > 0 else 0.0
+    def _read(self) -> tuple[str, str]:
+        """Pass pieces to _add; return how the answer ended, and an error or ""."""
+        raise NotImplementedError
+
+    def _explain(self, failure: Exception) -> tuple[str, str]:
+        return FAILED, f"The model failed: {failure}"
+
+    def _count(self, tokens: int) -> None:
+        """Tokens so far; their rate counts from the first, because queue and prompt are not the model's pace."""
+        now = time.perf_counter()
+        self._first_token = self._first_token or now
+        seconds = now - self._first_token
+        self.answer.tokens = tokens
+        self.answer.tokens_per_second = (tokens - 1) / seconds if tokens > 1 and seconds > 0 else 0.0
+
+    def _add(self, is_thought: bool, text: str) -> None:
+        for part in [text] if is_thought else self._calls.push(text):
+            self._add_part(is_thought, part)
+        if time.perf_counter() - self._shown > SHOWN_EVERY:
+            self._show()
+
+    def _add_part(self, is_thought: bool, part: str | ToolCall) -> None:
+        if isinstance(part, ToolCall):
+            self.answer.calls.append(part._asdict())
+        else:
+            self._texts[is_thought].append(part)
+            self._limit(part)
+
+    def _limit(self, part: str) -> None:
+        self._length += len(part)
+        if self._length > LONGEST:
+            raise ValueError(f"the answer has more than {LONGEST:,} characters and was cut")
+
+    def _show(self) -> None:
+        for is_thought, name in ((False, "text"), (True, "thought")):
+            setattr(self.answer, name, "".join(self._texts[is_thought])[:LONGEST])
+        self._shown = time.perf_counter()
+
+    def _flush(self, pieces: list[tuple[bool, str]]) -> None:
+        for piece in pieces:
+            self._add(*piece)
+        for part in self._calls.flush():
+            self._add_part(False, part)
 
 
 # --- a model in this process -----------------------------------------------------------------------------------------
@@ -67,9 +121,11 @@ class LocalModel:
     def close(self) -> None:
         self.engine.close()
 
-    def start(self, answer: Answer, messages: list[dict], settings: Settings) -> "LocalRun":
-        """ValueError where the question is too long, or the engine has too much to do."""
-        answer.model = self.name
+    def start(
+        self, answer: Answer, messages: list[dict], settings: Settings, ended: Callable[[], None] = lambda: None
+    ) -> "LocalRun":
+        """Raises ValueError if the question is too long or the engine is busy."""
+        answer.model, answer.continues = self.name, self.continues
         ids = self._encode(answer, messages, settings.max_tokens)
         params = SamplingParams(
             temperature=settings.temperature,
@@ -78,14 +134,13 @@ class LocalModel:
             stop_ids=(self.tokenizer.eos_id, self.tokenizer.pad_id),
             seed=random.SystemRandom().randrange(2**31),
         )
-        stream, clock = TextStream(self.tokenizer, split_thoughts=self.split_thoughts), Clock()
         try:
-            request = self.engine.submit(ids, params, notify=clock.tick)
+            request = self.engine.submit(ids, params)
         except QueueFull as error:
             raise ValueError(f"The model is busy: {error}.") from error
         except RuntimeError as error:  # it was closed to make room for another model
             raise ValueError(PUT_AWAY) from error
-        return LocalRun(answer, request, stream, clock)
+        return LocalRun(answer, ended, request, TextStream(self.tokenizer, split_thoughts=self.split_thoughts))
 
     def _encode(self, answer: Answer, messages: list[dict], max_tokens: int) -> list[int]:
         """Ids to continue; the oldest turns are left out if they would leave an answer too little room."""
@@ -93,9 +148,7 @@ class LocalModel:
             return self.tokenizer.encode_beginning(messages[-1]["content"])
         context = self.engine.context_length
         ids, left_out = self.tokenizer.encode_fitting(messages, context, max_tokens)
-        if left_out:
-            exchanges = left_out // 2
-            answer.notes.append(f"left out {exchanges} earlier turn{'s' * (exchanges > 1)}: the context is full")
+        answer.left_out = left_out // 2
         if len(ids) >= context:
             raise ValueError(
                 f"This question is too long: with its frame it has {len(ids)} tokens, and the context holds {context}. "
@@ -104,34 +157,24 @@ class LocalModel:
         return ids
 
 
-class LocalRun:
-    def __init__(self, answer: Answer, request, stream: TextStream, clock: Clock):
-        self.answer, self._request, self._stream, self._clock = answer, request, stream, clock
-        self.done = self._cancelled = False
+class LocalRun(Run):
+    def __init__(self, answer: Answer, ended: Callable[[], None], request, stream: TextStream):
+        super().__init__(answer, ended)
+        self._request, self._stream = request, stream
+        self.start()
 
-    def poll(self) -> None:
-        if self.done:
-            return
-        tokens, ending = self._request.take()
-        for token in tokens:
-            self.answer.tokens += 1
+    def _read(self) -> tuple[str, str]:
+        for token in self._request:
+            self._count(self.answer.tokens + 1)
             for piece in self._stream.push(token.id):
-                self.answer.add(*piece)
-        self.answer.tokens_per_second = self._clock.rate(self.answer.tokens)
-        if ending is not None:
-            for piece in self._stream.flush():
-                self.answer.add(*piece)
-            self.answer.ending, self.done = ending, True
-            if self._request.error is not None:
-                self.answer.error = f"The model failed: {self._request.error}"
-            elif ending == STOPPED and not self._cancelled:
-                self.answer.ending, self.answer.error = FAILED, PUT_AWAY
+                self._add(*piece)
+        self._flush(self._stream.flush())
+        ending = self._request.finish_reason
+        return (FAILED, PUT_AWAY) if ending == STOPPED and not self._cancelled else (ending, "")
 
     def cancel(self) -> None:
-        """Stops the model at once; what it said stays."""
         self._cancelled = True
         self._request.cancel()
-        self.poll()
 
 
 # --- a server --------------------------------------------------------------------------------------------------------
@@ -145,138 +188,102 @@ class ApiModel:
     api_key: str
     name: str
 
-    def start(self, answer: Answer, messages: list[dict], settings: Settings) -> "ApiRun":
+    def start(
+        self, answer: Answer, messages: list[dict], settings: Settings, ended: Callable[[], None] = lambda: None
+    ) -> "ApiRun":
         answer.model = self.name
-        return ApiRun(self, answer, messages, settings)
+        return ApiRun(answer, ended, self, messages, settings)
 
 
-class ApiRun:
-    """Reads the server's stream in a thread of its own, so that the page can stop it before anything has come."""
+class ApiRun(Run):
+    """Reads the server's stream in an event loop of its own, so that it can be stopped before anything has come."""
 
-    def __init__(self, model: ApiModel, answer: Answer, messages: list[dict], settings: Settings):
-        self.answer, self.done = answer, False
-        self._model, self._clock, self._splitter = model, Clock(), ThoughtSplitter()
-        self._arrived = queue.SimpleQueue()  # functions that change the answer
-        self._loop = asyncio.new_event_loop()
-        self._task = self._loop.create_task(self._read(messages, settings))
-        threading.Thread(target=self._run, name="api answer", daemon=True).start()
-
-    def poll(self) -> None:
-        while not self.done and not self._arrived.empty():
-            self._arrived.get()()
+    def __init__(
+        self, answer: Answer, ended: Callable[[], None], model: ApiModel, messages: list[dict], settings: Settings
+    ):
+        super().__init__(answer, ended)
+        self._model, self._messages, self._settings = model, messages, settings
+        self._loop, self._splitter = asyncio.new_event_loop(), ThoughtSplitter()
+        self._task = self._loop.create_task(self._stream())
+        self.start()
 
     def cancel(self) -> None:
-        """Drops the connection, which is how a server learns of it; what has arrived stays."""
-        self.poll()
-        if not self.done:
+        """Drop the connection, which is how a server learns of it."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the answer has ended
             self._loop.call_soon_threadsafe(self._task.cancel)
-            self._end(STOPPED)
 
-    def _end(self, ending: str, error: str = "") -> None:
-        for piece in self._splitter.flush():
-            self.answer.add(*piece)
-        self.answer.ending, self.answer.error, self.done = ending, error, True
-
-    def _add(self, text: str, thought: str) -> None:
-        if thought:
-            self.answer.add(True, thought)
-        for piece in self._splitter.push(text):  # servers that leave the tags in the text
-            self.answer.add(*piece)
-        self.answer.tokens += 1  # about one a chunk, until the server tells
-        self.answer.tokens_per_second = self._clock.rate(self.answer.tokens)
-
-    def _count(self, tokens: int) -> None:
-        self.answer.tokens, self.answer.tokens_per_second = tokens, self._clock.rate(tokens)
-
-    def _run(self) -> None:
+    def _read(self) -> tuple[str, str]:
         try:
-            self._loop.run_until_complete(self._task)
+            return self._loop.run_until_complete(self._task)
         except asyncio.CancelledError:
-            pass
+            return STOPPED, ""
         finally:
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.close()
 
-    async def _read(self, messages: list[dict], settings: Settings) -> None:
-        import openai
+    def _explain(self, failure: Exception) -> tuple[str, str]:
+        if isinstance(failure, openai.OpenAIError):
+            return FAILED, explain(failure, self._model.base_url)
+        return FAILED, f"{self._model.base_url} gave no usable answer: {failure or type(failure).__name__}"
 
-        put, ending = self._arrived.put, ""
-        try:
-            async with _client(openai.AsyncOpenAI, self._model.base_url, self._model.api_key) as client:
-                stream = await client.chat.completions.create(
-                    model=self._model.name,
-                    messages=messages,
-                    temperature=settings.temperature,
-                    top_p=settings.top_p,
-                    max_tokens=settings.max_tokens,
-                    stream=True,
-                    stream_options={"include_usage": True},
-                )
-                async with stream:
-                    async for chunk in stream:
-                        for choice in chunk.choices[:1]:
-                            text = choice.delta.content or ""
-                            thought = getattr(choice.delta, "reasoning_content", None) or ""
-                            ending = choice.finish_reason or ending
-                            if text or thought:
-                                self._clock.tick()
-                                put(lambda text=text, thought=thought: self._add(text, thought))
-                        if chunk.usage:
-                            put(lambda tokens=chunk.usage.completion_tokens: self._count(tokens))
-            if ending:
-                put(lambda: self._end(CUT if ending == "length" else ending))
-            else:
-                put(lambda: self._end(FAILED, "The server broke off before the answer was through."))
-        except openai.OpenAIError as error:
-            message = api_message(error, self._model.base_url)
-            put(lambda: self._end(FAILED, message))
-        except Exception as error:  # a base URL that is none, a server that speaks something else
-            message = f"{self._model.base_url} gave no usable answer: {error or type(error).__name__}"
-            put(lambda: self._end(FAILED, message))
+    async def _stream(self) -> tuple[str, str]:
+        settings, ending, calls = self._settings, "", {}
+        async with api_client(openai.AsyncOpenAI, self._model.base_url, self._model.api_key) as client:
+            stream = await client.chat.completions.create(
+                model=self._model.name,
+                messages=self._messages,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                max_tokens=settings.max_tokens,
+                stream=True,
+                stream_options={"include_usage": True},
+            )
+            async with stream:
+                async for chunk in stream:
+                    for choice in (chunk.choices or ())[:1]:
+                        self._take(choice.delta, calls)
+                        ending = str(choice.finish_reason or ending)
+                    # about one token a chunk, until the server tells
+                    told = getattr(chunk.usage, "completion_tokens", None)
+                    if chunk.choices or isinstance(told, int):
+                        self._count(told if isinstance(told, int) else self.answer.tokens + 1)
+                    await asyncio.sleep(0)  # a server that is always ahead must not keep a cancellation waiting
+        self._flush(self._splitter.flush())
+        self.answer.calls += calls.values()
+        if not ending:
+            return FAILED, "The server broke off before the answer was complete."
+        return (CUT if ending == "length" else ending), ""
+
+    def _take(self, delta, calls: dict[int, dict]) -> None:
+        text, thought = delta.content or "", getattr(delta, "reasoning_content", None) or ""
+        if not isinstance(text, str) or not isinstance(thought, str):
+            raise TypeError("the content of its answer is not text")
+        if thought:
+            self._add(True, thought)
+        for piece in self._splitter.push(text):  # servers that leave the tags in the text
+            self._add(*piece)
+        for part in delta.tool_calls or ():
+            call = calls.setdefault(part.index, {"name": "", "arguments": ""})
+            call["name"] += part.function.name or ""
+            call["arguments"] += part.function.arguments or ""
+            self._limit(part.function.arguments or "")
 
 
-def _client(kind, base_url: str, api_key: str, timeout: float = API_TIMEOUT):
-    import openai
-
-    from scripts.openai_client import new_client
-
-    return new_client(
-        kind,
-        base_url,
-        api_key=api_key or "none",  # never the environment's key: it is not meant for whatever URL stands in the page
-        timeout=openai.Timeout(timeout, connect=5.0),
-        max_retries=0,
-    )
+def api_client(kind: type, base_url: str, api_key: str, timeout: float = API_TIMEOUT):
+    # never the environment's key: it is not meant for whatever address the page names
+    timeout = openai.Timeout(timeout, connect=5.0)
+    return new_client(kind, base_url, api_key=api_key or "none", timeout=timeout, max_retries=0)
 
 
 def list_api_models(base_url: str, api_key: str) -> tuple[list[str], str]:
-    """(names, "") or ([], what is wrong), in words for the page."""
-    import openai
-
+    """Return (names, ""), or ([], what is wrong)."""
     if not base_url.startswith(("http://", "https://")):
-        return [], f"{base_url or 'An empty line'} is not a base URL; it begins with http:// and mostly ends with /v1."
+        return [], f"{base_url or 'An empty line'} is not a base URL: it begins with http:// and usually ends with /v1."
     try:
-        with _client(openai.OpenAI, base_url, api_key, timeout=10.0) as client:
-            names = [model.id for model in client.models.list().data]
+        with api_client(openai.OpenAI, base_url, api_key, timeout=10.0) as client:
+            names = [str(model.id) for model in client.models.list().data]
         return names, "" if names else f"{base_url} offers no models."
     except openai.OpenAIError as error:
-        return [], api_message(error, base_url)
+        return [], explain(error, base_url)
     except Exception as error:  # a server that speaks something else
         return [], f"{base_url} gave no usable answer: {error or type(error).__name__}"
-
-
-def api_message(error: Exception, base_url: str) -> str:
-    """What went wrong with a server, and the cure."""
-    import openai
-
-    if isinstance(error, openai.APITimeoutError):
-        return f"{base_url} did not answer in time."
-    if isinstance(error, openai.APIConnectionError):
-        return f"No server answers at {base_url}. Is it running? Ours starts with: python scripts/serve_openai_api.py"
-    if isinstance(error, openai.AuthenticationError):
-        return f"{base_url} refuses the API key."
-    body = getattr(error, "body", None)
-    text = body.get("message") if isinstance(body, dict) else None
-    if isinstance(error, openai.RateLimitError):
-        return f"{base_url} has too much to do: {text or error}"
-    return f"{base_url}: {text or error}"

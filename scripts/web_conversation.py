@@ -1,15 +1,29 @@
-"""A conversation as the web page keeps it: what was said, what can be done to it, and how it leaves the page."""
+"""A conversation as the web page keeps it: what was said, what can be done to it, and the file that holds it."""
 
+import contextlib
 import copy
+import functools
 import json
+import os
+import re
+import secrets
+import time
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from weakref import WeakValueDictionary
 
 STOPPED, CUT, FAILED, COMPLETE = "cancelled", "length", "error", "stop"  # how an answer can end
+MOST_LISTED = 100  # chats of one visitor
+SAFE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 @dataclass
 class Answer:
-    """What a model said, growing while it speaks; `ending` is "" until it is through."""
+    """What a model said. `ending` is "" while it still speaks.
+
+    continues: pretrained weights wrote it; it goes on with the question's text. calls: tool calls, each with "name" and
+    "arguments". left_out: earlier turns that the context had no room for.
+    """
 
     model: str = ""
     text: str = ""
@@ -18,13 +32,9 @@ class Answer:
     tokens_per_second: float = 0.0
     ending: str = ""
     error: str = ""
-    notes: list[str] = field(default_factory=list)
-
-    def add(self, is_thought: bool, text: str) -> None:
-        if is_thought:
-            self.thought += text
-        else:
-            self.text += text
+    continues: bool = False
+    left_out: int = 0
+    calls: list[dict] = field(default_factory=list)
 
     def pace(self) -> str:
         """128 tokens · 43.2 tokens/s"""
@@ -33,82 +43,96 @@ class Answer:
             parts.append(f"{self.tokens_per_second:.1f} tokens/s")
         return " · ".join(parts)
 
-    def summary(self) -> str:
-        """The line under an answer: 128 tokens · 43.2 tokens/s · 26M dense · full_sft · stopped"""
-        parts = [part for part in (self.pace(), self.model) if part]
-        if self.ending in (STOPPED, CUT):
-            parts.append({STOPPED: "stopped", CUT: "cut: the limit of tokens is reached"}[self.ending])
-        return " · ".join(parts + self.notes)
-
 
 @dataclass
 class Turn:
+    """A question with every answer to it; `chosen` is the one that is shown and that later answers are told of."""
+
     question: str
-    answer: Answer
+    answers: list[Answer] = field(default_factory=lambda: [Answer()])
+    chosen: int = 0
+
+    @property
+    def answer(self) -> Answer:
+        return self.answers[self.chosen]
 
 
 class Conversation:
-    """Questions with their answers. What takes something away can be undone once, until the next question."""
+    """Questions with their answers. Editing, deleting and clearing can be undone once, until the next question."""
 
-    def __init__(self):
-        self.turns: list[Turn] = []
-        self.undo_label = ""  # what happened, "" where there is nothing to undo
+    def __init__(self, path: Path | None = None):
+        """path: the file that keeps it; None: it is not kept."""
+        self.path, self.turns = path, []
+        self.run = None  # the thread that makes an answer (web_answers.Run), if one does
+        self.undo_label = ""  # what can be undone, or ""
         self._before: list[Turn] = []
 
-    def ask(self, question: str) -> Answer:
-        """Adds a question; the answer returned is empty and to be filled."""
-        self.undo_label = ""
-        return self._append(question)
+    @property
+    def name(self) -> str:
+        return self.path.stem if self.path else ""
 
-    def regenerate(self) -> Answer:
-        """Asks the last question again."""
-        self._remember("Answered again")
-        return self._append(self.turns.pop().question)
+    def ask(self, question: str) -> Answer:
+        """Add a question; return its empty answer."""
+        self.undo_label = ""
+        self.turns.append(Turn(question))
+        return self.turns[-1].answer
+
+    def again(self, index: int) -> Answer:
+        """Add another answer to a question. Earlier ones stay, to be chosen again."""
+        turn = self.turns[index]
+        turn.answers.append(Answer())
+        turn.chosen = len(turn.answers) - 1
+        return turn.answer
 
     def edit(self, index: int, question: str) -> Answer:
-        """Asks another question in place of an earlier one; what came after that is cut off."""
-        self._remember("Question edited")
-        del self.turns[index:]
-        return self._append(question)
+        """Ask another question in place of an earlier one; drop what came after."""
+        self._remember("edited")
+        self.turns[index:] = [Turn(question)]
+        return self.turns[-1].answer
 
     def delete(self, index: int) -> None:
-        """Takes out one question and its answer."""
-        self._remember("Deleted")
+        self._remember("deleted")
         del self.turns[index]
 
     def clear(self) -> None:
-        self._remember("Conversation cleared")
+        self._remember("cleared")
         self.turns = []
 
     def undo(self) -> None:
         if self.undo_label:
             self.turns, self.undo_label = self._before, ""
 
-    def _append(self, question: str) -> Answer:
-        self.turns.append(Turn(question, Answer()))
-        return self.turns[-1].answer
+    def answered(self) -> None:
+        """Called by the thread that makes an answer, at its end."""
+        self.run = None
+        with contextlib.suppress(OSError):  # the page says so at the next question
+            self.save()
 
     def _remember(self, label: str) -> None:
         self._before, self.undo_label = copy.deepcopy(self.turns), label
 
-    def messages(self, history_turns: int, system: str = "") -> list[dict]:
-        """The last question with as many earlier turns as wanted, as a model takes them; thoughts and turns without an
-        answer are left out."""
-        earlier = [turn for turn in self.turns[:-1] if turn.answer.text.strip()]
+    def messages(self, history_turns: int, system: str = "", index: int = -1) -> list[dict]:
+        """Return the question at `index` and the turns before it as a model takes them, without thoughts and without
+        turns that have no answer."""
+        before, turn = self.turns[:index], self.turns[index]
+        earlier = [turn for turn in before if turn.answer.text.strip()]
         messages = [{"role": "system", "content": system.strip()}] if system.strip() else []
-        for turn in earlier[len(earlier) - history_turns :] if history_turns else []:
-            messages.append({"role": "user", "content": turn.question})
-            messages.append({"role": "assistant", "content": turn.answer.text})
-        return [*messages, {"role": "user", "content": self.turns[-1].question}]
+        for each in earlier[max(len(earlier) - history_turns, 0) :]:
+            messages.append({"role": "user", "content": each.question})
+            messages.append({"role": "assistant", "content": each.answer.text})
+        return [*messages, {"role": "user", "content": turn.question}]
+
+    # --- files
 
     def to_json(self) -> str:
-        """One object whose "conversations" are a record of the training format; each answer's details stand beside."""
-        turns = []
-        for turn in self.turns:
-            turns.append({"role": "user", "content": turn.question})
-            turns.append({"role": "assistant", "content": turn.answer.text})
-        details = [{key: value for key, value in asdict(turn.answer).items() if key != "text"} for turn in self.turns]
-        return json.dumps({"conversations": turns, "answers": details}, ensure_ascii=False, indent=2) + "\n"
+        """Return one object: "conversations" is a record of the training format, "turns" is all that the page knows."""
+        said = [
+            {"role": role, "content": content}
+            for turn in self.turns
+            for role, content in (("user", turn.question), ("assistant", turn.answer.text))
+        ]
+        turns = [asdict(turn) for turn in self.turns]
+        return json.dumps({"conversations": said, "turns": turns}, ensure_ascii=False, indent=2) + "\n"
 
     def to_markdown(self) -> str:
         parts = ["# MiniMind"]
@@ -118,10 +142,72 @@ class Conversation:
             if answer.thought:
                 parts.append("<details><summary>Reasoning</summary>\n\n" + _quote(answer.thought) + "\n\n</details>")
             parts.append(f"**{answer.model or 'MiniMind'}**\n\n{answer.text or '(no answer)'}")
+            parts += ["```json\n" + json.dumps(call, ensure_ascii=False) + "\n```" for call in answer.calls]
             if answer.error:
                 parts.append(f"*{answer.error}*")
         return "\n\n".join(parts) + "\n"
 
+    def save(self) -> None:
+        """Write the file, or remove it if nothing was said. Raises OSError."""
+        if self.path is None:
+            return
+        if not self.turns:
+            return self.path.unlink(missing_ok=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(f".{secrets.token_hex(4)}.tmp")
+        try:
+            partial.write_text(self.to_json(), encoding="utf-8", errors="replace")
+            os.replace(partial, self.path)
+        finally:
+            partial.unlink(missing_ok=True)
+
 
 def _quote(text: str) -> str:
     return "\n".join(f"> {line}".rstrip() for line in text.splitlines())
+
+
+class Chats:
+    """The conversations of all visitors, each in FOLDER/VISITOR/NAME.json. Tabs that open the same one share it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._open: WeakValueDictionary[Path, Conversation] = WeakValueDictionary()
+
+    def open(self, visitor: str, name: str | None = None) -> Conversation:
+        """Return a visitor's conversation; a new one without a name, and an empty one if the file cannot be read."""
+        if name is None or not SAFE_NAME.fullmatch(name):
+            name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
+        path = self._folder_of(visitor) / f"{name}.json"
+        conversation = self._open.get(path)
+        if conversation is None:
+            conversation = self._open[path] = Conversation(path)
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                turns = json.loads(path.read_text("utf-8"))["turns"]
+                conversation.turns = [
+                    Turn(turn["question"], [Answer(**answer) for answer in turn["answers"]], turn["chosen"])
+                    for turn in turns
+                ]
+                for answer in (answer for turn in conversation.turns for answer in turn.answers):
+                    answer.ending = answer.ending or STOPPED  # the page was closed while it was made
+        return conversation
+
+    def _folder_of(self, visitor: str) -> Path:
+        return self.folder / (visitor if SAFE_NAME.fullmatch(visitor) else "local")
+
+    def titles(self, visitor: str) -> dict[str, str]:
+        """Return the names of a visitor's conversations with their first questions, newest first."""
+        titles = {}
+        with contextlib.suppress(OSError):
+            for path in sorted(self._folder_of(visitor).glob("*.json"), reverse=True)[:MOST_LISTED]:
+                if title := _title(path, path.stat().st_mtime_ns):
+                    titles[path.stem] = title
+        return titles
+
+
+@functools.lru_cache(maxsize=10_000)
+def _title(path: Path, modified: int) -> str:
+    """The first question; "" if the file cannot be read. `modified` is there for the cache."""
+    try:
+        return json.loads(path.read_text("utf-8"))["turns"][0]["question"]
+    except (OSError, ValueError, TypeError, KeyError, IndexError):
+        return ""

@@ -4,8 +4,8 @@
     streamlit run scripts/web_demo.py -- --out_dir out/quickstart     flags of the page come after --
     python scripts/web_demo.py                                        the same, without flags of Streamlit
 
-Offers what lies in out/ and in folders in Hugging Face format, and any OpenAI-compatible server. This file starts the
-page, which is web_page.py, and tells browsers to fetch nothing from elsewhere.
+Offers the models in out/ and in folders in Hugging Face format, and any OpenAI-compatible server. This file starts the
+page, which is web_page.py, and tells browsers to fetch nothing from elsewhere. Chats are kept in OUT_DIR/chats/.
 """
 
 import argparse
@@ -14,10 +14,12 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import sys
 from pathlib import Path
 
 import streamlit
+from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,17 +28,22 @@ if str(ROOT) not in sys.path:
 
 from model.flags import show_defaults
 from model.loading import add_flags
+from scripts.known_hosts import KnownHosts
 
+VISITOR_COOKIE = "minimind_visitor"
 FLAGS_VARIABLE = "MINIMIND_WEB_FLAGS"  # how the flags reach web_page.py, which Streamlit runs apart from this file
 
 
 def content_security_policy() -> str:
-    """Whatever a model writes, the browser loads nothing from other hosts and runs no script but Streamlit's own: its
-    files, and the lines in its index.html, by their hash. Its styles are made while it runs, hence unsafe-inline."""
+    """Whatever a model writes, the browser loads nothing from other hosts and runs only Streamlit's own scripts.
+
+    These are its files, the lines in its index.html (by their hash), and the copy button, which Streamlit hands over as
+    a blob. Its styles are made while it runs, hence unsafe-inline.
+    """
     index = Path(streamlit.__file__).with_name("static") / "index.html"
     inline = re.findall(r"<script>(.*?)</script>", index.read_text("utf-8"), re.DOTALL)
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in inline]
-    scripts = " ".join(["'self'", "'wasm-unsafe-eval'", *(f"'sha256-{value}'" for value in hashes)])
+    scripts = " ".join(["'self'", "'wasm-unsafe-eval'", "blob:", *(f"'sha256-{value}'" for value in hashes)])
     return (
         f"default-src 'self'; script-src {scripts}; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
         "font-src 'self' data:; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
@@ -45,16 +52,18 @@ def content_security_policy() -> str:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="A web page to talk to MiniMind.")
-    add_flags(parser, "out_dir", "tokenizer_path", "max_seq_len", "device", "dtype")
+    add_flags(parser, "out_dir", "tokenizer_path", "max_seq_len", "device", "dtype", "temperature", "top_p")
+    add_flags(parser, "max_new_tokens")
     add = parser.add_argument
     add("--hf_path", nargs="+", default=[str(ROOT)], help="folders in Hugging Face format, or folders that hold such")
+    add("--allowed_host", action="append", default=[], help="a name under which browsers may ask for the page")
     add("--base_url", default="http://127.0.0.1:8998/v1", help="server that the page offers under API")
     show_defaults(parser)
     return parser.parse_args(argv)
 
 
 class SecurityHeaders:
-    """Adds the policy to every response."""
+    """Add the policy to every response, and to the page itself a cookie that tells visitors apart."""
 
     HEADERS = (
         (b"content-security-policy", content_security_policy().encode()),
@@ -69,13 +78,21 @@ class SecurityHeaders:
         async def send_with_headers(message):
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", ()), *self.HEADERS]
+                if scope["path"] == "/" and VISITOR_COOKIE not in Headers(scope=scope).get("cookie", ""):
+                    cookie = (
+                        f"{VISITOR_COOKIE}={secrets.token_urlsafe(16)}; Max-Age=31536000; HttpOnly; SameSite=Strict"
+                    )
+                    message["headers"].append((b"set-cookie", cookie.encode()))
             await send(message)
 
         await self.app(scope, receive, send_with_headers)
 
 
-os.environ[FLAGS_VARIABLE] = json.dumps(vars(parse_args(sys.argv[1:])))
-app = streamlit.App(Path(__file__).with_name("web_page.py"), middleware=[Middleware(SecurityHeaders)])
+args = parse_args(sys.argv[1:])
+os.environ[FLAGS_VARIABLE] = json.dumps(vars(args))
+names = [streamlit.get_option("server.address") or "", streamlit.get_option("browser.serverAddress") or ""]
+known_hosts = Middleware(KnownHosts, names=[*names, *args.allowed_host])
+app = streamlit.App(Path(__file__).with_name("web_page.py"), middleware=[known_hosts, Middleware(SecurityHeaders)])
 
 if __name__ == "__main__":
     app.run()

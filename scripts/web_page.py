@@ -1,39 +1,38 @@
 """The page that web_demo.py shows. Streamlit runs this file from top to bottom after every click.
 
-What must live on stands in `st.session_state.page`: the conversation, and the answer that is being made. The answer is
-made elsewhere (web_answers.py), so a run of this file may end at any line and the next one goes on showing it.
+The conversation is kept in a file and shared by all tabs that show it (web_conversation.py). An answer is made in a
+thread (web_answers.py). So a run of this file may end at any line, and a reload shows the answer where it has got to.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import streamlit as st
-from streamlit.runtime.scriptrunner import StopException
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from dataset.tokenization import DEFAULT_SYSTEM
 from model.batching import Engine
 from model.loading import READY_FLAGS
-from scripts.model_catalog import Entry, find_models, load_entry
-from scripts.web_answers import ApiModel, ApiRun, LocalModel, LocalRun, Settings, list_api_models
-from scripts.web_conversation import FAILED, STOPPED, Answer, Conversation, Turn
+from scripts.model_catalog import Entry, find_models, load_entry, printable
+from scripts.web_answers import ApiModel, LocalModel, Settings, list_api_models
+from scripts.web_conversation import CUT, FAILED, STOPPED, Answer, Chats, Conversation, Turn
 from scripts.web_markdown import literal, safe_markdown
 
 FRAME = 0.08  # seconds between two pictures of an answer that grows
 LOADED_AT_ONCE = 2  # models kept in memory
 ICON = ROOT / "images" / "icon.svg"
-THINKING = ":material/psychology:"
-LOCAL, API = "This computer", "API"
+STYLE = Path(__file__).with_suffix(".css")
+WORDS = json.loads(Path(__file__).with_name("web_words.json").read_text("utf-8"))
+VISITOR_COOKIE = "minimind_visitor"  # set by web_demo.py
 SUGGESTIONS = (
     "你好，你是谁？",
     "Why is the sky blue?",
@@ -41,30 +40,56 @@ SUGGESTIONS = (
     "Give me three tips for learning a language.",
 )
 BEGINNINGS = ("世界上最高的山峰是", "The capital of France is", "人工智能的发展", "Once upon a time")
-STYLE = Path(__file__).with_suffix(".css")
 
 
 @dataclass
 class Page:
-    """What one visitor's page knows between two runs of this file."""
+    """What one tab knows between two runs of this file."""
 
-    conversation: Conversation = field(default_factory=Conversation)
-    run: LocalRun | ApiRun | None = None  # the answer that is being made
-    pending: Answer | None = None  # one that is to be begun as soon as the model is there
+    visitor: str
+    conversation: Conversation
+    pending: int | None = None  # index of the turn whose answer begins as soon as the model is there
     editing: int | None = None  # index of the question that is being edited
     drawn: int = 0  # turns that the browser shows
+    problem: str = ""
 
 
 def page() -> Page:
-    return st.session_state.setdefault("page", Page())
+    return st.session_state.page
+
+
+def words(key: str) -> str:
+    return WORDS["zh" if str(st.context.locale).startswith("zh") else "en"][key]
+
+
+@st.cache_resource
+def all_chats(folder: Path) -> Chats:
+    return Chats(folder)
+
+
+def open_page(chats: Chats) -> Page:
+    if "page" not in st.session_state:
+        visitor = str(st.context.cookies.get(VISITOR_COOKIE, "local"))
+        st.session_state.page = Page(visitor, chats.open(visitor, st.query_params.get("chat")))
+    return page()
 
 
 # --- what people do --------------------------------------------------------------------------------------------------
 
 
+def keep() -> None:
+    try:
+        page().conversation.save()
+        page().problem = ""
+    except OSError as error:
+        page().problem = words("not_kept").format(error)
+
+
 def ask(question: str) -> None:
     stop()
-    page().pending = page().conversation.ask(question)
+    page().conversation.ask(question)
+    page().pending = len(page().conversation.turns) - 1
+    keep()
 
 
 def ask_typed() -> None:
@@ -72,20 +97,28 @@ def ask_typed() -> None:
         ask(st.session_state.question.strip())
 
 
-def regenerate() -> None:
+def again(index: int) -> None:
     stop()
-    page().pending = page().conversation.regenerate()
+    page().conversation.again(index)
+    page().pending = index
+
+
+def show_other(index: int) -> None:
+    turn = page().conversation.turns[index]
+    turn.chosen = (turn.chosen + 1) % len(turn.answers)
+    keep()
 
 
 def stop() -> None:
-    """Ends the answer that is being made or is to be begun; what there is of it stays."""
-    if page().pending is not None:  # its model is still being loaded
-        page().pending.ending = STOPPED
-        page().pending = None
-    if page().run is not None:
-        page().run.cancel()
-        page().run = None
-    page().editing = None
+    """End the answer that is being made or about to be; keep what there is of it."""
+    state = page()
+    if state.pending is not None:  # its model is still being loaded
+        state.conversation.turns[state.pending].answer.ending = STOPPED
+        state.pending = None
+    if state.conversation.run is not None:
+        state.conversation.run.cancel()
+        state.conversation.run.join(timeout=2)
+    state.editing = None
 
 
 def begin_edit(index: int) -> None:
@@ -97,22 +130,21 @@ def end_edit(index: int) -> None:
     question = st.session_state[f"edited-{index}"].strip()
     stop()
     if question:
-        page().pending = page().conversation.edit(index, question)
+        page().conversation.edit(index, question)
+        page().pending = index
+        keep()
 
 
-def delete(index: int) -> None:
+def change(name: str, *args) -> None:
+    """Call the conversation's delete, clear or undo."""
     stop()
-    page().conversation.delete(index)
+    getattr(page().conversation, name)(*args)
+    keep()
 
 
-def clear() -> None:
-    stop()
-    page().conversation.clear()
-
-
-def undo() -> None:
-    stop()
-    page().conversation.undo()
+def open_chat(chats: Chats, name: str | None) -> None:
+    """Show another conversation, or a new one; an answer in the making goes on."""
+    page().conversation, page().pending, page().editing = chats.open(page().visitor, name), None, None
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -124,28 +156,29 @@ def read_flags() -> argparse.Namespace:
 
 @st.cache_data(ttl=60, show_spinner=False)
 def local_models(out_dir: str, folders: tuple[str, ...]) -> list[Entry]:
-    """What lies in the output folder, in the one of `make quickstart` inside it, and in Hugging Face folders."""
+    """Find the models in the output folder, in the one of `make quickstart` inside it, and in Hugging Face folders."""
     entries = find_models(out_dir, folders)
     return entries + [entry for entry in find_models(Path(out_dir) / "quickstart", ()) if entry not in entries]
 
 
-api_models = st.cache_data(ttl=20, show_spinner="Asking the server …")(list_api_models)
+api_models = st.cache_data(ttl=20, show_spinner=False)(list_api_models)
 
 
 def label_of(entry: Entry) -> str:
+    """full_sft · 26M dense · quickstart"""
     size = entry.size if entry.use_moe or not entry.size else f"{entry.size} dense"
     place = "quickstart" if entry.out_dir.name == "quickstart" else ""
-    return " · ".join(filter(None, (size, entry.stage or entry.name, place)))
+    return " · ".join(filter(None, (entry.stage or entry.name, size, place)))
 
 
 def stamp_of(entry: Entry, adapter: str | None) -> tuple:
-    """Changes with the files, so that weights that were trained anew are loaded anew."""
+    """Return what changes with the files, so that weights that were trained again are loaded again."""
     files = [entry.path, *(entry.path.glob("*.safetensors") if entry.path.is_dir() else ())]
     files += (entry.out_dir / "lora").glob(f"{adapter}_*.pth") if adapter else ()
     return tuple((str(file), file.stat().st_mtime_ns) for file in sorted(files) if file.exists())
 
 
-@st.cache_resource(max_entries=LOADED_AT_ONCE, on_release=LocalModel.close, show_spinner="Loading the weights …")
+@st.cache_resource(max_entries=LOADED_AT_ONCE, on_release=LocalModel.close, show_spinner=False)
 def load_local(_entry: Entry, label: str, adapter: str | None, stamp: tuple, flags: dict) -> LocalModel:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -158,25 +191,31 @@ def load_local(_entry: Entry, label: str, adapter: str | None, stamp: tuple, fla
         engine,
         ready.tokenizer,
         continues=_entry.stage == "pretrain",
-        split_thoughts=_entry.stage in ("reason", ""),  # folders do not tell their stage: thoughts are looked for
+        split_thoughts=_entry.stage in ("reason", ""),  # folders do not tell their stage: look for thoughts
         warning=" ".join(str(w.message) for w in caught if issubclass(w.category, UserWarning)),
     )
 
 
 def choose_local(flags: argparse.Namespace) -> tuple[LocalModel | None, str]:
-    """(model, "") or (None, what is wrong); "" for both where there are no weights at all."""
+    """Return (model, ""), (None, what is wrong), or (None, "") if there are no weights at all."""
     entries = local_models(flags.out_dir, tuple(flags.hf_path))
     if not entries:
         return None, ""
     by_path = {str(entry.path): entry for entry in entries}
-    with model_row():
-        path = st.selectbox("Model", list(by_path), format_func=lambda path: label_of(by_path[path]), key="model")
-    entry = by_path[path]
-    adapter = None
+    turns = page().conversation.turns
+    last = turns[-1].answer.model.partition(" + ")[0] if turns else ""  # a reload goes on with the same model
+    index = next((number for number, entry in enumerate(entries) if label_of(entry) == last), 0)
+    path = choose_model("model", list(by_path), index=index, format_func=lambda path: label_of(by_path[path]))
+    entry, adapter = by_path[path], None
     if entry.adapters:
-        adapter = st.selectbox("Adapter", [None, *entry.adapters], format_func=lambda name: name or "none", key=path)
+        none = words("none")
+        adapters = [None, *entry.adapters]
+        adapter = st.selectbox(
+            words("adapter"), adapters, format_func=lambda name: printable(name or none), key=printable(path)
+        )
     try:
-        model = load_local(entry, label_of(entry), adapter, stamp_of(entry, adapter), vars(flags))
+        with st.spinner(words("loading")):
+            model = load_local(entry, label_of(entry), adapter, stamp_of(entry, adapter), vars(flags))
     except (ValueError, OSError) as error:
         return None, str(error)
     if model.warning:
@@ -186,19 +225,19 @@ def choose_local(flags: argparse.Namespace) -> tuple[LocalModel | None, str]:
 
 def choose_api(flags: argparse.Namespace) -> tuple[ApiModel | None, str]:
     base_url = st.text_input("Base URL", flags.base_url, key="base_url").strip().rstrip("/")
-    api_key = st.text_input("API key", type="password", key="api_key", help="Leave empty where the server wants none.")
-    names, problem = api_models(base_url, api_key.strip())
-    with model_row():
-        name = st.selectbox("Model", names, key="api_model", placeholder="none found", disabled=not names)
-    return (None, problem) if problem else (ApiModel(base_url, api_key.strip(), name), "")
+    api_key = st.text_input("API key", type="password", key="api_key", help=words("key_help")).strip()
+    with st.spinner(words("asking")):
+        names, problem = api_models(base_url, api_key)
+    name = choose_model("api_model", names, placeholder=words("none_found"), disabled=not names)
+    return (None, problem) if problem else (ApiModel(base_url, api_key, name), "")
 
 
-@contextlib.contextmanager
-def model_row() -> Iterator[None]:
-    """What chooses a model, with the button that looks for models again."""
+def choose_model(key: str, options: list[str], **more) -> str:
+    """Show the box that chooses a model, with the button that looks for models again."""
     with st.container(horizontal=True, vertical_alignment="bottom", key="model-row"):
-        yield
-        st.button("", icon=":material/refresh:", on_click=reload_models, help="Look for models again", key="reload")
+        chosen = st.selectbox(words("model"), options, key=key, **more)
+        st.button("", icon=":material/refresh:", on_click=reload_models, help=words("look"), key="reload")
+    return chosen
 
 
 def reload_models() -> None:
@@ -209,42 +248,48 @@ def reload_models() -> None:
 # --- the sidebar -----------------------------------------------------------------------------------------------------
 
 
-def sidebar(flags: argparse.Namespace) -> tuple[LocalModel | ApiModel | None, str, Settings]:
-    st.markdown("### MiniMind")
+def sidebar(flags: argparse.Namespace, chats: Chats) -> tuple[LocalModel | ApiModel | None, str, Settings]:
+    """Draw it; return the model, what is wrong if there is none, and the settings."""
+    with st.container(horizontal=True, vertical_alignment="center", key="head"):
+        st.markdown("### MiniMind")
+        new = ":material/edit_square:"
+        st.button("", icon=new, on_click=open_chat, args=(chats, None), help=words("new"), type="tertiary", key="new")
+    labels = {"local": words("local"), "api": words("api")}
     source = st.segmented_control(
-        "Source",
-        (LOCAL, API),
-        default=LOCAL,
-        required=True,
-        key="source",
-        width="stretch",
-        label_visibility="collapsed",
-    )
-    model, problem = choose_local(flags) if source == LOCAL else choose_api(flags)
+        words("source"), labels, format_func=labels.get, default="local", required=True,
+        label_visibility="collapsed", width="stretch", key="source",
+    )  # fmt: skip
+    model, problem = choose_api(flags) if source == "api" else choose_local(flags)
     with st.container(key="settings"):
+
+        def slider(key: str, *numbers: float) -> float:
+            return st.slider(words(key), *numbers, key=key, help=words(f"{key}_help"))
+
         settings = Settings(
-            temperature=st.slider(
-                "Temperature", 0.0, 2.0, 0.7, 0.05, key="temperature", help="0: always the likeliest"
-            ),
-            top_p=st.slider(
-                "Top-p", 0.05, 1.0, 0.9, 0.05, key="top_p", help="Only the likeliest tokens, up to this share"
-            ),
-            max_tokens=st.slider("Longest answer", 16, 4096, 512, 16, key="max_tokens", help="In tokens"),
-            history_turns=st.slider(
-                "Memory", 0, 20, 3, key="history_turns", help="Earlier turns that the model is told"
-            ),
-            system=st.text_area("System prompt", key="system", placeholder="You are a helpful assistant", height=80),
+            temperature=slider("temperature", 0.0, 2.0, flags.temperature, 0.05),
+            top_p=slider("top_p", 0.05, 1.0, flags.top_p, 0.05),
+            max_tokens=slider("max_tokens", 16, max(4096, flags.max_new_tokens), flags.max_new_tokens, 16),
+            history_turns=slider("history_turns", 0, 20, 3),
+            system=st.text_area(words("system"), DEFAULT_SYSTEM, key="system", height=80, help=words("system_help")),
         )
     conversation = page().conversation
     with st.container(horizontal=True, key="keeping"):
         nothing = not conversation.turns
-        st.button("Clear", icon=":material/delete_sweep:", on_click=clear, disabled=nothing, key="clear")
-        with st.popover("Export", icon=":material/download:", disabled=nothing or page().run is not None):
+        delete = ":material/delete_sweep:"
+        st.button(words("clear"), icon=delete, on_click=change, args=("clear",), disabled=nothing, key="clear")
+        with st.popover(words("export"), icon=":material/download:", disabled=nothing or conversation.run is not None):
             for label, text, ending, mime in (
                 ("Markdown", conversation.to_markdown(), "md", "text/markdown"),
                 ("JSON", conversation.to_json(), "json", "application/json"),
             ):
                 st.download_button(label, text, f"minimind.{ending}", mime, on_click="ignore", width="stretch")
+    if titles := chats.titles(page().visitor):
+        st.caption(words("chats"))
+        with st.container(key="chats", gap=None):
+            for name, title in titles.items():
+                kind = "secondary" if name == conversation.name else "tertiary"
+                label = literal(" ".join(title[:80].split()))
+                st.button(label, on_click=open_chat, args=(chats, name), type=kind, width="stretch", key=f"chat-{name}")
     return model, problem, settings
 
 
@@ -254,77 +299,120 @@ def sidebar(flags: argparse.Namespace) -> tuple[LocalModel | ApiModel | None, st
 def draw_question(index: int, turn: Turn) -> None:
     with st.container(key=f"question-{index}", gap=None):
         if page().editing == index:
-            st.text_area("Question", turn.question, key=f"edited-{index}", label_visibility="collapsed")
+            st.text_area(words("question"), turn.question, key=f"edited-{index}", label_visibility="collapsed")
             with st.container(horizontal=True, horizontal_alignment="right", key=f"editing-{index}"):
-                st.button("Cancel", on_click=stop, key=f"cancel-{index}")
-                st.button("Send", type="primary", on_click=end_edit, args=(index,), key=f"send-{index}")
+                st.button(words("cancel"), on_click=stop, key=f"cancel-{index}")
+                st.button(words("send"), type="primary", on_click=end_edit, args=(index,), key=f"send-{index}")
             return
-        with st.container(key=f"bubble-{index}"):
-            st.markdown(literal(turn.question))
+        bubble = st.empty()
+        if not turn.answer.continues:
+            with bubble.container(key=f"bubble-{index}"):
+                st.markdown(literal(turn.question))
         with st.container(horizontal=True, horizontal_alignment="right", key=f"actions-question-{index}"):
-            for label, callback in (("Edit", begin_edit), ("Delete", delete)):
-                place = st.empty()
-                if page().run is None:
-                    place.button(label, on_click=callback, args=(index,), type="tertiary", key=f"{label}-{index}")
+            edit, delete = st.empty(), st.empty()
+            if page().conversation.run is None:
+                edit.button(words("edit"), on_click=begin_edit, args=(index,), type="tertiary", key=f"edit-{index}")
+                args = ("delete", index)
+                delete.button(words("delete"), on_click=change, args=args, type="tertiary", key=f"delete-{index}")
 
 
-def draw_turns() -> list | None:
-    """All that was said; returns the places of the answer that is being made."""
-    state, places = page(), None
+class AnswerPlaces:
+    """The places of one answer. What stays empty wipes out what was there, which would be seen while this run lasts."""
+
+    def __init__(self, index: int, turn: Turn):
+        self.index, self.turn = index, turn
+        with st.container(key=f"answer-{index}"):
+            self.thought, self.text, self.calls, self.error = st.empty(), st.empty(), st.empty(), st.empty()
+            with st.container(horizontal=True, vertical_alignment="center", key=f"actions-answer-{index}"):
+                self.summary, self.copy, self.again, self.other = st.empty(), st.empty(), st.empty(), st.empty()
+
+    def grow(self, thought_place=None):
+        """Draw the answer while it is made; returns where its thought goes."""
+        answer = self.turn.answer
+        if answer.thought:
+            if thought_place is None:
+                thought_place = self.thought.expander(words("reasoning"), expanded=True, icon=":material/psychology:")
+                thought_place = thought_place.empty()
+            thought_place.markdown(safe_markdown(answer.thought))
+        self.text.markdown(safe_markdown(self._text(answer)) or "…")
+        self.summary.caption(answer.pace(), width="content")
+        return thought_place
+
+    def draw(self) -> None:
+        """Draw the complete answer with its buttons."""
+        answer, index = self.turn.answer, self.index
+        if answer.thought:
+            with self.thought.expander(words("reasoning"), icon=":material/psychology:"):
+                st.markdown(safe_markdown(answer.thought))
+        if self._text(answer):
+            self.text.markdown(safe_markdown(self._text(answer)))
+        elif not answer.calls and not answer.error:
+            self.text.caption(words("empty"))
+        if answer.calls:
+            with self.calls.container():
+                for call in answer.calls:
+                    with st.expander(literal(f"{words('call')}: {call['name']}"), icon=":material/build:"):
+                        st.code(call["arguments"], "json", wrap_lines=True)
+        if answer.error:
+            self.error.error(literal(answer.error))
+        self.summary.caption(literal(summary(answer)), width="content")
+        if page().conversation.run is not None:
+            return
+        if self._text(answer):
+            with self.copy.container(key=f"copy-{index}", width="content"):
+                copy_button()(data={"text": self._text(answer), "label": words("copy")}, key=f"copied-{index}")
+        refresh = ":material/refresh:"
+        self.again.button(
+            words("again"), icon=refresh, on_click=again, args=(index,), type="tertiary", key=f"again-{index}"
+        )
+        if (count := len(self.turn.answers)) > 1:
+            self.other.button(
+                f"{self.turn.chosen + 1} / {count}", icon=":material/swap_horiz:", on_click=show_other, args=(index,),
+                help=words("other"), type="tertiary", key=f"other-{index}",
+            )  # fmt: skip
+
+    def _text(self, answer: Answer) -> str:
+        return self.turn.question + answer.text if answer.continues else answer.text
+
+
+@st.cache_resource
+def copy_button():
+    script = Path(__file__).with_name("web_copy.js").read_text("utf-8")
+    style = "button { all: unset; cursor: pointer; font: inherit; } button:focus-visible { outline: 1px solid; }"
+    return st.components.v2.component("minimind_copy", html="<button></button>", css=style, js=script)
+
+
+def summary(answer: Answer) -> str:
+    """The line under an answer: 128 tokens · 43.2 tokens/s · full_sft · 26M dense · stopped"""
+    ending = {STOPPED: words("stopped"), CUT: words("cut")}.get(answer.ending, "")
+    left_out = words("left_out").format(answer.left_out) if answer.left_out else ""
+    return " · ".join(filter(None, (answer.pace(), answer.model, ending, left_out)))
+
+
+def draw_turns() -> AnswerPlaces | None:
+    """Draw all that was said; return the places of the answer that is being made."""
+    state, growing = page(), None
     turns = state.conversation.turns
     with st.container(key="turns"):
         for index, turn in enumerate(turns):
             draw_question(index, turn)
+            places = AnswerPlaces(index, turn)
             if turn.answer.ending:
-                draw_answer(index, turn.answer, last=index == len(turns) - 1)
+                places.draw()
             else:
-                places = answer_places(index)
-        for _ in range(state.drawn - len(turns)):  # wipes out turns that are no more
-            st.empty()
+                growing = places
+        for _ in range(2 * (state.drawn - len(turns))):  # wipe out turns that are gone
             st.empty()
     state.drawn = len(turns)
-    return places
+    return growing
 
 
-def draw_answer(index: int, answer: Answer, last: bool) -> None:
-    thought_place, text_place, error_place, summary_place, button_place = answer_places(index)
-    if answer.thought:
-        thought_place.expander("Reasoning", icon=THINKING).markdown(safe_markdown(answer.thought))
-    text_place.markdown(safe_markdown(answer.text))
-    if answer.error:
-        error_place.error(literal(answer.error))
-    summary_place.caption(literal(answer.summary()), width="content")
-    if last and page().run is None:
-        button_place.button("Again", icon=":material/refresh:", on_click=regenerate, type="tertiary", key="again")
-
-
-def draw_running(places: list, run: LocalRun | ApiRun) -> None:
-    """Shows the answer while it grows, until it is through."""
-    answer, inside = run.answer, None
-    thought_place, text_place, _, summary_place, _ = places
-    try:
-        while not run.done:
-            run.poll()
-            if answer.thought:
-                inside = inside or thought_place.expander("Reasoning", expanded=True, icon=THINKING).empty()
-                inside.markdown(safe_markdown(answer.thought))
-            text_place.markdown(safe_markdown(answer.text) or "…")
-            summary_place.caption(answer.pace(), width="content")
-            time.sleep(FRAME)
-    except StopException:  # the visitor has gone
-        run.cancel()
-        raise
-    page().run = None
+def draw_growing(places: AnswerPlaces) -> None:
+    answer, thought_place = places.turn.answer, None
+    while not answer.ending:
+        thought_place = places.grow(thought_place)
+        time.sleep(FRAME + len(answer.text + answer.thought) / 200_000)  # the browser draws all of it each time
     st.rerun()
-
-
-def answer_places(index: int) -> list:
-    """Thought, text, error, summary and button. What stays empty wipes out what was there: else it would be seen for as
-    long as this run lasts."""
-    with st.container(key=f"answer-{index}"):
-        places = [st.empty(), st.empty(), st.empty()]
-        with st.container(horizontal=True, vertical_alignment="center", key=f"actions-answer-{index}"):
-            return [*places, st.empty(), st.empty()]
 
 
 def draw_welcome(model: LocalModel | ApiModel | None) -> None:
@@ -332,8 +420,7 @@ def draw_welcome(model: LocalModel | ApiModel | None) -> None:
         st.image(str(ICON), width=56)
         st.markdown("# MiniMind", anchors=False, text_alignment="center")
         continues = getattr(model, "continues", False)
-        greeting = "These are pretrained weights: they go on with your text." if continues else "Ask me something."
-        st.caption(greeting, text_alignment="center")
+        st.caption(words("continues" if continues else "ask"), text_alignment="center")
         with st.container(key="suggestions", horizontal=True, horizontal_alignment="center"):
             for number, text in enumerate(BEGINNINGS if continues else SUGGESTIONS):
                 st.button(text, on_click=ask, args=(text,), disabled=model is None, key=f"suggestion-{number}")
@@ -341,62 +428,75 @@ def draw_welcome(model: LocalModel | ApiModel | None) -> None:
 
 def draw_no_weights(flags: argparse.Namespace) -> None:
     with st.container(key="no-weights"):
-        st.markdown("## No weights yet", anchors=False)
-        st.markdown(f"Nothing to talk to in `{flags.out_dir}`. A small model takes a few minutes, without a GPU:")
+        st.markdown(f"## {words('no_weights')}", anchors=False)
+        st.markdown(words("nothing_in").format(flags.out_dir))
         st.code("make quickstart", language="bash")
-        st.markdown("The real one, from your own data or the published set:")
+        st.markdown(words("real"))
         st.code("cd trainer\npython train_pretrain.py\npython train_full_sft.py", language="bash")
-        st.markdown("Or choose **API** in the sidebar to talk to a server, this one for example:")
+        st.markdown(words("or_api"))
         st.code("python scripts/serve_openai_api.py", language="bash")
-        st.button("Look again", icon=":material/refresh:", on_click=reload_models, type="primary", key="look-again")
+        refresh = ":material/refresh:"
+        st.button(words("look"), icon=refresh, on_click=reload_models, type="primary", key="look-again")
+
+
+def begin_answer(index: int, model: LocalModel | ApiModel | None, problem: str, settings: Settings) -> None:
+    conversation = page().conversation
+    answer = conversation.turns[index].answer
+    try:
+        if model is None:
+            raise ValueError(problem or words("choose"))
+        messages = conversation.messages(settings.history_turns, settings.system, index)
+        conversation.run = model.start(answer, messages, settings, conversation.answered)
+    except ValueError as error:
+        answer.ending, answer.error = FAILED, str(error)
+        keep()
 
 
 def main() -> None:
     st.set_page_config("MiniMind", page_icon=str(ICON), layout="centered", initial_sidebar_state="auto")
     st.html(STYLE)
     flags = read_flags()
+    chats = all_chats(Path(flags.out_dir) / "chats")
+    state = open_page(chats)
     with st.sidebar:
-        model, problem, settings = sidebar(flags)
-    state = page()
-    turns = state.conversation.turns
-
+        model, problem, settings = sidebar(flags, chats)
+    conversation = state.conversation
     if state.pending is not None:
-        answer, state.pending = state.pending, None
-        try:
-            if model is None:
-                raise ValueError(problem or "There are no weights to answer with.")
-            state.run = model.start(
-                answer, state.conversation.messages(settings.history_turns, settings.system), settings
-            )
-        except ValueError as error:
-            answer.ending, answer.error = FAILED, str(error)
+        index, state.pending = state.pending, None
+        begin_answer(index, model, problem, settings)
+    if conversation.turns:
+        st.query_params["chat"] = conversation.name
+    else:
+        st.query_params.clear()
 
+    with st.container(key="topbar"):
+        st.text(model.name if model else "MiniMind")
     welcome_place = st.empty()
-    if not turns:
+    if not conversation.turns:
         with welcome_place:
             if model or problem:
                 draw_welcome(model)
             else:
                 draw_no_weights(flags)
-    running_places = draw_turns()
+    growing = draw_turns()
     problem_place, undo_place = st.empty(), st.empty()
-    if problem:
-        problem_place.error(literal(problem))
-    if state.conversation.undo_label and state.run is None:
+    if problem or state.problem:
+        problem_place.error(literal(problem or state.problem))
+    if conversation.undo_label and growing is None:
         with undo_place.container(horizontal=True, vertical_alignment="center", key="actions-undo"):
-            st.caption(state.conversation.undo_label, width="content")
-            st.button("Undo", icon=":material/undo:", on_click=undo, type="tertiary", key="undo")
+            st.caption(words(conversation.undo_label), width="content")
+            undo = ":material/undo:"
+            st.button(words("undo"), icon=undo, on_click=change, args=("undo",), type="tertiary", key="undo")
     st.chat_input(
-        f"Message {model.name}" if model else "Choose a model first",
+        words("message").format(model.name) if model else words("choose"),
         on_submit=ask_typed,
         key="question",
-        disabled=model is None or state.run is not None,
+        disabled=model is None or growing is not None,
     )
-    stop_place = st.bottom.empty()  # lies over the button that sends: one that moved with the text would be hard to hit
-    if state.run is not None:
-        stop_place.button("Stop", icon=":material/stop_circle:", on_click=stop, key="stop")
-    if state.run is not None:
-        draw_running(running_places, state.run)
+    stop_place = st.bottom.empty()  # covers the button that sends; a button that moved with the text is hard to hit
+    if growing is not None:
+        stop_place.button(words("stop"), icon=":material/stop_circle:", on_click=stop, key="stop")
+        draw_growing(growing)
 
 
 main()

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-MODELS = ("says", "thinks", "ponders", "endless", "silent", "full", "broken", "breaks-off")
+MODELS = ("says", "thinks", "ponders", "endless", "silent", "full", "broken", "breaks-off", "odd", "flood")
 KEY = "secret"
 
 
@@ -20,6 +20,7 @@ class FakeOpenAI(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.text, self.needs_key = "Hello.", False
         self.requests, self.paths, self.gone = [], [], threading.Event()
+        self.first_chunk = {}  # what `odd` says first
 
     @property
     def base_url(self) -> str:
@@ -68,6 +69,11 @@ class Handler(BaseHTTPRequestHandler):
                 self.server.gone.set()
                 return
             threading.Event().wait(0.02)
+        if model == "odd":
+            first = self.server.first_chunk
+            self.send_event({"choices": []} | first if isinstance(first, dict) else first)
+        while model == "flood":
+            self.event({"content": "on and " * 100})
         for start in range(0, len(self.server.text), 3):
             self.event({"content": self.server.text[start : start + 3]})
         if model == "breaks-off":
@@ -80,8 +86,10 @@ class Handler(BaseHTTPRequestHandler):
         self.chunk({"choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}]})
 
     def chunk(self, fields: dict) -> None:
-        chunk = {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "m"} | fields
-        self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
+        self.send_event({"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "m"} | fields)
+
+    def send_event(self, content) -> None:
+        self.wfile.write(f"data: {json.dumps(content)}\n\n".encode())
         self.wfile.flush()
 
     def reply(self, status: int, body: dict) -> None:

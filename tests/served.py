@@ -18,7 +18,7 @@ from scripts import serve_openai_api
 from scripts.model_catalog import entry_of_file
 from scripts.model_pool import Offer
 
-ECHO = "full_dist_32"  # the name under which EchoEngine stands
+ECHO = "full_dist_32"  # EchoEngine's name
 
 
 def write_models(folder: Path, tokenizer: ChatTokenizer) -> Path:
@@ -37,6 +37,7 @@ class EchoEngine:
 
     def __init__(self, tokenizer: ChatTokenizer):
         self.tokenizer, self.context_length, self.requests = tokenizer, 512, []
+        self.model = SimpleNamespace(config=SimpleNamespace(vocab_size=tokenizer.vocab_size))
         self.opening = [tokenizer.bos_id, *tokenizer.encode_contents(["user\n"])[0]]
 
     def submit(self, prompt_ids, params, notify):

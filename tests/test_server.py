@@ -28,11 +28,13 @@ from benchmarks import serving
 from dataset.text_stream import TextStream
 from model.generation import SamplingParams
 from model.weights import load_model
-from scripts import chat_openai_api, serve_openai_api
+from scripts import chat_openai_api, openai_answers, openai_grammar, openai_http, openai_schema, serve_openai_api
+from scripts.known_hosts import KnownHosts
 from scripts.model_catalog import entry_of_file
 from scripts.model_pool import ModelPool, Offer
 from scripts.openai_answers import Choice, encode_chat, prompt_log_probs
-from scripts.openai_schema import ApiError, ChatRequest, parse
+from scripts.openai_grammar import make_grammar
+from scripts.openai_schema import ApiError, ChatRequest, CompletionRequest, parse
 
 QUESTION = [{"role": "user", "content": "the sky was grey 今天"}]
 LONG = {"max_tokens": 6000, "temperature": 0}
@@ -58,7 +60,7 @@ def server(out_dir):
 
 
 def chat(server, content: str = "", **options):
-    """An answer to one message; of the echoing model where a content is given."""
+    """An answer to one message; by the echoing model if a content is given."""
     messages = [{"role": "user", "content": content}] if content else QUESTION
     model = ECHO if content else "minimind"
     return server.client.chat.completions.create(**{"model": model, "messages": messages, "max_tokens": 100} | options)
@@ -85,7 +87,9 @@ def test_a_chat_completion_is_complete(server):
     assert before - 2 <= done.created <= time.time() + 2
     (choice,) = done.choices
     assert (choice.index, choice.finish_reason, choice.logprobs) == (0, "stop", None)
-    assert (choice.message.role, choice.message.content, choice.message.tool_calls) == ("assistant", "你好", None)
+    message = choice.message
+    assert (message.role, message.content, message.tool_calls, message.refusal) == ("assistant", "你好", None, None)
+    assert "refusal" in message.model_fields_set
     prompt = len(server.tokenizer.encode_prompt([{"role": "user", "content": "你好"}]))
     answer = len(server.tokenizer.encode_contents(["你好"])[0]) + 1
     usage = done.usage
@@ -159,7 +163,7 @@ def test_without_a_seed_answers_differ(server):
         {"extra_body": {"min_p": 1}, "temperature": 1},
     ],
 )
-def test_parameters_that_leave_only_the_likeliest_token(server, options):
+def test_parameters_that_leave_only_the_most_likely_token(server, options):
     greedy = chat(server, max_tokens=12, temperature=0).choices[0].message.content
     assert chat(server, max_tokens=12, **options).choices[0].message.content == greedy
 
@@ -248,7 +252,7 @@ def test_without_tools_a_call_is_text(server):
 
 
 def test_a_tool_conversation_is_rendered_as_the_chat_template_does(server):
-    """Control strings excepted: where the template's text would end a turn, ours is text."""
+    """Except for control strings: what would end a turn in the template's text is text in ours."""
     from transformers import AutoTokenizer
 
     call = {"name": "weather", "arguments": '{"city": "北京"}'}
@@ -623,7 +627,7 @@ def answered(server) -> dict[tuple[str, str], float]:
 
 def send_and_leave(server, head: str, body: bytes) -> None:
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        connection.sendall(f"{head}\r\nHost: x\r\nContent-Type: application/json\r\n\r\n".encode() + body)
+        connection.sendall(f"{head}\r\nHost: localhost\r\nContent-Type: application/json\r\n\r\n".encode() + body)
 
 
 def test_a_client_that_vanishes_while_it_sends_is_no_mistake_of_the_server(out_dir, capfd):
@@ -711,9 +715,9 @@ def test_a_full_queue_is_told_with_retry_after(out_dir):
             chat(server, n=3)
 
 
-def check_load(server, clients: int, seconds: float) -> serving.Load:
+def check_load(server, clients: int, seconds: float, hostile: bool = False) -> serving.Load:
     """Nothing but refusals, and nothing left behind."""
-    load = asyncio.run(serving.run_load(server.url, clients, seconds, max_tokens=24))
+    load = asyncio.run(serving.run_load(server.url, clients, seconds, max_tokens=24, hostile=hostile))
     assert not load.errors, load
     assert serving.slots_leaked(server.url) == 0 and not server.api.generations
     assert load.answers > 0 and load.first_token and load.tokens > load.answers
@@ -727,6 +731,12 @@ def test_64_clients_at_once(out_dir):
         assert check_load(server, 64, 2).refused > 0
 
 
+def test_a_hostile_client_gets_nothing_but_refusals(out_dir):
+    with running_server(out_dir, "--slots", "8") as server:
+        load = check_load(server, 8, 3, hostile=True)
+        assert load.hostile and max(load.hostile) < 500 and load.gaps
+
+
 @pytest.mark.full
 def test_64_clients_for_a_minute(out_dir):
     with running_server(out_dir) as server:
@@ -737,6 +747,7 @@ def test_64_clients_for_a_minute(out_dir):
 # --- what is wrong ---------------------------------------------------------------------------------------------------
 
 ONLY_ECHO = {"echo": True, "max_tokens": 0, "logprobs": 1}
+NO_TOOL = {"type": "function", "function": {"name": "other"}}
 IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]
 
 
@@ -752,7 +763,7 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
         ({"messages": [{"role": "robot", "content": ""}]}, "messages.0.role", "'user'"),
         ({"messages": IMAGE}, "messages.0.content", "text only"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, None, "surrogate"),
-        ({"messages": [{"role": "user", "content": "word " * 9000}]}, "messages", "8192"),
+        ({"messages": [{"role": "user", "content": "word " * 9000}]}, "messages", "Input tokens exceed the configured"),
         ({"temperature": -1}, "temperature", "0"),
         ({"temperature": "hot"}, "temperature", "number"),
         ({"top_p": 1.5}, "top_p", "1"),
@@ -766,9 +777,14 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream"),
         ({"top_logprobs": 3}, "top_logprobs", "logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "'json_object'"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "schema"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
-        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice", "enforced"),
+        ({"tool_choice": "required"}, "tool_choice", "among tools"),
+        ({"tools": [TOOL], "tool_choice": NO_TOOL}, "tool_choice", "among tools"),
+        ({"tools": [TOOL] * 129}, "tools", "128"),
+        ({"messages": [1] * 1001}, "messages", "at most 1000"),
+        ({"model": "m" * 1001}, "model", "1000"),
         ({"tools": [{"type": "function"}]}, "tools.0.function", "required"),
         ({"functions": [{"name": "f"}]}, "functions", "tools"),
         ({"modalities": ["audio"]}, "modalities", "text"),
@@ -849,6 +865,61 @@ def test_too_many_prompts_are_refused_before_they_are_encoded(server, monkeypatc
     assert (status, answer["error"]["code"]) == (400, "too_many_answers")
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [1] * 300_000},
+        {"messages": [{"role": "user", "content": [1] * 300_000}]},
+        {"messages": [{"role": "assistant", "content": "a", "tool_calls": [1] * 300_000}]},
+        {"messages": QUESTION, "stop": [1] * 300_000},
+        {"messages": QUESTION, "tools": [1] * 300_000},
+        {"messages": QUESTION, "tools": [{"type": "function"}] * 30_000},
+        {"prompt": [[[]]] * 200_000},
+        {"prompt": [1] * 300_000 + ["a"]},
+        {"prompt": [-1] * 300_000},
+        {"prompt": [[-1] * 300_000]},
+    ],
+)
+def test_a_body_full_of_errors_is_described_by_its_first(body, monkeypatch):
+    """Half a million errors took seconds to build and to throw away."""
+    made, schema = [], CompletionRequest if "prompt" in body else ChatRequest
+    monkeypatch.setattr(openai_schema, "ValidationError", Exception)
+    raw = json.dumps({"model": "m"} | body).encode()
+    try:
+        parse(schema, raw, 1_000_000)
+    except Exception as error:
+        made = error.errors() if hasattr(error, "errors") else [error]
+    assert 1 <= len(made) <= 10
+
+
+def test_reading_a_request_leaves_the_event_loop_alone(server, monkeypatch):
+    """Parsing, encoding, looking for models and rendering run in other threads."""
+    loops, seen = [], []
+
+    def watched(name: str, function):
+        def call(*args, **kwargs):
+            seen.append((name, threading.current_thread() is loops[0]))
+            return function(*args, **kwargs)
+
+        return call
+
+    async def note_loop(self, request, longest, original=openai_http.read_body):
+        loops.append(threading.current_thread())
+        return await original(request, longest)
+
+    monkeypatch.setattr(serve_openai_api, "read_body", lambda request, longest: note_loop(None, request, longest))
+    for name in ("parse", "encode_chat", "encode_completion", "make_grammar"):
+        monkeypatch.setattr(serve_openai_api, name, watched(name, getattr(serve_openai_api, name)))
+    monkeypatch.setattr(server.api.pool, "find", watched("find", server.api.pool.find))
+    monkeypatch.setattr(openai_answers.ChatFormat, "whole", watched("whole", openai_answers.ChatFormat.whole))
+    chat(server, "hi")
+    server.client.completions.create(model="full_sft_32", prompt="a", max_tokens=1)
+    assert {name for name, _ in seen} == {
+        "parse", "encode_chat", "encode_completion", "make_grammar", "find", "whole"
+    }  # fmt: skip
+    assert not any(on_loop for _, on_loop in seen), seen
+
+
 def test_unknown_fields_are_ignored(server):
     more = {"user": "me", "service_tier": "auto", "store": True, "metadata": {}, "something": 1, "logit_bias": None}
     body = {"model": ECHO, "messages": [{"role": "user", "content": "hi", "name": "me"}], "stop": None} | more
@@ -866,6 +937,270 @@ def test_status_codes_of_wrong_places(server):
     ):
         got, _, answer = post(server, path, body, **headers)
         assert got == status and set(answer["error"]) == {"message", "type", "param", "code"}, path
+
+
+def get(server, path: str, method: str = "GET", **headers) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request(method, path, headers=headers)
+    response = connection.getresponse()
+    found = response.status, response.read()
+    connection.close()
+    return found
+
+
+def test_models_with_and_without_a_slash_and_head(server):
+    status, listed = get(server, "/v1/models")
+    assert status == 200 and get(server, "/v1/models/") == (200, listed)
+    for path in ("/v1/models", "/v1/models/minimind", "/health", "/metrics"):
+        assert get(server, path, "HEAD") == (200, b"")
+    status, body = get(server, "/v1/models/gpt-4")
+    assert status == 404 and b"minimind:lora_medical" in body and b"model_not_found" in body
+
+
+def test_numbers_as_clients_write_them(server):
+    for length, made in ((3.0, 3), (3, 3)):
+        status, _, answer = post(server, "/v1/chat/completions", json.dumps(
+            {"model": "minimind", "messages": QUESTION, "max_tokens": length, "n": 1.0, "temperature": 0}
+        ).encode())  # fmt: skip
+        assert status == 200 and answer["usage"]["completion_tokens"] == made
+    assert post(server, "/v1/chat/completions", json.dumps(
+        {"model": "minimind", "messages": QUESTION, "max_tokens": 2.5}).encode())[0] == 400  # fmt: skip
+    # no limit: to the answer's own end, or the context's
+    text = "word " * 200
+    assert chat(server, text, max_tokens=-1).choices[0].message.content == text
+    assert chat(server, text, max_tokens=None, max_completion_tokens=-1).choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    "host, status",
+    [("evil.example", 421), ("127.0.0.1.evil.example", 421), ("localhost", 200), ("a.localhost:8998", 200),
+     ("192.168.1.5:8998", 200), ("[::1]:8998", 200), ("FRIEND.example", 200), ("", 421), ("[::1", 421)],
+)  # fmt: skip
+def test_a_name_made_to_point_here_is_refused(out_dir, host, status):
+    app = KnownHosts(lambda scope, receive, send: None, ["friend.example"])
+    assert app.knows(host) == (status == 200)
+
+
+def test_names_are_checked_unless_a_key_is_asked_for(server, out_dir):
+    status, body = get(server, "/v1/models", Host="evil.example")
+    assert status == 421 and b"--allowed_host" in body
+    assert answered(server)["/v1/models", "421"] == 1
+    for flags, status in ((["--allowed_host", "evil.example"], 200), (["--api_key", "secret"], 200)):
+        with running_server(out_dir, *flags) as other:
+            assert get(other, "/v1/models", Host="evil.example", Authorization="Bearer secret")[0] == status
+
+
+def test_each_request_is_a_line(out_dir, capfd):
+    with running_server(out_dir) as server:
+        usage = chat(server, max_tokens=3).usage
+        list(chat(server, max_tokens=3, stream=True))
+        get(server, "/v1/models/none")
+        get(server, "/health")
+    lines = capfd.readouterr().out.splitlines()
+    shape = rf"\d\d:\d\d:\d\d POST /v1/chat/completions 200 minimind {usage.prompt_tokens}\+3 tokens \d+\.\d\d s"
+    assert len(lines) == 3 and all(re.fullmatch(shape, line) for line in lines[:2]), lines
+    assert " GET /v1/models/none 404 " in lines[2]
+    with running_server(out_dir, "--quiet") as server:
+        get(server, "/v1/models")
+    assert not capfd.readouterr().out
+
+
+def test_half_sent_headers_are_given_up(out_dir, monkeypatch):
+    monkeypatch.setattr(openai_http, "HEADER_SECONDS", 0.2)
+    with running_server(out_dir) as server:
+        for sent in (b"", b"GET /health HTTP/1.1\r\nHost:", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /he"):
+            with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+                connection.sendall(sent)
+                received = b""
+                while chunk := connection.recv(4096):  # ends when the server closes
+                    received += chunk
+                assert received.count(b"200 OK") == (1 if sent.endswith(b"GET /he") else 0)
+        stream = chat(server, stream=True, **LONG)  # a request that has arrived has all its time
+        assert sum(1 for _ in stream) > 100
+
+
+def test_weights_that_are_not_numbers_are_said(tmp_path, tokenizer):
+    write_models(tmp_path, tokenizer)
+    path = tmp_path / "full_sft_32.pth"
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"model.norm.weight": state["model.norm.weight"] * float("nan")}, path)
+    with running_server(tmp_path) as server:
+        for body in ({"echo": True, "logprobs": 1}, {"echo": True, "logprobs": 1, "max_tokens": 0}, {}):
+            body = json.dumps({"model": "minimind", "prompt": "the sky", "max_tokens": 2} | body).encode()
+            status, _, answer = post(server, "/v1/completions", body)
+            assert status >= 500 and "not finite" in answer["error"]["message"], answer
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names that are not UTF-8")
+def test_names_that_are_not_text_are_listed_escaped(tmp_path, tokenizer):
+    write_models(tmp_path, tokenizer)
+    adapter = tmp_path / "lora" / "lora_medical_32.pth"
+    os.link(adapter, os.fsencode(tmp_path / "lora") + b"/odd\xff_32.pth")
+    with running_server(tmp_path) as server:
+        names = [model.id for model in server.client.models.list()]
+        assert len(names) == 7 and any("odd" in name for name in names)
+        assert [server.client.models.retrieve(name).id for name in names] == names
+
+
+# --- structured output -----------------------------------------------------------------------------------------------
+
+PERSON = {
+    "$defs": {"unit": {"enum": ["C", "F"]}},
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 8}, "unit": {"$ref": "#/$defs/unit"}},
+    "required": ["city", "unit"],
+    "additionalProperties": False,
+}
+FLAG = {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"], "additionalProperties": False}
+
+
+def function(name: str, parameters: dict, **more) -> dict:
+    return {"type": "function", "function": {"name": name, "parameters": parameters, **more}}
+
+
+def json_schema(schema: dict) -> dict:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_follows_its_schema(server, stream):
+    pytest.importorskip("llguidance")
+    options = {"response_format": json_schema(PERSON), "max_tokens": 200, "temperature": 1.5, "n": 3, "seed": 1}
+    if stream:
+        texts = ["", "", ""]
+        for chunk in chat(server, stream=True, **options):
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+    else:
+        done = chat(server, **options)
+        texts = [choice.message.content for choice in done.choices]
+        assert {choice.finish_reason for choice in done.choices} == {"stop"}
+    assert len(set(texts)) == 3
+    for text in texts:
+        found = json.loads(text)
+        assert list(found) == ["city", "unit"] and found["unit"] in "CF" and len(found["city"]) <= 8
+
+
+def test_any_object_is_a_json_object(server):
+    pytest.importorskip("llguidance")
+    schema = {"type": "object", "maxProperties": 0}
+    for response_format in (json_schema(schema), {"type": "json_object"}):
+        done = chat(server, response_format=response_format, max_tokens=300, seed=3, temperature=0.5)
+        if done.choices[0].finish_reason == "stop":
+            assert isinstance(json.loads(done.choices[0].message.content), dict)
+        else:
+            assert done.choices[0].message.content.startswith("{")
+    done = chat(server, response_format={"type": "text"}, max_tokens=4, temperature=0)
+    assert done.choices[0].message.content == chat(server, max_tokens=4, temperature=0).choices[0].message.content
+
+
+@pytest.mark.parametrize("tool_choice", ["required", {"type": "function", "function": {"name": "switch"}}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_tool_call_is_enforced(server, tool_choice, stream):
+    pytest.importorskip("llguidance")
+    tools = [function("weather", PERSON), function("switch", FLAG)]
+    options = {"tools": tools, "tool_choice": tool_choice, "max_tokens": 200, "temperature": 1, "seed": 4}
+    if stream:
+        chunks = list(chat(server, stream=True, **options))
+        (call,) = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+        assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    else:
+        (choice,) = chat(server, **options).choices
+        (call,) = choice.message.tool_calls
+        assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+    arguments = json.loads(call.function.arguments)
+    assert call.function.name == "switch" or tool_choice == "required"
+    assert list(arguments) == {"weather": ["city", "unit"], "switch": ["on"]}[call.function.name]
+
+
+def test_a_strict_tool_may_be_called_only_as_its_schema_says(server):
+    pytest.importorskip("llguidance")
+    messages = [{"role": "user", "content": "x"}]
+    body = parse(ChatRequest, json.dumps(
+        {"model": "m", "messages": messages, "tools": [function("switch", FLAG, strict=True)]}
+    ).encode())  # fmt: skip
+    assert "strict" not in body.offered_tools[0]["function"], "the prompt is that of training"
+    make = make_grammar(server.api.pool._loaded[server.api.pool.default.key], body)
+
+    def follows(text: str) -> bool:
+        grammar = make()
+        for token_id in [*server.tokenizer.encode_contents([text])[0], server.tokenizer.eos_id]:
+            if not grammar.allowed(server.tokenizer.vocab_size)[token_id]:
+                return False
+            grammar.advance(token_id)
+        return True
+
+    call = '<tool_call>\n{"name": "switch", "arguments": {"on": true}}\n</tool_call>'
+    assert follows("any text < at all") and follows(call) and follows(f"so: {call}") and follows(call + call)
+    assert not follows(call.replace("true", "1")) and not follows(call.replace("switch", "swatch"))
+
+
+def test_answers_with_and_without_a_schema_are_made_together(server):
+    pytest.importorskip("llguidance")
+    alone = chat(server, max_tokens=20, temperature=0).choices[0].message.content
+    found = {}
+
+    def ask(kind: str, **options) -> None:
+        found[kind] = chat(server, max_tokens=20, temperature=0, **options).choices[0].message.content
+
+    threads = [threading.Thread(target=ask, args=("free",)),
+               threading.Thread(target=ask, args=("held",), kwargs={"response_format": json_schema(FLAG)})]  # fmt: skip
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found["free"] == alone and list(json.loads(found["held"])) == ["on"]
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [{"type": "nonsense"}, {"$ref": "#/nowhere"}, {"properties": {"a": {"type": "string", "pattern": "(("}}},
+     {"anyOf": []}, {"type": "integer", "minimum": 5, "maximum": 1}, {"properties": {"a": {"not": {}}}}],
+)  # fmt: skip
+def test_schemas_that_cannot_be_followed_are_refused(server, schema):
+    pytest.importorskip("llguidance")
+    for change in (
+        {"response_format": json_schema(schema)},
+        {"tools": [function("f", schema)], "tool_choice": "required"},
+    ):
+        body = json.dumps({"model": "minimind", "messages": QUESTION, "max_tokens": 40} | change).encode()
+        status, _, answer = post(server, "/v1/chat/completions", body)
+        assert status == 400 and answer["error"]["param"] == list(change)[-1], answer
+
+
+def test_schemas_that_grow_without_end_are_refused_or_followed(server):
+    pytest.importorskip("llguidance")
+    deep = {"type": "string"}
+    for _ in range(60):
+        deep = {"type": "object", "properties": {"a": deep}, "required": ["a"]}
+    for schema in (
+        deep,
+        {"type": "array", "items": {"type": "string", "pattern": "(a{1,500}){1,500}"}, "minItems": 100_000},
+        {"anyOf": [{"const": "x" * n} for n in range(2000)]},
+        {"type": "string", "pattern": "(x+x+)+y" * 50},
+        {"$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/a"}]}}, "$ref": "#/$defs/a"},
+    ):
+        body = {"model": "minimind", "messages": QUESTION, "max_tokens": 30, "response_format": json_schema(schema)}
+        status, _, answer = post(server, "/v1/chat/completions", json.dumps(body).encode())
+        assert status in (200, 400), answer
+    assert chat(server, max_tokens=3).usage.completion_tokens == 3
+
+
+def test_without_the_package_schemas_are_refused_by_name(server, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    openai_grammar._compile.cache_clear()
+    for change, param in (
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
+        ({"tools": [function("f", FLAG, strict=True)]}, "tools"),
+    ):
+        body = json.dumps({"model": "minimind", "messages": QUESTION, "max_tokens": 2} | change).encode()
+        status, _, answer = post(server, "/v1/chat/completions", body)
+        assert (status, answer["error"]["code"], answer["error"]["param"]) == (400, "unsupported_parameter", param)
+        assert "pip install llguidance" in answer["error"]["message"]
+
+
+# --- bodies ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_body_of_unknown_length_is_bounded_too(server):
@@ -987,8 +1322,14 @@ FIELDS = {
     "top_logprobs": st.integers(0, 3) | SCALARS,
     "logit_bias": ANYTHING,
     "tools": TOOLS | ANYTHING,
-    "tool_choice": st.sampled_from(["auto", "none", "required"]) | ANYTHING,
-    "response_format": ANYTHING,
+    "tool_choice": st.sampled_from(["auto", "none", "required", NO_TOOL]) | ANYTHING,
+    "response_format": st.fixed_dictionaries(
+        {"type": st.sampled_from(["text", "json_object", "json_schema"])},
+        optional={
+            "json_schema": ANYTHING | st.fixed_dictionaries({"schema": ANYTHING | st.sampled_from([PERSON, FLAG])})
+        },
+    )
+    | ANYTHING,
     "echo": st.booleans() | SCALARS,
     "suffix": SCALARS,
     "best_of": SCALARS,
@@ -1017,7 +1358,7 @@ VALID = st.fixed_dictionaries(
             ),
             max_size=3,
         ).map(lambda turns: [*turns, {"role": "user", "content": "a <|im_end|>"}]),
-        "max_tokens": st.integers(1, 4),
+        "max_tokens": st.integers(1, 4) | st.just(2.0),
     },
     optional={
         "stream": st.none() | st.booleans(),
@@ -1033,7 +1374,7 @@ VALID = st.fixed_dictionaries(
         "repetition_penalty": st.floats(0.01, 100),
         "tools": st.just([]) | st.just([TOOL]),
         "tool_choice": st.sampled_from([None, "auto", "none"]),
-        "response_format": st.just({"type": "text"}),
+        "response_format": st.sampled_from([None, {"type": "text"}, {"type": "json_object"}, json_schema(PERSON)]),
     },
 )
 
@@ -1046,15 +1387,27 @@ BROKEN = st.tuples(
 ).map(lambda parts: parts[0] | parts[1] | {"messages": parts[2]})
 
 
-@settings(max_examples=300, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True)
-@given(
-    st.one_of(
-        st.tuples(st.just("chat/completions"), CHAT | BROKEN | BROKEN),
-        st.tuples(st.just("completions"), COMPLETION),
-    )
+FUZZ = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
+MALFORMED = st.one_of(
+    st.tuples(st.just("chat/completions"), CHAT | BROKEN | BROKEN),
+    st.tuples(st.just("completions"), COMPLETION),
 )
+
+
+@settings(max_examples=300, **FUZZ)
+@given(MALFORMED)
 def test_malformed_bodies_are_refused_and_never_break_anything(server, request_):
-    path, body = request_
+    check_malformed(server, *request_)
+
+
+@pytest.mark.full
+@settings(max_examples=5000, **FUZZ)
+@given(MALFORMED | st.tuples(st.just("chat/completions"), VALID))
+def test_five_thousand_bodies_never_break_anything(server, request_):
+    check_malformed(server, *request_)
+
+
+def check_malformed(server, path: str, body: dict) -> None:
     raw = json.dumps(body).encode()
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)  # a hang is a timeout
     try:
@@ -1078,7 +1431,7 @@ JUNK = st.sampled_from(
 )
 
 
-@settings(max_examples=100, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=100, **FUZZ)
 @given(
     st.binary(max_size=8) | JUNK, st.binary(max_size=3) | JUNK, st.sampled_from(["content", "parameters", "name", "at"])
 )
@@ -1091,7 +1444,7 @@ def test_malformed_bytes_are_refused_and_never_break_anything(server, first, sec
     assert status in (200, 400) and ("error" in answer) == (status == 400), (status, answer, body)
 
 
-@settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=60, **FUZZ)
 @given(VALID)
 def test_valid_bodies_are_answered(server, body):
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
@@ -1215,6 +1568,25 @@ def test_told_to_stop_it_ends_answers_that_take_too_long(out_dir, number):
             list(stream)
         assert process.wait(20) in (0, 130)
         assert "Traceback" not in process.stderr.read()
+
+
+def test_ctrl_c_twice_on_a_busy_server_ends_it_quietly(out_dir):
+    with program(out_dir) as (process, client):
+        options = {"model": "minimind", "messages": QUESTION, "temperature": 0, "max_tokens": 8000}
+        streams = [client.chat.completions.create(stream=True, **options) for _ in range(8)]
+        for stream in streams:
+            next(stream)
+        with socket.create_connection(("127.0.0.1", client.base_url.port)) as half:  # and one that is still sending
+            half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                         b"Content-Length: 100\r\n\r\n{")  # fmt: skip
+            process.send_signal(signal.SIGINT)
+            line = process.stderr.readline()
+            process.send_signal(signal.SIGINT)
+            for stream in streams:
+                with pytest.raises(openai.APIError, match="shutting down"):
+                    list(stream)
+            assert process.wait(60) == 130
+        assert "answers are under way" in line and process.stderr.read() == ""
 
 
 @pytest.mark.full

@@ -1,14 +1,8 @@
 """The web page in a real browser: a headless Chromium chats, stops, and meets text that would like to be a page."""
 
-import contextlib
-import os
+import http.client
 import random
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 
 import pytest
 import torch
@@ -16,12 +10,10 @@ from conftest import ROOT, sharp_model
 from fake_openai import fake_openai
 
 from model.weights import save_weights
+from scripts.take_screenshots import BROWSER_FLAGS, BROWSERS, served
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-BROWSER_FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-)
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+QUIET = "--disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium: apt-get install chromium")
 LINKS = "[a](javascript:window.hit=1) <javascript:window.hit=1> [b](data:text/html,<script>window.hit=1</script>)"
 # each would do something if it were read as a page: run a script, or fetch from another host
@@ -109,35 +101,20 @@ def url(tmp_path_factory, tokenizer):
             model.model.embed_tokens.weight[[tokenizer.eos_id, tokenizer.pad_id]] = 0
         details = {"config": model.config.to_diff_dict(), "tokenizer_sha256": tokenizer.sha256}
         save_weights(out_dir / f"{stage}_{size}.pth", model, details)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    printed = tmp_path_factory.mktemp("web") / "printed"
-    command = [sys.executable, "-m", "streamlit", "run", "web_demo.py", "--server.port", str(port)]
-    command += ["--server.headless", "true", "--", "--out_dir", str(out_dir), "--hf_path", str(out_dir)]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    with printed.open("wb") as file:
-        process = subprocess.Popen(command, cwd=ROOT / "scripts", stdout=file, stderr=file, env=environment)
-    try:
-        end = time.monotonic() + 180
-        while True:
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=5).close()
-                break
-            assert process.poll() is None and time.monotonic() < end, printed.read_text("utf-8", errors="replace")
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-        assert "Traceback" not in printed.read_text("utf-8", errors="replace")
-    finally:
-        process.terminate()
-        process.wait(20)
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(ROOT / "scripts")
+    with served("--out_dir", str(out_dir), "--hf_path", str(out_dir)) as url:
+        monkeypatch.undo()
+        yield url
 
 
 @pytest.fixture(scope="module")
 def browser():
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=BROWSER_FLAGS.split())
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=[*BROWSER_FLAGS, *QUIET.split()])
         yield browser
         browser.close()
 
@@ -199,7 +176,7 @@ def answer(page, index: int = 0):
 
 
 def wait_until_answered(page) -> None:
-    page.get_by_role("button", name="Again").wait_for()
+    page.get_by_role("button", name="Again").first.wait_for()
 
 
 def choose(page, label: str, option: str) -> None:
@@ -239,14 +216,14 @@ def test_a_visitor_chats_regenerates_deletes_and_takes_that_back(visit):
     page.get_by_role("button", name="Again").click()
     page.wait_for_function(
         "before => { const p = document.querySelector('.st-key-answer-0 [data-testid=stMarkdown]');"
-        "return p && !['…', before].includes(p.innerText) && document.querySelector('.st-key-again'); }",
+        "return p && !['…', before].includes(p.innerText) && document.querySelector('.st-key-other-0'); }",
         arg=first,
     )
     ask(page, "and then")
     answer(page, 1).get_by_role("button", name="Again").wait_for()
     assert page.locator(".st-key-suggestions").count() == 0
     page.locator(".st-key-bubble-0").hover()
-    page.get_by_role("button", name="Delete").first.click()
+    page.get_by_role("button", name="Delete", exact=True).first.click()
     page.locator(".st-key-bubble-1").wait_for(state="detached")
     assert page.locator(".st-key-bubble-0").inner_text() == "and then"
     page.get_by_role("button", name="Undo").click()
@@ -263,12 +240,12 @@ def test_a_visitor_stops_an_answer_and_goes_on_with_another_model(visit):
     wait_until_answered(page)
     assert "stopped" in answer(page).inner_text() and text_of(page).strip() not in ("", "…")
     assert int(answer(page).inner_text().split(" tokens · ")[0].split()[-1]) < 4096
-    choose(page, "Model", "0.4M dense · rlhf")
+    choose(page, "Model", "rlhf · 0.4M dense")
     set_longest_answer(page, "Home")
     ask(page)
     answer(page, 1).get_by_role("button", name="Again").wait_for()
-    assert "0.2M dense · full_sft" in answer(page, 0).inner_text()
-    assert "0.4M dense · rlhf" in answer(page, 1).inner_text()
+    assert "full_sft · 0.2M dense" in answer(page, 0).inner_text()
+    assert "rlhf · 0.4M dense" in answer(page, 1).inner_text()
 
 
 def test_stopping_in_the_page_drops_the_connection_to_a_server(visit, server):
@@ -283,6 +260,54 @@ def test_stopping_in_the_page_drops_the_connection_to_a_server(visit, server):
     page.get_by_text("First, the sky.").wait_for(state="hidden")  # and is folded away then
     page.get_by_text("Reasoning").click()
     page.get_by_text("First, the sky.").wait_for()
+
+
+def test_a_reload_keeps_the_chat_and_an_answer_in_the_making(visit, server, desktop):
+    page = visit()
+    use_api(page, server, "says")
+    server.text = "An *answer* to copy."
+    ask(page, "first question")
+    wait_until_answered(page)
+    desktop.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.locator(".st-key-copy-0 button").click()
+    page.wait_for_function("async text => await navigator.clipboard.readText() == text", arg=server.text)
+    choose(page, "Model", "endless")
+    ask(page, "second question")
+    page.locator(".st-key-answer-1", has_text="on and on").wait_for()
+    page.reload()
+    page.locator(".st-key-answer-1", has_text="on and on").wait_for()
+    assert not server.gone.is_set(), "the answer goes on"
+    page.locator(".st-key-stop button").click()
+    answer(page, 1).get_by_role("button", name="Again").wait_for()
+    assert server.gone.wait(10) and "An answer to copy." in text_of(page, 0)
+    page.get_by_role("button", name="New chat").click()
+    page.locator(".st-key-suggestions").wait_for()
+    other = visit()
+    other.get_by_role("button", name="first question").click()
+    other.locator(".st-key-answer-1").wait_for()
+    assert "first question" in other.locator(".st-key-bubble-0").inner_text()
+
+
+def test_other_visitors_see_none_of_it_and_chinese_ones_read_chinese(visit, browser):
+    with browser.new_context(locale="zh-CN", viewport={"width": 1200, "height": 900}) as context:
+        page = visit(context)
+        assert page.locator(".st-key-chats").count() == 0
+        page.get_by_role("button", name="删除对话").wait_for()
+        assert page.get_by_test_id("stChatInputTextArea").get_attribute("placeholder").startswith("发消息给 full_sft")
+
+
+@pytest.mark.parametrize(
+    "host, status", [("evil.example", 421), ("localhost", 200), ("127.0.0.1", 200), ("[::1]", 200)]
+)
+def test_a_name_made_to_point_here_is_refused(url, host, status):
+    for headers in ({}, {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13",
+                         "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA==", "Origin": f"http://{host}"}):  # fmt: skip
+        connection = http.client.HTTPConnection("127.0.0.1", int(url.rsplit(":", 1)[1]), timeout=60)
+        path = "/_stcore/stream" if headers else "/"
+        connection.request("GET", path, headers={"Host": f"{host}:80"} | headers)
+        expected = {200: 101, 421: 403}[status] if headers else status
+        assert connection.getresponse().status == expected
+        connection.close()
 
 
 # --- text that would like to be a page -------------------------------------------------------------------------------
@@ -348,6 +373,7 @@ def test_the_page_fits_a_phone_in_light_and_dark(visit, browser):
         page.locator(".st-key-stop button").click()
         wait_until_answered(page)
         assert page.get_by_role("button", name="Edit").is_visible(), "there is no hovering on a phone"
+        assert page.locator(".st-key-topbar").inner_text() == "full_sft · 0.2M dense"
         for scheme in ("light", "dark"):
             page.emulate_media(color_scheme=scheme)
             page.wait_for_function(

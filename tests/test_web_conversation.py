@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from scripts.web_conversation import COMPLETE, CUT, STOPPED, Answer, Conversation
+from scripts.web_conversation import COMPLETE, Answer, Conversation
 from scripts.web_markdown import literal, safe_markdown
 
 
@@ -25,11 +25,12 @@ def said(conversation: Conversation) -> list[str]:
 # --- turns -----------------------------------------------------------------------------------------------------------
 
 
-def test_regenerating_asks_the_last_question_again(conversation):
-    answer = conversation.regenerate()
-    assert said(conversation)[-2:] == ["question 2", ""]
-    assert conversation.turns[-1].answer is answer
-    assert said(conversation)[:4] == ["question 0", "answer 0", "question 1", "answer 1"]
+def test_another_answer_keeps_the_earlier_ones(conversation):
+    answer = conversation.again(1)
+    assert said(conversation)[2:4] == ["question 1", ""] and len(conversation.turns) == 3
+    assert conversation.turns[1].answer is answer and conversation.turns[1].answers[0].text == "answer 1"
+    messages = conversation.messages(5, index=1)
+    assert [message["content"] for message in messages] == ["question 0", "answer 0", "question 1"]
 
 
 def test_an_edited_question_cuts_off_what_came_after(conversation):
@@ -42,9 +43,7 @@ def test_deleting_takes_out_one_turn(conversation):
     assert said(conversation) == ["question 0", "answer 0", "question 2", "answer 2"]
 
 
-@pytest.mark.parametrize(
-    "change", [lambda c: c.clear(), lambda c: c.delete(0), lambda c: c.edit(0, "x"), lambda c: c.regenerate()]
-)
+@pytest.mark.parametrize("change", [lambda c: c.clear(), lambda c: c.delete(0), lambda c: c.edit(0, "x")])
 def test_what_takes_something_away_can_be_undone_once(conversation, change):
     before = said(conversation)
     change(conversation)
@@ -96,13 +95,8 @@ def test_messages_leave_out_thoughts_and_turns_without_an_answer(conversation):
 
 
 def test_the_line_under_an_answer_says_how_many_and_how_fast():
-    answer = Answer("26M dense · full_sft", "x", tokens=128, tokens_per_second=43.21, ending=COMPLETE)
-    assert answer.summary() == "128 tokens · 43.2 tokens/s · 26M dense · full_sft"
-    answer.ending = STOPPED
-    assert answer.summary().endswith("· stopped")
-    answer.ending = CUT
-    assert "limit" in answer.summary()
-    assert Answer(tokens=1).summary() == "1 token"
+    assert Answer(tokens=128, tokens_per_second=43.21).pace() == "128 tokens · 43.2 tokens/s"
+    assert Answer(tokens=1).pace() == "1 token"
 
 
 # --- export ----------------------------------------------------------------------------------------------------------
@@ -113,7 +107,7 @@ def test_exported_json_is_a_training_record_with_everything_said(conversation):
     record = json.loads(conversation.to_json())
     assert [turn["content"] for turn in record["conversations"]] == said(conversation)
     assert [turn["role"] for turn in record["conversations"]] == ["user", "assistant"] * 3
-    assert record["answers"][1]["thought"] == "想一想"
+    assert record["turns"][1]["answers"][0]["thought"] == "想一想"
 
 
 def test_exported_markdown_holds_questions_thoughts_and_answers(conversation):

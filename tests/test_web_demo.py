@@ -9,11 +9,13 @@ from conftest import ROOT, sharp_model, write_endless_weights
 from fake_openai import KEY, MODELS, fake_openai
 from streamlit.testing.v1 import AppTest
 
+from dataset.tokenization import DEFAULT_SYSTEM
 from model.batching import Engine
 from model.model_lora import apply_lora, save_lora
-from scripts.web_answers import ApiModel, LocalModel, Settings, list_api_models
-from scripts.web_conversation import CUT, FAILED, STOPPED, Answer
+from scripts.web_answers import LONGEST, ApiModel, LocalModel, Settings, list_api_models
+from scripts.web_conversation import CUT, FAILED, STOPPED, Answer, Chats
 
+WORDS = json.loads((ROOT / "scripts" / "web_words.json").read_text("utf-8"))
 QUESTION = [{"role": "user", "content": "the sky"}]
 UNSEEN = "http://127.0.0.1:9/v1"  # the discard port: nothing listens
 
@@ -35,7 +37,7 @@ def weights(tmp_path_factory, tokenizer):
 def open_page(monkeypatch, tmp_path):
     """open_page(out_dir, **flags): the page as a visitor finds it; answers are 16 tokens long."""
 
-    def opened(out_dir=tmp_path, **flags) -> AppTest:
+    def opened(out_dir=tmp_path, query: dict | None = None, **flags) -> AppTest:
         values = {
             "out_dir": str(out_dir),
             "hf_path": [str(tmp_path / "folders")],
@@ -44,9 +46,15 @@ def open_page(monkeypatch, tmp_path):
             "device": "cpu",
             "dtype": None,
             "base_url": UNSEEN,
+            "temperature": 0.85,
+            "top_p": 0.85,
+            "max_new_tokens": 512,
         }
         monkeypatch.setenv("MINIMIND_WEB_FLAGS", json.dumps(values | flags))
-        app = AppTest.from_file(str(ROOT / "scripts" / "web_page.py"), default_timeout=60).run()
+        app = AppTest.from_file(str(ROOT / "scripts" / "web_page.py"), default_timeout=180)
+        for key, value in (query or {}).items():
+            app.query_params[key] = value
+        app.run()
         assert not app.exception
         app.slider(key="max_tokens").set_value(16)
         return app
@@ -82,7 +90,7 @@ def shown(app: AppTest) -> str:
 
 
 def use_api(app: AppTest, base_url: str, model: str = "says") -> None:
-    app.session_state["source"] = "API"
+    app.session_state["source"] = "api"
     app.run()
     app.text_input(key="base_url").set_value(base_url).run()
     if not app.selectbox(key="api_model").disabled:
@@ -94,11 +102,11 @@ def use_api(app: AppTest, base_url: str, model: str = "says") -> None:
 
 def test_models_and_adapters_are_offered_by_name(open_page, weights):
     app = open_page(weights)
-    assert app.selectbox(key="model").options == ["0.2M dense · full_sft", "0.4M dense · pretrain"]
+    assert app.selectbox(key="model").options == ["full_sft · 0.2M dense", "pretrain · 0.4M dense"]
     adapter = next(box for box in app.selectbox if box.label == "Adapter")
     assert adapter.options == ["none", "lora_poems"]
     adapter.set_value("lora_poems").run()
-    assert ask(app).model == "0.2M dense · full_sft + lora_poems"
+    assert ask(app).model == "full_sft · 0.2M dense + lora_poems"
 
 
 def test_an_answer_is_shown_with_its_pace_and_told_of_earlier_turns(open_page, weights):
@@ -115,18 +123,18 @@ def test_temperature_zero_gives_the_same_answer_again(open_page, weights):
     app = open_page(weights)
     app.slider(key="temperature").set_value(0.0)
     first = ask(app).text
-    click(app, "again")
+    click(app, "again-0")
     assert page(app).conversation.turns[-1].answer.text == first
     app.slider(key="temperature").set_value(2.0).run()
-    click(app, "again")
+    click(app, "again-0")
     assert page(app).conversation.turns[-1].answer.text != first
 
 
-def test_a_question_is_edited_and_what_came_after_is_answered_anew(open_page, weights):
+def test_an_edited_question_is_answered_and_what_came_after_is_dropped(open_page, weights):
     app = open_page(weights)
     ask(app, "one")
     ask(app, "two")
-    click(app, "Edit-0")
+    click(app, "edit-0")
     app.text_area(key="edited-0").set_value("three")
     click(app, "send-0")
     (turn,) = page(app).conversation.turns
@@ -139,7 +147,7 @@ def test_a_turn_is_deleted_and_all_are_cleared(open_page, weights):
     app = open_page(weights)
     ask(app, "one")
     ask(app, "two")
-    click(app, "Delete-0")
+    click(app, "delete-0")
     assert [turn.question for turn in page(app).conversation.turns] == ["two"]
     click(app, "clear")
     assert not page(app).conversation.turns and app.button(key="suggestion-0")
@@ -151,7 +159,7 @@ def test_the_conversation_goes_on_with_another_model(open_page, weights):
     app = open_page(weights)
     ask(app)
     app.selectbox(key="model").set_value(str(weights / "pretrain_48.pth")).run()
-    assert ask(app, "more").model == "0.4M dense · pretrain"
+    assert ask(app, "more").model == "pretrain · 0.4M dense"
     assert len(page(app).conversation.turns) == 2
 
 
@@ -181,18 +189,18 @@ def test_without_weights_the_page_says_how_to_make_them(open_page, tmp_path, tok
     app.run()
     assert not app.selectbox, "looking is not done at every click"
     click(app, "look-again")
-    assert app.selectbox(key="model").options == ["0.2M dense · full_sft · quickstart"]
+    assert app.selectbox(key="model").options == ["full_sft · 0.2M dense · quickstart"]
     assert ask(app).tokens == 16
 
 
-def test_weights_that_are_trained_anew_are_loaded_anew(open_page, tmp_path, tokenizer):
+def test_weights_that_were_trained_again_are_loaded_again(open_page, tmp_path, tokenizer):
     path = write_endless_weights(tmp_path / "full_sft_32.pth", tokenizer)
     app = open_page(tmp_path)
     app.slider(key="temperature").set_value(0.0)
     first = ask(app).text
     write_endless_weights(path, tokenizer, seed=1)
     app.run()
-    click(app, "again")
+    click(app, "again-0")
     assert page(app).conversation.turns[-1].answer.text != first
 
 
@@ -232,6 +240,124 @@ def test_html_is_text_to_the_page(open_page, weights, server):
     answer_shown = app.main.markdown[-1].value
     assert "<script" not in answer_shown and "![" not in answer_shown and "alert(1)" in answer_shown
     assert not any(element.proto.allow_html for element in app.markdown)
+
+
+def test_an_answer_is_given_again_and_each_can_be_chosen(open_page, weights):
+    app = open_page(weights)
+    ask(app, "one")
+    ask(app, "two")
+    click(app, "again-0")
+    first, second = page(app).conversation.turns
+    assert len(first.answers) == 2 and first.chosen == 1 and first.answer.tokens == 16 and second.question == "two"
+    click(app, "other-0")
+    assert first.chosen == 0 and app.button(key="other-0").label == "1 / 2"
+
+
+def test_pretrained_weights_show_prompt_and_continuation_as_one_text(open_page, weights):
+    app = open_page(weights)
+    app.selectbox(key="model").set_value(str(weights / "pretrain_48.pth")).run()
+    ask(app, "the sky")
+    assert [element.value for element in app.main.markdown][-1].startswith("the sky")
+    assert sum("the sky" in element.value for element in app.main.markdown) == 1
+
+
+def test_an_empty_answer_says_so(open_page, server):
+    server.text = ""
+    app = open_page()
+    use_api(app, server.base_url)
+    ask(app)
+    assert "The answer is empty" in shown(app)
+
+
+def test_the_default_system_prompt_is_shown_and_sent(open_page, server):
+    app = open_page()
+    use_api(app, server.base_url)
+    ask(app, "Hi")
+    assert app.text_area(key="system").value == DEFAULT_SYSTEM
+    assert server.requests[-1]["messages"][0] == {"role": "system", "content": DEFAULT_SYSTEM}
+    app.text_area(key="system").set_value("")
+    ask(app, "Hi")
+    assert server.requests[-1]["messages"][0]["role"] == "user"
+
+
+def test_the_page_speaks_the_browsers_language():
+    assert set(WORDS["en"]) == set(WORDS["zh"])
+    code = "".join((ROOT / "scripts" / f"{name}.py").read_text("utf-8") for name in ("web_page", "web_conversation"))
+    assert [key for key in WORDS["en"] if f'"{key.removesuffix("_help")}"' not in code] == []
+
+
+# --- chats -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_chat_is_kept_listed_opened_and_deleted(open_page, tmp_path, tokenizer):
+    write_endless_weights(tmp_path / "full_sft_32.pth", tokenizer)
+    write_endless_weights(tmp_path / "rlhf_48.pth", tokenizer, hidden_size=48)
+    app = open_page(tmp_path)
+    app.selectbox(key="model").set_value(str(tmp_path / "rlhf_48.pth")).run()
+    said = ask(app, "<b>one</b>").text
+    name = page(app).conversation.name
+    assert app.query_params["chat"] == name
+    click(app, "new")
+    assert not page(app).conversation.turns and "chat" not in app.query_params
+    ask(app, "two")
+    titles = [button.label.replace("\\", "") for button in app.sidebar.button if button.key.startswith("chat-")]
+    assert sorted(titles) == ["<b>one</b>", "two"]
+
+    app = open_page(tmp_path, query={"chat": name})  # as a reload does, also after the page was started again
+    (turn,) = page(app).conversation.turns
+    assert (turn.question, turn.answer.text) == ("<b>one</b>", said)
+    assert app.selectbox(key="model").value == str(tmp_path / "rlhf_48.pth"), "it goes on with the same model"
+    click(app, "clear")
+    assert len(list((tmp_path / "chats").glob("*/*.json"))) == 1
+    click(app, "undo")
+    assert len(list((tmp_path / "chats").glob("*/*.json"))) == 2
+
+
+def test_two_tabs_show_one_chat_and_an_answer_goes_on_without_its_tab(open_page, server, tmp_path):
+    first = open_page(tmp_path)
+    use_api(first, server.base_url)
+    ask(first, "one")
+    second = open_page(tmp_path, query={"chat": page(first).conversation.name})
+    assert page(second).conversation is page(first).conversation
+    model = ApiModel(server.base_url, "", "endless")
+    conversation = page(first).conversation
+    answer = conversation.ask("two")
+    conversation.run = model.start(answer, QUESTION, Settings(), conversation.answered)
+    wait_for(lambda: answer.text)
+    conversation.run.cancel()
+    wait_for(lambda: conversation.run is None)
+    kept = json.loads(conversation.path.read_text("utf-8"))
+    assert kept["turns"][1]["answers"][0]["ending"] == STOPPED
+
+
+def test_nobody_opens_the_chats_of_another_visitor(tmp_path):
+    chats = Chats(tmp_path)
+    secret = chats.open("me", "20260101-000000-aaaaaaaa")
+    secret.ask("my secret")
+    secret.save()
+    assert list(chats.titles("me").values()) == ["my secret"] and not chats.titles("you")
+    for visitor, name in (("you", secret.name), ("you", f"../me/{secret.name}"), ("../tmp/me", secret.name)):
+        assert not chats.open(visitor, name).turns
+        assert chats.open(visitor, name).path.parent.parent == tmp_path
+
+
+def test_a_damaged_chat_is_an_empty_one_and_an_unfinished_answer_was_stopped(tmp_path):
+    chats = Chats(tmp_path)
+    conversation = chats.open("me", "unfinished")
+    conversation.ask("one").text = "so far"
+    conversation.save()
+    del conversation
+    assert chats.open("me", "unfinished").turns[0].answer.ending == STOPPED
+    for text in ("{", "[]", '{"turns": [{}]}', '{"turns": [{"question": "a", "answers": [{"x": 1}], "chosen": 0}]}'):
+        (tmp_path / "me" / "damaged.json").write_text(text)
+        assert chats.open("me", "damaged").turns == [] and "damaged" not in chats.titles("me") or "x" in text
+
+
+def test_a_disk_that_takes_no_chats_is_said(open_page, server, tmp_path):
+    (tmp_path / "chats").write_text("no folder")
+    app = open_page(tmp_path)
+    use_api(app, server.base_url)
+    assert ask(app).text == "Hello." and "not saved" in shown(app)
 
 
 # --- a server --------------------------------------------------------------------------------------------------------
@@ -274,7 +400,7 @@ def test_what_a_server_refuses_is_said_and_kept(open_page, server, model, messag
     assert app.error[0].value
     use_api(app, server.base_url, "says")
     assert ask(app).text == "Hello." and len(page(app).conversation.turns) == 2
-    assert len(server.requests[-1]["messages"]) == (3 if model == "breaks-off" else 1)
+    assert len(server.requests[-1]["messages"]) == (4 if model == "breaks-off" else 2)
 
 
 def test_a_server_that_is_not_there_is_said(open_page):
@@ -303,6 +429,38 @@ def test_no_proxy_hears_what_is_said_to_this_machine(open_page, server, monkeypa
     assert ask(app).text == "Hello."
 
 
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        {"usage": {}}, {"usage": {"completion_tokens": None}}, {"choices": None}, {"choices": 5},
+        {"choices": [{"delta": None}]}, {"choices": [{"delta": {"content": 5}}]},
+        {"choices": [{"delta": {"content": {}}}]},
+        {"choices": [{"delta": {"tool_calls": [{}]}}]}, {"choices": [{"delta": {"content": "a"}, "finish_reason": {}}]},
+        {"error": "no"}, [], "x", None,
+    ],
+)  # fmt: skip
+def test_whatever_a_server_sends_the_answer_ends_and_can_be_asked_again(open_page, server, chunk):
+    server.first_chunk = chunk
+    app = open_page()
+    use_api(app, server.base_url, "odd")
+    answer = ask(app)
+    assert answer.ending and "Traceback" not in answer.error and isinstance(answer.text, str)
+    server.first_chunk = {"choices": []}
+    assert ask(app).text == "Hello."
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_a_stream_without_end_is_stopped_at_once_or_cut_at_a_limit(server, stops):
+    answer = Answer()
+    run = ApiModel(server.base_url, "", "flood").start(answer, QUESTION, Settings())
+    if stops:
+        wait_for(lambda: answer.text)
+        run.cancel()
+    run.join(60)
+    assert answer.ending == (STOPPED if stops else FAILED) and 0 < len(answer.text) <= LONGEST
+    assert stops or f"{LONGEST:,}" in answer.error
+
+
 # --- stopping --------------------------------------------------------------------------------------------------------
 
 
@@ -313,22 +471,31 @@ def wait_for(condition, seconds: float = 10) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("key", ["clear", "Delete-0"])
+@pytest.mark.parametrize("key", ["clear", "delete-0"])
 def test_what_takes_away_a_question_whose_model_is_still_loaded_leaves_nothing_to_begin(open_page, weights, key):
     app = open_page(weights)
     ask(app, "one")
     page(app).conversation.turns.clear()
-    page(app).pending = page(app).conversation.ask("two")  # as it stands while weights are read
+    page(app).conversation.ask("two")
+    page(app).pending = 0  # as it is while weights are read
     click(app, key)
-    assert not page(app).conversation.turns and page(app).pending is None and page(app).run is None
+    assert not page(app).conversation.turns and page(app).pending is None and page(app).conversation.run is None
 
 
 def test_asked_twice_while_the_model_is_loaded_the_first_is_stopped_and_the_second_answered(open_page, weights):
     app = open_page(weights)
-    page(app).pending = page(app).conversation.ask("one")
+    page(app).conversation.ask("one")
+    page(app).pending = 0
     assert ask(app, "two").tokens == 16
     first, _ = page(app).conversation.turns
     assert first.answer.ending == STOPPED and "stopped" in shown(app)
+
+
+def idle_engine(**options) -> Engine:
+    """An engine that takes requests and does nothing: answers wait for a thread that is not there."""
+    engine = Engine(sharp_model(), slots=1, **options)
+    engine.threaded = True
+    return engine
 
 
 def test_stopping_frees_the_engine_and_keeps_what_was_said(tokenizer):
@@ -336,41 +503,37 @@ def test_stopping_frees_the_engine_and_keeps_what_was_said(tokenizer):
         model = LocalModel("tiny", engine, tokenizer)
         answer = Answer()
         run = model.start(answer, QUESTION, Settings(max_tokens=4000, temperature=2.0))
-        wait_for(lambda: run.poll() or answer.tokens > 3)
+        wait_for(lambda: answer.tokens > 3 and answer.text)
         run.cancel()
-        assert run.done and answer.ending == STOPPED and 3 < answer.tokens < 4000 and answer.text
+        run.join(10)
+        assert answer.ending == STOPPED and 3 < answer.tokens < 4000 and answer.text
         assert engine.stats()["running"] == 0 and engine.stats()["cancelled"] == 1
-        tokens = answer.tokens
-        run.poll()
-        assert answer.tokens == tokens
 
 
 @pytest.mark.parametrize("name", ["endless", "silent"])
 def test_stopping_drops_the_connection(server, name):
     answer = Answer()
     run = ApiModel(server.base_url, "", name).start(answer, QUESTION, Settings())
-    if name == "endless":
-        wait_for(lambda: run.poll() or answer.text)
-    else:
-        wait_for(lambda: server.requests)
+    wait_for(lambda: answer.text if name == "endless" else server.requests)
     run.cancel()
-    assert run.done and answer.ending == STOPPED and (answer.text.startswith("on and") or name == "silent")
+    run.join(10)
+    assert answer.ending == STOPPED and (answer.text.startswith("on and") or name == "silent")
     assert server.gone.wait(10), "the server still sends"
 
 
 def test_a_model_that_was_put_away_says_so(tokenizer):
-    model = LocalModel("tiny", Engine(sharp_model(), slots=1), tokenizer)
+    model = LocalModel("tiny", idle_engine(), tokenizer)
     answer = Answer()
     run = model.start(answer, QUESTION, Settings())
     model.close()
-    run.poll()
-    assert run.done and answer.ending == FAILED and "Ask again" in answer.error
+    run.join(10)
+    assert answer.ending == FAILED and "Ask again" in answer.error
     with pytest.raises(ValueError, match="Ask again"):
         model.start(Answer(), QUESTION, Settings())
 
 
 def test_a_busy_engine_says_so(tokenizer):
-    model = LocalModel("tiny", Engine(sharp_model(), slots=1, max_queue=0), tokenizer)
+    model = LocalModel("tiny", idle_engine(max_queue=0), tokenizer)
     model.start(Answer(), QUESTION, Settings())
     with pytest.raises(ValueError, match="busy"):
         model.start(Answer(), QUESTION, Settings())
@@ -378,18 +541,17 @@ def test_a_busy_engine_says_so(tokenizer):
 
 
 def test_old_turns_make_room_when_the_context_is_full(tokenizer):
-    engine = Engine(sharp_model(), slots=1, context_length=96)
+    engine = idle_engine(context_length=96)
     model = LocalModel("tiny", engine, tokenizer)
     turns = [{"role": role, "content": "the sky was grey"} for _ in range(6) for role in ("user", "assistant")]
     answer = Answer()
     model.start(answer, [{"role": "system", "content": "Be brief."}, *turns, *QUESTION], Settings())
-    assert answer.notes and "left out" in answer.notes[0]
+    assert answer.left_out
     model.close()
 
 
 def test_pretrained_weights_continue_the_text_itself(tokenizer):
-    engine = Engine(sharp_model(), slots=1)
-    model = LocalModel("tiny", engine, tokenizer, continues=True)
+    model = LocalModel("tiny", idle_engine(), tokenizer, continues=True)
     request = model.start(Answer(), QUESTION, Settings(max_tokens=1))._request
     assert request.prompt_tokens == 1 + len(tokenizer.encode_documents(["the sky"])[0])
     model.close()

@@ -1,0 +1,108 @@
+"""Structured output: response_format and enforced tool calls as grammars that an answer has to follow.
+
+llguidance, an optional package, turns a JSON schema into the set of tokens that may come next.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dataset.text_stream import ToolCallSplitter
+from model.sampling import GrammarError
+from scripts.model_pool import LoadedModel
+from scripts.openai_schema import ApiError, ChatRequest, Function, unsupported
+
+# as json.dumps writes it, which is how training data has it; free spaces would tempt small models to write only spaces
+JSON_STYLE = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+
+
+class Grammar:
+    """Where one answer has got to in its grammar; the engine asks for the tokens that may come next."""
+
+    def __init__(self, matcher):
+        self._matcher = matcher
+
+    def allowed(self, vocab_size: int) -> torch.Tensor:
+        """Return a mask (vocab,) of the tokens that may come; once the text is complete, those that end an answer."""
+        bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
+        if self._matcher.is_error():
+            raise GrammarError(f"the schema is too complex: {self._matcher.get_error()}")
+        mask = np.zeros(vocab_size, dtype=bool)
+        mask[: len(bits)] = bits[:vocab_size]
+        return torch.from_numpy(mask)
+
+    def advance(self, token_id: int) -> None:
+        self._matcher.consume_token(token_id)
+
+
+def make_grammar(model: LoadedModel, body: ChatRequest) -> Callable[[], Grammar] | None:
+    """Return what makes a Grammar for each answer to this request; None if it may say anything.
+
+    Raises ApiError if the schema is wrong, or if llguidance is not installed.
+    """
+    param, source = _source(body)
+    if source is None:
+        return None
+    try:
+        tokenizer, vocab_size = model.tokenizer, model.engine.model.config.vocab_size
+        matcher = _compile(tokenizer.path / "tokenizer.json", tokenizer.eos_id, vocab_size, source)
+    except ImportError as error:
+        message = f"{param} needs the llguidance package where the server runs: pip install llguidance"
+        raise unsupported(param, message) from error
+    if matcher.is_error():
+        message = matcher.get_error().splitlines()[0].rpartition("JSON schema: ")[2]
+        raise ApiError(400, f"{param}: {message}", param, "invalid_value")
+    return lambda: Grammar(matcher.deep_copy())
+
+
+def _source(body: ChatRequest) -> tuple[str, str | None]:
+    """Return (field that asks for it, grammar); the grammar is None if nothing does."""
+    tools = [tool.function for tool in body.tools or ()] if body.offered_tools else []
+    if body.enforced_tools:
+        opening, closing = json.dumps(f"{ToolCallSplitter.OPEN}\n"), json.dumps(f"\n{ToolCallSplitter.CLOSE}")
+        return "tool_choice", f"start: {opening} %json {_call_schema(body.enforced_tools)} {closing}"
+    if any(function.strict for function in tools):
+        # free text, in which a tool call follows the schema
+        opening, closing = json.dumps("\n"), json.dumps(f"\n{ToolCallSplitter.CLOSE}")
+        source = "start: call* TEXT\nTEXT: /(.|\\n)*/\n"
+        source += f"call: call_opening {opening} %json {_call_schema(tools)} {closing}\n"
+        return "tools", source + f"call_opening[lazy]: TEXT {json.dumps(ToolCallSplitter.OPEN)}"
+    if body.response_format and body.response_format.type != "text":
+        schema = {"type": "object"}
+        if body.response_format.type == "json_schema":
+            schema = body.response_format.json_schema.definition
+        return "response_format", f"start: %json {json.dumps(schema | {'x-guidance': JSON_STYLE})}"
+    return "", None
+
+
+def _call_schema(functions: list[Function]) -> str:
+    """The JSON schema of a call of one of these, as text."""
+    kinds = []
+    for number, function in enumerate(functions):
+        arguments = json.dumps(function.parameters or {"type": "object"})
+        # references count from the root of the whole schema
+        arguments = re.sub(r'("\$ref": "#)', rf"\1/anyOf/{number}/properties/arguments", arguments)
+        properties = {"name": {"const": function.name}, "arguments": json.loads(arguments)}
+        kinds.append({"type": "object", "properties": properties, "required": list(properties)})
+        kinds[-1]["additionalProperties"] = False
+    return json.dumps({"anyOf": kinds, "x-guidance": JSON_STYLE})
+
+
+@functools.lru_cache(maxsize=64)
+def _compile(tokenizer_file: Path, eos_id: int, vocab_size: int, source: str):
+    import llguidance
+
+    limits = llguidance.LLParserLimits(verbose_errors=False)
+    return llguidance.LLMatcher(_tokenizer(tokenizer_file, eos_id, vocab_size), source, log_level=0, limits=limits)
+
+
+@functools.lru_cache(maxsize=8)
+def _tokenizer(tokenizer_file: Path, eos_id: int, vocab_size: int):
+    import llguidance
+
+    return llguidance.LLTokenizer(tokenizer_file.read_text("utf-8"), n_vocab=vocab_size, eos_token=eos_id)
