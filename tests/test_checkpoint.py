@@ -308,7 +308,8 @@ def test_a_signal_while_the_frozen_model_is_asked(launcher, tmp_path, inputs, st
     child.wait_for(".pth: ")  # the line of the pass, which begins with what it makes of which weights
     child.signal(number)
     assert child.wait() in (-signal.SIGTERM, 128 + signal.SIGINT) and "Traceback" not in child.output
-    assert {path.name for path in tmp_path.iterdir()} == {"token_cache"}
+    assert {path.name for path in tmp_path.iterdir()} == {"token_cache", "resume"}
+    assert [path.suffix for path in (tmp_path / "resume").iterdir()] == [".lock"]
     printed = launcher.run(stage.script, [*line, "--resume"], patches=[print_frozen_batches])
     assert 0 < printed.count("batch\n") < 10 and "is ready" in printed
 

@@ -284,7 +284,7 @@ def test_the_reference_and_the_teacher_of_other_settings_are_other_files(
     train, tmp_path, pairs, chats, tokenizer, monkeypatch
 ):
     """Everything that decides the numbers is part of their name."""
-    monkeypatch.setattr("trainer.optimization.cpu_has_bfloat16", lambda: True)  # else it would be float32, the same
+    monkeypatch.setattr("model.device.cpu_has_bfloat16", lambda: True)  # else it would be float32, the same
     base = save_model(tmp_path / "base.pth", tokenizer)
     wide = save_model(tmp_path / "wide.pth", tokenizer, 64)
     cache = tmp_path / "cache"

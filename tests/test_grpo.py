@@ -1,6 +1,7 @@
 """GRPO: its loss against hand-computed numbers, REINFORCE and TRL; rollouts, rewards; and that it learns."""
 
 import argparse
+import gc
 import math
 from types import SimpleNamespace
 
@@ -244,6 +245,7 @@ def test_a_run_that_stopped_in_its_answers_resumes_to_the_same_bits(train, start
     (tmp_path / "fail").touch()
     with pytest.raises(ValueError, match="reward brief failed on the prompt '天气' .OSError: the disk is gone"):
         train("train_grpo", grpo_flags(start, tmp_path / "parts", **flags))
+    gc.collect()  # the failed run's lock; outside tests its process has ended
     name = f"grpo_32{'_moe' if flags.get('use_moe') else ''}"
     assert read_resume(tmp_path / "parts", name)["progress"]["step"] == 2
     (tmp_path / "fail").unlink()

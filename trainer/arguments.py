@@ -106,7 +106,7 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
     add("--max_steps", type=int, default=0, help="optimizer steps, schedule included (default: 0, as --epochs says)")
     add("--batch_size", type=int, default=32, help="rows per process and micro-batch")
     add("--accumulation_steps", type=int, default=1, help="micro-batches per optimizer step")
-    add("--learning_rate", type=float, help="peak learning rate")
+    add("--learning_rate", type=float, help="peak learning rate (default: %(default)s)")
     add("--embedding_lr_scale", type=float, default=1.0, help="the embedding, which is also the head, learns faster")
     add("--min_lr_ratio", type=float, default=0.1, help="the cosine ends at this share of the peak")
     add("--warmup_iters", type=int, default=0, help="optimizer steps of linear warm-up (default: %(default)s)")
@@ -173,7 +173,7 @@ def parse_arguments(
     for flags, (ok, wanted) in [*RANGES.items(), *(((flag,), check) for flag, check in checks.items())]:
         values = {flag: getattr(args, flag) for flag in flags}
         mistakes += [f"--{k} {v}: must be {wanted}" for k, v in values.items() if v is not None and not ok(v)]
-    if not mistakes:
+    if all(getattr(args, flag) >= 1 for flag in SIZES):
         try:
             model_config(args, chosen.vocab_size)
         except ValueError as error:
