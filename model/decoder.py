@@ -206,6 +206,7 @@ def projection(layers: Sequence[nn.Linear], order: torch.Tensor | None = None):
     weight = torch.cat([layer.weight.detach() for layer in layers])
     adapters = [getattr(layer, "lora", None) for layer in layers]
     if any(adapters):
+        # Each layer's B only sees its own A's outputs; a layer without an adapter has a block of no columns.
         downs = [lora.A.weight.detach() for lora in adapters if lora]
         ups = [
             lora.B.weight.detach() * lora.scale if lora else weight.new_zeros(layer.out_features, 0)
@@ -244,7 +245,7 @@ class LeanFeedForward:
         self.gate_up, self.down = projection([mlp.gate_proj, mlp.up_proj]), projection([mlp.down_proj])
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=1)
+        gate, up = self.gate_up(x).chunk(2, dim=1)  # two (rows, intermediate)
         return self.down(F.silu(gate).mul_(up))
 
 
@@ -258,6 +259,7 @@ class LeanExperts:
         self.shared = [LeanFeedForward(expert) for expert in mlp.shared_experts]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        # both (tokens, top_k)
         weights, chosen = self.router(x).float().softmax(dim=-1).topk(self.top_k, dim=-1)
         if self.renormalise:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
@@ -274,6 +276,7 @@ class LeanExperts:
                 out.add_(self.experts[number](x), alpha=weight)
         else:
             for number, expert in enumerate(self.experts):
+                # the tokens that chose this expert, and at which of their top_k
                 rows, ranks = (chosen == number).nonzero(as_tuple=True)
                 out.index_add_(0, rows, expert(x[rows]) * weights[rows, ranks].unsqueeze(1).to(x.dtype))
         return out
@@ -388,7 +391,7 @@ class LeanDecoder:
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Copy the first `count` tokens of one slot into another."""
-        for memory in self.memory:
+        for memory in self.memory:  # by_slot: (2, slots, kv_heads, capacity + 1, head_dim)
             by_slot = memory.unflatten(1, (self.slots, -1))
             by_slot[:, target, :, :count] = by_slot[:, source, :, :count]
 
@@ -402,7 +405,7 @@ class LeanDecoder:
         rotated = self.heads + self.kv_heads
         for number, layer in enumerate(self.layers):
             qkv = layer.qkv(layer.attention_norm(hidden))
-            if layer.head_norm is not None:
+            if layer.head_norm is not None:  # q and k, each head by itself
                 heads = qkv.view(len(ids), -1, self.head_dim)[:, :rotated]
                 heads.copy_(layer.head_norm(heads))
             # Turn the pairs of q and k in place, as complex numbers; v is behind them.
@@ -412,6 +415,7 @@ class LeanDecoder:
             else:
                 pairs.copy_(torch.view_as_real(torch.view_as_complex(pairs.float()) * rotations))
             attended = attend(number, qkv.view(len(ids), rotated + self.kv_heads, self.head_dim))
+            # Only the last token's logits are wanted: the last layer needs its keys and values of all tokens, no more.
             if last_only and number == len(self.layers) - 1:
                 hidden, attended = hidden[-1:], attended[-1:]
             hidden += layer.out(attended)
@@ -471,11 +475,13 @@ class LeanDecoder:
         group = self.heads // self.kv_heads
 
         def attend(number: int, qkv: torch.Tensor) -> torch.Tensor:
+            # One write for the new keys and values of all rows, in the order of first_rows.
             self.flat[number].index_copy_(0, new_rows, qkv[:, self.heads :].reshape(-1, self.head_dim))
             query = qkv[:, : self.heads].reshape(-1, group, self.head_dim)  # (rows · kv_heads, group, head_dim)
             parts = []
             for part in self.groups:
                 own = query if len(self.groups) == 1 else query[part.query_rows]
+                # bias + scale · q kᵀ, over this group's first `count` keys
                 weights = torch.baddbmm(part.bias, own, part.keys[number], alpha=self.scale).softmax(dim=-1)
                 parts.append(torch.bmm(weights, part.values[number]))
             out = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -485,13 +491,14 @@ class LeanDecoder:
 
     def _group(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
         """Group neighbouring slots of similar length; the groups last until a text grows out of its block of keys."""
-        blocks = [length // KEY_BLOCK + 1 for length in lengths]
+        blocks = [length // KEY_BLOCK + 1 for length in lengths]  # of keys that each row needs
         if self.groups_of == (slots, blocks):
             return
         self.groups_of = (list(slots), blocks)
         self._find_first_rows(slots)
         self.groups, first = [], 0
         for row in range(1, len(slots) + 1):
+            # Close the group before this row if the slots are not neighbours or it would pad the others too much.
             together = blocks[first : row + 1]
             padding = KEY_BLOCK * (max(together) * len(together) - sum(together))
             if row == len(slots) or slots[row] != slots[row - 1] + 1 or padding > PADDING_WORTH:
@@ -501,6 +508,7 @@ class LeanDecoder:
 
     def _find_first_rows(self, slots: Sequence[int]) -> None:
         """Set first_rows (rows, 2 · kv_heads): the row in `flat` where each head's keys, then its values, begin."""
+        # In `flat`, the keys of all slots come first, then the values of all slots.
         heads = torch.arange(self.kv_heads, device=self.device)
         heads = torch.cat((heads, heads + self.slots * self.kv_heads))
         slots = torch.tensor(slots, device=self.device)
@@ -511,6 +519,7 @@ class LeanDecoder:
 
         Launching the kernels one by one would take longer than running them. Each power of two of keys has a graph.
         """
+        # An idle slot reads id 0 at the position behind the capacity, where no text reaches.
         all_ids, all_lengths = [0] * self.slots, [self.capacity] * self.slots
         for slot, token, length in zip(slots, ids, lengths, strict=True):
             all_ids[slot], all_lengths[slot] = token, length
