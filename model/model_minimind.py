@@ -150,8 +150,9 @@ class MiniMindConfig(PretrainedConfig):
         counts += [name for name in ("head_dim", "intermediate_size") if getattr(self, name) is not None]
         for name in counts:
             value, least = getattr(self, name), int(name != "n_shared_experts")
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name} must be at least {least}, a whole number, got {value!r}")
+            most = 1024 if name == "num_hidden_layers" or name.startswith("n_") else 2**31  # of modules
+            if type(value) is not int or not least <= value <= most:
+                raise ValueError(f"{name} must be at least {least}, a whole number up to {most}, got {value!r}")
         for name in ("rms_norm_eps", "rope_theta", "initializer_range", "intermediate_ratio", "aux_loss_alpha"):
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -452,4 +452,7 @@ def check_shapes(model: nn.Module, state: dict[str, torch.Tensor], path: str | P
             for key in own.keys() & state.keys()
             if own[key].shape != state[key].shape
         ][:1]
+    if theirs.qk_norm and not getattr(config, "qk_norm", True):
+        preset = "minimind3_moe" if theirs.use_moe else "minimind3"
+        differing.insert(0, f"the file holds a MiniMind-3, so give --preset {preset}")
     raise WeightsError(f"{path} does not fit this model: {'; '.join(differing)}")
