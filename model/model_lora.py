@@ -1,9 +1,9 @@
-"""Low-rank adapters (LoRA, arXiv:2106.09685): W x + (alpha / rank) B A x with W frozen; A and B are what trains.
+"""Low-rank adapters (LoRA, arXiv:2106.09685): W x + (alpha / rank) B A x with W frozen; only A and B train.
 
 An adapter file is a plain state dict, `{module}.lora.A.weight` (rank, in) and `{module}.lora.B.weight` (out, rank), to
 be applied as W x + B(A x): saving folds alpha / rank into B, so a reader that knows no scale is right. The original
-project's loader takes only the square layers (q_proj, o_proj) of such a file and silently ignores the rest; train with
-`--lora_targets q_proj,o_proj` what must work there.
+project's loader reads only the square layers (q_proj, o_proj) of such a file and silently ignores the rest. Train with
+`--lora_targets q_proj,o_proj` if an adapter must work there.
 """
 
 import copy
@@ -36,7 +36,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class LowRank(nn.Module):
-    """scale · B A x. B starts at zero, so an adapter begins as the identity of its layer."""
+    """scale · B A x. B starts at zero, so a new adapter does not change its layer."""
 
     def __init__(self, linear: nn.Linear, rank: int, scale: float):
         super().__init__()
@@ -48,20 +48,20 @@ class LowRank(nn.Module):
         self.scale = scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        low = self.B(self.A(x))
+        low = self.B(self.A(x))  # (..., in) -> (..., rank) -> (..., out)
         return low if self.scale == 1 else low * self.scale
 
     @torch.no_grad()
     def delta(self) -> torch.Tensor:
-        """What it adds to the weight, (out, in) in float32."""
+        """Return what it adds to the weight, (out, in) in float32."""
         return self.scale * (self.B.weight.float() @ self.A.weight.float())
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with an adapter. Weight and bias are those it was made from, not copies."""
+    """A linear layer with an adapter. It shares weight and bias with the layer it replaces."""
 
     def __init__(self, linear: nn.Linear, rank: int, scale: float):
-        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")  # allocates nothing
         self.weight, self.bias = linear.weight, linear.bias
         self.lora = LowRank(linear, rank, scale)
         self.train(linear.training)
@@ -73,7 +73,7 @@ class LoRALinear(nn.Linear):
 def apply_lora(
     model: nn.Module, rank: int = 8, alpha: float | None = None, targets: Iterable[str] = TARGETS
 ) -> nn.Module:
-    """Adds a new adapter to every linear layer of the blocks whose name ends in one of `targets`; freezes all else.
+    """Add a new adapter to every linear layer of the blocks whose name ends in one of `targets`; freeze all else.
 
     alpha: the adapter's output is scaled by alpha / rank; None means alpha = rank. Raises ValueError for a rank below 1
     and for targets that no layer has.
@@ -97,13 +97,13 @@ def apply_lora(
 
 
 def remove_lora(model: nn.Module) -> None:
-    """Takes the adapter off; the base weights are as they always were."""
+    """Remove the adapter; the base weights never changed."""
     for name, layer in list(lora_layers(model)):
         _replace(model, name, _plain(layer))
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Adds the adapter to the base weights (computed in float32) and takes it off: same outputs, a plain model."""
+    """Add the adapter to the base weights, in float32, and remove it: same outputs, a plain model."""
     for _, layer in lora_layers(model):
         with torch.no_grad():
             layer.weight.copy_(layer.weight.float() + layer.lora.delta())
@@ -111,7 +111,7 @@ def merge_lora(model: nn.Module) -> None:
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapter's tensors under the names of its file, the scale folded into B."""
+    """Return the adapter's tensors under the names of its file, the scale folded into B."""
     state = {}
     for name, layer in lora_layers(model):
         state[f"{name}.lora.A.weight"] = layer.lora.A.weight.detach()
@@ -120,7 +120,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save_lora(path: str | Path, model: nn.Module, sidecar: dict[str, Any] | None = None) -> None:
-    """Writes the adapter, and nothing of the base, in half precision."""
+    """Write the adapter in half precision, without its base."""
     save_weights(path, lora_state_dict(model), sidecar)
 
 
@@ -132,10 +132,10 @@ def save_merged(path: str | Path, model: nn.Module, sidecar: dict[str, Any] | No
 
 
 def load_lora(model: nn.Module, path: str | Path, tokenizer_sha256: str | None = None) -> nn.Module:
-    """Puts the adapter of a file on the model, in place of one that is there; ranks and targets are read off the file.
+    """Put the adapter of a file on the model, replacing an earlier one; ranks and targets are read off the file.
 
-    tokenizer_sha256: hash of the tokenizer in use, checked as in load_weights. Raises WeightsError when the file is no
-    adapter or belongs to a tokenizer or to a model of other sizes; the model is then unchanged.
+    tokenizer_sha256: hash of the tokenizer in use, checked as in load_weights. Raises WeightsError if the file is not
+    an adapter, or is for another tokenizer or a model of other sizes; the model is then unchanged.
     """
     pairs, sidecar = read_lora(path), read_sidecar(path)
     check_tokenizer(path, sidecar, tokenizer_sha256)
@@ -144,8 +144,8 @@ def load_lora(model: nn.Module, path: str | Path, tokenizer_sha256: str | None =
     for name, (a, b) in pairs.items():
         if name not in layers:
             raise WeightsError(
-                f"{path} has an adapter for {name}, which this model has not; it was made for a model of another "
-                "depth, or for the other of dense and mixture of experts"
+                f"{path} has an adapter for {name}, and this model has no such layer; it was made for a model of "
+                "another depth, or of the other kind (dense and mixture of experts)"
             )
         wanted = (layers[name].out_features, layers[name].in_features)
         if (b.shape[0], a.shape[1]) != wanted or a.shape[0] != b.shape[1]:
@@ -165,7 +165,7 @@ def load_lora(model: nn.Module, path: str | Path, tokenizer_sha256: str | None =
 
 
 def _check_depth(model: nn.Module, layers: Iterable[str], sidecar: dict | None, path: str | Path) -> None:
-    """An adapter of a shallower model would fit the first layers of this one, and mean nothing there."""
+    """Raise WeightsError if the adapter is for another depth: a shallower one's would fit the first layers here."""
     here, config = model.config.num_hidden_layers, (sidecar or {}).get("config")
     if isinstance(config, dict):
         there = config.get("num_hidden_layers", MiniMindConfig().num_hidden_layers)
@@ -179,13 +179,15 @@ def _check_depth(model: nn.Module, layers: Iterable[str], sidecar: dict | None, 
 
 
 def read_lora(path: str | Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Layer name -> (A, B) of an adapter file."""
+    """Return layer name -> (A, B) of an adapter file. Raises WeightsError if it is not one."""
     state = read_state_dict(path)
     names = {clean_key(key).removesuffix(".lora.A.weight") for key in state if key.endswith(".lora.A.weight")}
     keys = {f"{name}.lora.{side}.weight" for name in names for side in "AB"}
     if not names or keys != state.keys():
         odd = sorted(keys ^ state.keys())[:3] or ["nothing"]
-        raise WeightsError(f"{path} is no adapter file (pairs of *.lora.A.weight and *.lora.B.weight); look at: {odd}")
+        raise WeightsError(
+            f"{path} is not an adapter file (pairs of *.lora.A.weight and *.lora.B.weight); look at: {odd}"
+        )
     return {name: (state[f"{name}.lora.A.weight"], state[f"{name}.lora.B.weight"]) for name in sorted(names)}
 
 
@@ -193,12 +195,15 @@ def read_lora(path: str | Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 
 def lora_path(out_dir: str | Path, lora_name: str, hidden_size: int, use_moe: bool) -> Path:
-    """out/lora/{lora_name}_{hidden_size}{_moe}.pth"""
+    """Return out/lora/{lora_name}_{hidden_size}{_moe}.pth."""
     return Path(out_dir) / "lora" / f"{lora_name}_{hidden_size}{'_moe' if use_moe else ''}.pth"
 
 
 def find_lora(name_or_path: str, out_dir: str | Path, hidden_size: int, use_moe: bool) -> Path:
-    """The adapter file that --lora_name means: a path, or a name in out/lora/. Old names of MoE adapters lack _moe."""
+    """Return the adapter file that --lora_name means: a path, or a name in out/lora/.
+
+    Older names of adapters for mixtures lack _moe. Raises WeightsError if there is no such file.
+    """
     path = Path(name_or_path)
     if path.suffix == ".pth":
         candidates = [path]
@@ -216,9 +221,10 @@ def find_lora(name_or_path: str, out_dir: str | Path, hidden_size: int, use_moe:
 
 
 def save_peft(folder: str | Path, model: nn.Module, base_model: str = "") -> None:
-    """Writes the adapter in the layout of the peft library: adapter_config.json and adapter_model.safetensors.
+    """Write the adapter in the layout of the peft library: adapter_config.json and adapter_model.safetensors.
 
-    It fits the dense model in Llama format, whose layers have the same names. base_model: its folder, if known.
+    It fits the dense model in Llama's or Qwen3's format, whose layers have the same names. base_model: its folder, if
+    known. Raises ValueError for a mixture of experts, or for different ranks.
     """
     from safetensors.torch import save
 
@@ -250,7 +256,7 @@ def save_peft(folder: str | Path, model: nn.Module, base_model: str = "") -> Non
 
 
 def read_peft(folder: str | Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Layer name -> (A, B in float32 with the scale folded in) of an adapter that the peft library saved for a Llama.
+    """Return layer name -> (A, B in float32 with the scale folded in) of an adapter that the peft library saved.
 
     Raises WeightsError for what our adapters cannot express: DoRA, trained biases or whole modules, other layers.
     """
@@ -261,7 +267,7 @@ def read_peft(folder: str | Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "adapter_model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
-        raise WeightsError(f"{folder} is no readable PEFT folder (adapter_model.safetensors): {error}") from error
+        raise WeightsError(f"{folder} is not a readable PEFT folder (adapter_model.safetensors): {error}") from error
     beyond = {
         f"peft_type {config.get('peft_type')}": config.get("peft_type") != "LORA",
         "use_dora": config.get("use_dora"),
@@ -274,7 +280,7 @@ def read_peft(folder: str | Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]
     }
     if any(beyond.values()):
         kinds = ", ".join(name for name, there in beyond.items() if there)
-        raise WeightsError(f"{folder}: {kinds} has no place in our adapter files, which hold W x + B(A x) alone")
+        raise WeightsError(f"{folder}: our adapter files hold W x + B(A x) and nothing else, so not {kinds}")
     pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for key in sorted(tensors):
         name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
@@ -288,7 +294,7 @@ def read_peft(folder: str | Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]
 
 
 def _peft_scale(config: dict[str, Any], name: str, rank: int) -> float:
-    """alpha / rank, or alpha / sqrt(rank) with rsLoRA; alpha_pattern may give a layer its own alpha."""
+    """Return alpha / rank, or alpha / sqrt(rank) with rsLoRA; alpha_pattern may give a layer its own alpha."""
     alpha = config.get("lora_alpha", rank)
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.search(rf"(^|\.){pattern}$", name):
@@ -301,7 +307,7 @@ def _peft_scale(config: dict[str, Any], name: str, rank: int) -> float:
 
 
 def block_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """(name, layer) of every linear layer inside the blocks, adapters' own excepted."""
+    """Yield (name, layer) of every linear layer inside the blocks, except those of adapters."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and ".layers." in f".{name}" and ".lora." not in name:
             yield name, module

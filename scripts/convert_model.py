@@ -157,7 +157,7 @@ class Source:
 
     @property
     def new_sidecar(self) -> dict:
-        """The sidecar of what is written, without the configuration."""
+        """Return the sidecar of what is written, without the configuration."""
         sidecar = {key: value for key, value in self.sidecar.items() if key not in ("config", "tokenizer_sha256")}
         sidecar["converted_from"] = self.path.name
         if "flags" in sidecar:  # folders are published, and the paths of this machine are private
@@ -169,7 +169,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What the converted model is called."""
+        """Return what the converted model is called."""
         size, moe, qk_norm = self.config.hidden_size, self.config.use_moe, self.config.qk_norm
         other = f"MiniMind{3 if qk_norm else 2}-{size}{'-MoE' if moe else ''}"
         return NAMES.get((size, moe, qk_norm), other) + self.adapter
@@ -186,7 +186,7 @@ def input_path(args: argparse.Namespace) -> Path:
 
 
 def input_kind(path: Path) -> str:
-    """pth, old (names from before April 2025), adapter, hf, peft or gguf."""
+    """Return pth, old (names from before April 2025), adapter, hf, peft or gguf."""
     if path.is_dir():
         if (path / "adapter_config.json").is_file():
             return "peft"
@@ -244,12 +244,14 @@ def agreed_sidecar(path: Path, tokenizer_sha256: str) -> dict:
     sidecar = read_sidecar(path) or {}
     known = sidecar.get("tokenizer_sha256")
     if known not in (None, tokenizer_sha256):
-        warnings.warn(f"{sidecar_path(path)} names another tokenizer than the one in use; left aside", stacklevel=2)
+        warnings.warn(
+            f"{sidecar_path(path)} names another tokenizer than the one in use, so it is not used", stacklevel=2
+        )
     return sidecar if known == tokenizer_sha256 else {}
 
 
 def merge_adapter(source: Source, path: Path) -> None:
-    """Adds the adapter to the source's weights, in float32 first."""
+    """Add the adapter to the source's weights, in float32."""
     model = load_lora(copy.deepcopy(source.model).float(), path, source.tokenizer.sha256)
     before = logits_of(model)
     merge_lora(model)
@@ -279,14 +281,14 @@ def stored_dtype(model: torch.nn.Module) -> torch.dtype:
 
 @torch.inference_mode()
 def logits_of(model: torch.nn.Module, seed: int = 0) -> torch.Tensor:
-    """Float32 logits (4, 64, vocab) on random ids."""
+    """Return float32 logits (4, 64, vocab) on random ids."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(model.config.vocab_size, (4, 64), generator=generator)
     return model(input_ids=ids).logits.float()
 
 
 def compare(before: torch.Tensor, after: torch.Tensor, rounding: str = "") -> None:
-    """Prints how far the logits are apart; ValueError beyond the tolerance."""
+    """Print how far the logits differ. Raises ValueError if that is beyond the tolerance."""
     largest = float((after - before).abs().max())
     scale = max(float(before.abs().max()), 1.0)
     line = (
@@ -305,12 +307,12 @@ def compare(before: torch.Tensor, after: torch.Tensor, rounding: str = "") -> No
 
 
 def mean_square_error(before: torch.Tensor, after: torch.Tensor) -> float:
-    """Root of the mean square of the difference, relative to that of the logits."""
+    """Return the root mean square of the difference, relative to that of the logits."""
     return float((after - before).square().mean().sqrt() / before.square().mean().sqrt())
 
 
 def check_rounding(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Says how many values a smaller dtype changes: nothing is printed when the weights stay exact."""
+    """Print how many values a smaller dtype changes, if any. Raises ValueError if one is beyond its range."""
     changed = total = 0
     for name, parameter in model.named_parameters():
         rounded = parameter.detach().to(dtype)
@@ -331,7 +333,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @contextlib.contextmanager
 def staging(target: Path) -> Iterator[Path]:
-    """An empty folder beside the target, gone at the end; `publish` moves its files to their place."""
+    """Provide an empty folder next to the target, removed at the end; `publish` moves its files to their place."""
     target.parent.mkdir(parents=True, exist_ok=True)
     for stale in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):  # what a killed process left behind
         shutil.rmtree(stale, ignore_errors=True)
@@ -343,7 +345,7 @@ def staging(target: Path) -> Iterator[Path]:
 
 
 def publish(staged: Path, folder: Path) -> None:
-    """Renames the checked files into the folder, weights first. Others there stay, but for the shards of an older
+    """Rename the checked files into the folder, weights first. Other files there stay, except the shards of an older
     export, which some runtimes would load as well."""
     folder.mkdir(exist_ok=True)
     names = {file.name for file in staged.iterdir()}
@@ -356,26 +358,26 @@ def publish(staged: Path, folder: Path) -> None:
 
 
 def check_not_read(target: Path, *read: Path | None) -> None:
-    """Not even --force replaces what the conversion is made from."""
+    """Raise ValueError if the target is what the conversion reads; not even --force replaces that."""
     if target.exists() and any(path is not None and path.exists() and target.samefile(path) for path in read):
         raise ValueError("the target is what was read; name another with --output")
 
 
 def check_target(target: Path, force: bool, *files: Path) -> None:
-    """A folder to be filled must be empty, and single files must not exist, unless --force is given."""
+    """Raise ValueError if a folder to be filled is not empty, or single files exist, unless --force is given."""
     if files:
         taken = [file for file in files if file.exists()]
         what = f"{taken[0]} exists" if taken else ""
     else:
         if target.exists() and not target.is_dir():
-            raise ValueError(f"--output {target} is a file, and a folder is to be written")
+            raise ValueError(f"--output {target} is a file; this format is a folder")
         what = f"{target} is not empty" if target.is_dir() and any(target.iterdir()) else ""
     if what and not force:
         raise ValueError(f"{what}; --force replaces what is written again, --output names another target")
 
 
 def write_hf(source: Source, target: Path, kind: str, args: argparse.Namespace) -> None:
-    """A folder that AutoModelForCausalLM, AutoTokenizer and vLLM load."""
+    """Write a folder that AutoModelForCausalLM, AutoTokenizer and vLLM load."""
     if kind != "minimind" and kind != hf_format(source.config):
         what = "a mixture of experts" if source.config.use_moe else "dense"
         norms = "with" if source.config.qk_norm else "without"
@@ -405,7 +407,7 @@ def write_hf(source: Source, target: Path, kind: str, args: argparse.Namespace) 
 
 
 def write_beside(source: Source, folder: Path, kind: str, dtype: torch.dtype, name: str) -> None:
-    """What a model folder holds besides configuration and weights."""
+    """Write what a model folder holds besides configuration and weights."""
     config = source.config
     generation = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_json(folder / "generation_config.json", {**generation, "do_sample": True, "temperature": 0.85, "top_p": 0.85})
@@ -418,7 +420,7 @@ def write_beside(source: Source, folder: Path, kind: str, dtype: torch.dtype, na
 
 
 def check_chat(tokenizer: ChatTokenizer, folder: Path, own_code: bool) -> None:
-    """The template in the folder must give the ids that the model was trained with."""
+    """Check that the folder's template gives the ids that the model was trained with."""
     from transformers import AutoTokenizer
 
     turns = [{"role": "user", "content": "你好, who are you?\n3+4=7"}]
@@ -457,8 +459,9 @@ def model_card(source: Source, kind: str, dtype: torch.dtype, name: str) -> str:
     if config.rope_scaling is not None:
         facts["Context"] = f"stretched by YaRN, factor {config.rope_scaling['factor']:g}"
     progress = sidecar.get("progress", {})
-    if progress.get("tokens"):
-        facts["Training"] = f"{progress['tokens']:,} tokens in the last stage, {progress.get('step', 0):,} steps"
+    tokens, steps = progress.get("tokens"), progress.get("step")
+    if isinstance(tokens, int) and isinstance(steps, int):
+        facts["Training"] = f"{tokens:,} tokens in the last stage, {steps:,} steps"
     metrics = {key: value for key, value in sidecar.get("metrics", {}).items() if isinstance(value, int | float)}
     if metrics:
         facts["Metrics"] = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items())
@@ -490,7 +493,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
 
 
 def write_gguf_folder(source: Source, target: Path, gguf_type: str, args: argparse.Namespace) -> None:
-    """A folder with the GGUF file and ollama's Modelfile, or the named .gguf with a Modelfile beside it."""
+    """Write a folder with the GGUF file and ollama's Modelfile, or the named .gguf with a Modelfile next to it."""
     single = target.suffix == ".gguf"
     folder = target.parent if single else target
     name = target.stem if single else f"{source.name}-{gguf_type}"
@@ -539,7 +542,7 @@ PARAMETER repeat_penalty 1.0
 
 
 def write_pth(source: Source, target: Path, args: argparse.Namespace) -> None:
-    """A weight file of ours, float16, with its sidecar."""
+    """Write a weight file of ours, float16, with its sidecar."""
     check_target(target, args.force, target, sidecar_path(target))
     sidecar = {"config": source.config.to_diff_dict(), **source.new_sidecar}
     with staging(target) as folder:
@@ -555,7 +558,7 @@ def write_pth(source: Source, target: Path, args: argparse.Namespace) -> None:
 
 
 def convert_adapter(path: Path, kind: str, args: argparse.Namespace) -> None:
-    """adapter: our .pth -> a folder for the peft library; peft: the way back."""
+    """Convert an adapter: our .pth into a folder for the peft library, or (kind "peft") back."""
     if kind == "adapter":
         pairs, sidecar = read_lora(path), read_sidecar(path) or {}
     else:
@@ -593,11 +596,12 @@ def convert_adapter(path: Path, kind: str, args: argparse.Namespace) -> None:
 
 
 def adapter_base(pairs: dict, sidecar: dict, base: Path | None, args: argparse.Namespace) -> MiniMindForCausalLM:
-    """The model in float32 that an adapter is checked on: --base, or random weights of the adapter's sizes."""
+    """Return the float32 model that an adapter is checked on: --base, or random weights of the adapter's sizes."""
     if base is not None:
         return load_model(base)[0].float()
     fields = dict(sidecar.get("config", {}))
-    if not fields:  # adapters of other programs, and old ones: the sizes that their matrices show
+    if not fields:  # adapters of other programs, and old ones: their matrices show the sizes
+        # layer -> (in, out)
         inside = {name.rsplit(".", 1)[-1]: (a.shape[1], b.shape[0]) for name, (a, b) in pairs.items()}
         fields["num_hidden_layers"] = 1 + max(int(name.split(".layers.")[1].split(".")[0]) for name in pairs)
         for name in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
@@ -606,10 +610,10 @@ def adapter_base(pairs: dict, sidecar: dict, base: Path | None, args: argparse.N
         for name, side in (("o_proj", 1), ("down_proj", 1)):
             if name in inside:
                 fields["hidden_size"] = inside[name][side]
-        fields["num_attention_heads"] = args.num_attention_heads or MiniMindConfig().num_attention_heads
+        heads = fields["num_attention_heads"] = args.num_attention_heads or MiniMindConfig().num_attention_heads
+        fields["head_dim"] = inside.get("q_proj", (0, fields["hidden_size"]))[1] // heads
         if "k_proj" in inside or "v_proj" in inside:
-            rows = inside.get("k_proj", inside.get("v_proj"))[1]
-            fields["num_key_value_heads"] = rows * fields["num_attention_heads"] // fields["hidden_size"]
+            fields["num_key_value_heads"] = inside.get("k_proj", inside.get("v_proj"))[1] // fields["head_dim"]
         if "gate_proj" in inside or "up_proj" in inside:
             fields["intermediate_size"] = inside.get("gate_proj", inside.get("up_proj"))[1]
     say("the adapter is checked on random base weights; --base FILE checks it on its own")
@@ -625,7 +629,7 @@ def base_path(args: argparse.Namespace) -> Path:
 
 
 def put_on(model: MiniMindForCausalLM, pairs: dict) -> None:
-    """The adapter as float32 layers on the model."""
+    """Put the adapter on the model, as float32 layers."""
     layers = dict(block_linears(model))
     for name, (a, b) in pairs.items():
         if name not in layers or (b.shape[0], a.shape[1]) != tuple(layers[name].weight.shape):

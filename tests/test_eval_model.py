@@ -599,7 +599,7 @@ def test_adapters_that_cannot_be_used(run, adapters):
     assert re.search(r"error: .*deep_32.pth has an adapter for model.layers.2.*another depth", said("deep"))
     save_adapter(adapters, "foreign", sidecar={"tokenizer_sha256": "ab" * 32})
     assert re.search(r"error: .*foreign_32.pth was trained with the tokenizer abab.*--tokenizer_path", said("foreign"))
-    assert "is no adapter file" in said(weight_path(adapters, "pretrain", 32, False))
+    assert "is not an adapter file" in said(weight_path(adapters, "pretrain", 32, False))
 
 
 @pytest.mark.parametrize("name", ["None", "none"])

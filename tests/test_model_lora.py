@@ -223,9 +223,9 @@ MISFITS = {
     "another width": (lambda s: lora_state_dict(apply_lora(small_model(hidden_size=64))), "--hidden_size"),
     "a deeper model": (lambda s: lora_state_dict(apply_lora(small_model(num_hidden_layers=3))), "layers.2.*depth"),
     "two ranks in a layer": (lambda s: change(s, KEY, torch.zeros(5, 32)), "ranks 5 and 8"),
-    "half a pair": (lambda s: change(s, KEY, None), "no adapter file .*layers.1.self_attn.q_proj"),
-    "weights, not an adapter": (lambda s: small_model().state_dict(), "no adapter file"),
-    "an adapter among weights": (lambda s: s | small_model().state_dict(), "no adapter file"),
+    "half a pair": (lambda s: change(s, KEY, None), "not an adapter file .*layers.1.self_attn.q_proj"),
+    "weights, not an adapter": (lambda s: small_model().state_dict(), "not an adapter file"),
+    "an adapter among weights": (lambda s: s | small_model().state_dict(), "not an adapter file"),
 }
 
 
