@@ -1,4 +1,4 @@
-"""How fast the data path is, beside the tokenizers library alone, and how much memory it takes at ten times the data.
+"""Speed of the data path next to the tokenizers library alone, and its memory at ten times the data.
 
     python benchmarks/data_pipeline.py                                        the repository's sample, repeated
     python benchmarks/data_pipeline.py --data_path dataset/pretrain_hq.jsonl --kind pretrain
@@ -29,18 +29,20 @@ from dataset.workers import usable_cores
 
 SAMPLES = {"pretrain": "pretrain.jsonl", "conversation": "sft.jsonl"}
 PEER_BATCH = 1000  # texts per call of encode_batch; all at once would hold gigabytes of offsets
-ROUNDS = 2  # ours and the peer's take turns, the better time of each counts: other work on the machine hits both
+ROUNDS = (
+    2  # ours and the peer take turns and the better time of each counts, because other work on the machine hits both
+)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_path", type=Path, help="jsonl file (default: dataset/sample/, pretrain and sft)")
-    parser.add_argument("--kind", choices=KINDS, help="kind of its records (default: what its first line looks like)")
+    parser.add_argument("--kind", choices=KINDS, help="kind of its records (default: guessed from the first line)")
     parser.add_argument("--tokenizer_path", type=Path, default=ROOT / "model")
     parser.add_argument("--max_seq_len", type=int, default=512)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--megabytes", type=float, default=16, help="size that the sample is repeated to")
-    parser.add_argument("--scale", type=int, default=10, help="how often the data is repeated for the memory test")
+    parser.add_argument("--scale", type=int, default=10, help="times that the memory test repeats the data")
     parser.add_argument("--child", choices=("build", "iterate"), help=argparse.SUPPRESS)
     parser.add_argument("--cache_dir", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -123,7 +125,7 @@ def measure(args: argparse.Namespace, kind: str, path: Path, folder: Path) -> No
 
 
 def measure_process(args: argparse.Namespace) -> dict:
-    """In its own process: peak of RssAnon over what imports took, and seconds from the flags to the first batch."""
+    """In a process of its own: peak of RssAnon above that of the imports, seconds from the flags to the first batch."""
     before = rss_anon()
     peak = [before]
     done = threading.Event()
@@ -154,7 +156,7 @@ def run_child(args: argparse.Namespace, child: str, kind: str, path: Path, cache
 
 
 def peer_seconds(args: argparse.Namespace, kind: str, path: Path, workers: int) -> tuple[float, float]:
-    """(wall, CPU) seconds of the library's encode_batch for the same texts on as many threads, in its own process."""
+    """(wall, CPU) seconds that the library's encode_batch takes for the same texts with as many threads."""
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path; from tokenizers import Tokenizer\n"
@@ -173,7 +175,7 @@ def peer_seconds(args: argparse.Namespace, kind: str, path: Path, workers: int) 
 
 
 def texts_of(kind: str, path: Path):
-    """All texts of a file that are tokenized: documents, or the contents of turns."""
+    """Yield every text of a file that is tokenized: documents, or the contents of turns."""
     with open(path, encoding="utf-8") as file:
         for line in file:
             record = parse_record(kind, line)
@@ -204,13 +206,13 @@ def repeat(path: Path, times: int, target: Path) -> Path:
 
 
 def rss_anon() -> int:
-    """Bytes of memory that belong to this process alone; mapped files are not among them."""
+    """Return the bytes of memory that belong to this process alone, without mapped files."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 def cpu_seconds() -> float:
-    """Of this process and of those it started that have ended. On a shared machine steadier than the clock."""
+    """CPU time of this process and of its children that have ended: steadier than the clock on a shared machine."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 

@@ -1,19 +1,19 @@
-"""Decoding speed: our engine beside transformers' generate and llama.cpp, the same weights, greedy.
+"""Decoding speed: our engine next to transformers' generate and llama.cpp, the same weights, greedy.
 
 The contenders, each timed in turn, round by round:
 
   ours          model/batching.py
   generate      transformers' generate on our model (its DynamicCache)
   llama         transformers' generate on LlamaForCausalLM with the same weights; dense models only
-  llama.cpp     through llama-cpp-python, where that is installed and --gguf names the same weights as GGUF
+  llama.cpp     through llama-cpp-python, if it is installed and --gguf names the same weights as GGUF
 
-What is measured:
+Measured:
 
   one stream    tokens per second of the decoding alone: N over the time to make 1 + N tokens less the time to make 1
   first token   seconds from a prompt of --long_prompt tokens to the first id of the answer
-  concurrent    --concurrent requests at once, against the same requests one after another through transformers:
+  concurrent    --concurrent requests at once, and the same requests one after another through transformers:
                 tokens per second from the first prompt to the last token, prompts included
-  bandwidth     weight bytes that a token of one stream needs, over what memory delivers when it is only read
+  bandwidth     weight bytes that a token of one stream needs, over what memory delivers if it is only read
 
     python benchmarks/decoding.py [--weight out/full_sft_512.pth] [--dtype bfloat16] [--device cuda]
     python scripts/convert_model.py --help    # how to write the GGUF file for --gguf
@@ -32,8 +32,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import transformers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig
 
+from benchmarks.peers import llama, synchronize
 from model.batching import Engine
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.sampling import SamplingParams
@@ -49,23 +50,11 @@ def random_model(use_moe: bool) -> MiniMindForCausalLM:
     return model
 
 
-def llama_twin(model: MiniMindForCausalLM) -> LlamaForCausalLM | None:
-    """The same weights in transformers' Llama; None for a mixture of experts."""
-    config = model.config
-    if config.use_moe:
-        return None
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    names += ("vocab_size", "rms_norm_eps", "rope_theta", "max_position_embeddings", "tie_word_embeddings")
-    twin = LlamaForCausalLM(LlamaConfig(**{name: getattr(config, name) for name in names}))
-    twin.load_state_dict(model.state_dict(), strict=True)
-    return twin
-
-
 def of_ours(model, concurrent: int):
     engine = Engine(model, slots=concurrent, context_length=2048)
 
     def run(prompts: list[list[int]], count: int) -> list[list[int]]:
-        for slot in engine._slots:  # no round is to find what the one before has read
+        for slot in engine._slots:  # each round must read its prompt again
             slot.ids = []
         params = SamplingParams(temperature=0.0, max_new_tokens=count, stop_ids=())
         requests = [engine.submit(prompt, params) for prompt in prompts]
@@ -105,14 +94,15 @@ def of_llama_cpp(path: Path, threads: int):
 
 
 def read_bandwidth(device: torch.device, mebibytes: int = 512) -> float:
-    """Bytes per second of summing a block that no cache holds; the best of several passes."""
+    """Return bytes per second of summing a block too large for any cache, the best of several passes."""
     block = torch.ones(mebibytes * 2**18, device=device)
     return 4 * block.numel() / min(timed(block.sum, device) for _ in range(8))
 
 
 def weight_bytes(model: MiniMindForCausalLM, device: torch.device) -> float:
-    """Bytes of weights that one token needs: all matrices, of the experts only those it is sent to. On a CPU the engine
-    reads two bytes a weight: the values of a .pth, or of a model in half precision."""
+    """Return the bytes of weights that one token needs: all matrices, and of the experts only the chosen ones. On a CPU
+    the engine reads two bytes per weight if float16 holds the values, as in a .pth, or the model is in half
+    precision."""
     config, total = model.config, 0
     for name, parameter in model.named_parameters():  # the tied head is listed once
         share = config.num_experts_per_tok / config.n_routed_experts if ".mlp.experts." in name else 1
@@ -123,12 +113,10 @@ def weight_bytes(model: MiniMindForCausalLM, device: torch.device) -> float:
 
 
 def timed(run, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     start = time.perf_counter()
     run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     return time.perf_counter() - start
 
 
@@ -158,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(0)
     device = torch.device(args.device)
     model = load_model(args.weight)[0] if args.weight else random_model(args.use_moe)
-    twin = llama_twin(model)
+    twin = None if model.config.use_moe else llama(model.config, model.state_dict())
     model = model.to(device, getattr(torch, args.dtype)).eval()
 
     def prompts(count: int, length: int) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""One command for whoever has a GPU: how fast training and decoding are on it, beside transformers, in 8 minutes.
+"""Speed of training and decoding on your GPU, next to transformers, in eight minutes.
 
     python benchmarks/gpu.py [--data_path FILE.jsonl] [--json out/gpu.json]
 
@@ -6,18 +6,20 @@ For the 26M, the 104M and the MoE 145M preset, in bfloat16, one optimizer step f
 
   ours                   as the stage scripts train: packed rows, variable-length attention, compiled, fused AdamW
   - compile, - varlen, - fused AdamW, - loss in blocks, - grouped products, - packing
-                         the same with that one thing turned off, what it was worth
+                         the same with one thing turned off: what it is worth
   + Muon                 the same with Muon, which steps once for 32 rows here and for 256 in pretraining
-  + Muon one by one      the same with torch's Muon, which takes its matrices in turn
+  + Muon one by one      the same with torch's Muon, which updates its matrices one by one
   transformers, padded   LlamaForCausalLM, eager, each document padded to 512 (dense presets)
   transformers, packed   the same model compiled, with our packed rows (dense presets)
 
-The documents are those of the sample, joined to the length of web texts, unless --data_path names others. What tells
-most is measured first; what --budget has no time for is left out, and a contender that fails leaves the others alone.
+The documents are those of the sample, joined to the length of web texts, unless --data_path names others. The most
+telling contenders come first; those that --budget has no time for are left out, and one that fails does not stop the
+others.
 
-Printed for each: useful tokens (not padding) per second, MFU against the best matrix product of this run, peak memory,
-seconds until warm (compiling), share of time that waits for the loader; then tokens per second of decoding at 1, 16 and
-64 texts beside transformers' generate. It runs on a CPU too, with --device cpu and small settings, for a test.
+It prints for each: useful tokens (not padding) per second, MFU against the best matrix product of this run, peak
+memory, seconds until warm (compiling), and the share of time spent waiting for the loader; then tokens per second of
+decoding at 1, 16 and 64 texts next to transformers' generate. With --device cpu and small settings it runs on a CPU
+too, for tests.
 """
 
 import argparse
@@ -27,8 +29,6 @@ import gc
 import itertools
 import json
 import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,14 +37,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.train_throughput import PaddedDocuments, llama, matmul_rate, packed_peer_loss, peer_loss
+from benchmarks.peers import llama, machine, synchronize
+from benchmarks.train_throughput import PaddedDocuments, matmul_rate, packed_peer_loss, peer_loss
 from dataset.tokenization import ChatTokenizer
 from model import model_minimind
 from model.batching import Engine
@@ -95,7 +95,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 @contextlib.contextmanager
 def without(holder: object, name: str) -> Iterator[None]:
-    """A feature that code looks up by its name is not there for a while."""
+    """Hide a feature that code looks up by its name."""
     value = getattr(holder, name, None)
     if value is not None:
         delattr(holder, name)
@@ -116,7 +116,7 @@ def mask_attention() -> Iterator[None]:
 
 
 def whole_loss(model: nn.Module, batch: dict) -> torch.Tensor:
-    """Our model with the float32 logits of all tokens at once."""
+    """The loss of our model from the float32 logits of all tokens at once."""
     output = model(**model_inputs(batch))
     total = F.cross_entropy(output.logits.float().flatten(0, 1), batch["labels"].flatten(), reduction="sum")
     return total / batch["step_targets"] + output.aux_loss
@@ -129,7 +129,7 @@ def training_loss(model: nn.Module, batch: dict) -> torch.Tensor:
 
 
 def joined(source: Path, target: Path, count: int = 2) -> Path:
-    """Every `count` texts of a file as one."""
+    """Write a file whose texts are `count` texts of the source each."""
     texts = [json.loads(line)["text"] for line in source.read_text("utf-8").splitlines()]
     lines = [{"text": "\n".join(texts[first : first + count])} for first in range(0, len(texts), count)]
     target.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
@@ -152,12 +152,12 @@ class Rows:
         self.tokens_per_document = self.data.plan.stats["positions"] / self.data.plan.stats["documents"]
 
     def packed(self) -> Iterator[dict]:
-        """Full batches without end from one loader, as a long file gives them."""
+        """Yield full batches for ever from one loader, as a long file would."""
         batches = self.data._batches(0, shuffle=False)
         yield from self.data._load(batches, itertools.cycle(range(max(len(batches) - 1, 1))))
 
     def padded(self) -> Iterator[dict]:
-        """With workers enough that tokenising, which this recipe does as it goes, is not what takes the time."""
+        """Use enough workers, so that tokenising, which this recipe does on the fly, is not the bottleneck."""
         cuda = self.args.device.startswith("cuda")
         documents = PaddedDocuments(self.path, self.tokenizer)
         endless = RandomSampler(documents, replacement=True, num_samples=1 << 40)
@@ -175,7 +175,7 @@ def measure(
     fused: bool = True,
     muon: str = "",
 ) -> dict:
-    """Trains for a while; rates of this process and its peak memory."""
+    """Train for a while; return the rates of this process and its peak memory."""
     device, memory = torch.device(args.device), Memory(args.device)
     memory.reset()
     model = model.to(device).train()
@@ -185,7 +185,6 @@ def measure(
         optimizer = build_optimizer(model, argparse.Namespace(optimizer="muon", **rates))
     if muon == "one by one":
         optimizer.parts[0].step = functools.partial(torch.optim.Muon.step, optimizer.parts[0])
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     def step(batch: dict) -> tuple[int, int]:
         """Useful tokens, (token, position it sees) pairs."""
@@ -203,7 +202,7 @@ def measure(
     start = time.perf_counter()
     for _ in range(WARM_STEPS):
         step(next(batches))
-    synchronize()
+    synchronize(args.device)
     warm_after = time.perf_counter() - start
     tokens = attended = 0
     waited, start = 0.0, time.perf_counter()
@@ -213,7 +212,7 @@ def measure(
         waited += time.perf_counter() - asked
         useful, pairs = step(batch)
         tokens, attended = tokens + useful, attended + pairs
-        synchronize()
+        synchronize(args.device)
     seconds = time.perf_counter() - start
     config = getattr(model.config, "minimind", model.config)
     flops = flops_per_token(config, count_parameters(model)[0]) * tokens + attention_flops(config, attended)
@@ -262,7 +261,7 @@ def training_contenders(config: MiniMindConfig, rows: Rows, args: argparse.Names
         "+ Muon": lambda: measure(ours(), rows.packed(), training_loss, args, muon="grouped"),
         "+ Muon one by one": lambda: measure(ours(), rows.packed(), training_loss, args, muon="one by one"),
     }
-    # no class of transformers is a mixture of experts like ours
+    # transformers has no mixture of experts like ours
     absent = (
         ("transformers, padded", "transformers, packed", "- packing") if config.use_moe else ("- grouped products",)
     )
@@ -288,18 +287,17 @@ def print_training(title: str, results: dict[str, dict], peak: float) -> None:
 
 
 def decoding_contenders(config: MiniMindConfig, args: argparse.Namespace) -> dict[str, Callable[[], dict]]:
-    """Each gives tokens per second of greedy decoding, prompts included, in bfloat16."""
-    synchronize = torch.cuda.synchronize if args.device.startswith("cuda") else lambda: None
+    """Each returns tokens per second of greedy decoding, prompts included, in bfloat16."""
 
     def prompts(batch: int) -> torch.Tensor:
         return torch.randint(3, config.vocab_size, (batch, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
 
     def rate(batch: int, run: Callable[[], None]) -> dict:
         run()
-        synchronize()
+        synchronize(args.device)
         start = time.perf_counter()
         run()
-        synchronize()
+        synchronize(args.device)
         return {"tokens_per_second": batch * args.new_tokens / (time.perf_counter() - start)}
 
     def ours(batch: int) -> dict:
@@ -309,7 +307,7 @@ def decoding_contenders(config: MiniMindConfig, args: argparse.Namespace) -> dic
         params = SamplingParams(temperature=0.0, max_new_tokens=args.new_tokens, stop_ids=())
 
         def run() -> None:
-            for slot in engine._slots:  # no run is to find what the one before has read
+            for slot in engine._slots:  # each run must read its prompt again
                 slot.ids = []
             requests = [engine.submit(ids, params) for ids in prompts(batch).tolist()]
             while engine.step():
@@ -354,19 +352,9 @@ def print_decoding(results: dict[str, dict], batches: list[int]) -> None:
 # --- output ----------------------------------------------------------------------------------------------------------
 
 
-def machine(device: str) -> dict[str, str]:
-    found = {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
-    if device.startswith("cuda"):
-        found |= {"card": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-            found["driver"] = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-    return found
-
-
 class Schedule:
-    """What is measured, the most telling first: one failure loses nothing else, and what there is no time for is left
-    out. After each the numbers so far are written."""
+    """Runs the contenders. A failure stops no other, those without time left are skipped, and the numbers so far are
+    written after each."""
 
     def __init__(self, args: argparse.Namespace, record: dict):
         self.args, self.record = args, record
@@ -382,7 +370,7 @@ class Schedule:
                 result = contender()
             except torch.OutOfMemoryError:
                 result = {"error": "out of memory"}
-            except Exception as error:  # whatever it is, the rest is worth having
+            except Exception as error:  # the others are still worth measuring
                 result = {"error": f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:160]}
             if self.args.device.startswith("cuda"):
                 torch._dynamo.reset()

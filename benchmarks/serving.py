@@ -1,4 +1,4 @@
-"""The server under load: many clients at once, each asking again as soon as it has its answer.
+"""Load test of the server: many clients at once, each asking again as soon as it has its answer.
 
     python benchmarks/serving.py [--clients 64] [--seconds 60] [--weight out/full_sft_512.pth]
     python benchmarks/serving.py --hostile                                  once without and once with a hostile client
@@ -256,7 +256,7 @@ def resident_megabytes(pid: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base_url", help="of a server that runs already")
+    parser.add_argument("--base_url", help="of a server that is already running")
     parser.add_argument("--weight", type=Path, help="full_sft_SIZE.pth (default: random weights of the 26M preset)")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60)

@@ -1,31 +1,26 @@
-"""LoRA, DPO and knowledge distillation on this machine, each beside the way it is usually done.
+"""Speed of DPO and LoRA on this machine next to the libraries that people usually take.
 
-  dpo   pairs per second of a DPO step beside TRL's DPOTrainer, which runs as people run it (`trainer.train()`): with a
-        reference model in memory, its default, and with log-probs of the reference computed beforehand
-  lora  useful tokens (no padding) per second of a LoRA step beside peft, each conversation a row of a batch padded to
-        its longest: as many conversations as ours has rows, and about as many tokens as ours has
-  kd    memory of a distillation step above the models, beside the step that holds the logits of both models for all
-        tokens in float32; on a CPU resident memory, on a GPU allocated memory
+  dpo   pairs per second of a DPO step, next to TRL's DPOTrainer as people run it (`trainer.train()`): with a reference
+        model in memory, its default, and with the reference's log-probs computed before training
+  lora  useful tokens (no padding) per second of a LoRA step, next to peft with each conversation as a row of a batch
+        padded to its longest: as many conversations as ours has rows, and about as many tokens as ours has
 
 The peers train transformers' LlamaForCausalLM of the same size from the same weights, on the same records in the same
 order, under bfloat16 autocast, with a fused AdamW and without gradient checkpointing. Every contender is a process of
-its own; they are timed in turn, round by round, and a ratio is that of the same round, the median over rounds.
+its own. They are timed in turn, round by round; a ratio is that of one round, the median over rounds.
 
-    python benchmarks/stage_throughput.py [--what dpo|lora|kd] [--data_path FILE.jsonl] [--rounds 3]
+    python benchmarks/stage_throughput.py [--what dpo|lora] [--data_path FILE.jsonl] [--rounds 3]
 
 Needs trl and peft (requirements-dev.txt). Without --data_path the records are those of dataset/sample/sft.jsonl, which
 are short: pairs of an answer and the answer to another question, conversations as they are.
 """
 
 import argparse
-import contextlib
 import functools
 import json
-import math
 import multiprocessing
 import os
 import random
-import re
 import statistics
 import sys
 import tempfile
@@ -42,23 +37,22 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import peers
+from benchmarks.peers import endless, machine, synchronize
 from dataset.lm_dataset import parse_record
-from dataset.token_cache import MAX_RECORD_BYTES
 from dataset.tokenization import ChatTokenizer
 from model.device import to_device
 from model.model_lora import TARGETS, apply_lora
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import save_weights
-from trainer.arguments import add_boolean, run_script
-from trainer.cost import Memory
+from trainer.arguments import run_script, stage_parser
 from trainer.distributed import Process, keep_freed_memory
 from trainer.loader import PackedData, model_inputs
 from trainer.optimization import Precision, build_optimizer, optimizer_step, prepare_forward
 from trainer.reference import reference_log_probs
-from trainer.token_losses import answer_log_probs, chunked_loss, target_indices, token_cross_entropy
+from trainer.token_losses import answer_log_probs, token_cross_entropy
 
 BETA, RANK, LEARNING_RATE = 0.1, 8, 1e-6
-ALPHA, TEMPERATURE = 0.5, 2.0
 EPOCHS = 2  # of train_dpo.py's default: the reference is asked once for all of them
 WARM_STEPS = 2
 StepDone = Callable[[int], None]
@@ -67,17 +61,14 @@ StepDone = Callable[[int], None]
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--what", choices=("dpo", "lora", "kd", "all"), default="all")
-    add("--data_path", type=Path, help="pairs for dpo, conversations for lora and kd (default: from dataset/sample/)")
+    add("--what", choices=("dpo", "lora", "all"), default="all")
+    add("--data_path", type=Path, help="pairs for dpo, conversations for lora (default: from dataset/sample/)")
     add("--hidden_size", type=int, default=512)
     add("--num_hidden_layers", type=int, default=8)
     add("--num_attention_heads", type=int, default=8)
     add("--num_key_value_heads", type=int, default=2)
-    add("--teacher_hidden_size", type=int, default=768)
-    add("--teacher_num_hidden_layers", type=int, default=16)
-    add("--batch_size", type=int, help="pairs (default: 4) or rows (default: lora 8, kd 32) in a step")
-    add("--max_seq_len", type=int, help="default: 1024 for dpo, else 512")
-    add_boolean(parser, "--gradient_checkpointing", False, "for kd: recompute activations, in both contenders")
+    add("--batch_size", type=int, help="pairs (default: 4) or rows (default: 8) in a step")
+    add("--max_seq_len", type=int, help="default: 1024 for dpo, 512 for lora")
     add("--rounds", type=int, default=3)
     add("--steps", type=int, default=3, help="optimizer steps per contender and round (default: %(default)s)")
     add("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
@@ -86,10 +77,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for flag in ("rounds", "steps"):
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag} {getattr(args, flag)}: must be at least 1")
-    if args.gradient_checkpointing and args.what != "kd":
-        raise ValueError("--gradient_checkpointing is for --what kd alone; the others are compared without")
     if args.data_path and args.what == "all":
-        raise ValueError("--data_path: choose one of dpo, lora and kd with --what; they take different records")
+        raise ValueError("--data_path: choose dpo or lora with --what; they take different records")
     if args.data_path and not args.data_path.is_file():
         raise ValueError(f"--data_path {args.data_path}: not found")
     return args
@@ -100,19 +89,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def settings(args: argparse.Namespace, folder: Path, data_path: Path, what: str) -> argparse.Namespace:
     """The flags that the trainer's helpers read, as a stage script would have them."""
-    return argparse.Namespace(
-        **vars(args)
-        | {
-            "batch_size": args.batch_size or {"dpo": 4, "lora": 8, "kd": 32}[what],
-            "max_seq_len": args.max_seq_len or (1024 if what == "dpo" else 512),
-            "folder": folder, "data_path": data_path, "weights": folder / f"{what}.pth",
-            "cache_dir": folder / "token_cache", "skip_bad_lines": False, "num_workers": None, "accumulation_steps": 1,
-            "max_record_bytes": MAX_RECORD_BYTES, "seed": 1337, "dtype": "bfloat16",
-            "optimizer": "adamw", "learning_rate": LEARNING_RATE, "beta1": 0.9,
-            "beta2": 0.95, "embedding_lr_scale": 1.0, "weight_decay": 0.0, "grad_clip": 1.0, "compile": None,
-            "threads": torch.get_num_threads(), "pass_seconds": math.inf, "epochs": 1, "max_steps": 0,
-        }
-    )  # fmt: skip
+    flags = vars(stage_parser("").parse_args([])) | vars(args)
+    flags |= {
+        "batch_size": args.batch_size or {"dpo": 4, "lora": 8}[what], "folder": folder, "data_path": data_path,
+        "max_seq_len": args.max_seq_len or {"dpo": 1024, "lora": 512}[what], "weights": folder / f"{what}.pth",
+        "cache_dir": folder / "token_cache", "accumulation_steps": 1, "dtype": "bfloat16", "optimizer": "adamw",
+        "learning_rate": LEARNING_RATE, "weight_decay": 0.0, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    return argparse.Namespace(**flags)
 
 
 def config_of(args: argparse.Namespace, tokenizer: ChatTokenizer, **other) -> MiniMindConfig:
@@ -126,24 +110,8 @@ def process_of(args: argparse.Namespace) -> Process:
 
 def llama(args: argparse.Namespace, tokenizer: ChatTokenizer) -> nn.Module:
     """transformers' Llama with the weights that ours starts from."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = config_of(args, tokenizer)
-    names = (
-        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-        "vocab_size", "rms_norm_eps", "rope_theta", "max_position_embeddings",
-    )  # fmt: skip
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            **{name: getattr(config, name) for name in names},
-            tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_id,
-            bos_token_id=tokenizer.bos_id,
-            eos_token_id=tokenizer.eos_id,
-        )
-    )
-    model.load_state_dict(torch.load(args.weights, weights_only=True))
-    return model
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("pad", "bos", "eos")}
+    return peers.llama(config_of(args, tokenizer), torch.load(args.weights, weights_only=True), **ids)
 
 
 def ours(args: argparse.Namespace, tokenizer: ChatTokenizer) -> MiniMindForCausalLM:
@@ -155,16 +123,6 @@ def ours(args: argparse.Namespace, tokenizer: ChatTokenizer) -> MiniMindForCausa
 def make_weights(args: argparse.Namespace, tokenizer: ChatTokenizer) -> None:
     torch.manual_seed(0)
     save_weights(args.weights, MiniMindForCausalLM(config_of(args, tokenizer)), {"tokenizer_sha256": tokenizer.sha256})
-
-
-def endless(make_iterator: Callable[[], Iterator]) -> Iterator:
-    while True:
-        yield from make_iterator()
-
-
-def synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
 
 
 # --- contenders: each trains until step_done, called with a step's pairs or tokens, raises EndOfTurns -----------------
@@ -400,105 +358,6 @@ def receive(name: str, connection) -> tuple[int, float]:
     return message
 
 
-# --- knowledge distillation: memory ----------------------------------------------------------------------------------
-
-
-def chunked_step(student, teacher, batch: dict) -> torch.Tensor:
-    """train_distillation.py's: targets only, a chunk of them at a time."""
-    targets = target_indices(batch)
-    labels = batch["labels"].flatten()[targets]
-    with torch.no_grad():
-        hidden = teacher.model(**model_inputs(batch)).last_hidden_state.flatten(0, 1)[targets]
-    teacher_weight = teacher.lm_head.weight
-
-    def loss_of_logits(logits: torch.Tensor, chunk: slice) -> torch.Tensor:
-        with torch.no_grad():
-            teacher_log_probs = F.log_softmax((hidden[chunk] @ teacher_weight.t()).float() / TEMPERATURE, dim=-1)
-        cross_entropy = F.cross_entropy(logits, labels[chunk], reduction="sum")
-        log_probs = F.log_softmax(logits / TEMPERATURE, dim=-1)
-        divergence = F.kl_div(log_probs, teacher_log_probs, log_target=True, reduction="sum")
-        return (ALPHA * cross_entropy + (1 - ALPHA) * TEMPERATURE**2 * divergence).unsqueeze(0)
-
-    def head(student_hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return chunked_loss(student_hidden.flatten(0, 1)[targets], weight, loss_of_logits, losses=1)
-
-    return student(**model_inputs(batch), head=head).head_output[0] / batch["step_targets"]
-
-
-def full_logits_step(student, teacher, batch: dict) -> torch.Tensor:
-    """The straightforward one: float32 logits of both models and both losses for every position, then the mask."""
-    with torch.no_grad():
-        teacher_logits = teacher(**model_inputs(batch)).logits.float()
-        teacher_probabilities = F.softmax(teacher_logits / TEMPERATURE, dim=-1)
-    logits = student(**model_inputs(batch)).logits.float()
-    cross_entropy = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
-    log_probs = F.log_softmax(logits / TEMPERATURE, dim=-1)
-    divergences = F.kl_div(log_probs, teacher_probabilities, reduction="none").sum(dim=-1)
-    divergence = divergences[batch["labels"] >= 0].sum()
-    return (ALPHA * cross_entropy + (1 - ALPHA) * TEMPERATURE**2 * divergence) / batch["step_targets"]
-
-
-OURS = "ours, a chunk of targets at a time"
-KD_STEPS = {
-    OURS: chunked_step,
-    "logits of both models for all tokens": full_logits_step,
-}
-
-
-def measure_memory(connection, name: str, args: argparse.Namespace) -> None:
-    """A process: sends (peak in bytes above weights and optimizer state, the same above the weights alone, loss).
-
-    The teacher is held in bfloat16 and the student in float32, as train_distillation.py does.
-    """
-    torch.set_num_threads(args.threads)
-    try:
-        tokenizer = ChatTokenizer(ROOT / "model")
-        precision, memory = Precision(args.dtype, torch.device(args.device)), Memory(args.device)
-        data = PackedData(args, "conversation", tokenizer, process_of(args))
-        torch.manual_seed(0)
-        size = {"hidden_size": args.teacher_hidden_size, "num_hidden_layers": args.teacher_num_hidden_layers}
-        with torch.device(args.device):
-            torch.set_default_dtype(precision.dtype)  # no float32 copy that would leave free pages behind
-            teacher = MiniMindForCausalLM(config_of(args, tokenizer, **size)).eval().requires_grad_(False)
-            torch.set_default_dtype(torch.float32)
-        student = ours(args, tokenizer)
-        optimizer = build_optimizer(student, args)
-        prepare_forward(student, args, torch.device(args.device))
-        if name == OURS:
-            student.recompute_activations(not args.gradient_checkpointing)
-
-        def step(batch: dict) -> float:
-            with precision.autocast():
-                loss = KD_STEPS[name](student, teacher, batch)
-            loss.backward()
-            optimizer_step(student, optimizer, precision, LEARNING_RATE, args.grad_clip)
-            return float(loss.detach())
-
-        # a step on one short row makes the optimizer's state, and imports what torch imports late
-        short = argparse.Namespace(**vars(args) | {"batch_size": 1, "max_seq_len": 32})
-        step(next(PackedData(short, "conversation", tokenizer, process_of(args)).once()))
-        keep_freed_memory()
-        state, moments = memory.now(), 2 * 4 * sum(p.numel() for p in student.parameters())
-        memory.reset()
-        for _, batch in zip(range(args.steps), endless(data.once), strict=False):
-            loss = step(batch)
-        peak = memory.peak()
-        connection.send((peak - state, peak - state + moments, loss))
-    except Exception:
-        connection.send(traceback.format_exc())
-
-
-def in_fresh_process(name: str, args: argparse.Namespace) -> tuple:
-    context = multiprocessing.get_context("spawn")
-    connection, other = context.Pipe()
-    child = context.Process(target=measure_memory, args=(other, name, args), daemon=True)
-    child.start()
-    other.close()
-    result = receive(name, connection)
-    child.join(30)
-    return result
-
-
 # --- the parts -------------------------------------------------------------------------------------------------------
 
 
@@ -562,24 +421,7 @@ def compare_lora(args: argparse.Namespace) -> dict:
     return print_rates(rates, "ours, packed rows", "useful tokens/s")
 
 
-def compare_kd(args: argparse.Namespace) -> dict:
-    table = {name: in_fresh_process(name, args) for name in KD_STEPS}
-    print(
-        f"\nKD, student {args.hidden_size}×{args.num_hidden_layers}, teacher {args.teacher_hidden_size}×"
-        f"{args.teacher_num_hidden_layers}, {args.batch_size} rows of {args.max_seq_len}, {args.data_path.name}"
-        f"{', gradient checkpointing' if args.gradient_checkpointing else ''}"
-    )
-    ours, full = table.values()
-    print(f"{'peak memory in MB':40}{'ours':>10}{'full logits':>13}{'ratio':>8}")
-    for row, title in enumerate(("above weights and optimizer state", "above the weights of both models")):
-        print(f"{title:40}{ours[row] / 1e6:10,.0f}{full[row] / 1e6:13,.0f}{ours[row] / full[row]:8.2f}")
-    print(f"{'loss of the last step':40}{ours[2]:10.4f}{full[2]:13.4f}")
-    if not math.isclose(ours[2], full[2], rel_tol=1e-2):
-        raise ValueError(f"the two steps do not compute the same loss: {ours[2]} and {full[2]}")
-    return {name: dict(zip(("step", "training", "loss"), values, strict=True)) for name, values in table.items()}
-
-
-PARTS = {"dpo": compare_dpo, "lora": compare_lora, "kd": compare_kd}
+PARTS = {"dpo": compare_dpo, "lora": compare_lora}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -598,36 +440,10 @@ def main(argv: list[str] | None = None) -> None:
             table = PARTS[what](part)
         if args.json:
             flags = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
-            record = {
-                "what": what,
-                "flags": flags,
-                "machine": machine(args.device),
-                "versions": versions(),
-                "table": table,
-            }
+            record = {"what": what, "flags": flags, "machine": machine(args.device), "table": table}
             with args.json.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-    print(f"\n{machine(args.device)}, {', '.join(f'{name} {version}' for name, version in versions().items())}")
-
-
-def machine(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE)
-        if found:
-            return f"{found[1]}, {torch.get_num_threads()} threads"
-    return f"{device}, {torch.get_num_threads()} threads"
-
-
-def versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for package in ("torch", "transformers", "trl", "peft"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+    print("\n" + ", ".join(f"{name} {value}" for name, value in machine(args.device).items()))
 
 
 if __name__ == "__main__":

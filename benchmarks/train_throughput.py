@@ -1,20 +1,20 @@
-"""Training speed on this machine: useful tokens per second of our training step beside the same model in transformers.
+"""Training speed on this machine: useful tokens per second of our training step next to the same model in transformers.
 
-Every contender trains the same 26M Llama (its own code for it), on documents of the same file, one optimizer step per
-micro-batch, and is timed in turn, round by round, so that a noisy machine disturbs all alike. Useful tokens are
+Every contender trains the same 26M Llama with its own code, on documents of the same file, one optimizer step per
+micro-batch. They are timed in turn, round by round, so that a noisy machine disturbs all alike. Useful tokens are
 those that are not padding. The peers:
 
   padded float32    transformers' LlamaForCausalLM, eager, each document padded to 512, tokenised on the fly by one
                     worker: the recipe that most scripts of this kind use
   padded bfloat16   the same under bfloat16 autocast
   packed compiled   the same model with packed rows (our batches, documents kept apart by position_ids), torch.compile
-                    and bfloat16 autocast: the best one gets from transformers without writing kernels
+                    and bfloat16 autocast: the best that transformers gives without writing kernels
 
     python benchmarks/train_throughput.py [--data_path FILE.jsonl] [--rows 8] [--rounds 3]
     python benchmarks/train_throughput.py --device cuda --rows 32
 
-On several cores the same job can be one process with several threads, or one process for each core, which all train on
-a share of the rows, as `torchrun --nproc_per_node N trainer/train_pretrain.py` does. The second (without peers):
+On several cores the same job can be one process with several threads, or one process per core, each training on a
+share of the rows, as `torchrun --nproc_per_node N trainer/train_pretrain.py` does. The second way, without peers:
 
     torchrun --nproc_per_node 2 benchmarks/train_throughput.py --accumulation_steps 8
 """
@@ -38,8 +38,7 @@ from torch.utils.data import DataLoader, Dataset
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from transformers import LlamaConfig, LlamaForCausalLM
-
+from benchmarks.peers import endless, llama
 from dataset.packing import PackedBatches, build_plan
 from dataset.token_cache import open_token_cache
 from dataset.tokenization import ChatTokenizer
@@ -53,7 +52,7 @@ SEQ = 512
 
 
 class PaddedDocuments(Dataset):
-    """One document a row, tokenised when it is asked for, cut or padded to SEQ."""
+    """One document per row, tokenised on the fly, cut or padded to SEQ."""
 
     def __init__(self, path: Path, tokenizer: ChatTokenizer):
         with path.open(encoding="utf-8") as file:
@@ -72,28 +71,6 @@ class PaddedDocuments(Dataset):
             "input_ids": torch.tensor(ids + [tokenizer.pad_id] * padding),
             "labels": torch.tensor(ids + [-100] * padding),
         }
-
-
-def endless(make_iterator):
-    while True:
-        yield from make_iterator()
-
-
-def llama(config: MiniMindConfig) -> LlamaForCausalLM:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            vocab_size=config.vocab_size,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_theta=config.rope_theta,
-            tie_word_embeddings=True,
-            max_position_embeddings=config.max_position_embeddings,
-        )
-    )
 
 
 class Contender:

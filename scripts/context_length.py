@@ -1,11 +1,11 @@
-"""How well a model reads beyond the length it was trained on, with and without YaRN.
+"""Measure how well a model reads beyond the length it was trained on, with and without YaRN.
 
     python scripts/context_length.py --weight out/pretrain_512.pth --data_path LONG.jsonl
     python scripts/context_length.py --weight pretrain --data_path LONG.jsonl --length 4096 --factors 1,2,4,8
 
-Prints perplexity and bits per byte of the text by position in the row, a column for each YaRN factor (1: off). Records
-are {"text": …}. Documents of at least --length tokens fill a row each; the others are joined, in which case a later
-position has more text before it, and not all of that helps. --json FILE appends what was measured as one line.
+Prints perplexity and bits per byte of the text by position in the row, a column per YaRN factor (1: off). Records are
+{"text": …}. Documents of at least --length tokens fill a row each. Shorter ones are joined, so a later position follows
+unrelated text. --json FILE appends the figures as one line.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""Data for an identity adapter that names the model when asked who it is, and only then.
+"""Mix training data for an identity adapter that names the model when asked who it is, and only then.
 
     tail -n 19000 dataset/sft_mini_512.jsonl > dataset/sft_part.jsonl
     python scripts/identity_mixture.py --identity dataset/lora_identity.jsonl \\
         --ordinary dataset/sft_part.jsonl --output dataset/identity_mixture.jsonl
 
-A hundred conversations about the model alone teach a small one to bring its name into everything. So they are repeated
-and mixed with ordinary conversations, among these many that look alike: parts to play ("You are a historian …", 扮演 …)
-and questions with "you", "who", "name" or "AI" in them. Ordinary conversations that ask about the model itself are left
-out, since their answers would contradict. Which kinds helped is in RESULTS.md.
+A hundred conversations about the model alone teach a small one to bring its name into everything. So this repeats them
+and mixes in ordinary conversations, many of them look-alikes: parts to play ("You are a historian …", 扮演 …) and
+questions with "you", "who", "name" or "AI" in them. It leaves out ordinary conversations that ask about the model
+itself, because their answers would contradict. benchmarks/RESULTS.md says which kinds helped.
 """
 
 import argparse
@@ -43,8 +43,8 @@ def first_question(record: dict) -> str:
 
 
 def mixture(identity: list[dict], ordinary: list[dict], repeats: int, alike: int, others: int, seed: int) -> list[dict]:
-    """identity `repeats` times, all parts to play, so many that look alike (up to 200 characters), so many of the rest
-    (up to 120); fewer where there are not so many."""
+    """Mix identity `repeats` times, all parts to play, `alike` look-alikes (up to 200 characters) and `others` of the
+    rest (up to 120), or all if there are fewer."""
     rng = random.Random(seed)
     questions = [(record, question) for record in ordinary if (question := first_question(record))]
     questions = [(record, question) for record, question in questions if not ABOUT_THE_MODEL.search(question)]

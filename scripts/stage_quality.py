@@ -1,4 +1,4 @@
-"""Whether a stage did what it is for: measured on given weights and held-out files, printed as a table.
+"""Tell whether a stage did what it is for: measure weights on held-out files and print a table.
 
     python scripts/stage_quality.py identity --weight full_sft --lora_name lora_identity \\
         --train_path dataset/lora_identity.jsonl --data_path SFT.jsonl
@@ -6,15 +6,15 @@
     python scripts/stage_quality.py preferences --weight rlhf --reference full_sft --data_path PAIRS.jsonl
     python scripts/stage_quality.py reasoning --weight reason --data_path HELD_OUT.jsonl
 
-identity     asks who the model is, in wordings that --train_path does not hold, and questions about other things;
-             counts the answers that hold the name
+identity     ask who the model is, in wordings that --train_path does not hold, and about other things; count the
+             answers that hold the name
 loss         loss in nats per answer token, and bits per byte
 preferences  how often the chosen answer wins: by the reward beta * (logpi - logref), by the log-prob of either model,
              and by a rule that takes the longer answer; apart by which answer is longer
 reasoning    how many answers are <think>…</think><answer>…</answer>, both parts non-empty, and ended
 
-A weight is a stage or a .pth file. With --lora_name the weights alone are measured too, as the row before. --json FILE
-appends what was measured as one line. Log-probs are computed in --dtype, answers in float32.
+A weight is a stage or a .pth file. With --lora_name the first row measures the weights alone. --json FILE appends the
+figures as one line. Log-probs are computed in --dtype, answers in float32.
 """
 
 import argparse
@@ -36,7 +36,6 @@ sys.path.insert(0, str(ROOT))
 
 from dataset.answers import is_well_formed, reasoned_parts
 from dataset.lm_dataset import RecordError, parse_record
-from dataset.token_cache import MAX_RECORD_BYTES
 from dataset.tokenization import ChatTokenizer
 from model.generation import SamplingParams, generate_batch
 from model.model_lora import find_lora, load_lora
@@ -49,7 +48,7 @@ from trainer.optimization import Precision
 from trainer.token_losses import answer_log_probs, token_cross_entropy
 
 TEMPERATURES = (0.0, 0.7)
-# questions of a file about other things that are about the model after all
+# "other" questions that are about the model after all
 ABOUT_THE_MODEL = re.compile(r"你是谁|你叫什么|你的名字|介绍.{0,4}你自己|who are you|your name|yourself", re.IGNORECASE)
 # columns that are shares of something
 SHARES = {"with name", "with name by mistake", "worse by", "well-formed", "empty", "ended"}
@@ -66,7 +65,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if lora:
             add("--lora_name", help="adapter on top: a name in OUT_DIR/lora/, or a .pth file")
         add("--data_path", type=Path, required=True, help="held-out jsonl file")
-        add("--out_dir", type=Path, default=ROOT / "out", help="where stages' weights lie (default: out/)")
+        add("--out_dir", type=Path, default=ROOT / "out", help="folder of the stages' weights (default: out/)")
         add("--hidden_size", type=int, default=512, help="chooses the file of a stage (default: %(default)s)")
         add_boolean(measures.choices[name], "--use_moe", False, "chooses the file of a stage")
         add("--tokenizer_path", type=Path, default=ROOT / "model")
@@ -105,11 +104,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     ]  # fmt: skip
     if mistakes:
         raise ValueError("; ".join(mistakes))
-    # what PackedData reads besides
-    args.cache_dir = getattr(args, "cache_dir", None) or args.out_dir / "token_cache"
-    args.skip_bad_lines, args.num_workers, args.accumulation_steps = False, 0, 1
-    args.max_record_bytes = MAX_RECORD_BYTES
-    args.seed = getattr(args, "seed", 0)
+    args = argparse.Namespace(**vars(stage_parser("").parse_args([])) | vars(args))  # PackedData reads some more flags
+    args.cache_dir, args.num_workers = args.cache_dir or args.out_dir / "token_cache", 0
     return args
 
 
@@ -133,7 +129,7 @@ def contenders(args: argparse.Namespace, tokenizer: ChatTokenizer) -> Iterator[t
 
 
 def read_records(path: Path, kind: str) -> Iterator[tuple]:
-    """The records of a file as parse_record gives them. ValueError names the file and the line that is wrong."""
+    """Yield the records of a file, parsed. Raises ValueError that names the file and the wrong line."""
     if not path.is_file():
         raise ValueError(f"{path} not found; name a jsonl file")
     with path.open(encoding="utf-8") as file:
@@ -145,12 +141,12 @@ def read_records(path: Path, kind: str) -> Iterator[tuple]:
 
 
 def first_prompt(turns: list[dict]) -> list[dict]:
-    """What the first answer of a conversation answers."""
+    """Return the turns before the first answer of a conversation."""
     return list(itertools.takewhile(lambda turn: turn["role"] != "assistant", turns))
 
 
 def shared_prompt(pair: tuple[list[dict], list[dict]]) -> list[dict]:
-    """The turns that both sides of a preference begin with."""
+    """Return the turns that both sides of a preference begin with."""
     same = itertools.takewhile(lambda turns: turns[0] == turns[1], zip(*pair, strict=False))
     return [turn for turn, _ in same]
 
@@ -158,14 +154,14 @@ def shared_prompt(pair: tuple[list[dict], list[dict]]) -> list[dict]:
 def answers(
     model: torch.nn.Module, tokenizer: ChatTokenizer, prompts: list[list[dict]], args, temperature: float = 0.0
 ) -> list[list[int]]:
-    """Ids of the answer to each prompt; ended ones end in eos."""
+    """Return the ids of the answer to each prompt; those that ended end in eos."""
     stop_ids = (tokenizer.eos_id,)
     params = SamplingParams(temperature, max_new_tokens=args.max_new_tokens, stop_ids=stop_ids, seed=args.seed)
     return generate_batch(model, [tokenizer.encode_prompt(turns) for turns in prompts], params)
 
 
 def lengths(generated: list[list[int]], tokenizer: ChatTokenizer) -> dict[str, float]:
-    """Mean tokens of answers, eos not counted, and the share that ended by themselves."""
+    """Return the mean tokens of answers without eos, and the share that ended by themselves."""
     ended = [ids[-1] == tokenizer.eos_id for ids in generated]
     sizes = [len(ids) - end for ids, end in zip(generated, ended, strict=True)]
     return {"mean_tokens": fmean(sizes), "empty": sizes.count(0) / len(sizes), "ended": fmean(ended)}
@@ -175,12 +171,12 @@ def lengths(generated: list[list[int]], tokenizer: ChatTokenizer) -> dict[str, f
 
 
 def core(question: str) -> str:
-    """A wording without case, spaces and punctuation: what makes two wordings the same one."""
+    """Return a wording without case, spaces and punctuation, so that equal wordings compare equal."""
     return re.sub(r"[\W_]", "", question).lower()
 
 
 def read_questions(path: Path, train_path: Path) -> list[str]:
-    """The wordings of a file. ValueError: there are none, or training data holds one of them."""
+    """Return the wordings of a file. Raises ValueError if there are none or training data holds one of them."""
     if not path.is_file():
         raise ValueError(f"{path} not found; --questions takes a text file with a wording on each line")
     questions = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -195,7 +191,7 @@ def read_questions(path: Path, train_path: Path) -> list[str]:
     known = [question for question in questions if core(question) in trained]
     if known:
         raise ValueError(
-            f"{train_path} holds {len(known)} of the wordings of {path}, so they show nothing: {known[:5]}"
+            f"{train_path} holds {len(known)} of the wordings of {path}, so they prove nothing: {known[:5]}"
         )
     return questions
 
@@ -276,7 +272,8 @@ def answer_lengths(data: PackedData) -> torch.Tensor:
 
 
 def accuracy(scores: torch.Tensor, group: torch.Tensor) -> float | None:
-    """Share of a group's pairs whose chosen answer scores higher, a tie is half; None if empty. scores (pairs, 2)."""
+    """Return the share of a group's pairs whose chosen answer scores higher, a tie counting half; None if the group is
+    empty. scores: (pairs, 2)."""
     wins = (scores[:, 0] > scores[:, 1]).double() + 0.5 * (scores[:, 0] == scores[:, 1]).double()
     return float(wins[group].mean()) if group.any() else None
 
@@ -284,7 +281,7 @@ def accuracy(scores: torch.Tensor, group: torch.Tensor) -> float | None:
 def preference_rows(
     policy: torch.Tensor, reference: torch.Tensor, counts: torch.Tensor, full_lengths: torch.Tensor, beta: float
 ) -> list[dict]:
-    """One row for each way to say which answer of a pair is the chosen one. All (pairs, 2)."""
+    """Return one row for each way to tell which answer of a pair is the chosen one. All arguments are (pairs, 2)."""
     longer = full_lengths[:, 0] > full_lengths[:, 1]
     shorter = full_lengths[:, 0] < full_lengths[:, 1]
     groups = {"all": torch.ones_like(longer), "chosen longer": longer, "chosen shorter": shorter}
@@ -339,7 +336,7 @@ def preferences(args: argparse.Namespace, tokenizer: ChatTokenizer) -> list[dict
 
 
 def fault_of(text: str, ended: bool) -> str:
-    """What is wrong with the form of a reasoned answer, "" when nothing is."""
+    """Return what is wrong with the form of a reasoned answer, "" if nothing is."""
     if not ended:
         return "not ended"
     if reasoned_parts(text) is None:
@@ -389,7 +386,7 @@ def show_examples(title: str, pairs: list[tuple[str, str]], count: int) -> None:
 
 
 def print_rows(rows: list[dict]) -> None:
-    """A table for each run of rows with the same columns."""
+    """Print a table for each run of rows with the same columns."""
     for columns, table in itertools.groupby(rows, key=tuple):
         cells = [list(columns), *([shown(name, value) for name, value in row.items()] for row in table)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

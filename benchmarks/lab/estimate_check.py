@@ -1,12 +1,11 @@
-"""How far off --estimate is: estimates runs of several stages and settings, makes them, and compares.
+"""Compare --estimate with the runs it predicts, for several stages and settings.
 
     python benchmarks/lab/estimate_check.py [--only pretrain …] [--seconds 40] [--json out/estimate_check.json]
 
-Every setting is estimated and then run for as many optimizer steps as fit in --seconds; weights to start from are
-random, for neither time nor memory depends on them. On a GPU the models and batches are larger. The exit status is 1
-when a time is off by more than 15 % or a memory by more than 10 %. The last column compares the seconds that the steps
-took of the processors: with one thread that is the time less what other programs took; --by_processor judges by it
-where these cannot be stopped.
+Each setting is estimated and then run for as many optimizer steps as fit in --seconds. It starts from random weights,
+because neither time nor memory depends on them. On a GPU the models and batches are larger. The exit status is 1 if a
+time is off by more than 15 % or a memory by more than 10 %. The last column compares processor seconds: with one
+thread that is the time without what other programs took. --by_processor judges by it if they cannot be stopped.
 """
 
 import argparse
@@ -61,7 +60,7 @@ def settings(cuda: bool) -> dict[str, tuple[str, tuple[int, int], str]]:
 
 
 def preferences(conversations: Path, target: Path) -> Path:
-    """Pairs for want of real ones: the rejected answer is that of the conversation before."""
+    """Make pairs if there are no real ones: the rejected answer is that of the conversation before."""
     lines, answer = [], None
     with conversations.open(encoding="utf-8") as file:
         for line in file:
