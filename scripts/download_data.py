@@ -11,6 +11,7 @@ A transfer that broke goes on where it stopped when the command is run again.
 
 import argparse
 import hashlib
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -19,9 +20,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from filelock import FileLock, Timeout
-from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub import HfApi, constants
 from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import hf_raise_for_status, http_backoff
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
 ROOT = Path(__file__).resolve().parents[1]
 # name: (size, tokens to train at, what it is); lengths in names are characters
@@ -64,6 +65,8 @@ class Remote(NamedTuple):
 
 
 class HuggingFace:
+    """A repository of data or a model on Hugging Face."""
+
     owner, revision = "jingyaogong", "main"
     endpoint = constants.ENDPOINT
 
@@ -75,17 +78,16 @@ class HuggingFace:
         return f"{self.endpoint}/{folder}{self.repo}/resolve/{self.revision}/{name}"
 
     def files(self) -> list[Remote]:
-        info = HfApi().repo_info(self.repo, repo_type=self.kind, revision=self.revision, files_metadata=True)
+        api = HfApi(self.endpoint)
+        info = api.repo_info(self.repo, repo_type=self.kind, revision=self.revision, files_metadata=True)
         return [Remote(f.rfilename, f.size, f.lfs.sha256 if f.lfs else f.blob_id) for f in info.siblings]
-
-    def fetch(self, remote: Remote, folder: Path) -> None:
-        options = {"repo_type": self.kind, "revision": self.revision, "local_dir": folder}
-        hf_hub_download(self.repo, remote.name, **options)
 
 
 class ModelScope(HuggingFace):
+    """The same on ModelScope, by its plain addresses."""
+
     owner, revision = "gongjy", "master"
-    endpoint = "https://www.modelscope.cn"
+    endpoint = os.environ.get("MODELSCOPE_ENDPOINT", "https://www.modelscope.cn").rstrip("/")
 
     def url(self, name: str) -> str:
         return f"{self.endpoint}/{self.kind}s/{self.repo}/resolve/{self.revision}/{name}"
@@ -97,19 +99,6 @@ class ModelScope(HuggingFace):
         hf_raise_for_status(response)
         entries = response.json()["Data"]["Files"]
         return [Remote(f["Path"], f["Size"], f.get("Sha256")) for f in entries if f.get("Type") != "tree"]
-
-    def fetch(self, remote: Remote, folder: Path) -> None:
-        path = folder / remote.name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            from modelscope.hub.file_download import dataset_file_download, model_file_download
-        except ImportError:
-            with open(path.with_name(path.name + ".part"), "ab") as file:
-                http_get(self.url(remote.name), file, resume_size=file.tell(), expected_size=remote.size)
-            Path(file.name).replace(path)
-        else:
-            download = dataset_file_download if self.kind == "dataset" else model_file_download
-            download(self.repo, remote.name, local_dir=str(folder), revision=self.revision)
 
 
 HUBS = {"huggingface": HuggingFace, "modelscope": ModelScope}
@@ -178,17 +167,21 @@ def download(hub: HuggingFace, wanted: list[str] | None, target: Path, overwrite
 
 
 def fetch(hub: HuggingFace, remote: Remote, staging: Path, target: Path) -> None:
-    """One file: into staging, then checked, then under its name."""
+    """One file: into staging from where it stopped, then checked, then under its name."""
     print(f"{hub.url(remote.name)} ({remote.size / 1e6:,.1f} MB)", flush=True)
-    with hub_errors(hub, remote.name):
-        hub.fetch(remote, staging)
-    arrived = staging / remote.name
-    if fault := fault_of(arrived, remote):
-        arrived.unlink()
+    part, path = staging / f"{remote.name}.part", target / remote.name
+    for folder in (part.parent, path.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    # hf_hub_download begins again after every stop; http_get under it goes on, on either hub
+    with hub_errors(hub, remote.name), open(part, "ab") as file:
+        if file.tell() > remote.size:
+            file.truncate(0)
+        headers = build_hf_headers() if type(hub) is HuggingFace else None
+        http_get(hub.url(remote.name), file, resume_size=file.tell(), headers=headers, expected_size=remote.size)
+    if fault := fault_of(part, remote):
+        part.unlink()
         raise ValueError(f"{remote.name} did not arrive whole: {fault}. Run the command again")
-    path = target / remote.name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    arrived.replace(path)
+    part.replace(path)
     print(f"{path}: whole", flush=True)
 
 
@@ -197,7 +190,7 @@ def print_list(hub: HuggingFace) -> None:
         print(f"{name + '.jsonl':24} {size:20} --max_seq_len {tokens:<5} {what}\n    {hub.url(name + '.jsonl')}")
     print("\n--weights")
     for name, what in WEIGHTS.items():
-        print(f"{name:24} {what}\n    {type(hub)(name, 'model', None).url('')}".replace("/resolve/main/", ""))
+        print(f"{name:24} {what}\n    {type(hub)(name, 'model', None).url('').split('/resolve/')[0]}")
 
 
 def main(argv: list[str] | None = None) -> None:
