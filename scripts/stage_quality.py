@@ -40,7 +40,7 @@ from dataset.tokenization import ChatTokenizer
 from model.generation import SamplingParams, generate_batch
 from model.model_lora import find_lora, load_lora
 from model.weights import find_weights, load_model
-from trainer.arguments import add_boolean, run_script
+from trainer.arguments import add_boolean, run_script, stage_parser
 from trainer.distributed import Process, keep_freed_memory
 from trainer.evaluation import evaluate
 from trainer.loader import PackedData, model_inputs
