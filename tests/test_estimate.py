@@ -53,7 +53,7 @@ def test_an_estimate_of_every_stage_prints_the_whole_and_saves_nothing_else(stag
     shown, record = estimated(stage, **inputs(stage) | more)
     assert files(tmp_path) == {f"logs/{stage.name()}.estimate.json"}
     assert not list(tmp_path.glob(".estimate-*")), "the short run's folder is gone"
-    assert shown.index("timing step 1 of 5") < shown.index("this machine")
+    assert shown.index("timing step ") < shown.index("this machine")
     steps, tokens = map(int, re.search(r"tokens in (\d+) steps (\d+) tokens a step", shown.replace(",", "")).groups())
     assert steps == record["steps"] >= 45 and 100 < tokens <= 4 * 2 * 128
     assert record["timed"] >= 4 and "8 × H100 SXM" in shown and "without evaluations" in shown
