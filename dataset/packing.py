@@ -20,7 +20,7 @@ from dataset.disk import open_or_build, write_array
 from dataset.progress import ProgressBar
 from dataset.token_cache import TokenCache
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 SCAN_TOKENS = 4 << 20  # looked at together while planning: bounds memory, whatever the size of the data
 WINDOW_SEGMENTS = 64 << 10  # packed together; larger fills better and costs memory
 PLAN_ARRAYS = {"segment_start": np.int64, "segment_length": np.int32, "row_start": np.int64, "row_targets": np.int32}
@@ -36,7 +36,8 @@ class PackingPlan:
     segment_start int64 (segments,), segment_length int32 (segments,) in positions, row_start int64 (num_rows + 1,),
     row_targets int32 (num_rows,): memory maps. fill: share of positions used (preferences: of the rows that a pair
     alone would take). stats: documents, segments, truncated (turns dropped at the end), cut (last answer cut),
-    split (documents longer than a row), skipped (no target), positions, targets.
+    split (documents longer than a row), skipped (no target), identical (pairs that are alike once cut), positions,
+    targets.
     """
 
     def __init__(self, folder: str | Path):
@@ -70,7 +71,8 @@ def build_plan(cache: TokenCache, max_seq_len: int, show_progress: bool = True) 
 
 
 def _write_plan(folder: Path, cache: TokenCache, max_seq_len: int, show_progress: bool) -> None:
-    stats = dict.fromkeys(("documents", "segments", "truncated", "cut", "split", "skipped", "positions", "targets"), 0)
+    counted = ("documents", "segments", "truncated", "cut", "split", "skipped", "identical", "positions", "targets")
+    stats = dict.fromkeys(counted, 0)
     num_rows = max_segments = lone_rows = 0
     with ExitStack() as stack:
         files = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in PLAN_ARRAYS}
@@ -171,14 +173,21 @@ def _conversations(cache: TokenCache, first: int, last: int, max_seq_len: int, s
 
 
 def _pairs(cache: TokenCache, first: int, last: int, max_seq_len: int, stats: dict) -> tuple[np.ndarray, ...]:
-    """Preferences: answers are cut at the end of the row; a pair stays if both sides keep a target."""
+    """Preferences: answers are cut at the end of the row. A pair stays if both sides keep a target and differ."""
     offsets, mask, size, fits = _read_masks(cache, first, last, max_seq_len)
     start = offsets[:-1]
     kept = np.where(fits, size, max_seq_len + 1)
     has_target, targets = _count_targets(mask, start, kept)
-    pair_kept = np.repeat(has_target.reshape(-1, 2).all(1), 2)
+    tokens = cache.tokens[cache.offsets[first] : cache.offsets[last]]
+    learns = has_target.reshape(-1, 2).all(1)
+    differs = learns.copy()
+    for pair in np.flatnonzero(learns & ~fits.reshape(-1, 2).all(1)):  # the difference may have been in what was cut
+        chosen, rejected = (tokens[start[n] : start[n] + kept[n]] for n in (2 * pair, 2 * pair + 1))
+        differs[pair] = not np.array_equal(chosen, rejected)
+    stats["identical"] += int((learns & ~differs).sum())
+    pair_kept = np.repeat(differs, 2)
     stats["cut"] += int((pair_kept & (_count_targets(mask, start, size)[1] > targets)).sum())
-    stats["skipped"] += int((~pair_kept).sum()) // 2
+    stats["skipped"] += int((~learns).sum())
     return (cache.offsets[first] + start)[pair_kept], (kept - 1)[pair_kept], targets[pair_kept]
 
 

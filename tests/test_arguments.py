@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, replace_step, tiny_flags
 
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.weights import save_weights
 from trainer import arguments
-from trainer.arguments import parse_arguments, stage_parser
+from trainer.arguments import model_config, parse_arguments, stage_parser
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "trainer").glob("train_*.py"))
 
@@ -292,7 +294,57 @@ def test_one_process_of_two_takes_the_other_with_it(launcher, tmp_path, texts, p
     statuses = [child.wait(60) for child in children]
     first, second = (child.output for child in children)
     assert statuses == [1, 1 if patch is wrong_in_the_second_process else -signal.SIGKILL], first + second
-    assert "error: another process of this job has ended" in first and "--resume" in first
+    assert "error: another process of this job has ended or hangs" in first and "--resume" in first
     assert "Traceback" not in first + second
     if patch is wrong_in_the_second_process:
         assert "error: process 1: this machine lacks the data" in second
+
+
+# --- the model of a stage that starts from weights -------------------------------------------------------------------
+
+
+@pytest.fixture
+def base(tmp_path):
+    """Weights of sizes that are nobody's default, without a query/key norm."""
+    config = MiniMindConfig(
+        hidden_size=48, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=3, vocab_size=50
+    )
+    save_weights(
+        tmp_path / "a.pth", MiniMindForCausalLM(config), {"config": config.to_diff_dict() | {"rope_theta": 5e5}}
+    )
+    return tmp_path / "a.pth"
+
+
+def test_a_stage_takes_over_what_its_base_is(base):
+    args = parse()
+    config = model_config(args, 50, base)
+    sizes = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 3}
+    for name, value in sizes.items():
+        assert getattr(config, name) == getattr(args, name) == value
+    assert config.rope_theta == 5e5 and not config.use_moe and not args.use_moe
+    same = parse(*(f"--{name}={value}" for name, value in sizes.items()))
+    assert model_config(same, 50, base).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--num_attention_heads=16"], "--num_attention_heads is 16 here and 6 in the file"),
+        (["--num_hidden_layers=8"], "--num_hidden_layers is 8 here and 3 in the file"),
+        (["--hidden_size=768"], "--hidden_size is 768 here and 48 in the file"),
+        (["--use_moe"], "--use_moe is True here and False in the file"),
+    ],
+)
+def test_flags_that_contradict_the_base_are_refused(base, flags, said):
+    with pytest.raises(ValueError, match=f"a.pth does not fit this model: .*{said}"):
+        model_config(parse(*flags), 50, base)
+
+
+def test_a_preset_that_contradicts_the_base_is_refused(base):
+    with pytest.raises(ValueError, match="a.pth"):
+        model_config(parse("--preset=minimind3"), 50, base)
+
+
+def test_a_tokenizer_of_another_size_is_refused(base):
+    with pytest.raises(ValueError, match="--vocab_size is 6400 here and 50 in the file"):
+        model_config(parse(), 6400, base)

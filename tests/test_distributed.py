@@ -1,9 +1,11 @@
 """The same training however a global batch is split: at once, accumulated, on several processes. And signals."""
 
+import dataclasses
 import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from conftest import (
     write_data,
 )
 
+from trainer import distributed
 from trainer.distributed import Process, StopRequest, gather_objects, stop_on_signal, sum_over_ranks
 
 # batch_size, accumulation_steps, processes: always eight rows per optimizer step
@@ -177,10 +180,47 @@ def test_handlers_are_put_back_and_a_second_interrupt_is_at_once():
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+def test_a_run_whose_launcher_was_killed_stops(monkeypatch):
+    for launched in (False, True):
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        if launched:
+            monkeypatch.setenv("LOCAL_RANK", "0")
+        stop = StopRequest()
+        assert not stop.agreed(ALONE)
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        assert stop.agreed(ALONE) == launched and stop.signal == (signal.SIGTERM if launched else 0)
+        monkeypatch.undo()
+
+
+def test_a_process_that_waits_for_another_one_says_so(monkeypatch, capsys):
+    """Once, and not when its steps are slow anyway."""
+    monkeypatch.setattr(distributed, "HANG_SECONDS", 0.05)
+    monkeypatch.setattr(distributed, "sum_over_ranks", lambda values, process: values)
+    stop = StopRequest()
+    stop.longest = 0.1  # so that three times as much is not slow
+    assert not stop.agreed(dataclasses.replace(ALONE, world_size=2))
+    said, end = "", time.monotonic() + 60
+    while "process 0 has waited" not in said and time.monotonic() < end:
+        said += capsys.readouterr().err
+        time.sleep(0.01)
+    time.sleep(0.2)
+    stop.watching = False
+    assert (said + capsys.readouterr().err).count("another process may hang. It gives up after --rank_timeout") == 1
+
+
+@pytest.mark.full
+def test_a_process_that_hangs_ends_the_others(launcher, tmp_path, texts):
+    flags = tiny_flags(tmp_path, texts, epochs=50, batch_size=2, rank_timeout=30)
+    children = launcher.start_ranks(2, "train_pretrain", flags, patches=[slow_steps])
+    children[0].wait_for("(3/")
+    children[1].signal(signal.SIGSTOP)
+    assert children[0].wait(200) == 1 and "has ended or hangs" in children[0].output
+    children[1].signal(signal.SIGKILL)
+    children[1].wait()
+
+
 def slow_steps(module) -> None:
     """Leaves time to send a signal between two steps."""
-    import time
-
     replace_step(lambda take_step: lambda *arguments: time.sleep(0.05) or take_step(*arguments))
 
 

@@ -388,6 +388,17 @@ def test_pairs_stay_together_and_answers_are_cut(tmp_path, monkeypatch, length):
     assert [found[pair] for pair in range(plan.num_rows)] == expected  # pair_ids count the kept pairs in file order
 
 
+@pytest.mark.parametrize("length, identical", [(20, 1), (64, 0)])
+def test_pairs_that_are_alike_once_cut_are_left_out(tmp_path, length, identical):
+    """Their margin is 0 whatever the model says. The first pair differs behind the row's end, the second before it."""
+    documents = []
+    for end in (30, 10):
+        chosen = chat((2, 40), fresh=iter(range(60_000, 60_100)))
+        documents += [chosen, (chosen[0][:end] + [5] + chosen[0][end + 1 :], chosen[1])]
+    plan = build_plan(make_cache(tmp_path, "preference", documents), length, show_progress=False)
+    assert plan.stats["identical"] == identical and plan.stats["skipped"] == 0 and plan.num_rows == 2 - identical
+
+
 def test_short_pairs_share_rows(tmp_path):
     cache = make_cache(tmp_path / "cache", "preference", random_pairs(64))
     plan = build_plan(cache, 256, show_progress=False)

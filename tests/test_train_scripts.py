@@ -42,8 +42,9 @@ from dataset.progress import ProgressBar
 from dataset.token_cache import open_token_cache
 from model.model_lora import apply_lora
 from model.model_minimind import MiniMindConfig
-from model.weights import load_model, load_weights, read_sidecar, sidecar_path
+from model.weights import load_model, load_weights, read_sidecar, save_weights, sidecar_path
 from trainer import tracking, train_full_sft, train_pretrain
+from trainer.arguments import out_of_memory
 from trainer.loader import model_inputs
 from trainer.logger import hours
 from trainer.token_losses import token_cross_entropy
@@ -566,6 +567,27 @@ def test_pretrained_weights_of_another_tokenizer(train, tmp_path, chats, pretrai
         train("train_full_sft", tiny_flags(tmp_path, chats, tokenizer_path=other_tokenizer, max_steps=1))
 
 
+def odd_weights(path, tokenizer, use_moe: bool = True):
+    """Weights of another theta, eps and routing than ours, which no tensor shows."""
+    fields = {"rope_theta": 1e4, "rms_norm_eps": 1e-6, "num_experts_per_tok": 1, "norm_topk_prob": False}
+    model = sharp_model(use_moe)
+    model = type(model)(MiniMindConfig(**model.config.to_diff_dict() | fields))
+    save_weights(path, model, {"config": model.config.to_diff_dict(), "tokenizer_sha256": tokenizer.sha256})
+    return fields
+
+
+@each_stage(FULL_SFT, DPO, without=(PRETRAIN,))
+def test_what_the_base_is_goes_on_into_what_is_trained(train, tmp_path, inputs, tokenizer, stage):
+    fields = odd_weights(tmp_path / "base.pth", tokenizer)
+    flags = inputs(stage, use_moe=True) | {"base_weight": tmp_path / "base.pth", "max_steps": 1}
+    flags.pop("reference_weight", None)
+    train(stage.script, tiny_flags(tmp_path / "out", **flags))
+    config = read_sidecar(tmp_path / "out" / f"{stage.name(True)}.pth")["config"]
+    assert {name: config[name] for name in fields} == fields
+    if stage is DPO:
+        assert read_log(tmp_path / "out", stage.name(True))[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
 def test_sft_learns_from_answers_alone(train, tmp_path, tokenizer, pretrained):
     """What is said by users does not reach a gradient except through attention: the same answers, the same labels."""
     data = write_conversations(tmp_path / "a.jsonl", 3, longest=6, exchanges=1)
@@ -751,6 +773,19 @@ def test_a_half_line_of_a_killed_run_stays_alone(tmp_path):
     for number in (2, 3):
         assert tracking.JsonLines(path).write({"step": number}) == ""
     assert path.read_text("utf-8").splitlines() == ['{"step": 1', '{"step": 2}', '{"step": 3}']
+
+
+@pytest.mark.parametrize("flag", ["batch_size", "accumulation_steps"])
+def test_sizes_far_beyond_the_data_are_refused(train, tmp_path, chats, flag):
+    with pytest.raises(ValueError, match=f"--{flag} 1000000000: far more than .*chats.jsonl has, [0-9]+ rows"):
+        train("train_pretrain", tiny_flags(tmp_path, write_texts(tmp_path / "chats.jsonl", 9), **{flag: 10**9}))
+
+
+def test_too_little_memory_is_a_message():
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore")
+    assert out_of_memory(error).startswith("CUDA out of memory. Tried to allocate 20.00 GiB. Lower --batch_size and ")
+    assert "Lower --batch_size" in out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert out_of_memory(RuntimeError("shapes do not match")) == ""
 
 
 def test_notes_before_training_starts(train, tmp_path, texts, capsys):

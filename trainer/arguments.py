@@ -15,7 +15,7 @@ import torch
 from dataset.token_cache import MAX_RECORD_BYTES
 from model.flags import add_boolean, show_defaults, utf8, utf8_path
 from model.model_minimind import PRESETS, MiniMindConfig
-from model.weights import STAGES
+from model.weights import STAGES, WeightsError, config_of_file, read_sidecar, read_state_dict
 from trainer.distributed import lost_process
 from trainer.estimate import run_or_estimate
 from trainer.tracking import tracking_mistakes
@@ -32,7 +32,7 @@ FREE_ON_RESUME = {
     "cache_dir", "device", "ddp", "local_rank", "valid_path", "sample_prompt", "compile", "overwrite", "batch_size",
     "accumulation_steps", "gradient_checkpointing", "save_peft", "base_weight", "reference_weight", "teacher_weight",
     "deepspeed_config", "estimate", "price_per_hour", "pass_seconds", "max_record_bytes",
-    "preset",
+    "preset", "given", "rank_timeout",
 }  # fmt: skip
 
 
@@ -55,7 +55,7 @@ RANGES = {
         lambda value: value >= 0,
         "0 or more",
     ),
-    ("learning_rate",): (lambda value: 0 < value < math.inf, "a number above 0"),
+    ("learning_rate", "rank_timeout"): (lambda value: 0 < value < math.inf, "a number above 0"),
     ("embedding_lr_scale",): (lambda value: 0 <= value < math.inf, "0 or more"),
     ("min_lr_ratio",): (lambda value: 0 <= value <= 1, "between 0 and 1"),
     ("beta1", "beta2"): (lambda value: 0 <= value < 1, "at least 0 and below 1"),
@@ -142,6 +142,7 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
     add("--deepspeed_config", type=utf8_path, metavar="FILE", help="DeepSpeed's own settings on top of ours, JSON")
     add_boolean(group, "--use_wandb", False, "log to Weights & Biases too")
     add("--wandb_project", default="MiniMind", help="project there")
+    add("--rank_timeout", type=float, default=600, help="seconds to wait for a process that hangs, before giving up")
     add_boolean(group, "--ddp", None, "accepted because old commands pass it; torchrun alone decides")
     add("--local_rank", "--local-rank", type=int, default=-1, help="accepted because launchers pass it; not used")
 
@@ -166,14 +167,15 @@ def parse_arguments(
         if isinstance(value, PerOptimizer):
             setattr(args, name, value.get(args.optimizer, value["adamw"]))
     chosen = MiniMindConfig(**PRESETS[args.preset or "minimind2_26m"])
-    for flag in MODEL_FLAGS:
-        if getattr(args, flag) is None:
-            setattr(args, flag, getattr(chosen, flag))
+    args.given = [flag for flag in MODEL_FLAGS if getattr(args, flag) is not None]
+    for flag in set(MODEL_FLAGS) - set(args.given):
+        setattr(args, flag, getattr(chosen, flag))
     mistakes = []
     for flags, (ok, wanted) in [*RANGES.items(), *(((flag,), check) for flag, check in checks.items())]:
         values = {flag: getattr(args, flag) for flag in flags}
         mistakes += [f"--{k} {v}: must be {wanted}" for k, v in values.items() if v is not None and not ok(v)]
-    if all(getattr(args, flag) >= 1 for flag in SIZES):
+    sizes_are_given = not hasattr(args, "base_weight")  # else the weights say what the rest is
+    if sizes_are_given and all(getattr(args, flag) >= 1 for flag in SIZES):
         try:
             model_config(args, chosen.vocab_size)
         except ValueError as error:
@@ -194,10 +196,27 @@ def parse_arguments(
     return args
 
 
-def model_config(args: argparse.Namespace, vocab_size: int) -> MiniMindConfig:
-    """Return the configuration that the flags describe: the preset's, and what was given instead."""
-    flags = {name: getattr(args, name) for name in MODEL_FLAGS}
-    return MiniMindConfig(**{**PRESETS.get(args.preset, {}), **flags, "vocab_size": vocab_size})
+def model_config(args: argparse.Namespace, vocab_size: int, base: Path | None = None) -> MiniMindConfig:
+    """Return the configuration to train: what the flags say, or with `base` what these weights are.
+
+    What tensors do not show (theta, eps, routing, heads) comes from the sidecar of `base`, as weights mean nothing
+    without it. Raises WeightsError if flags that were given contradict it; the others are set to what it says.
+    """
+    given = PRESETS.get(args.preset, {}) | {name: getattr(args, name) for name in args.given}
+    if base is None:
+        flags = {name: getattr(args, name) for name in MODEL_FLAGS}
+        return MiniMindConfig(**PRESETS.get(args.preset, {}) | flags | {"vocab_size": vocab_size})
+    config = config_of_file(base, read_state_dict(base), read_sidecar(base), given)
+    differing = [
+        f"--{name} is {value} here and {getattr(config, name)} in the file"
+        for name, value in (given | {"vocab_size": vocab_size}).items()
+        if getattr(config, name) != value
+    ]
+    if differing:
+        raise WeightsError(f"{base} does not fit this model: {'; '.join(differing)}")
+    for name in MODEL_FLAGS:
+        setattr(args, name, getattr(config, name))
+    return config
 
 
 def chat_command(args: argparse.Namespace, stage: str, *more: str) -> str:
@@ -209,6 +228,14 @@ def chat_command(args: argparse.Namespace, stage: str, *more: str) -> str:
         command += ["--tokenizer_path", str(args.tokenizer_path)]
     command += ["--hidden_size", str(args.hidden_size)] + ["--use_moe"] * args.use_moe
     return shlex.join([*command, *more])
+
+
+def out_of_memory(error: RuntimeError) -> str:
+    """Say what helps if the error is about memory; else ""."""
+    if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        return ""
+    reason = str(error).strip().splitlines()[0]
+    return f"{reason} Lower --batch_size and raise --accumulation_steps as much, or give --gradient_checkpointing"
 
 
 def run_script(main: Callable[..., None], argv: list[str] | None = None) -> None:
@@ -225,7 +252,7 @@ def run_script(main: Callable[..., None], argv: list[str] | None = None) -> None
     except (ValueError, FloatingPointError) as error:
         message = str(error)
     except RuntimeError as error:
-        message = lost_process(error)
+        message = lost_process(error) or out_of_memory(error)
         if not message:
             raise
     except KeyboardInterrupt:  # before the loop that answers it by saving: there is nothing to save yet

@@ -3,10 +3,12 @@
 import argparse
 import contextlib
 import ctypes
+import datetime
 import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -37,6 +39,8 @@ class Process:
                 print(text, flush=True)
 
 
+LAUNCHED = "MINIMIND_LAUNCHED"  # set for a process that must not outlive the one that started it
+HANG_SECONDS = 60  # without a step, until a process says that another one may hang
 # what gloo says when a process at the other end is gone
 LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
 
@@ -46,7 +50,7 @@ def lost_process(error: RuntimeError) -> str:
     if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in LOST_PROCESS):
         return ""
     return (
-        "another process of this job has ended, and this one cannot go on alone; see above for what it said. "
+        "another process of this job has ended or hangs, and this one cannot go on alone; see above for what it said. "
         "Start again with --resume to go on from the last save "
         f"({type(error).__name__}: {str(error).splitlines()[0]})"
     )
@@ -82,7 +86,8 @@ def start_process(args: argparse.Namespace) -> Process:
         keep_freed_memory()
     if (world_size > 1 or args.zero_stage) and not dist.is_initialized():
         alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **alone)
+        timeout = datetime.timedelta(seconds=args.rank_timeout)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, **alone)
     seed_everything(args.seed)
     return Process(rank, local_rank, world_size, device)
 
@@ -139,10 +144,16 @@ def barrier(process: Process) -> None:
 
 
 class StopRequest:
-    """SIGINT and SIGTERM ask for a stop; the training loop looks between two steps, saves, and ends."""
+    """SIGINT and SIGTERM ask for a stop; the training loop looks after each step, saves, and ends.
+
+    A launcher that was killed asks too, as its processes would go on unseen. While another process hangs, each of them
+    says so.
+    """
 
     def __init__(self):
         self.signal = 0
+        self.launcher = os.getppid() if {"LOCAL_RANK", LAUNCHED} & os.environ.keys() else None
+        self.last, self.longest, self.watching = time.monotonic(), 0.0, False
 
     def _handle(self, number: int, frame) -> None:
         if self.signal and number == signal.SIGINT:
@@ -150,8 +161,26 @@ class StopRequest:
         self.signal = number
 
     def agreed(self, process: Process) -> bool:
-        """Whether any process was asked to stop: all must leave the loop after the same step."""
-        return sum_over_ranks([float(self.signal)], process)[0] > 0
+        """Tell whether any process was asked to stop: all must leave the loop after the same step."""
+        if self.launcher not in (None, os.getppid()):
+            self.signal = self.signal or signal.SIGTERM
+        stop = sum_over_ranks([float(self.signal)], process)[0] > 0
+        self.longest, self.last = max(self.longest, time.monotonic() - self.last), time.monotonic()
+        if process.world_size > 1 and not self.watching:
+            self.watching = True
+            threading.Thread(target=self._watch, args=(process.rank,), daemon=True).start()
+        return stop
+
+    def _watch(self, rank: int) -> None:
+        told = None
+        while self.watching:
+            time.sleep(HANG_SECONDS / 10)
+            silent = time.monotonic() - self.last
+            if silent > max(HANG_SECONDS, 3 * self.longest) and told != self.last:
+                told = self.last
+                said = f"process {rank} has waited {silent:.0f} s for the end of a step; another process may hang"
+                with contextlib.suppress(OSError, ValueError):
+                    print(f"note: {said}. It gives up after --rank_timeout", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -161,5 +190,6 @@ def stop_on_signal() -> Iterator[StopRequest]:
     try:
         yield request
     finally:
+        request.watching = False
         for number, handler in previous.items():
             signal.signal(number, handler)

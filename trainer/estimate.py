@@ -26,6 +26,7 @@ from model.flags import add_boolean
 from model.model_minimind import HAS_VARLEN, MiniMindConfig
 from model.weights import write_json
 from trainer.cost import Memory, activation_bytes, attention_backward_bytes
+from trainer.distributed import LAUNCHED
 from trainer.loader import plural
 
 STEPS = {False: 5, True: 21}  # steps of the short run on a CPU, on a GPU, at least; the first one is not timed
@@ -34,7 +35,7 @@ SECONDS = 10  # and at least this long; passes of a frozen model stop after as m
 IRRELEVANT = {
     "resume", "log_interval", "save_interval", "eval_interval", "use_wandb", "wandb_project", "out_dir", "cache_dir",
     "valid_path", "sample_prompt", "overwrite", "save_peft", "estimate", "price_per_hour", "local_rank", "ddp",
-    "pass_seconds",
+    "pass_seconds", "rank_timeout", "given",
 }  # fmt: skip
 CONTEXT_BYTES = 0.8e9  # what CUDA, its libraries and the allocator's fragmentation take on top
 
@@ -87,15 +88,15 @@ def short_run(folder: Path, main: Callable, args: argparse.Namespace, rest: list
     command = [sys.executable, sys.modules[main.__module__].__file__, *rest, f"--out_dir={folder}"]
     command += [f"--cache_dir={args.cache_dir or args.out_dir / 'token_cache'}", f"--pass_seconds={SECONDS}"]
     command += [f"--{name}_interval={sys.maxsize}" for name in ("save", "eval")]
+    command += ["--log_interval=1", "--use_wandb=false", "--resume=false"]
     print(f"a short run of at least {STEPS[False]} steps and {SECONDS} seconds; nothing of it is kept", flush=True)
     stopped, shown = False, 0
-    with subprocess.Popen(
-        [*command, "--log_interval=1", "--use_wandb=false", "--resume=false"], stdout=subprocess.DEVNULL
-    ) as child:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {LAUNCHED: "1"}) as child:
         try:
             while child.poll() is None:
                 time.sleep(0.1)
-                start, *steps = read_log(folder) or [None]
+                start, *rest = read_log(folder) or [None]
+                steps = [line for line in rest if line["event"] == "step"]
                 if start is None or stopped:
                     continue
                 wanted = STEPS[start["device"].startswith("cuda")]

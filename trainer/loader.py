@@ -20,11 +20,13 @@ from trainer.distributed import Process
 
 # These index arrays on disk; copying them back would wait for all queued GPU work.
 STAY_ON_CPU = ("row_ids", "pair_ids")
+MOST_ROWS = 1024  # of a micro-batch, and micro-batches of a step, that even a small file may ask for
 LOSSES = {
     "split": "documents longer than a row cut into pieces",
     "truncated": "conversations lost their last turns",
     "cut": "answers cut to fit",
     "skipped": "skipped: no token to learn from",
+    "identical": "pairs skipped: alike once cut to fit",
 }
 MODEL_INPUTS = ("input_ids", "position_ids", "document_ids", "cu_seqlens", "max_seqlen")
 
@@ -62,6 +64,10 @@ class PackedData:
             show_progress=process.is_main,
         )
         self.plan = build_plan(self.cache, args.max_seq_len, show_progress=process.is_main)
+        for flag in () if self.held_out else ("batch_size", "accumulation_steps"):
+            value, rows = getattr(args, flag), self.plan.num_rows
+            if value > max(rows, MOST_ROWS):
+                raise ValueError(f"--{flag} {value}: far more than {self.path} has, {plural(rows, 'row')}; lower it")
         self.passes: dict[str, float] = {}  # seconds of each pass over the file; if cut short, a forecast
         self.stores: dict[str, int] = {}  # bytes on disk of what such passes keep
         self.cut_short = False

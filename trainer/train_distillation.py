@@ -126,9 +126,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     process = start_process(args)
     tokenizer = ChatTokenizer(args.tokenizer_path)
-    config = model_config(args, tokenizer.vocab_size)
+    base = find_weights(args.base_weight, args.out_dir, args.hidden_size, args.use_moe)
+    config = model_config(args, tokenizer.vocab_size, base)
     weights = output_path("full_dist", config, args, process)
-    base = find_weights(args.base_weight, args.out_dir, config.hidden_size, config.use_moe)
     teacher_path = find_weights(
         args.teacher_weight, args.out_dir, args.teacher_hidden_size, args.teacher_use_moe, "--teacher_hidden_size"
     )

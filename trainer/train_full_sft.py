@@ -67,9 +67,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     process = start_process(args)
     tokenizer = ChatTokenizer(args.tokenizer_path)
-    config = model_config(args, tokenizer.vocab_size)
+    base = find_weights(args.base_weight, args.out_dir, args.hidden_size, args.use_moe)
+    config = model_config(args, tokenizer.vocab_size, base)
     weights = output_path("full_sft", config, args, process)
-    base = find_weights(args.base_weight, args.out_dir, config.hidden_size, config.use_moe)
 
     data = PackedData(args, "conversation", tokenizer, process)
     evaluator = Evaluator(args, "conversation", tokenizer, process)
