@@ -297,7 +297,7 @@ class _Batches(Dataset):
         self._order, self._step = None, (None, {})
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_order": None, "_step": (None, {})}
+        return self.__dict__ | {"_order": None, "_step": (None, {}), "_fits": None}
 
     def __len__(self) -> int:
         return self.steps_per_epoch * self.accumulation_steps
@@ -315,9 +315,12 @@ class _Batches(Dataset):
         """Return the rows of a micro-batch: fewer than batch_size in a ragged last step."""
         if not 0 <= index < len(self):
             raise IndexError(f"micro-batch {index} of {len(self)}")
-        step, micro_batch = divmod(int(index), self.accumulation_steps)
         # Every so-many-th row, so that a ragged last step is spread over all ranks and micro-batches.
-        return self.step_rows(step)[micro_batch * self.world_size + self.rank :: self.shares]
+        return self.step_rows(int(index) // self.accumulation_steps)[self._share(index) :: self.shares]
+
+    def _share(self, index: int) -> int:
+        """Return the number of a micro-batch among those of its step."""
+        return int(index) % self.accumulation_steps * self.world_size + self.rank
 
     def _totals(self, index: int) -> dict[str, int]:
         """Return the totals of a micro-batch's optimizer step, which every process knows without asking the others."""
@@ -449,19 +452,19 @@ class PreferenceBatches(_Batches):
     counted = "step_pairs"
 
     def __getitem__(self, index: int) -> dict:
-        rows = self.rows(index)
+        rows, totals = self.rows(index), self._totals(index)
         start, length, _ = self._segments(rows)
-        row, num_rows = self._fit(length)
+        row, num_rows = self._fits[self._share(index)]
         order = np.argsort(row, kind="stable")
         num_borders = 4 * self.batch_size + self.row_multiple
         batch = self._lay_out(start[order], length[order], row[order], order, num_rows, num_borders)
-        return batch | self._totals(index) | {"pair_ids": torch.from_numpy(rows.astype(np.int64))}
-
-    def _fit(self, length: np.ndarray) -> tuple[np.ndarray, int]:
-        """Return the row of each document of a micro-batch, and the number of rows."""
-        row = best_fit(length, self.plan.max_seq_len) if len(length) else length
-        return row, self.row_multiple * -(-(int(row.max(initial=0)) + 1) // self.row_multiple)
+        return batch | totals | {"pair_ids": torch.from_numpy(rows.astype(np.int64))}
 
     def _laid_out_rows(self, rows: np.ndarray) -> int:
-        shares = (rows[share :: self.shares] for share in range(self.shares))
-        return sum(self._fit(self._segments(share)[1])[1] for share in shares)
+        """Fit the documents of all micro-batches of a step into rows: (row of each, number of rows)."""
+        self._fits = []
+        for share in range(self.shares):
+            _, length, _ = self._segments(rows[share :: self.shares])
+            row = best_fit(length, self.plan.max_seq_len) if len(length) else length
+            self._fits.append((row, self.row_multiple * -(-(int(row.max(initial=0)) + 1) // self.row_multiple)))
+        return sum(num_rows for _, num_rows in self._fits)
