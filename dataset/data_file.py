@@ -9,7 +9,6 @@ from pathlib import Path
 SAMPLE_BYTES, SAMPLES = 64 << 10, 64  # what is hashed: head, tail, and as much in between; a small file as a whole
 CONVERT = "python scripts/prepare_data.py convert"
 SAMPLE = Path(__file__).resolve().parent / "sample"
-DATA_SET = "jingyaogong/minimind_dataset"  # on Hugging Face
 PUBLISHED = re.compile(r"(pretrain_hq|sft_(mini_)?\d+|dpo|r1_mix_\d+|lora_(identity|medical))\.jsonl")
 COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip", b"PAR1": "parquet"}
 
@@ -39,7 +38,7 @@ def data_identity(path: Path) -> dict:
         message = f"{path} not found; give a jsonl file to --data_path or --valid_path. {holds}"
         if PUBLISHED.fullmatch(path.name):
             message += (
-                f". To download it: hf download {DATA_SET} {path.name} --repo-type dataset --local-dir {path.parent}. "
+                f". To download it: python scripts/download_data.py {path.stem} --out_dir {path.parent}. "
                 f"To try a stage at once: --data_path {SAMPLE}{os.sep}pretrain.jsonl or sft.jsonl"
             )
         raise ValueError(message) from error

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dataset.data_file import DATA_SET, SAMPLE_BYTES, SAMPLES, data_identity
+from dataset.data_file import SAMPLE_BYTES, SAMPLES, data_identity
 
 LINES = "".join(f'{{"text": "山谷里的第{number}条小路通向一座石桥。"}}\n' for number in range(40))
 CAFE = "".join(f'{{"text": "un café à côté, déjà {number}"}}\n' for number in range(40))
@@ -89,10 +89,10 @@ def test_names_that_are_too_long_are_told(tmp_path):
 def test_a_missing_published_file_comes_with_its_download_command(tmp_path):
     with pytest.raises(ValueError, match="sft_mini_512.jsonl not found") as caught:
         data_identity(tmp_path / "sft_mini_512.jsonl")
-    command = f"hf download {DATA_SET} sft_mini_512.jsonl --repo-type dataset --local-dir {tmp_path}"
+    command = f"python scripts/download_data.py sft_mini_512 --out_dir {tmp_path}"
     assert command in str(caught.value)
     sample = re.search(r"--data_path (\S+pretrain\.jsonl)", str(caught.value))[1]
     assert Path(sample).is_file()
     with pytest.raises(ValueError, match="mine.jsonl not found") as caught:
         data_identity(tmp_path / "mine.jsonl")
-    assert "hf download" not in str(caught.value)
+    assert "download" not in str(caught.value)

@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.full,
     pytest.mark.skipif(sys.platform == "win32", reason="the pages' commands are for a POSIX shell"),
 ]
-PROGRAMS = "python python3 torchrun deepspeed streamlit make pip hf git ssh tmux rsync nvidia-smi pre-commit".split()
+PROGRAMS = "python python3 torchrun deepspeed streamlit make pip git ssh tmux rsync nvidia-smi pre-commit".split()
 PROGRAMS += ["llama-cli", "ollama", "vllm"]
 # files that the commands read, by the kind of their records
 DATA = {

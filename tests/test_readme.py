@@ -27,7 +27,6 @@ STAGES_PAGE, SCALING_PAGE, HOUSE_PAGE = "docs/stages.md", "docs/scaling.md", "CO
 STAGE_SCRIPTS = sorted(ROOT.glob("trainer/train_*.py"))
 # used in command lines, and no business of this test
 OTHER_PROGRAMS = set("source head tail git ssh tmux rsync nvidia-smi pre-commit llama-cli ollama vllm".split())
-DATA_SET = "jingyaogong/minimind_dataset"
 LAUNCHERS = {"python", "python3", "torchrun", "deepspeed", "streamlit"}
 
 
@@ -212,9 +211,6 @@ def check_command(command: Command) -> None:
     elif program == "pip":
         rest = [word for word in rest if word not in ("-i", "ADDRESS")]
         assert rest[:2] == ["install", "-r"] and (folder / rest[2]).is_file()
-    elif program == "hf":
-        files = rest[2 : rest.index("--repo-type")]
-        assert rest[:2] == ["download", DATA_SET] and all(f"`{file}`" in text_of("docs/data.md") for file in files)
     elif program in LAUNCHERS and "-m" in rest[:1]:
         assert rest[1] in ("venv", "pytest")
     elif program in LAUNCHERS or program.endswith(".py"):
@@ -255,7 +251,6 @@ def test_command_parses(command):
         "torchrun --nproc_per_node 2 trainer/train_pretrain.py --epochs many",
         "make nothing",
         "pip install -r nothing.txt",
-        f"hf download {DATA_SET} nothing.jsonl --repo-type dataset",
         "sudo reboot",
     ],
 )

@@ -70,9 +70,9 @@ def python(words: list[str]) -> int:
         activate.parent.mkdir(parents=True, exist_ok=True)
         activate.touch()
         return 0
-    if words[0] == "-m":  # pytest
-        return 0
     name = Path(words[0]).name
+    if words[0] == "-m" or name == "download_data.py":  # pytest; the data is there
+        return 0
     if name == "quickstart.py":
         return subprocess.run([sys.executable, "-c", QUICKSTART]).returncode
     if name == "serve_openai_api.py":
