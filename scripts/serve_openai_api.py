@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import contextlib
 import errno
+import gc
 import json
 import math
 import os
@@ -518,6 +519,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         server, listener = make_server(args)
         announce(args, server.api.pool, listener.getsockname()[1])
+        # a full collection of all that torch and transformers have loaded would stop every answer for a quarter second
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(100_000, 20, 100)
         server.run(sockets=[listener])
         return server.status
     except ValueError as error:

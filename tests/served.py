@@ -82,7 +82,7 @@ class EchoRequest:
 def running_server(out_dir: Path, *flags: str) -> Iterator[SimpleNamespace]:
     """url, api (scripts/serve_openai_api.py's Api), client: the real one of openai; engine of the default model."""
     common = ["--out_dir", str(out_dir), "--hf_path", str(out_dir / "none"), "--device", "cpu", "--port", "0"]
-    args = serve_openai_api.parse_args([*common, "--max_models", "4", *flags])
+    args = serve_openai_api.parse_args([*common, "--max_models", "4", "--quiet", *flags])
     server, listener = serve_openai_api.make_server(args)
     api, port = server.api, listener.getsockname()[1]
     tokenizer = api.pool._loaded[api.pool.default.key].tokenizer

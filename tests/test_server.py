@@ -22,13 +22,14 @@ import torch
 from conftest import ROOT, write_endless_weights, write_weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from served import ECHO, EchoEngine, running_server, wait_until, write_models
 
 from benchmarks import serving
 from dataset.text_stream import TextStream
 from model.generation import SamplingParams
 from model.weights import load_model
-from scripts import chat_openai_api, openai_answers, openai_grammar, openai_http, openai_schema, serve_openai_api
+from scripts import chat_openai_api, openai_answers, openai_grammar, openai_http, serve_openai_api
 from scripts.known_hosts import KnownHosts
 from scripts.model_catalog import entry_of_file
 from scripts.model_pool import ModelPool, Offer
@@ -880,16 +881,13 @@ def test_too_many_prompts_are_refused_before_they_are_encoded(server, monkeypatc
         {"prompt": [[-1] * 300_000]},
     ],
 )
-def test_a_body_full_of_errors_is_described_by_its_first(body, monkeypatch):
+def test_a_body_full_of_errors_is_described_by_its_first(body):
     """Half a million errors took seconds to build and to throw away."""
-    made, schema = [], CompletionRequest if "prompt" in body else ChatRequest
-    monkeypatch.setattr(openai_schema, "ValidationError", Exception)
-    raw = json.dumps({"model": "m"} | body).encode()
-    try:
-        parse(schema, raw, 1_000_000)
-    except Exception as error:
-        made = error.errors() if hasattr(error, "errors") else [error]
-    assert 1 <= len(made) <= 10
+    schema = CompletionRequest if "prompt" in body else ChatRequest
+    with pytest.raises(ApiError) as refused:
+        parse(schema, json.dumps({"model": "m"} | body).encode(), 1_000_000)
+    cause = refused.value.__cause__
+    assert not isinstance(cause, ValidationError) or cause.error_count() <= 4
 
 
 def test_reading_a_request_leaves_the_event_loop_alone(server, monkeypatch):
@@ -991,7 +989,7 @@ def test_names_are_checked_unless_a_key_is_asked_for(server, out_dir):
 
 
 def test_each_request_is_a_line(out_dir, capfd):
-    with running_server(out_dir) as server:
+    with running_server(out_dir, "--quiet", "false") as server:
         usage = chat(server, max_tokens=3).usage
         list(chat(server, max_tokens=3, stream=True))
         get(server, "/v1/models/none")
@@ -1000,7 +998,7 @@ def test_each_request_is_a_line(out_dir, capfd):
     shape = rf"\d\d:\d\d:\d\d POST /v1/chat/completions 200 minimind {usage.prompt_tokens}\+3 tokens \d+\.\d\d s"
     assert len(lines) == 3 and all(re.fullmatch(shape, line) for line in lines[:2]), lines
     assert " GET /v1/models/none 404 " in lines[2]
-    with running_server(out_dir, "--quiet") as server:
+    with running_server(out_dir) as server:
         get(server, "/v1/models")
     assert not capfd.readouterr().out
 
@@ -1015,7 +1013,7 @@ def test_half_sent_headers_are_given_up(out_dir, monkeypatch):
                 while chunk := connection.recv(4096):  # ends when the server closes
                     received += chunk
                 assert received.count(b"200 OK") == (1 if sent.endswith(b"GET /he") else 0)
-        stream = chat(server, stream=True, **LONG)  # a request that has arrived has all its time
+        stream = chat(server, stream=True, max_tokens=800, temperature=0)  # a request that has arrived has all its time
         assert sum(1 for _ in stream) > 100
 
 
@@ -1176,7 +1174,7 @@ def test_schemas_that_grow_without_end_are_refused_or_followed(server):
     for schema in (
         deep,
         {"type": "array", "items": {"type": "string", "pattern": "(a{1,500}){1,500}"}, "minItems": 100_000},
-        {"anyOf": [{"const": "x" * n} for n in range(2000)]},
+        {"anyOf": [{"const": "x" * n} for n in range(1000)]},
         {"type": "string", "pattern": "(x+x+)+y" * 50},
         {"$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/a"}]}}, "$ref": "#/$defs/a"},
     ):
