@@ -16,9 +16,10 @@ HAN, LETTER, DIGIT, SPACE, MARK, BAD = range(6)  # classes of characters; MARK: 
 
 # UTF-8 read as Latin-1 or GBK, characters of lost bytes, memory that was never written
 MOJIBAKE = re.compile(
-    r"\ufffd|锟斤拷|烫烫烫|屯屯屯|ï»¿|â€[™œ\x9d“”¦]|(?:[Ãäåæçèé][\x80-\xbf\u0152-\u0192\u02c6\u02dc\u2013-\u203a\u20ac\u2122]{1,2}){2}"
-    r"|(?:[\u4e00-\u9fff]?[锛銆鈥鐨鍦鏄]){2}"
+    r"\ufffd|锟斤拷|烫烫烫|屯屯屯|ï»¿|â€[™œ\x9d“”¦]"
+    r"|(?:[Ãäåæçèé][\x80-\xbf\u0152-\u0192\u02c6\u02dc\u2013-\u203a\u20ac\u2122]{1,2}){2}"
 )
+MISREAD = re.compile("[锛銆鈥鐨鍦鏄鐢鍜涓浜鍙璁]")  # what UTF-8 read as GBK is full of, and Chinese text hardly has
 MASKS = {
     "url": re.compile(r"(?:https?://|www\.)[\w\-.~:/?#\[\]@!$&'*+,;=%]*[\w/#=&]", re.ASCII),
     "mail": re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+", re.ASCII),
@@ -31,7 +32,7 @@ MASKS = {
     ),
 }
 # what must be in a text before the slow patterns look for more
-MOJIBAKE_SIGN = re.compile(r"[\ufffd锟烫屯ïâÃäåæçèé锛銆鈥鐨鍦鏄]")
+MOJIBAKE_SIGN = re.compile(r"[\ufffd锟烫屯ïâÃäåæçèé]")
 NUMBER_SIGN = re.compile(r"\d{7}|\d{3}[- ]\d{4}", re.ASCII)
 MASK_SIGN = {"url": re.compile(r"://|www\."), "mail": re.compile("@"), "id": NUMBER_SIGN, "phone": NUMBER_SIGN}
 CLAIM_SIGN = re.compile(
@@ -85,7 +86,8 @@ class Clean(Step):
             sides = [row[key] for key in ("conversations", "chosen", "rejected") if key in row]
             holders = [(turn, "content") for side in sides for turn in side] or [(row, "text")]
             text = "\n".join(holder[key] or "" for holder, key in holders)
-            answers = [turn["content"] or "" for side in sides for turn in side if turn["role"] == "assistant"]
+            # what is rejected may be as bad as it is: the chosen side must be good
+            answers = [turn["content"] or "" for side in sides[:1] for turn in side if turn["role"] == "assistant"]
         except (TypeError, KeyError):
             raise Dropped("not a record", "convert makes records of other layouts") from None
         lengths = [sum(len(turn["content"] or "") for turn in side) for side in sides] or [len(text)]
@@ -95,7 +97,7 @@ class Clean(Step):
             raise Dropped(reason, f"{min(lengths)} to {max(lengths)} characters")
         for side in sides if self.turns else ():
             check_turns(side, changes)
-        self.check_characters(text)
+        self.check_characters("\n".join(turn["content"] or "" for turn in sides[0]) if sides else text)
         if self.markup:
             check_markup(text, is_chat=bool(sides))
         for answer in answers:
@@ -119,8 +121,9 @@ class Clean(Step):
         counts = np.bincount(character_classes()[np.minimum(codes, 0xFFFF + (codes >= 0x20000))], minlength=6)
         shown = max(len(codes) - counts[SPACE], 1)
         match = MOJIBAKE_SIGN.search(text) and MOJIBAKE.search(text)
-        if self.mojibake and (match or counts[BAD] > 0.01 * shown):
-            raise Dropped("mojibake", match[0] if match else f"{counts[BAD]} control or unassigned characters")
+        odd = counts[BAD] + len(MISREAD.findall(text)) - 2
+        if self.mojibake and (match or odd > 0.02 * shown):
+            raise Dropped("mojibake", match[0] if match else f"{odd} characters that texts hardly have")
         measures = (
             ("symbol noise", counts[MARK] / shown, self.max_marks),
             ("too little Chinese", self.min_chinese - counts[HAN] / shown, 0),

@@ -412,6 +412,22 @@ def test_each_rule_of_conversations(tmp_path, rule):
     assert read(tmp_path / "b.jsonl") == rows[1:] and reasons(tmp_path / "b.jsonl") == {rule: 1}
 
 
+def test_only_the_chosen_side_of_a_preference_must_be_good(tmp_path):
+    question = {"role": "user", "content": "介绍一下这座山"}
+    answers = {"good": LONG, "refusal": "很抱歉，我无法回答这个问题，请换一个。", "repeated": "山很高。\n" * 20}
+    rows = [
+        {
+            side: [question, {"role": "assistant", "content": answers[name]}]
+            for side, name in zip(("chosen", "rejected"), pair, strict=True)
+        }
+        for pair in (("good", "refusal"), ("good", "repeated"), ("refusal", "good"), ("repeated", "good"))
+    ]
+    source = write_jsonl(tmp_path / "a.jsonl", rows)
+    prepare("clean", source, "-o", tmp_path / "b.jsonl")
+    assert read(tmp_path / "b.jsonl") == rows[:2]
+    assert reasons(tmp_path / "b.jsonl") == {"refusal": 1, "repeated lines": 1}
+
+
 def test_a_question_without_answer_at_the_end_goes_and_the_rest_stays(tmp_path):
     turns = [{"role": "user", "content": "介绍一下这座山"}, {"role": "assistant", "content": LONG}]
     source = write_jsonl(tmp_path / "a.jsonl", [{"conversations": [*turns, {"role": "user", "content": "还有吗"}]}])
@@ -692,7 +708,7 @@ def test_join_makes_texts_as_the_published_file_has_them(tmp_path):
         f"{turn('问四')} {turn('长' * 40)}",
     ]
     assert reasons(tmp_path / "b.jsonl") == {"longer than a text may be": 1}
-    prepare("join", source, "-o", tmp_path / "c.jsonl", "--max_chars", "60", "--plain")
+    prepare("join", source, "-o", tmp_path / "c.jsonl", "--max_chars", "61", "--plain")
     assert [r["text"] for r in read(tmp_path / "c.jsonl")] == ["问一\n答一\n问二\n答二\n问三\n答三\n问四\n" + "长" * 40]
 
 
