@@ -153,7 +153,7 @@ def test_default_config_is_the_26m_preset():
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         ({"dropout": 0.1}, "dropout=0.1 is not supported"),
         ({"scoring_func": "sigmoid"}, "scoring_func='sigmoid' is not supported"),
-        ({"hidden_size": "512"}, "hidden_size must be .* a whole number, got '512'"),
+        ({"hidden_size": "512"}, "hidden_size must be .* a whole number.*, got '512'"),
         ({"num_attention_heads": True}, "num_attention_heads must be"),
         ({"head_dim": 15}, "head.* is 15: it is odd"),
         ({"rms_norm_eps": -1e-5}, "rms_norm_eps must be a positive number"),
