@@ -9,7 +9,7 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import openai
@@ -103,8 +103,11 @@ class Run(threading.Thread):
 
 
 class LocalModel:
-    """An engine with its tokenizer. continues: pretrained weights, which go on with a text and know no turns.
-    warning: what its loader had to say."""
+    """An engine with its tokenizer.
+
+    continues: pretrained weights, which continue a text and know no turns. warning: what its loader had to say.
+    examples: prompts to try it with.
+    """
 
     def __init__(
         self,
@@ -114,8 +117,9 @@ class LocalModel:
         continues: bool = False,
         split_thoughts: bool = False,
         warning: str = "",
+        examples: Sequence[str] = (),
     ):
-        self.name, self.engine, self.tokenizer = name, engine, tokenizer
+        self.name, self.engine, self.tokenizer, self.examples = name, engine, tokenizer, examples
         self.continues, self.split_thoughts, self.warning = continues, split_thoughts, warning
 
     def close(self) -> None:

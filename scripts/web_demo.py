@@ -10,12 +10,15 @@ page, which is web_page.py, and tells browsers to fetch nothing from elsewhere. 
 
 import argparse
 import base64
+import contextlib
 import hashlib
 import json
 import os
 import re
 import secrets
+import signal
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import streamlit
@@ -88,11 +91,21 @@ class SecurityHeaders:
         await self.app(scope, receive, send_with_headers)
 
 
+@contextlib.asynccontextmanager
+async def end_quietly(_) -> AsyncIterator[None]:
+    """Stop the server at Ctrl-C; uvicorn would hand the signal on when it has stopped, and click print "Aborted!"."""
+    server = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
+    if server is not None:
+        signal.signal(signal.SIGINT, lambda *_: vars(server).update(force_exit=server.should_exit, should_exit=True))
+    yield
+
+
 args = parse_args(sys.argv[1:])
 os.environ[FLAGS_VARIABLE] = json.dumps(vars(args))
 names = [streamlit.get_option("server.address") or "", streamlit.get_option("browser.serverAddress") or ""]
 known_hosts = Middleware(KnownHosts, names=[*names, *args.allowed_host])
-app = streamlit.App(Path(__file__).with_name("web_page.py"), middleware=[known_hosts, Middleware(SecurityHeaders)])
+middleware = [known_hosts, Middleware(SecurityHeaders)]
+app = streamlit.App(Path(__file__).with_name("web_page.py"), middleware=middleware, lifespan=end_quietly)
 
 if __name__ == "__main__":
     app.run()

@@ -22,6 +22,7 @@ if str(ROOT) not in sys.path:
 from dataset.tokenization import DEFAULT_SYSTEM
 from model.batching import Engine
 from model.loading import READY_FLAGS
+from scripts.example_prompts import example_prompts
 from scripts.model_catalog import Entry, find_models, load_entry, printable
 from scripts.web_answers import ApiModel, LocalModel, Settings, list_api_models
 from scripts.web_conversation import CUT, FAILED, STOPPED, Answer, Chats, Conversation, Turn
@@ -33,13 +34,6 @@ ICON = ROOT / "images" / "icon.svg"
 STYLE = Path(__file__).with_suffix(".css")
 WORDS = json.loads(Path(__file__).with_name("web_words.json").read_text("utf-8"))
 VISITOR_COOKIE = "minimind_visitor"  # set by web_demo.py
-SUGGESTIONS = (
-    "你好，你是谁？",
-    "Why is the sky blue?",
-    "写一首关于秋天的短诗。",
-    "Give me three tips for learning a language.",
-)
-BEGINNINGS = ("世界上最高的山峰是", "The capital of France is", "人工智能的发展", "Once upon a time")
 
 
 @dataclass
@@ -115,9 +109,9 @@ def stop() -> None:
     if state.pending is not None:  # its model is still being loaded
         state.conversation.turns[state.pending].answer.ending = STOPPED
         state.pending = None
-    if state.conversation.run is not None:
-        state.conversation.run.cancel()
-        state.conversation.run.join(timeout=2)
+    if (run := state.conversation.run) is not None:  # it may end by itself at any moment
+        run.cancel()
+        run.join(timeout=2)
     state.editing = None
 
 
@@ -186,11 +180,13 @@ def load_local(_entry: Entry, label: str, adapter: str | None, stamp: tuple, fla
         ready = load_entry(_entry, adapter, **flags)
     engine = Engine(ready.model, slots=4, context_length=ready.context_length)
     engine.start()
+    continues = _entry.stage == "pretrain"
     return LocalModel(
         f"{label} + {adapter}" if adapter else label,
         engine,
         ready.tokenizer,
-        continues=_entry.stage == "pretrain",
+        continues=continues,
+        examples=example_prompts(ready.sidecar, continues),
         split_thoughts=_entry.stage in ("reason", ""),  # folders do not tell their stage: look for thoughts
         warning=" ".join(str(w.message) for w in caught if issubclass(w.category, UserWarning)),
     )
@@ -421,8 +417,9 @@ def draw_welcome(model: LocalModel | ApiModel | None) -> None:
         st.markdown("# MiniMind", anchors=False, text_alignment="center")
         continues = getattr(model, "continues", False)
         st.caption(words("continues" if continues else "ask"), text_alignment="center")
+        examples = getattr(model, "examples", None) or example_prompts({}, continues)
         with st.container(key="suggestions", horizontal=True, horizontal_alignment="center"):
-            for number, text in enumerate(BEGINNINGS if continues else SUGGESTIONS):
+            for number, text in enumerate(examples[::2]):
                 st.button(text, on_click=ask, args=(text,), disabled=model is None, key=f"suggestion-{number}")
 
 

@@ -296,9 +296,7 @@ def test_other_visitors_see_none_of_it_and_chinese_ones_read_chinese(visit, brow
         assert page.get_by_test_id("stChatInputTextArea").get_attribute("placeholder").startswith("发消息给 full_sft")
 
 
-@pytest.mark.parametrize(
-    "host, status", [("evil.example", 421), ("localhost", 200), ("127.0.0.1", 200), ("[::1]", 200)]
-)
+@pytest.mark.parametrize("host, status", [("evil.example", 421), ("localhost", 200), ("127.0.0.1", 200)])
 def test_a_name_made_to_point_here_is_refused(url, host, status):
     for headers in ({}, {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13",
                          "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA==", "Origin": f"http://{host}"}):  # fmt: skip
@@ -333,7 +331,8 @@ def test_nothing_that_a_model_or_a_visitor_writes_becomes_a_page(visit, server):
         "return e.scrollTop + e.clientHeight > e.scrollHeight - 5; }"
     )
     active = ".st-key-turns :is(script, iframe, style, link, object, embed, svg[onload], [onerror])"
-    assert page.locator(active).evaluate_all("elements => elements.map(e => e.outerHTML)") == []
+    found = "selector => [...document.querySelectorAll(selector)].map(element => element.outerHTML)"
+    assert page.evaluate(found, active) == []
     images = page.locator(".st-key-turns img")
     assert images.evaluate_all("images => images.filter(i => i.naturalWidth).length") == 0, "no image was fetched"
     for link in page.locator(".st-key-turns a").all():
@@ -372,7 +371,7 @@ def test_the_page_fits_a_phone_in_light_and_dark(visit, browser):
         ask(page, "a-very-long-word-" * 20)
         page.locator(".st-key-stop button").click()
         wait_until_answered(page)
-        assert page.get_by_role("button", name="Edit").is_visible(), "there is no hovering on a phone"
+        assert page.get_by_role("button", name="Edit", exact=True).is_visible(), "there is no hovering on a phone"
         assert page.locator(".st-key-topbar").inner_text() == "full_sft · 0.2M dense"
         for scheme in ("light", "dark"):
             page.emulate_media(color_scheme=scheme)
