@@ -283,8 +283,11 @@ def test_the_default_system_prompt_is_shown_and_sent(open_page, server):
 
 def test_the_page_speaks_the_browsers_language():
     assert set(WORDS["en"]) == set(WORDS["zh"])
-    code = "".join((ROOT / "scripts" / f"{name}.py").read_text("utf-8") for name in ("web_page", "web_conversation"))
-    assert [key for key in WORDS["en"] if f'"{key.removesuffix("_help")}"' not in code] == []
+    code = "".join(
+        (ROOT / "scripts" / f"{name}.py").read_text("utf-8") for name in ("web_demo", "web_page", "web_conversation")
+    )
+    named = {key for key in WORDS["en"] for name in (key, key.removesuffix("_help")) if f'"{name}"' in code}
+    assert WORDS["en"].keys() - named == set()
 
 
 # --- chats -----------------------------------------------------------------------------------------------------------
