@@ -165,7 +165,7 @@ def test_a_killed_run_of_every_stage_ends_bit_identical(launcher, tmp_path, inpu
     child = launcher.start(stage.script, line, patches=[noisy_slow_steps, killed_at_step_4])
     assert child.wait() == -signal.SIGKILL, child.output
     printed = launcher.run(stage.script, [*line, "--resume"], patches=[noisy_slow_steps])
-    assert "stands at step 2; going on" in printed
+    assert "is at step 2; going on" in printed
     assert_same_end(tmp_path / "parts", tmp_path / "whole", stage.name(use_moe))
 
 
@@ -231,7 +231,7 @@ def test_resumed_on_another_number_of_processes(launcher, tmp_path, inputs, stag
     line = tiny_flags(parts, **flags)
     assert launcher.start(stage.script, line, patches=[killed_at_step_4]).wait() == -signal.SIGKILL
     printed = launcher.run(stage.script, [*line, "--resume"], 2)
-    assert "stands at step 3; going on" in printed and "1 -> 2 processes; accumulation_steps is now 2" in printed
+    assert "is at step 3; going on" in printed and "1 -> 2 processes; accumulation_steps is now 2" in printed
     assert relative_error(read_resume(parts, name)["model"], read_resume(whole, name)["model"]) < 1e-5
     ours, theirs = (read_resume(folder, name)["optimizer"]["state"] for folder in (parts, whole))
     for moment in ("exp_avg", "exp_avg_sq"):
@@ -341,7 +341,7 @@ def test_a_complete_run_says_so_and_leaves_its_files_alone(train, tmp_path, inpu
     capsys.readouterr()
     train(stage.script, tiny_flags(tmp_path, **flags, resume=True))
     printed = capsys.readouterr().out
-    assert "stands at step 2; the run is complete; nothing to do" in printed and "Epoch" not in printed
+    assert "is at step 2; the run is complete; nothing to do" in printed and "Epoch" not in printed
     assert contents(tmp_path) == before
 
 
@@ -531,7 +531,7 @@ def test_what_does_not_change_the_result_may_change(launcher, tmp_path, texts):
     printed = launcher.run(
         "train_pretrain", tiny_flags(parts, moved, resume=True, accumulation_steps=1, optimizer="adamw", **changes)
     )
-    assert "stands at step 3; going on" in printed and "held out" in printed
+    assert "is at step 3; going on" in printed and "held out" in printed
     assert relative_error(read_resume(parts)["model"], read_resume(whole)["model"]) < 1e-5
     assert_identical(read_resume(parts)["rng"], read_resume(whole)["rng"])
 
@@ -566,7 +566,7 @@ def test_another_global_batch_is_refused_with_what_to_set(train, finished, sizes
 def test_a_damaged_state_is_a_message(train, tmp_path, finished, damage):
     state = tmp_path / "resume" / "pretrain_32.resume"
     state.write_bytes(state.read_bytes()[:1000] if damage is None else damage)
-    with pytest.raises(ValueError, match="pretrain_32.resume is no resume state.*delete it"):
+    with pytest.raises(ValueError, match="pretrain_32.resume is not a resume state.*delete it"):
         train("train_pretrain", finished())
 
 

@@ -92,7 +92,7 @@ def test_other_weights_data_or_settings_are_computed_anew(tmp_path, capsys):
         other = open_outputs(tmp_path, identity)
         assert not other.complete and other.missing(np.arange(ITEMS)).all()
         said = capsys.readouterr().out
-        assert f"{outputs.folder} belongs to other weights, data or settings; computing anew" in said
+        assert f"{outputs.folder} belongs to other weights, data or settings; computing them again" in said
     assert open_outputs(tmp_path, {"k": 5, "weights": "a"}).complete, "the first ones are still there"
 
 

@@ -771,12 +771,12 @@ def test_reference_of_other_weights_is_computed_anew(train, tmp_path, tokenizer,
     save_stage(tmp_path, "full_sft", tokenizer, sharp_model())
     train("train_dpo", flags)
     first = read_resume(tmp_path, "rlhf_32")
-    assert "computing anew" not in capsys.readouterr().out
+    assert "computing them again" not in capsys.readouterr().out
     train("train_dpo", flags)
-    assert "computing anew" not in capsys.readouterr().out
+    assert "computing them again" not in capsys.readouterr().out
     assert_identical(read_resume(tmp_path, "rlhf_32")["model"], first["model"])
     assert len(list((tmp_path / "token_cache").glob("a-reference-*"))) == 1
     save_stage(tmp_path, "full_sft", tokenizer, sharp_model(seed=1))
     train("train_dpo", flags)
-    assert "belongs to other weights, data or settings; computing anew" in capsys.readouterr().out
+    assert "belongs to other weights, data or settings; computing them again" in capsys.readouterr().out
     assert read_log(tmp_path, "rlhf_32")[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)

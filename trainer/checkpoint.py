@@ -197,12 +197,14 @@ class Checkpoint:
         try:
             training.load_state(state, self.shards / state["shards"])
         except ValueError as error:
-            raise ValueError(f"--resume: {self.path}: {error}; leave --resume out to start again") from error
+            raise ValueError(
+                f"--resume: {self.path}: {error}; give --overwrite instead of --resume to start again"
+            ) from error
         if len(state["rng"]) == self.process.world_size:
             _set_rng_state(state["rng"][self.process.rank])
         progress = Progress(**state["progress"])
         done = "the run is complete; nothing to do" if progress.complete else "going on"
-        self.process.say(f"--resume: {self.path} stands at step {progress.step}; {done}")
+        self.process.say(f"--resume: {self.path} is at step {progress.step}; {done}")
         return progress
 
     def _load(self) -> dict | None:
@@ -223,7 +225,7 @@ class Checkpoint:
         except Exception as error:  # torch raises many kinds here
             reason = type(error).__name__
             raise ValueError(
-                f"{self.path} is no resume state ({reason}); delete it to start from the beginning"
+                f"{self.path} is not a resume state ({reason}); delete it to start from the beginning"
             ) from error
         flags = result_flags(self.args)
         changed = [
@@ -239,7 +241,7 @@ class Checkpoint:
         if changed:
             raise ValueError(
                 f"--resume: this would not be the run that was saved in {self.path}: {'; '.join(changed)}. "
-                "Give the old values, or leave --resume out to start again"
+                "Give the old values, or --overwrite instead of --resume to start again"
             )
         if state["shards"] and ranks != self.process.world_size:
             raise ValueError(

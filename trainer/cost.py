@@ -15,10 +15,10 @@ from model.model_minimind import MiniMindConfig
 
 
 def flops_per_token(config: MiniMindConfig, parameters: int, frozen: int = 0) -> float:
-    """Floating-point operations of forward and backward per token in the weights: 6 per active parameter.
+    """Return the floating-point operations of forward and backward per token, without attention: 6 per parameter.
 
-    frozen: how many of the parameters are not trained; they need no gradient of their own and cost 4. A routed expert
-    that a token does not visit costs nothing. The embedding is tied to the head and counts once.
+    frozen: the number of parameters that are not trained; they need no gradient of their own and cost 4. A routed
+    expert that a token does not visit costs nothing. The embedding is tied to the head and counts once.
     """
     idle = 0
     if config.use_moe:
@@ -28,20 +28,20 @@ def flops_per_token(config: MiniMindConfig, parameters: int, frozen: int = 0) ->
 
 
 def attention_flops(config: MiniMindConfig, positions_seen: int) -> float:
-    """Forward and backward of causal attention: 12 · heads · head_dim · layers for every (token, position) pair."""
+    """Return the operations of causal attention: 12 · heads · head_dim · layers for every (token, position) pair."""
     return 12 * config.num_attention_heads * config.head_dim * config.num_hidden_layers * positions_seen
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Numbers in all weights, and in those that are frozen."""
+    """Return the number of parameters, and of those that are frozen."""
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]  # ZeRO-3 empties them
     return sum(size for size, _ in sizes), sum(size for size, trained in sizes if not trained)
 
 
 def matmul_flops_per_second(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
-    """The best rate of a large square matrix product on this device: what MFU is measured against."""
+    """Measure the best rate of a large square matrix product on this device; MFU is relative to it."""
     size = size or (8192 if device.type == "cuda" else 2048)
-    own_generator = torch.Generator(device)  # the run's random numbers are not to depend on this
+    own_generator = torch.Generator(device)  # the run's random numbers must not depend on this
     a = torch.randn(size, size, device=device, generator=own_generator).to(dtype)
     best = float("inf")
     for _ in range(4):  # the first warms up
@@ -71,7 +71,7 @@ def memory_parts(model: nn.Module, args: argparse.Namespace, processes: int) -> 
 def activation_bytes(
     config: MiniMindConfig, positions: int, checkpointing: bool = False, size: int = 2, whole_head: bool = True
 ) -> int:
-    """What a forward on CUDA, compiled, keeps for the backward pass over a float32 residual stream.
+    """Return the bytes that a compiled forward on CUDA keeps for the backward pass, over a float32 residual stream.
 
     Per layer and position: the inputs of both norms and the attention's normaliser of each head in float32; in `size`
     bytes each what the projections read, query, key, value and the attention's result, gate, up and their product.
@@ -93,8 +93,10 @@ def activation_bytes(
 
 
 def attention_backward_bytes(config: MiniMindConfig, positions: int, borders: int) -> int:
-    """What FlashAttention's backward over packed documents adds the query's gradient up in, for one layer at a time:
-    float32, and 128 positions more for each document that `borders` have room for, also where there is none."""
+    """Return the bytes in which FlashAttention's backward over packed documents sums the query's gradient.
+
+    One layer at a time, in float32, with 128 extra positions for each document that `borders` have room for.
+    """
     return 4 * config.num_attention_heads * config.head_dim * (positions + 128 * borders)
 
 
@@ -105,7 +107,7 @@ class Memory:
         self.cuda = torch.device(device).type == "cuda"
 
     def now(self) -> int:
-        """What has been freed is given back to the system first."""
+        """Return the memory in use, after giving freed memory back to the system."""
         if self.cuda:
             return torch.cuda.memory_allocated()
         with contextlib.suppress(OSError, AttributeError):
@@ -113,7 +115,7 @@ class Memory:
         return _status("VmRSS") or _highest_resident()
 
     def reset(self) -> None:
-        """Forgets the highest value so far, where the system can."""
+        """Forget the highest value so far, if the system can."""
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
             return
@@ -126,7 +128,7 @@ class Memory:
         return _status("VmHWM") or _highest_resident()
 
     def total(self) -> int:
-        """What the device has; 0 where the system does not tell."""
+        """Return the memory of the device; 0 if the system does not tell."""
         if self.cuda:
             return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         with contextlib.suppress(OSError):
@@ -136,7 +138,7 @@ class Memory:
 
 
 def _status(name: str) -> int:
-    """A line of /proc/self/status in bytes; 0 where there is none."""
+    """Return a line of /proc/self/status in bytes; 0 if there is none."""
     with contextlib.suppress(OSError):
         found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text("ascii"), re.MULTILINE)
         return int(found[1]) * 1024 if found else 0

@@ -1,4 +1,4 @@
-"""Processes: rank and device, DistributedDataParallel, agreement between ranks, seeds, signals, clean-up."""
+"""The processes of a job: rank and device, agreement between ranks, seeds, signals, clean-up."""
 
 import argparse
 import contextlib
@@ -46,7 +46,7 @@ LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "Broken
 
 
 def lost_process(error: RuntimeError) -> str:
-    """Say what a process is to be told that waited for another one in vain; "" if the error is of another kind."""
+    """Return what to tell a process that waited in vain for another one; "" if the error is of another kind."""
     if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in LOST_PROCESS):
         return ""
     return (
@@ -57,7 +57,7 @@ def lost_process(error: RuntimeError) -> str:
 
 
 def start_process(args: argparse.Namespace) -> Process:
-    """Joins the process group that torchrun describes in the environment, if any, and seeds everything."""
+    """Join the process group that torchrun describes in the environment, if any, and seed everything."""
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if args.ddp and not launched:
         raise ValueError(
@@ -93,8 +93,11 @@ def start_process(args: argparse.Namespace) -> Process:
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep large freed blocks: a training step frees and takes the same activations again and again, and
-    fresh pages from the kernel cost more than the arithmetic on them. Other C libraries have no such switch."""
+    """Tell glibc to keep large freed blocks.
+
+    Each training step frees and allocates the same activations, and fresh pages from the kernel cost more than the
+    arithmetic on them. Other C libraries have no such switch.
+    """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -103,11 +106,11 @@ def keep_freed_memory() -> None:
 
 
 def stop_process(stop: "StopRequest", complete: bool) -> None:
-    """Leaves the process group. An unfinished run ends with the signal's exit status: a chain of commands stops too."""
+    """Leave the process group. An unfinished run exits with the signal's status, so a chain of commands stops too."""
     if dist.is_initialized():
         dist.barrier()
-        # Gloo's threads need Python's lock to let go of the last collective's tensors. Destroying the group waits for
-        # these threads with the lock held: without time for them in between, one run in ten never ends.
+        # Gloo's threads need Python's lock to release the last collective's tensors, and destroying the group waits
+        # for these threads with the lock held. Without a pause in between, one run in ten never ends.
         time.sleep(0.1)
         dist.destroy_process_group()
     if not complete:
@@ -121,7 +124,7 @@ def seed_everything(seed: int) -> None:
 
 
 def sum_over_ranks(values: list[float], process: Process) -> list[float]:
-    """Adds each number up over all processes."""
+    """Return the sum of each number over all processes."""
     if process.world_size == 1:
         return values
     tensor = torch.tensor(values, dtype=torch.float64, device=process.device)
@@ -130,7 +133,7 @@ def sum_over_ranks(values: list[float], process: Process) -> list[float]:
 
 
 def gather_objects(value: object, process: Process) -> list:
-    """Every process's value, in the order of ranks."""
+    """Return every process's value, in the order of ranks."""
     if process.world_size == 1:
         return [value]
     values = [None] * process.world_size
@@ -144,10 +147,10 @@ def barrier(process: Process) -> None:
 
 
 class StopRequest:
-    """SIGINT and SIGTERM ask for a stop; the training loop looks after each step, saves, and ends.
+    """Remembers SIGINT and SIGTERM. The training loop asks after each step, saves, and ends.
 
-    A launcher that was killed asks too, as its processes would go on unseen. While another process hangs, each of them
-    says so.
+    A killed launcher counts as SIGTERM, or its processes would train on unseen. A process that waits long for another
+    one says so.
     """
 
     def __init__(self):

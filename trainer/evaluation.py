@@ -19,7 +19,7 @@ from trainer.training import Training
 
 
 def token_byte_counts(tokenizer: ChatTokenizer) -> torch.Tensor:
-    """UTF-8 bytes of text behind each id; control tokens stand for none."""
+    """Return how many UTF-8 bytes of text each id stands for; control tokens stand for none."""
     return torch.tensor([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
 
 
@@ -27,7 +27,7 @@ def token_byte_counts(tokenizer: ChatTokenizer) -> torch.Tensor:
 def evaluate(
     model: nn.Module, data: PackedData, precision: Precision, process: Process, tokenizer: ChatTokenizer
 ) -> dict[str, float]:
-    """valid_loss in nats per target token and bits_per_byte over the whole file: comparable between tokenizers."""
+    """Return valid_loss, in nats per target token, and bits_per_byte, which is comparable between tokenizers."""
     byte_counts = token_byte_counts(tokenizer).to(process.device)
     nats = torch.zeros((), dtype=torch.float64, device=process.device)
     num_bytes = torch.zeros((), dtype=torch.int64, device=process.device)
@@ -50,11 +50,11 @@ def evaluate(
 def sample_text(
     model: nn.Module, tokenizer: ChatTokenizer, precision: Precision, prompt_ids: list[int], max_new_tokens: int = 64
 ) -> str:
-    """The model's greedy continuation of a prompt."""
+    """Return the model's greedy continuation of a prompt."""
     was_training = model.training
     model.eval()
     params = SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens, stop_ids=(tokenizer.eos_id,))
-    # every token is a new shape: compiled anew each time, they would use up what may be compiled
+    # each new length would trigger a recompile and exhaust the limit
     with torch.compiler.set_stance("force_eager"), precision.autocast():
         text = tokenizer.decode(list(stream(model, prompt_ids, params)))
     model.train(was_training)
@@ -62,7 +62,7 @@ def sample_text(
 
 
 class Evaluator:
-    """What --valid_path and --sample_prompt ask for, every --eval_interval steps and at the end."""
+    """Does what --valid_path and --sample_prompt ask for, every --eval_interval steps and at the end."""
 
     def __init__(self, args: argparse.Namespace, kind: str, tokenizer: ChatTokenizer, process: Process):
         self.tokenizer, self.process = tokenizer, process

@@ -47,7 +47,7 @@ class FrozenOutputs:
         if process.is_main:
             stale = [other for other in path.parent.glob(f"{path.name}-*") if (other / "complete.json").exists()]
             if stale and not self.folder.exists():
-                print(f"{stale[0]} belongs to other weights, data or settings; computing anew", flush=True)
+                print(f"{stale[0]} belongs to other weights, data or settings; computing them again", flush=True)
             open_or_build(self.folder, self._open, self._make, path.name)
         barrier(process)
         try:

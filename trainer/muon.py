@@ -1,4 +1,4 @@
-"""Muon for GPUs: the matrices of one shape are orthogonalised together."""
+"""Muon for GPUs: matrices of one shape are orthogonalised together."""
 
 import math
 from collections import defaultdict
@@ -8,7 +8,7 @@ import torch
 
 from model.device import cuda_has_bfloat16
 
-STACK_ELEMENTS = 2**25  # of a stack, at most: it, its momentum and three products of it are there for a moment
+STACK_ELEMENTS = 2**25  # largest stack; peak memory is about five times this
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
@@ -18,8 +18,10 @@ def product_dtype(device: torch.device) -> torch.dtype:
 def orthogonalise(
     stack: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> torch.Tensor:
-    """Newton-Schulz iterations for every matrix of a stack (n, rows, columns), rows <= columns, in bfloat16: all
-    singular values come close to 1 (arXiv:2502.16982, eq. 2). In float16 on GPUs that can only emulate bfloat16."""
+    """Bring all singular values of each matrix of a stack (n, rows, columns), rows <= columns, close to 1.
+
+    Newton-Schulz iterations (arXiv:2502.16982, eq. 2) in bfloat16; in float16 on GPUs that only emulate bfloat16.
+    """
     a, b, c = coefficients
     x = stack.bfloat16()
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps)

@@ -3,7 +3,7 @@
 The answers to one prompt form a group. Draws depend on (seed, step, prompt, sample) alone: neither the number of
 processes nor what else is being decoded changes them, and a step that a crash cut off is sampled again to the same ids.
 
-The decoder lays out the weights anew for every step (a copy for fast products), so it always samples from the weights
+The decoder lays out the weights again for every step (a copy for fast products), so it always samples from the weights
 of the last update; the layout costs about as much time as decoding a few tokens.
 """
 

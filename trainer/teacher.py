@@ -20,7 +20,7 @@ from trainer.token_losses import DISTRIBUTIONS, chunk_size, target_indices, toke
 
 
 class Teacher:
-    """Log-probs of the teacher at the targets of a batch: from the model, or from what it said once."""
+    """Gives the teacher's log-probs at the targets of a batch: from the model, or from what it said once."""
 
     def __init__(self, path: Path, args: argparse.Namespace, tokenizer: ChatTokenizer, process: Process):
         self.path, self.args, self.process = path, args, process
@@ -34,7 +34,7 @@ class Teacher:
         if vocab != tokenizer.vocab_size:
             raise ValueError(
                 f"the teacher {path} has {vocab} token ids, the student {tokenizer.vocab_size}: both must use one "
-                "tokenizer, for the distributions are compared token by token"
+                "tokenizer, because the distributions are compared token by token"
             )
         self.model.to(process.device, self.precision.dtype).requires_grad_(False)
         prepare_forward(self.model, args, process.device)
@@ -42,11 +42,11 @@ class Teacher:
 
     @torch.no_grad()
     def log_probs(self, batch: dict, targets: torch.Tensor) -> Callable[[slice], tuple]:
-        """A function: which of the targets -> (log-probs, token ids or None), as distillation_loss takes them."""
+        """Return a function of a slice of the targets: (log-probs, token ids or None), for distillation_loss."""
         if self.kept:
-            place = self._places(batch)
+            indices = self._indices(batch)
             ids, values = (
-                to_device(self.kept.arrays[name][place], targets.device).to(dtype)
+                to_device(self.kept.arrays[name][indices], targets.device).to(dtype)
                 for name, dtype in (("token_ids", torch.int64), ("log_probs", torch.float32))
             )
             return lambda chunk: (values[chunk], ids[chunk])
@@ -55,8 +55,10 @@ class Teacher:
         return lambda chunk: (F.log_softmax((hidden[chunk] @ weight.t()).float() / temperature, dim=-1), None)
 
     def keep(self, data: PackedData, k: int) -> None:
-        """Computes the k likeliest tokens at every target that the run looks at, as far as they are not on disk, and
-        frees the model."""
+        """Compute the k most likely tokens at every target that this run will see, unless they are on disk.
+
+        Frees the model: from then on log_probs reads from disk.
+        """
         identity = {
             "weights": file_sha256(self.path), "data": data.fingerprint(), "precision": self.precision.name,
             "max_seq_len": self.args.max_seq_len, "temperature": self.args.temperature, "k": k,
@@ -64,8 +66,8 @@ class Teacher:
         self.ends = np.cumsum(data.plan.row_targets, dtype=np.int64)
         targets = int(self.ends[-1])
         shapes = {"token_ids": ((targets, k), np.uint16), "log_probs": ((targets, k), np.float16)}
-        place = self.args.cache_dir / f"{data.path.stem}-teacher"
-        kept = FrozenOutputs(place, identity, data.plan.num_rows, shapes, self.process)
+        folder = self.args.cache_dir / f"{data.path.stem}-teacher"
+        kept = FrozenOutputs(folder, identity, data.plan.num_rows, shapes, self.process)
         data.stores["teacher's tokens"] = kept.bytes
         if not kept.complete:
             for batch in data.once(f"most likely tokens of {self.path.name}", kept.missing):
@@ -75,12 +77,12 @@ class Teacher:
                     parts = token_chunks(batch["target_tokens"], chunk_size(DISTRIBUTIONS, batch["labels"]))
                     chunks = [log_probs(part)[0].topk(k) for part in parts]
                 values, ids = (torch.cat(part).cpu().numpy() for part in zip(*chunks, strict=True))
-                kept.write(rows, self._places(batch), token_ids=ids, log_probs=values)
+                kept.write(rows, self._indices(batch), token_ids=ids, log_probs=values)
             kept.finish(data.read_in_part or data.cut_short)
         self.kept, self.model = kept, None
 
-    def _places(self, batch: dict) -> np.ndarray:
-        """Where the targets of a batch lie in the arrays on disk."""
+    def _indices(self, batch: dict) -> np.ndarray:
+        """Return the indices of a batch's targets in the arrays on disk."""
         rows = batch["row_ids"].numpy()
         starts = np.where(rows > 0, self.ends[rows - 1], 0)
         spans = [np.arange(start, end) for start, end in zip(starts, self.ends[rows], strict=True)]

@@ -8,7 +8,7 @@ from torch import nn
 from model.model_minimind import compute_dtype
 from trainer.loader import model_inputs
 
-CHUNK = {"cpu": 1024, "cuda": 4096}  # tokens whose float32 logits are held at once; a GPU wants few, large kernels
+CHUNK = {"cpu": 1024, "cuda": 4096}  # tokens whose float32 logits exist at once; a GPU wants few, large kernels
 BLOCK = 128  # on a CPU: tokens whose float32 logits stay in its cache while the softmax passes over them
 DISTRIBUTIONS = {"cpu": 512, "cuda": 2048}  # the same where a loss holds several float32 distributions of each token
 ROUNDING = 256  # on a CPU the number of tokens with a target is rounded up to a multiple of this
@@ -19,7 +19,7 @@ def chunk_size(sizes: dict[str, int], tensor: torch.Tensor) -> int:
 
 
 class _TokenCrossEntropy(torch.autograd.Function):
-    """Saves the softmax in the compute dtype (half the bytes of float32 logits); its gradient is p - onehot(label)."""
+    """Saves the softmax in the compute dtype, half the bytes of float32 logits; the gradient is p - onehot(label)."""
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, keep_for_backward):
@@ -69,7 +69,7 @@ class _TokenCrossEntropy(torch.autograd.Function):
 
 
 def token_cross_entropy(hidden_states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of every token, in nats.
+    """Return the cross-entropy of every token, in nats.
 
     hidden_states (batch, seq, hidden), weight (vocab, hidden), labels (batch, seq), -100 where nothing is predicted.
     Returns float32 (batch, seq), 0 where the label is -100. The log-probability of a token is minus its loss.
@@ -93,8 +93,10 @@ def token_cross_entropy(hidden_states: torch.Tensor, weight: torch.Tensor, label
 
 
 def token_chunks(count: int, size: int) -> Iterator[slice]:
-    """Slices that cover `count` tokens: of `size`, then of ever smaller powers of two. Blocks of few distinct sizes
-    come and go; arbitrary ones would fragment the allocator's memory."""
+    """Yield slices that cover `count` tokens: of `size`, then halved until the rest fits.
+
+    Few distinct sizes keep the allocator's memory from fragmenting.
+    """
     start = 0
     while start < count:
         while size > count - start and size > 16:
@@ -104,7 +106,7 @@ def token_chunks(count: int, size: int) -> Iterator[slice]:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Takes the gradient of each chunk's logits right after its loss, so logits never outlive their chunk."""
+    """Computes the gradient of each chunk's logits right after its loss, so logits never outlive their chunk."""
 
     @staticmethod
     def forward(ctx, hidden, weight, loss_of_logits, losses, with_gradient):
@@ -141,7 +143,7 @@ def chunked_loss(
     loss_of_logits: Callable[[torch.Tensor, slice], torch.Tensor],
     losses: int,
 ) -> torch.Tensor:
-    """Sums over tokens of losses that need whole distributions; logits of DISTRIBUTIONS tokens are in memory at once.
+    """Return sums over tokens of losses that need whole distributions, with logits of DISTRIBUTIONS tokens at a time.
 
     hidden_states (tokens, hidden), weight (vocab, hidden). loss_of_logits(float32 logits (chunk, vocab), which tokens
     of hidden_states they are) -> sums over these tokens (losses,). Returns the totals (losses,); only the first has a
@@ -153,7 +155,7 @@ def chunked_loss(
 
 
 def answer_log_probs(token_losses: torch.Tensor, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed log-probs and token counts of the answers, each (pairs, 2): chosen, rejected.
+    """Return summed log-probs and token counts of the answers, each (pairs, 2): chosen, rejected.
 
     token_losses (rows, seq): minus the log-prob of each target, 0 elsewhere. Documents 2p and 2p + 1 are pair p's.
     """
@@ -167,7 +169,7 @@ def answer_log_probs(token_losses: torch.Tensor, batch: dict) -> tuple[torch.Ten
 
 
 def target_indices(batch: dict) -> torch.Tensor:
-    """Indices of the targets in the flattened rows; their number is known, so a GPU is not waited for."""
+    """Return the indices of the targets in the flattened rows. Their number is known, so nothing waits for a GPU."""
     return (batch["labels"].flatten() >= 0).nonzero_static(size=batch["target_tokens"]).squeeze(1)
 
 

@@ -17,7 +17,7 @@ FINISH_SECONDS = 60  # how long the end of a run may wait for uploads
 
 
 def tracking_mistakes(args: argparse.Namespace) -> list[str]:
-    """Why --use_wandb cannot work here; asks on a terminal for the login. Only the job's first process logs."""
+    """Return why --use_wandb cannot work here; on a terminal, ask for the login. Only the main process logs."""
     if not args.use_wandb or int(os.environ.get("RANK", 0)):
         return []
     if importlib.util.find_spec("wandb") is None:
@@ -41,7 +41,7 @@ def append(file: io.FileIO, line: bytes) -> int:
 
 
 class JsonLines:
-    """A file of one JSON object a line. A full disk is told once; a line that broke off does not spoil the next one."""
+    """A file with one JSON object a line. A full disk is reported once; half a line does not spoil the next one."""
 
     def __init__(self, path: Path):
         self.path, self.told = path, False
@@ -67,10 +67,10 @@ class JsonLines:
 
 
 class Tracker:
-    """The job's wandb run. When wandb fails it says so once and does nothing from then on."""
+    """The job's wandb run. If wandb fails, it says so once and does nothing from then on."""
 
     def __init__(self, args: argparse.Namespace, name: str, config: dict):
-        """Where the server cannot be reached, the run is kept on disk, in out/wandb/."""
+        """Start the run; if the server cannot be reached, keep it on disk in out/wandb/."""
         import wandb
 
         self.run = None
@@ -103,7 +103,7 @@ class Tracker:
                 self._give_up(error)
 
     def finish(self, complete: bool, **summary) -> None:
-        """Waits for uploads, but not for ever."""
+        """Wait for uploads, but not for ever."""
         if self.run is None:
             return
         failure = []

@@ -9,7 +9,7 @@ a mixture of experts, as in train_pretrain.py.
 
 Reads   {"conversations": [...]} a line, answers as <think>...</think><answer>...</answer> (--data_path, default
         dataset/r1_mix_1024.jsonl), out/rlhf_{hidden_size}{_moe}.pth (--base_weight)
-Writes  out/reason_{hidden_size}{_moe}.pth and a .json beside it, out/resume/, out/logs/
+Writes  out/reason_{hidden_size}{_moe}.pth and a .json next to it, out/resume/, out/logs/
 
     python train_distill_reason.py
     torchrun --nproc_per_node 8 train_distill_reason.py
@@ -57,10 +57,10 @@ def parse(argv: list[str] | None):
 
 
 def target_weights(labels: torch.Tensor, tags: list[list[int]], tag_weight: float) -> torch.Tensor:
-    """Loss weight of every position: tag_weight where the target belongs to a tag, 1 on other targets, else 0.
+    """Return each position's loss weight: tag_weight if its target belongs to a tag, 1 on other targets, else 0.
 
     labels (rows, seq), -100 outside the assistant's content. tags: the ids of each tag; a tag of several ids counts
-    only where all of them stand in order.
+    only if all of them follow in order.
     """
     weights = (labels >= 0).float()
     for ids in tags:
@@ -74,7 +74,7 @@ def target_weights(labels: torch.Tensor, tags: list[list[int]], tag_weight: floa
 def reason_loss(
     token_losses: torch.Tensor, weights: torch.Tensor, aux_loss: torch.Tensor, batch: dict
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """This micro-batch's share of the optimizer step's weighted cross-entropy and of its balance loss, in nats.
+    """Return this micro-batch's share of the step's weighted cross-entropy and of its balance loss, in nats.
 
     token_losses and weights (rows, seq), 0 outside answers; aux_loss, the mean over the micro-batch's conversations.
     The denominator counts answer tokens without weights.

@@ -6,12 +6,12 @@
 softmax(logits / T), in nats: means over the assistant's content and the <|im_end|> that ends it, over the whole
 optimizer step. T^2 keeps the size of the gradient when T changes. aux is a mixture's load-balancing loss.
 
-With --cache_teacher K the teacher's K likeliest tokens are computed once and kept on disk, and the student trains
+With --cache_teacher K the teacher's K most likely tokens are computed once and kept on disk, and the student trains
 without the teacher in memory; all other tokens then count as one.
 
 Reads   {"conversations": [{"role": ..., "content": ...}, ...]} a line (--data_path, default dataset/sft_512.jsonl),
         out/full_sft_{hidden_size}{_moe}.pth of the student (--base_weight) and of the teacher (--teacher_weight)
-Writes  out/full_dist_{hidden_size}{_moe}.pth and a .json beside it, out/resume/, out/logs/
+Writes  out/full_dist_{hidden_size}{_moe}.pth and a .json next to it, out/resume/, out/logs/
 
     python train_distillation.py
     torchrun --nproc_per_node 8 train_distillation.py
@@ -49,7 +49,7 @@ from trainer.teacher import Teacher
 from trainer.token_losses import chunked_loss, target_indices
 from trainer.training import start_training
 
-CACHE_HELP = "keep the teacher's K likeliest tokens on disk, 4 K bytes a target, and train without it (0: no)"
+CACHE_HELP = "keep the teacher's K most likely tokens on disk, 4 K bytes a target, and train without it (0: no)"
 
 
 def parse(argv: list[str] | None):
@@ -88,10 +88,10 @@ def distillation_loss(
     temperature: float,
     token_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Sums over tokens in nats: (the loss, cross-entropy, KL divergence).
+    """Return sums over tokens in nats: (the loss, cross-entropy, KL divergence).
 
     student_logits (tokens, vocab), labels (tokens,). teacher_log_probs (tokens, vocab): log softmax(teacher logits
-    / T); with token_ids (tokens, K) those of the K likeliest tokens: the rest of the vocabulary then counts as one.
+    / T); with token_ids (tokens, K) those of the K most likely tokens: the rest of the vocabulary then counts as one.
     """
     cross_entropy = F.cross_entropy(student_logits, labels, reduction="sum")
     log_probs = F.log_softmax(student_logits / temperature, dim=-1)
@@ -103,7 +103,7 @@ def distillation_loss(
 
 
 def with_rest(log_probs: torch.Tensor) -> torch.Tensor:
-    """(tokens, K) log-probs and that of all other tokens together, (tokens, K + 1)."""
+    """Append to (tokens, K) log-probs that of all other tokens together: (tokens, K + 1)."""
     known = log_probs.exp().sum(dim=-1, keepdim=True).clamp(max=1 - 1e-6)
     return torch.cat((log_probs, torch.log1p(-known)), dim=-1)
 

@@ -1,4 +1,4 @@
-"""Direct preference optimisation (DPO, arXiv:2305.18290): answers that people chose become likelier than rejected ones.
+"""Direct preference optimisation (DPO, arXiv:2305.18290): answers that people chose become more likely than rejected ones.
 
     loss = -log sigmoid(beta * ((logpi_c - logpi_r) - (logref_c - logref_r))) + aux     (dpo_loss below)
 
@@ -12,7 +12,7 @@ The reference's log-probs do not change, so they are computed once and kept on d
 
 Reads   {"chosen": [turns], "rejected": [turns]} a line (--data_path, default dataset/dpo.jsonl),
         out/full_sft_{hidden_size}{_moe}.pth (--base_weight; the reference too, unless --reference_weight is given)
-Writes  out/rlhf_{hidden_size}{_moe}.pth and a .json beside it, out/resume/, out/logs/, log-probs in out/token_cache/
+Writes  out/rlhf_{hidden_size}{_moe}.pth and a .json next to it, out/resume/, out/logs/, log-probs in out/token_cache/
 
     python train_dpo.py
     torchrun --nproc_per_node 8 train_dpo.py
@@ -73,7 +73,7 @@ def parse(argv: list[str] | None):
 def dpo_loss(
     policy: torch.Tensor, reference: torch.Tensor, beta: float, label_smoothing: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of each pair and its reward margin, both (pairs,); a reward is beta * (logpi - logref), in nats.
+    """Return the loss and the reward margin of each pair, (pairs,); a reward is beta * (logpi - logref), in nats.
 
     policy, reference (pairs, 2): log-probs of the chosen and the rejected answer.
     """
@@ -86,7 +86,7 @@ def dpo_loss(
 def preference_loss(
     token_losses: torch.Tensor, batch: dict, reference: np.ndarray, args
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed DPO loss of the micro-batch's pairs, and the sums of METRICS over them."""
+    """Return the summed DPO loss of the micro-batch's pairs, and the sums of METRICS over them."""
     policy, counts = answer_log_probs(token_losses, batch)
     frozen = to_device(reference[batch["pair_ids"].numpy()], policy.device)
     drift = (policy.detach() - frozen) / counts
@@ -101,7 +101,7 @@ def preference_loss(
 
 @torch.no_grad()
 def evaluate_pairs(model, data, precision, process, tokenizer, reference: np.ndarray, args) -> dict[str, float]:
-    """METRICS over a held-out file."""
+    """Return METRICS over a held-out file."""
     sums, pairs = torch.zeros(len(METRICS), dtype=torch.float64), 0
     model.eval()
     for batch in data.once():

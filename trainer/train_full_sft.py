@@ -11,7 +11,7 @@ benchmarks/RESULTS.md.
 
 Reads   {"conversations": [{"role": ..., "content": ...}, ...]} a line (--data_path,
         default dataset/sft_mini_512.jsonl), out/pretrain_{hidden_size}{_moe}.pth (--base_weight)
-Writes  out/full_sft_{hidden_size}{_moe}.pth and a .json beside it, out/resume/, out/logs/
+Writes  out/full_sft_{hidden_size}{_moe}.pth and a .json next to it, out/resume/, out/logs/
 
     python train_full_sft.py
     torchrun --nproc_per_node 8 train_full_sft.py
@@ -56,7 +56,7 @@ def parse(argv: list[str] | None):
 
 
 def sft_loss(token_losses: torch.Tensor, aux_loss: torch.Tensor, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """This micro-batch's share of the optimizer step's cross-entropy per answer token and of its balance loss, in nats.
+    """Return this micro-batch's share of the step's cross-entropy per answer token and of its balance loss, in nats.
 
     token_losses (rows, seq), 0 outside the answers; aux_loss, the mean over the micro-batch's conversations.
     """

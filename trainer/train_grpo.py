@@ -17,7 +17,7 @@ baseline.
 
 Reads   {"conversations": [turns, the user's last], "answer": "..."} a line (--data_path, default dataset/grpo.jsonl),
         out/full_sft_{hidden_size}{_moe}.pth (--base_weight)
-Writes  out/grpo_{hidden_size}{_moe}.pth and a .json beside it, out/resume/, out/logs/
+Writes  out/grpo_{hidden_size}{_moe}.pth and a .json next to it, out/resume/, out/logs/
 
     python train_grpo.py --data_path FILE.jsonl --reward number format=0.2
     torchrun --nproc_per_node 8 train_grpo.py --data_path FILE.jsonl --reward number

@@ -8,7 +8,7 @@ step. aux is the load-balancing loss of a mixture of experts, as in train_pretra
 
 Reads   {"conversations": [{"role": ..., "content": ...}, ...]} a line (--data_path, default
         dataset/lora_medical.jsonl), out/full_sft_{hidden_size}{_moe}.pth (--base_weight)
-Writes  out/lora/{lora_name}_{hidden_size}{_moe}.pth and a .json beside it, out/resume/, out/logs/
+Writes  out/lora/{lora_name}_{hidden_size}{_moe}.pth and a .json next to it, out/resume/, out/logs/
 
     python train_lora.py --lora_name lora_medical
     torchrun --nproc_per_node 8 train_lora.py --lora_name lora_medical
@@ -78,7 +78,7 @@ def parse(argv: list[str] | None):
 
 
 def lora_loss(token_losses: torch.Tensor, aux_loss: torch.Tensor, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """This micro-batch's share of the optimizer step's cross-entropy per answer token and of its balance loss, in nats.
+    """Return this micro-batch's share of the step's cross-entropy per answer token and of its balance loss, in nats.
 
     token_losses (rows, seq), 0 outside the answers; aux_loss, the mean over the micro-batch's conversations.
     """

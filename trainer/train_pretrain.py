@@ -6,7 +6,7 @@ CE is the cross-entropy of the next token in nats, summed over the whole optimiz
 of a mixture of experts (arXiv:2401.06066, eq. 12), a mean over the step's documents, and 0 for a dense model.
 
 Reads   {"text": ...} a line (--data_path, default dataset/pretrain_hq.jsonl)
-Writes  out/pretrain_{hidden_size}{_moe}.pth and a .json beside it, out/resume/, out/logs/
+Writes  out/pretrain_{hidden_size}{_moe}.pth and a .json next to it, out/resume/, out/logs/
 
     python train_pretrain.py
     torchrun --nproc_per_node 8 train_pretrain.py
@@ -49,7 +49,7 @@ def parse(argv: list[str] | None):
 
 
 def pretrain_loss(token_losses: torch.Tensor, aux_loss: torch.Tensor, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """This micro-batch's share of the optimizer step's cross-entropy per target token and of its balance loss, in nats.
+    """Return this micro-batch's share of the step's cross-entropy per target token and of its balance loss, in nats.
 
     token_losses (rows, seq), 0 where nothing is predicted; aux_loss, the mean over the micro-batch's documents.
     """

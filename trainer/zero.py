@@ -22,13 +22,13 @@ from torch import nn
 from model.model_minimind import MoEFeedForward
 
 BUCKET = 20_000_000  # numbers that travel together
-# what our own flags say already; "auto" stands for them in files written for other trainers
+# what our own flags say already; files written for other trainers say "auto" there
 OURS = ("optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
         "gradient_clipping")  # fmt: skip
 
 
 def zero_mistakes(args: argparse.Namespace) -> list[str]:
-    """What is wrong with --zero_stage and --deepspeed_config, or with this machine for them."""
+    """Return what is wrong with --zero_stage and --deepspeed_config, or with this machine for them."""
     if not args.zero_stage:
         return ["--deepspeed_config: needs --zero_stage 1, 2 or 3"] if args.deepspeed_config else []
     mistakes = []
@@ -49,7 +49,7 @@ def zero_mistakes(args: argparse.Namespace) -> list[str]:
 
 
 def _expert_settings(args: argparse.Namespace) -> dict:
-    """The content of --deepspeed_config, without values that are "auto". Raises ValueError."""
+    """Return the content of --deepspeed_config without values that are "auto". Raises ValueError if it is unusable."""
     path = args.deepspeed_config
     if path is None:
         return {}
@@ -78,7 +78,7 @@ def _without_auto(content: dict) -> dict:
 
 
 def zero_settings(args: argparse.Namespace, dtype: torch.dtype, cuda: bool) -> dict:
-    """DeepSpeed's configuration: what the flags say, and over it the file of --deepspeed_config.
+    """Return DeepSpeed's configuration: what the flags say, overridden by --deepspeed_config.
 
     bfloat16 goes through autocast, as in runs without DeepSpeed: weights, norms and accumulated gradients stay in
     float32, so the same run gives the same numbers. (DeepSpeed's own bf16 mode rounds all three; a file can ask for
@@ -121,21 +121,21 @@ def _merged(settings: dict, over: dict) -> dict:
 def start_engine(
     model: nn.Module, optimizer: torch.optim.Optimizer, args: argparse.Namespace, dtype: torch.dtype, device_type: str
 ):
-    """The DeepSpeed engine around a model that holds its first weights; the process group must be there."""
+    """Wrap a model that holds its first weights in a DeepSpeed engine. The process group must exist."""
     if device_type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would look for GPUs and warn that it finds none
-    os.environ.setdefault("LOCAL_RANK", "0")  # it insists on a launcher, also for one process
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for GPUs and warns that there are none
+    os.environ.setdefault("LOCAL_RANK", "0")  # it insists on a launcher even for one process
     import deepspeed
     from deepspeed.utils import logger
 
-    # what torch says at every call of collectives that DeepSpeed still uses under their old names
+    # torch warns at each call of a collective that DeepSpeed still uses under its old name
     warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)
     logger.setLevel(logging.WARNING)
     # shared-memory collectives, for inference on CPUs: training does not use them, and building them takes minutes
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if args.zero_stage == 3:
         if any(isinstance(module, MoEFeedForward) for module in model.modules()):
-            # which experts get tokens differs between processes: their weights are fetched all together
+            # which experts get tokens differs between processes, so their weights are fetched together
             deepspeed.utils.set_z3_leaf_modules(model, [MoEFeedForward])
         # forward hands this weight to `head` without calling the layer that owns it
         deepspeed.zero.register_external_parameter(model, model.lm_head.weight)
@@ -146,10 +146,10 @@ def start_engine(
 
 @contextlib.contextmanager
 def gathered(engine: nn.Module) -> Iterator[None]:
-    """Inside it every process holds all weights of the engine's module, which works alone then, to be read or asked.
+    """Inside, every process holds all weights of the engine's module, which then works alone: to save it or ask it.
 
-    Under stage 3 all processes enter together. Its hooks, which fetch and drop the weights around every layer with the
-    help of all processes, are off inside.
+    Under stage 3 all processes enter together. The hooks that fetch and drop weights around every layer need all
+    processes, so they are off inside.
     """
     if engine.zero_optimization_stage() != 3:
         yield
@@ -169,9 +169,9 @@ def gathered(engine: nn.Module) -> Iterator[None]:
 
 
 def save_shards(engine: nn.Module, folder: Path) -> None:
-    """Every process writes its part of weights and optimizer state into a new folder and flushes it to disk.
+    """Write this process's part of weights and optimizer state to a new folder and flush it to disk.
 
-    Nothing refers to it yet: the caller switches to it when all processes are through.
+    Nothing refers to the folder until the resume state names it, after all processes have written theirs.
     """
     engine.save_checkpoint(str(folder), tag="zero", save_latest=False, exclude_frozen_parameters=True)
     for path in (folder / "zero").iterdir():
@@ -180,9 +180,9 @@ def save_shards(engine: nn.Module, folder: Path) -> None:
 
 
 def load_shards(engine: nn.Module, folder: Path) -> None:
-    """Raises ValueError when the shards are not there or not whole."""
+    """Load what save_shards wrote. Raises ValueError if the shards are missing or damaged."""
     try:
         engine.load_checkpoint(str(folder), tag="zero", load_module_strict=False)
     except Exception as error:  # torch and DeepSpeed raise many kinds here
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{folder} cannot be read ({reason}); leave --resume out to start anew") from error
+        raise ValueError(f"{folder} cannot be read ({reason}); --overwrite starts again") from error
