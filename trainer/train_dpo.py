@@ -1,4 +1,4 @@
-"""Direct preference optimisation (DPO, arXiv:2305.18290): answers that people chose become more likely than rejected ones.
+"""Direct preference optimisation (DPO, arXiv:2305.18290): chosen answers become more likely than rejected ones.
 
     loss = -log sigmoid(beta * ((logpi_c - logpi_r) - (logref_c - logref_r))) + aux     (dpo_loss below)
 
