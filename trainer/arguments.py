@@ -144,11 +144,12 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
     add("--wandb_project", default="MiniMind", help="project there")
     add("--rank_timeout", type=float, default=600, help="seconds to wait for a process that hangs, before giving up")
     add_boolean(group, "--ddp", None, "accepted because old commands pass it; torchrun alone decides")
-    add("--local_rank", "--local-rank", type=int, default=-1, help="accepted because launchers pass it; not used")
+    add("--local_rank", "--local-rank", type=int, default=-1, help="what a launcher passes; LOCAL_RANK decides")
 
     unknown = defaults.keys() - {action.dest for action in parser._actions}
     assert not unknown, f"defaults for flags that do not exist: {unknown}"
     parser.set_defaults(**defaults)
+    show_defaults(parser)
     return parser
 
 

@@ -91,7 +91,7 @@ def claim(weights: Path, args: argparse.Namespace, process: Process) -> Path:
     if process.is_main:
         try:
             state.parent.mkdir(parents=True, exist_ok=True)
-            process.locks.append(FileLock(state.with_name(f".{state.stem}.lock")))
+            process.locks.append(FileLock(state.with_name(f".{state.stem}.lock"), is_singleton=True))
             process.locks[-1].acquire(LOCK_SECONDS)
         except Timeout:
             mistake = f"another process is training {weights} right now: wait for it, or choose another --out_dir"
