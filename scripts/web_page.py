@@ -249,7 +249,7 @@ def sidebar(flags: argparse.Namespace, chats: Chats) -> tuple[LocalModel | ApiMo
     with st.container(horizontal=True, vertical_alignment="center", key="head"):
         st.markdown("### MiniMind")
         new = ":material/edit_square:"
-        st.button("", icon=new, on_click=open_chat, args=(chats, None), help=words("new"), type="tertiary", key="new")
+        st.button(words("new"), icon=new, on_click=open_chat, args=(chats, None), type="tertiary", key="new")
     labels = {"local": words("local"), "api": words("api")}
     source = st.segmented_control(
         words("source"), labels, format_func=labels.get, default="local", required=True,

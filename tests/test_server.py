@@ -1534,7 +1534,7 @@ def program(*arguments, **options):
 
 
 def test_told_to_stop_it_finishes_its_answers_first(out_dir, tmp_path):
-    with program(out_dir, cwd=tmp_path) as (process, client):
+    with program(out_dir, "--shutdown_timeout", "600", cwd=tmp_path) as (process, client):
         options = {"model": "minimind", "messages": QUESTION, "temperature": 0, "stream": True}
         stream = client.chat.completions.create(max_tokens=1500, **options)
         next(stream)

@@ -262,7 +262,6 @@ def test_stopping_in_the_page_drops_the_connection_to_a_server(visit, server):
     page.get_by_text("First, the sky.").wait_for()
 
 
-@pytest.mark.xfail(run=False, reason="known fault: Stop in a reloaded page does not always end the answer")
 def test_a_reload_keeps_the_chat_and_an_answer_in_the_making(visit, server, desktop):
     page = visit()
     use_api(page, server, "says")
