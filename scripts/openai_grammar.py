@@ -1,6 +1,6 @@
 """Structured output: response_format and enforced tool calls as grammars that an answer has to follow.
 
-llguidance, an optional package, turns a JSON schema into the set of tokens that may come next.
+llguidance turns a JSON schema into the set of tokens that may come next.
 """
 
 import functools

@@ -9,8 +9,8 @@
 POST /v1/chat/completions, /v1/completions · GET /v1/models, /health, /metrics
 
 Other weights in --out_dir and other folders are served by their names (full_sft_768), adapters as "minimind:NAME";
-each is loaded when first asked for. Only programs on this machine can reach it unless --host says otherwise. With the
-llguidance package, response_format and tool_choice hold the answer to a schema.
+each is loaded when first asked for. Only programs on this machine can reach it unless --host says otherwise.
+response_format and tool_choice hold the answer to a JSON schema.
 """
 
 import argparse

@@ -1062,7 +1062,6 @@ def json_schema(schema: dict) -> dict:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_follows_its_schema(server, stream):
-    pytest.importorskip("llguidance")
     options = {"response_format": json_schema(PERSON), "max_tokens": 200, "temperature": 1.5, "n": 3, "seed": 1}
     if stream:
         texts = ["", "", ""]
@@ -1080,7 +1079,6 @@ def test_an_answer_follows_its_schema(server, stream):
 
 
 def test_any_object_is_a_json_object(server):
-    pytest.importorskip("llguidance")
     schema = {"type": "object", "maxProperties": 0}
     for response_format in (json_schema(schema), {"type": "json_object"}):
         done = chat(server, response_format=response_format, max_tokens=300, seed=3, temperature=0.5)
@@ -1095,7 +1093,6 @@ def test_any_object_is_a_json_object(server):
 @pytest.mark.parametrize("tool_choice", ["required", {"type": "function", "function": {"name": "switch"}}])
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_tool_call_is_enforced(server, tool_choice, stream):
-    pytest.importorskip("llguidance")
     tools = [function("weather", PERSON), function("switch", FLAG)]
     options = {"tools": tools, "tool_choice": tool_choice, "max_tokens": 200, "temperature": 1, "seed": 4}
     if stream:
@@ -1112,7 +1109,6 @@ def test_a_tool_call_is_enforced(server, tool_choice, stream):
 
 
 def test_a_strict_tool_may_be_called_only_as_its_schema_says(server):
-    pytest.importorskip("llguidance")
     messages = [{"role": "user", "content": "x"}]
     body = parse(ChatRequest, json.dumps(
         {"model": "m", "messages": messages, "tools": [function("switch", FLAG, strict=True)]}
@@ -1134,7 +1130,6 @@ def test_a_strict_tool_may_be_called_only_as_its_schema_says(server):
 
 
 def test_answers_with_and_without_a_schema_are_made_together(server):
-    pytest.importorskip("llguidance")
     alone = chat(server, max_tokens=20, temperature=0).choices[0].message.content
     found = {}
 
@@ -1156,7 +1151,6 @@ def test_answers_with_and_without_a_schema_are_made_together(server):
      {"anyOf": []}, {"type": "integer", "minimum": 5, "maximum": 1}, {"properties": {"a": {"not": {}}}}],
 )  # fmt: skip
 def test_schemas_that_cannot_be_followed_are_refused(server, schema):
-    pytest.importorskip("llguidance")
     for change in (
         {"response_format": json_schema(schema)},
         {"tools": [function("f", schema)], "tool_choice": "required"},
@@ -1167,7 +1161,6 @@ def test_schemas_that_cannot_be_followed_are_refused(server, schema):
 
 
 def test_schemas_that_grow_without_end_are_refused_or_followed(server):
-    pytest.importorskip("llguidance")
     deep = {"type": "string"}
     for _ in range(60):
         deep = {"type": "object", "properties": {"a": deep}, "required": ["a"]}
