@@ -67,12 +67,13 @@ def test_offline_run_holds_what_the_log_file_holds(launcher, tmp_path, texts):
     assert config["learning_rate"] == 2e-3 and config["data_path"] == str(texts)
     rows = {row["_step"]: row for row in history}
     for record in read_log(tmp_path):
-        for name in ("loss", "lr", "grad_norm", "tokens_per_second", "mfu", "padding"):
-            assert rows[record["step"]][name] == record[name], name
+        for name in ("train/loss", "train/lr", "train/grad_norm", "perf/tokens_per_second", "perf/mfu", "perf/padding"):
+            assert rows[record["step"]][name] == record[name.split("/")[1]], name
+        assert {name.split("/")[0] for name in rows[record["step"]] if name[0] != "_"} <= {"train", "perf", "valid"}
     evaluations = read_log(tmp_path, event="evaluation")
     assert [record["step"] for record in evaluations] == [2, 4]
     for record in evaluations:
-        assert rows[record["step"]]["valid/valid_loss"] == record["valid_loss"]
+        assert rows[record["step"]]["valid/loss"] == record["valid_loss"]
         assert rows[record["step"]]["valid/sample"] == record["sample"] and "the old king" in record["sample"]
     assert summary["weights"] == str(tmp_path / "pretrain_32.pth") and summary["steps"] == 4
 

@@ -29,7 +29,7 @@ from trainer.cost import (
 )
 from trainer.estimate import compared
 from trainer.loader import PackedData, plural
-from trainer.tracking import JsonLines, Tracker
+from trainer.tracking import JsonLines, Tracker, grouped
 from trainer.training import Training
 
 
@@ -191,9 +191,7 @@ class Logger:
         if trouble := self.file.write({"time": time.time(), **content}):
             self.say(trouble)
         if self.tracker and content["event"] in ("step", "evaluation"):
-            prefix = "valid/" if content["event"] == "evaluation" else ""
-            values = {prefix + k: v for k, v in content.items() if k not in ("event", "step") and v != ""}
-            self.tracker.log(values, content["step"])
+            self.tracker.log(grouped(content), content["step"])
 
     def close(self, weights: Path, progress: Progress, next_command: str) -> None:
         """Say what the run left behind and what comes next."""

@@ -14,6 +14,19 @@ import threading
 from pathlib import Path
 
 FINISH_SECONDS = 60  # how long the end of a run may wait for uploads
+# numbers of speed and memory, shown apart from those of learning
+PERFORMANCE = {
+    "tokens_per_second", "mfu", "padding", "waiting", "seconds", "seconds_per_step", "processor_seconds",
+    "peak_memory_bytes",
+}  # fmt: skip
+
+
+def grouped(record: dict) -> dict:
+    """Return the numbers of a step or an evaluation under the names that charts are grouped by: train/loss, valid/loss."""
+    content = {k: v for k, v in record.items() if k not in ("event", "step", "time") and v != ""}
+    if record["event"] == "evaluation":
+        return {f"valid/{name.removeprefix('valid_')}": value for name, value in content.items()}
+    return {f"{'perf' if name in PERFORMANCE else 'train'}/{name}": value for name, value in content.items()}
 
 
 def tracking_mistakes(args: argparse.Namespace) -> list[str]:
