@@ -22,7 +22,7 @@ PERFORMANCE = {
 
 
 def grouped(record: dict) -> dict:
-    """Return the numbers of a step or an evaluation under the names that charts are grouped by: train/loss, valid/loss."""
+    """Return the numbers of a step or an evaluation under names that group in charts, such as train/loss."""
     content = {k: v for k, v in record.items() if k not in ("event", "step", "time") and v != ""}
     if record["event"] == "evaluation":
         return {f"valid/{name.removeprefix('valid_')}": value for name, value in content.items()}
