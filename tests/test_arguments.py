@@ -54,6 +54,7 @@ def test_all_mistakes_are_told_at_once():
         "epochs": 0,
         "learning_rate": -1.0,
         "min_lr_ratio": 1.5,
+        "decay_ratio": -0.5,
         "warmup_iters": -2,
         "beta2": 1.0,
         "grad_clip": -1.0,

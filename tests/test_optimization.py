@@ -25,20 +25,36 @@ from trainer.optimization import (
 CPU = torch.device("cpu")
 
 
+def schedule(peak_lr: float, warmup: int, **changes) -> SimpleNamespace:
+    flags = {"lr_schedule": "cosine", "min_lr_ratio": 0.1, "decay_ratio": 0.2}
+    return SimpleNamespace(learning_rate=peak_lr, warmup_iters=warmup, **flags | changes)
+
+
 def test_schedule_by_hand():
     """Ten steps, two of warm-up: 1/2, 1, then a cosine over the other eight from 1 down to 0.1."""
-    rates = [learning_rate(step, 10, 4.0, warmup_steps=2, min_ratio=0.1) for step in range(10)]
+    rates = [learning_rate(step, 10, schedule(4.0, 2)) for step in range(10)]
     cosine = [4 * (0.1 + 0.9 * (1 + math.cos(math.pi * i / 7)) / 2) for i in range(8)]
     assert rates == pytest.approx([2.0, 4.0, *cosine], rel=1e-12)
     assert rates[2] == 4.0 and rates[-1] == pytest.approx(0.4, rel=1e-12)
 
 
+def test_wsd_by_hand():
+    """Ten steps, two of warm-up, four at the peak, and the last four fall to a tenth along 1 - sqrt."""
+    rates = [learning_rate(step, 10, schedule(4.0, 2, lr_schedule="wsd", decay_ratio=0.4)) for step in range(10)]
+    falling = [4 * (0.1 + 0.9 * (1 - math.sqrt(i / 3))) for i in range(4)]
+    assert rates == pytest.approx([2.0, *[4.0] * 5, *falling], rel=1e-12)
+    constant = [learning_rate(step, 10, schedule(4.0, 2, lr_schedule="wsd", decay_ratio=0.0)) for step in range(10)]
+    assert constant == [2.0, *[4.0] * 9]
+
+
+@pytest.mark.parametrize("lr_schedule", ["cosine", "wsd"])
 @pytest.mark.parametrize("total, warmup", [(1, 0), (2, 0), (7, 0), (7, 3), (7, 6), (3, 10), (100, 1)])
-def test_schedule_never_exceeds_the_peak(total, warmup):
-    rates = [learning_rate(step, total, 5e-4, warmup) for step in range(total)]
+def test_schedule_never_exceeds_the_peak(total, warmup, lr_schedule):
+    flags = schedule(5e-4, warmup, lr_schedule=lr_schedule, decay_ratio=0.3)
+    rates = [learning_rate(step, total, flags) for step in range(total)]
     assert max(rates) <= 5e-4 and min(rates) > 0
     assert rates[0] == (5e-4 / warmup if warmup else 5e-4)
-    if total > warmup + 1:
+    if total > warmup + 1 and (lr_schedule == "cosine" or round(0.3 * total) > 1):
         assert rates[-1] == pytest.approx(5e-5, rel=1e-9)
 
 

@@ -533,6 +533,28 @@ def test_sft_starts_from_any_weight_file(train, tmp_path, chats, pretrained):
     assert_identical(torch.load(tmp_path / "full_sft_32.pth"), torch.load(moved))
 
 
+def test_sft_may_start_from_nothing_and_pretraining_from_anything(train, tmp_path, texts, chats):
+    sft, base = tmp_path / "full_sft_32.pth", tmp_path / "base.pth"
+    train("train_full_sft", tiny_flags(tmp_path, chats, base_weight="none", learning_rate=1e-12))
+    train("train_pretrain", tiny_flags(tmp_path, texts, learning_rate=1e-12))
+    assert_identical(torch.load(sft), torch.load(tmp_path / "pretrain_32.pth"))  # the same seed, the same first weights
+    save_weights(base, sharp_model(False), read_sidecar(sft))
+    for name in (base, "full_sft"):
+        flags = tiny_flags(tmp_path, texts, learning_rate=1e-12, base_weight=name, lr_schedule="wsd")
+        train("train_pretrain", flags)
+        said = base if name == base else sft
+        assert_identical(torch.load(tmp_path / "pretrain_32.pth"), torch.load(said))
+    with pytest.raises(ValueError, match="neither a .pth file nor a stage"):
+        train("train_pretrain", tiny_flags(tmp_path, texts, base_weight="nowhere"))
+
+
+def test_wsd_holds_the_rate_and_falls_at_the_end(train, tmp_path, texts):
+    flags = {"lr_schedule": "wsd", "decay_ratio": 0.5, "warmup_iters": 0, "log_interval": 1, "max_steps": 6}
+    train("train_pretrain", tiny_flags(tmp_path, texts, **flags))
+    rates = [record["lr"] for record in read_log(tmp_path, "pretrain_32")]
+    assert rates[:4] == [rates[0]] * 4 and rates[3] > rates[4] > rates[5] == pytest.approx(rates[0] / 10)
+
+
 def test_missing_pretrained_weights(train, tmp_path, chats, pretrained):
     with pytest.raises(ValueError) as caught:
         train("train_full_sft", tiny_flags(tmp_path, chats, hidden_size=64))
@@ -576,7 +598,7 @@ def odd_weights(path, tokenizer, use_moe: bool = True):
     return fields
 
 
-@each_stage(FULL_SFT, DPO, without=(PRETRAIN,))
+@each_stage(FULL_SFT, DPO, PRETRAIN)
 def test_what_the_base_is_goes_on_into_what_is_trained(train, tmp_path, inputs, tokenizer, stage):
     fields = odd_weights(tmp_path / "base.pth", tokenizer)
     flags = inputs(stage, use_moe=True) | {"base_weight": tmp_path / "base.pth", "max_steps": 1}

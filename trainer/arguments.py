@@ -15,7 +15,7 @@ import torch
 from dataset.token_cache import MAX_RECORD_BYTES
 from model.flags import add_boolean, show_defaults, utf8, utf8_path
 from model.model_minimind import PRESETS, MiniMindConfig
-from model.weights import STAGES, WeightsError, config_of_file, read_sidecar, read_state_dict
+from model.weights import STAGES, WeightsError, config_of_file, find_weights, read_sidecar, read_state_dict
 from trainer.distributed import lost_process
 from trainer.estimate import run_or_estimate
 from trainer.tracking import tracking_mistakes
@@ -57,7 +57,7 @@ RANGES = {
     ),
     ("learning_rate", "rank_timeout"): (lambda value: 0 < value < math.inf, "a number above 0"),
     ("embedding_lr_scale",): (lambda value: 0 <= value < math.inf, "0 or more"),
-    ("min_lr_ratio",): (lambda value: 0 <= value <= 1, "between 0 and 1"),
+    ("min_lr_ratio", "decay_ratio"): (lambda value: 0 <= value <= 1, "between 0 and 1"),
     ("beta1", "beta2"): (lambda value: 0 <= value < 1, "at least 0 and below 1"),
 }
 
@@ -108,7 +108,10 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
     add("--accumulation_steps", type=int, default=1, help="micro-batches per optimizer step")
     add("--learning_rate", type=float, help="peak learning rate (default: %(default)s)")
     add("--embedding_lr_scale", type=float, default=1.0, help="the embedding, which is also the head, learns faster")
-    add("--min_lr_ratio", type=float, default=0.1, help="the cosine ends at this share of the peak")
+    add("--min_lr_ratio", type=float, default=0.1, help="the schedule ends at this share of the peak")
+    schedule = "how the rate falls: along a cosine, or wsd: stays at the peak, falls in the last --decay_ratio of steps"
+    add("--lr_schedule", choices=("cosine", "wsd"), default="cosine", help=schedule)
+    add("--decay_ratio", type=float, default=0.2, help="share of the steps in which wsd falls, 0: it never does")
     add("--warmup_iters", type=int, default=0, help="optimizer steps of linear warm-up (default: %(default)s)")
     own = f"(default: {next(iter(defaults['learning_rate']))})"
     add(
@@ -175,7 +178,7 @@ def parse_arguments(
     for flags, (ok, wanted) in [*RANGES.items(), *(((flag,), check) for flag, check in checks.items())]:
         values = {flag: getattr(args, flag) for flag in flags}
         mistakes += [f"--{k} {v}: must be {wanted}" for k, v in values.items() if v is not None and not ok(v)]
-    sizes_are_given = not hasattr(args, "base_weight")  # else the weights say what the rest is
+    sizes_are_given = getattr(args, "base_weight", "none") == "none"  # else the weights say what the rest is
     if sizes_are_given and all(getattr(args, flag) >= 1 for flag in SIZES):
         try:
             model_config(args, chosen.vocab_size)
@@ -195,6 +198,13 @@ def parse_arguments(
         raise ValueError("; ".join(mistakes))
     args.cache_dir = args.cache_dir or args.out_dir / "token_cache"
     return args
+
+
+def find_base(args: argparse.Namespace) -> Path | None:
+    """Return the weight file that --base_weight names; None if that is "none", which means random weights."""
+    if args.base_weight == "none":
+        return None
+    return find_weights(args.base_weight, args.out_dir, args.hidden_size, args.use_moe)
 
 
 def model_config(args: argparse.Namespace, vocab_size: int, base: Path | None = None) -> MiniMindConfig:

@@ -13,17 +13,22 @@ from model.device import usable_dtype
 from trainer.muon import GroupedMuon
 
 
-def learning_rate(step: int, total_steps: int, peak_lr: float, warmup_steps: int = 0, min_ratio: float = 0.1) -> float:
-    """Return the rate of a step: linear warm-up to the peak, then a cosine down to min_ratio · peak.
+def learning_rate(step: int, total_steps: int, args: argparse.Namespace) -> float:
+    """Return the rate of a step: linear warm-up to --learning_rate, the peak, then down to --min_lr_ratio of it.
 
-    (arXiv:1608.03983, eq. 5, one period.) step counts optimizer steps from 0; the last is total_steps - 1. The rate is
-    never above the peak.
+    --lr_schedule cosine: all the way along a cosine (arXiv:1608.03983, eq. 5, one period). wsd: stay at the peak and
+    fall in the last --decay_ratio of all steps only, along 1 - sqrt (arXiv:2405.18392, eq. 2). step counts optimizer
+    steps from 0; the last is total_steps - 1. The rate is never above the peak.
     """
-    if step < warmup_steps:
-        return peak_lr * (step + 1) / warmup_steps
-    decay_steps = max(total_steps - warmup_steps - 1, 1)
-    progress = min((step - warmup_steps) / decay_steps, 1.0)
-    return peak_lr * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+    if step < args.warmup_iters:
+        return args.learning_rate * (step + 1) / args.warmup_iters
+    cosine = args.lr_schedule == "cosine"
+    stable = (
+        args.warmup_iters if cosine else max(args.warmup_iters, total_steps - round(args.decay_ratio * total_steps))
+    )
+    progress = min(max(step - stable, 0) / max(total_steps - stable - 1, 1), 1.0)
+    height = 0.5 * (1 + math.cos(math.pi * progress)) if cosine else 1 - math.sqrt(progress)
+    return args.learning_rate * (args.min_lr_ratio + (1 - args.min_lr_ratio) * height)
 
 
 class OptimizerPair:

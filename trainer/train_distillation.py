@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
                 sums += torch.cat((losses, aux_loss.view(1))).detach()
             loss, cross_entropy, divergence, aux_loss = sum_over_ranks(sums.tolist(), process)
             check_finite(loss + aux_loss, step)
-            lr = learning_rate(step, data.total_steps, args.learning_rate, args.warmup_iters, args.min_lr_ratio)
+            lr = learning_rate(step, data.total_steps, args)
             grad_norm = training.step(lr)
             # ----------------------------
             counts = progress.advance(batch, data.total_steps)

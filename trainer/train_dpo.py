@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
                 sums += torch.cat((shown / batch["step_pairs"], aux_loss.detach().view(1)))
             loss, *shown, aux_loss = sum_over_ranks(sums.tolist(), process)
             check_finite(loss + aux_loss, step)
-            lr = learning_rate(step, data.total_steps, args.learning_rate, args.warmup_iters, args.min_lr_ratio)
+            lr = learning_rate(step, data.total_steps, args)
             grad_norm = training.step(lr)
             # ----------------------------
             counts = progress.advance(batch, data.total_steps)

@@ -27,8 +27,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.tokenization import ChatTokenizer
 from model.model_minimind import MiniMindForCausalLM
-from model.weights import find_weights, load_weights
-from trainer.arguments import chat_command, from_root, model_config, parse_arguments, run_script, stage_parser
+from model.weights import load_weights
+from trainer.arguments import (
+    chat_command,
+    find_base,
+    from_root,
+    model_config,
+    parse_arguments,
+    run_script,
+    stage_parser,
+)
 from trainer.checkpoint import Checkpoint, output_path
 from trainer.distributed import start_process, stop_on_signal, stop_process, sum_over_ranks
 from trainer.evaluation import Evaluator
@@ -50,7 +58,7 @@ def parse(argv: list[str] | None):
         max_seq_len=512,
     )
     parser.add_argument(
-        "--base_weight", default="pretrain", help="stage or .pth file to start from (default: %(default)s)"
+        "--base_weight", default="pretrain", help="stage or .pth file to start from, none: random weights"
     )
     return parse_arguments(parser, argv)
 
@@ -67,17 +75,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     process = start_process(args)
     tokenizer = ChatTokenizer(args.tokenizer_path)
-    base = find_weights(args.base_weight, args.out_dir, args.hidden_size, args.use_moe)
+    base = find_base(args)
     config = model_config(args, tokenizer.vocab_size, base)
     weights = output_path("full_sft", config, args, process)
 
     data = PackedData(args, "conversation", tokenizer, process)
     evaluator = Evaluator(args, "conversation", tokenizer, process)
     model = MiniMindForCausalLM(config).to(process.device)
-    load_weights(model, base, tokenizer.sha256)
+    if base:
+        load_weights(model, base, tokenizer.sha256)
     training = start_training(model, args, process)
     checkpoint = Checkpoint(weights, "full_sft", args, process, tokenizer, data)
-    progress = checkpoint.restore(training, fresh=f"starting from {base}")
+    progress = checkpoint.restore(training, fresh=f"starting from {base or 'random weights'}")
     logger = Logger(checkpoint.name, args, training, data, progress)
     metrics = {}
 
@@ -95,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
                 losses += torch.stack((cross_entropy, aux_loss)).detach()
             cross_entropy, aux_loss = sum_over_ranks(losses.tolist(), process)
             check_finite(cross_entropy + aux_loss, step)
-            lr = learning_rate(step, data.total_steps, args.learning_rate, args.warmup_iters, args.min_lr_ratio)
+            lr = learning_rate(step, data.total_steps, args)
             grad_norm = training.step(lr)
             # ----------------------------
             counts = progress.advance(batch, data.total_steps)

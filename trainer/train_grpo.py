@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
         for step in range(progress.step, sampler.total_steps):
             rollouts = sampler.sample_step(training, step)
             micro_batches, counts, metrics = sampler.micro_batches(rollouts, advantages, token_weight)
-            lr = learning_rate(step, sampler.total_steps, args.learning_rate, args.warmup_iters, args.min_lr_ratio)
+            lr = learning_rate(step, sampler.total_steps, args)
             means, grad_norm = [0.0] * len(METRICS), 0.0  # if no group teaches anything
             for _ in range(args.updates if micro_batches else 0):
                 # ---- one optimizer step ----

@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
                 losses += torch.stack((cross_entropy, aux_loss)).detach()
             cross_entropy, aux_loss = sum_over_ranks(losses.tolist(), process)
             check_finite(cross_entropy + aux_loss, step)
-            lr = learning_rate(step, data.total_steps, args.learning_rate, args.warmup_iters, args.min_lr_ratio)
+            lr = learning_rate(step, data.total_steps, args)
             grad_norm = training.step(lr)
             # ----------------------------
             counts = progress.advance(batch, data.total_steps)

@@ -1,11 +1,12 @@
-"""Pretraining: next-token prediction on plain text, from random weights.
+"""Pretraining: next-token prediction on plain text, from random weights or, to go on, from those of any stage.
 
     loss = sum(CE) / number of target tokens + aux        (pretrain_loss below)
 
 CE is the cross-entropy of the next token in nats, summed over the whole optimizer step; aux is the load-balancing loss
 of a mixture of experts (arXiv:2401.06066, eq. 12), a mean over the step's documents, and 0 for a dense model.
 
-Reads   {"text": ...} a line (--data_path, default dataset/pretrain_hq.jsonl)
+Reads   {"text": ...} a line (--data_path, default dataset/pretrain_hq.jsonl);
+        with --base_weight a stage's weights or any .pth
 Writes  out/pretrain_{hidden_size}{_moe}.pth and a .json next to it, out/resume/, out/logs/
 
     python train_pretrain.py
@@ -22,7 +23,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.tokenization import ChatTokenizer
 from model.model_minimind import MiniMindForCausalLM
-from trainer.arguments import chat_command, from_root, model_config, parse_arguments, run_script, stage_parser
+from model.weights import load_weights
+from trainer.arguments import (
+    chat_command,
+    find_base,
+    from_root,
+    model_config,
+    parse_arguments,
+    run_script,
+    stage_parser,
+)
 from trainer.checkpoint import Checkpoint, output_path
 from trainer.distributed import start_process, stop_on_signal, stop_process, sum_over_ranks
 from trainer.evaluation import Evaluator
@@ -45,6 +55,9 @@ def parse(argv: list[str] | None):
         warmup_iters={"muon": 20, "adamw": 0},
         max_seq_len=512,
     )
+    parser.add_argument(
+        "--base_weight", default="none", help="stage or .pth file to go on from (default: none, random weights)"
+    )
     return parse_arguments(parser, argv)
 
 
@@ -60,15 +73,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     process = start_process(args)
     tokenizer = ChatTokenizer(args.tokenizer_path)
-    config = model_config(args, tokenizer.vocab_size)
+    base = find_base(args)
+    config = model_config(args, tokenizer.vocab_size, base)
     weights = output_path("pretrain", config, args, process)
 
     data = PackedData(args, "pretrain", tokenizer, process)
     evaluator = Evaluator(args, "pretrain", tokenizer, process)
     model = MiniMindForCausalLM(config).to(process.device)
+    if base:
+        load_weights(model, base, tokenizer.sha256)
     training = start_training(model, args, process)
     checkpoint = Checkpoint(weights, "pretrain", args, process, tokenizer, data)
-    progress = checkpoint.restore(training)
+    progress = checkpoint.restore(training, fresh=f"starting from {base}" if base else "")
     logger = Logger(checkpoint.name, args, training, data, progress)
     metrics = {}
 
@@ -86,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
                 losses += torch.stack((cross_entropy, aux_loss)).detach()
             cross_entropy, aux_loss = sum_over_ranks(losses.tolist(), process)
             check_finite(cross_entropy + aux_loss, step)
-            lr = learning_rate(step, data.total_steps, args.learning_rate, args.warmup_iters, args.min_lr_ratio)
+            lr = learning_rate(step, data.total_steps, args)
             grad_norm = training.step(lr)
             # ----------------------------
             counts = progress.advance(batch, data.total_steps)
