@@ -189,9 +189,13 @@ class Decontaminate(Step):
     items: list = field(default_factory=list)
 
     def run(self, args) -> None:
+        self.read_evaluation(args.encoding)
+        super().run(args)
+
+    def read_evaluation(self, encoding: str) -> None:
         known = [(np.empty(0), np.empty(0, int))]
         for path in find_files(self.evaluation):
-            for number, _, row in (found for block in read_blocks(path, args.encoding) for found in rows_of(block)):
+            for number, _, row in (found for block in read_blocks(path, encoding) for found in rows_of(block)):
                 runs = [hashes for text in strings_of(row) for hashes, _ in self.runs_of(text)]
                 runs = np.concatenate([np.empty(0), *runs])
                 known.append((runs[runs != 0], np.full(np.count_nonzero(runs), len(self.items))))
@@ -205,7 +209,6 @@ class Decontaminate(Step):
                 f"no text in --evaluation is as long as --characters {self.characters} or --words {self.words}"
             )
         print(f"{len(self.items):,} evaluation rows; {short:,} are too short to be found")
-        super().run(args)
 
     def runs_of(self, text: str) -> Iterator[tuple[np.ndarray, list[str] | str]]:
         """(hashes, what they are runs of): of the characters of a Chinese text, and of the words of any."""

@@ -1,0 +1,556 @@
+"""Score weights on multiple-choice sets and on questions with a known answer, and print a table.
+
+    python scripts/evaluate.py --weight full_sft --tasks ceval arc_easy --download
+    python scripts/evaluate.py --weight pretrain full_sft full_sft+lora_medical ./MiniMind2 --tasks ceval
+    python scripts/evaluate.py --weight MODEL --base_url http://127.0.0.1:8998/v1 --tasks arc_easy
+    torchrun --nproc_per_node 2 scripts/evaluate.py --weight full_sft --tasks cmmlu
+
+A weight is a stage, a .pth file, either with +ADAPTER, or a folder in Hugging Face format; with --base_url, a name that
+an OpenAI-compatible server knows. A task is a set in --eval_dir, or the path of a file or folder; layouts are described
+in scripts/evaluation_sets.py.
+
+Each question with options is asked in two ways. "letters": the options are listed, and the letter with the highest
+probability is the answer. Otherwise the text of each option is scored after the question, by the sum of its
+log-probs, or their mean over its tokens or UTF-8 bytes. Questions without options are answered in words.
+
+Writes OUT_DIR/scores/{weights}.json, and the table as .md next to it:
+
+    weights, source, format ("chat" or "plain"), shots, permutations, date, seconds (null if resumed), versions
+    stage, parameters, trained_tokens, tokenizer_sha256                            null if unknown
+    tasks: {name: {
+        questions, chance, mean_shots, cut (questions that lost their beginning),
+        letters, sum, per_token, per_byte: {
+            accuracy, stderr, macro (mean over subjects),
+            calibrated (accuracy of score minus the score without the question), without_question (of the latter alone)}
+        letters also has:
+            picked: {letter: share of answers}, explained (share of the right answers that a model would have with these
+            shares but no look at the question), permuted (accuracy with the options in other orders), same_option
+            (share of questions answered with the same option in every order)
+        subjects: {name: {questions, chance, letters, sum, per_token, per_byte: {accuracy, stderr}}}}}
+    tasks without options: questions, samples, pass@1, stderr, majority, subjects: {name: the same but samples}
+All shares are between 0 and 1.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import openai
+import torch
+import torch.distributed as dist
+import transformers
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from dataset.answers import answer_part, choice_matches, exact_matches, number, number_matches
+from dataset.progress import ProgressBar
+from dataset.tokenization import ChatTokenizer
+from model.flags import BOOL, at_least, show_defaults
+from model.generation import SamplingParams, generate_batch
+from model.loading import CONTEXT, READY_FLAGS, add_flags, load_ready, ready_flags, tokenizer_folder
+from model.weights import find_weights, write_atomically, write_json
+from scripts.evaluation_sets import LETTERS, PUBLIC, Question, QuestionSet, download, read_set
+from scripts.log_likelihoods import log_likelihoods, log_likelihoods_of_server
+from scripts.openai_client import explain, new_client
+from scripts.prepare_overlap import Decontaminate
+from scripts.prepare_pipeline import all_blocks, filter_block, in_order
+from scripts.terminal import set_up_streams
+
+UNIT = 64  # questions that are scored together, and lost together when a run is killed
+TEXT_WAYS = ("sum", "per_token", "per_byte")
+WAYS = ("letters", *TEXT_WAYS)
+MATCHES = {"number": number_matches, "exact": exact_matches, "choice": choice_matches}
+HAN = re.compile(r"[\u4e00-\u9fff]")
+ONLY_LETTER = ("\nAnswer with the letter alone.", "\n只回答选项的字母。")
+
+
+class Candidate(NamedTuple):
+    """What is scored. score: (context ids, option ids) pairs -> log-likelihoods. write: prompts -> answers as text."""
+
+    name: str
+    tokenizer: ChatTokenizer
+    context_length: int
+    chat: bool
+    facts: dict[str, Any]
+    score: Callable[[list], list[float]]
+    write: Callable[[list[list[int]]], list[str]]
+
+
+# --- what is scored --------------------------------------------------------------------------------------------------
+
+
+def load_candidate(spec: str, args: argparse.Namespace) -> tuple[Candidate, dict]:
+    """Return weights that are ready, and their sidecar."""
+    base, _, adapter = (spec, "", "") if Path(spec).exists() else spec.partition("+")
+    is_folder = Path(base).is_dir()
+    path = Path(base) if is_folder else find_weights(base, args.out_dir, args.hidden_size, args.use_moe)
+    ready = load_ready(path, ChatTokenizer, merged_lora=adapter or None, out_dir=args.out_dir, **ready_flags(args))
+    sidecar = ready.sidecar
+    facts = {
+        "source": str(path),
+        "stage": sidecar.get("stage"),
+        "parameters": sum(p.numel() for p in ready.model.parameters()),
+        "trained_tokens": sidecar.get("progress", {}).get("tokens"),
+        "tokenizer_sha256": ready.tokenizer.sha256,
+    }
+    name = (path.absolute().name if is_folder else path.stem) + (f"+{Path(adapter).stem}" if adapter else "")
+    chat = args.format == "chat" or (args.format == "auto" and not name.startswith("pretrain"))
+
+    def write(prompts: list[list[int]]) -> list[str]:
+        params = sampling(args, (ready.tokenizer.eos_id,))
+        return [ready.tokenizer.decode(ids) for ids in generate_batch(ready.model, prompts, params)]
+
+    score = partial(log_likelihoods, ready.model)
+    return Candidate(name, ready.tokenizer, ready.context_length, chat, facts, score, write), sidecar
+
+
+def sampling(args: argparse.Namespace, stop_ids: tuple[int, ...]) -> SamplingParams:
+    return SamplingParams(args.temperature, max_new_tokens=args.max_new_tokens, stop_ids=stop_ids, seed=args.seed)
+
+
+def reach_candidate(name: str, args: argparse.Namespace) -> tuple[Candidate, dict]:
+    """Return a model of the server at --base_url; its tokenizer is the one at --tokenizer_path."""
+    client = new_client(openai.OpenAI, args.base_url, api_key=args.api_key)
+    tokenizer = ChatTokenizer(tokenizer_folder(Path(name), args.tokenizer_path))
+    chat = args.format == "chat" or (args.format == "auto" and not name.startswith("pretrain"))
+
+    def write(prompts: list[list[int]]) -> list[str]:
+        options = dict(model=name, max_tokens=args.max_new_tokens, temperature=args.temperature)
+        asked = (client.completions.create(prompt=ids, seed=args.seed + n, **options) for n, ids in enumerate(prompts))
+        return [answer.choices[0].text for answer in asked]
+
+    facts = dict.fromkeys(("stage", "parameters", "trained_tokens")) | {"source": args.base_url}
+    facts["tokenizer_sha256"] = tokenizer.sha256
+    score = partial(log_likelihoods_of_server, client, name)
+    context_length = args.max_seq_len or CONTEXT
+    return Candidate(re.sub(r"[^\w.+-]", "_", name), tokenizer, context_length, chat, facts, score, write), {}
+
+
+def print_overlap(sidecar: dict, sets: list[QuestionSet]) -> None:
+    """Say how many rows of the training file that a sidecar names share text with the questions."""
+    path = Path(sidecar.get("flags", {}).get("data_path") or "")
+    if not path.is_file():
+        print(f"overlap with training data: not looked for, {path if path.name else 'its path'} is not known here")
+        return
+    finder = Decontaminate(tuple(file for each in sets for file in each.files))
+    options = argparse.Namespace(encoding="utf-8", workers=None, quiet=False)
+    finder.read_evaluation(options.encoding)
+    rows = found = 0
+    examples: list[dict] = []
+    for _, report in in_order(filter_block, finder, all_blocks([path], "overlap", options), options):
+        rows, found = rows + report.rows_in, found + report.dropped["shares text with an evaluation"]
+        examples += report.examples.get("shares text with an evaluation", [])
+    print(f"overlap with training data: {found:,} of {rows:,} rows of {path} share text with the questions")
+    for example in examples[:3]:
+        print(f"  {example['where']} with {example['detail']}")
+
+
+# --- asking ----------------------------------------------------------------------------------------------------------
+
+
+def rotated(question: Question, shift: int) -> list[int]:
+    """Return the options, as indices, in the order in which they are listed."""
+    count = len(question.options)
+    return [(place + shift) % count for place in range(count)]
+
+
+def wording(question: Question, letters: bool, order: list[int], chat: bool) -> tuple[str, str]:
+    """Return the question as it is shown, and the words that call for the answer ("": the option goes on with it)."""
+    is_chinese = bool(HAN.search(question.text))
+    cue = "答案：" if is_chinese else "Answer:"
+    if letters:
+        listed = [f"{LETTERS[place]}. {question.options[index]}" for place, index in enumerate(order)]
+        return "\n".join([question.text, *listed]) + ONLY_LETTER[is_chinese] * chat, cue
+    asks = is_chinese or question.text.startswith("Question:") or question.text.endswith("?")
+    return question.text, cue if asks else ""
+
+
+def context_of(candidate: Candidate, shown: list[tuple[str, str]], answers: list[str]) -> str | list[dict]:
+    """Return a plain text, or the turns of a chat. shown: (question, cue) of worked examples, then of what is asked."""
+    if candidate.chat:
+        turns = [{"role": "user", "content": text or cue or "?"} for text, cue in shown]
+        for number, answer in enumerate(answers):
+            turns.insert(2 * number + 1, {"role": "assistant", "content": answer})
+        return turns
+    parts = [text + ("\n" if text and cue else "") + cue for text, cue in shown]
+    joints = ["" if cue == "答案：" else " " for _, cue in shown]
+    worked = [part + joint + answer for part, joint, answer in zip(parts, joints, answers, strict=False)]
+    return "\n\n".join([*worked, parts[-1]])
+
+
+def encode(candidate: Candidate, context: str | list[dict], options: list[str], cue: str) -> tuple[list, list]:
+    """Return the ids of a context and of each option after it."""
+    tokenizer = candidate.tokenizer
+    if candidate.chat:
+        return tokenizer.encode_prompt(context), tokenizer.encode_contents(options)
+    # a plain text is encoded as a whole and divided where the context ends, as other harnesses do
+    joint = "" if cue == "答案：" else " "
+    ids = tokenizer.encode_beginning(context)
+    return ids, [tokenizer.encode_beginning(context + joint + option)[len(ids) :] for option in options]
+
+
+class Asked(NamedTuple):
+    """One question in one form. prior: the context without the question."""
+
+    context: list[int]
+    prior: list[int]
+    options: list[list[int]]
+    shots: int
+    cut: bool
+
+
+def ask(candidate: Candidate, question: Question, worked: list[Question], letters: bool, shift: int = 0) -> Asked:
+    """Encode a question after as many worked examples as the context has room for."""
+    order = rotated(question, shift)
+    asked = wording(question, letters, order, candidate.chat)
+    options = list(LETTERS[: len(order)]) if letters else question.options
+    for shots in range(len(worked), -1, -1):
+        examples = worked[:shots]
+        shown = [wording(each, letters, rotated(each, 0), candidate.chat) for each in examples]
+        answers = [LETTERS[each.gold] if letters else each.options[each.gold] for each in examples]
+        context, ids = encode(candidate, context_of(candidate, [*shown, asked], answers), options, asked[1])
+        room = candidate.context_length - max(map(len, ids))
+        if len(context) <= room:
+            break
+    prior, _ = encode(candidate, context_of(candidate, [("", asked[1])], []), [], asked[1])
+    cut = len(context) > room
+    room = max(room, 1)
+    ids = [option[: candidate.context_length - 1] for option in ids]
+    return Asked(context[-room:], prior[-room:], ids, shots, cut)
+
+
+def score_options(
+    candidate: Candidate, questions: list[Question], examples: dict, args: argparse.Namespace
+) -> list[dict]:
+    """Return a record for each question: log-likelihoods of its options in every form, and sizes to divide them by."""
+    pairs, asked = [], []
+    for question in questions:
+        worked = examples.get(question.subject, [])[: args.shots]
+        shifts = range(min(args.permutations, len(question.options) - 1) + 1)
+        forms = [ask(candidate, question, worked, True, shift) for shift in shifts]
+        forms.append(ask(candidate, question, worked, False))
+        asked.append(forms)
+        contexts = [form.context for form in forms] + [forms[0].prior, forms[-1].prior]
+        for context, form in zip(contexts, [*forms, forms[0], forms[-1]], strict=True):
+            pairs += [(context, option) for option in form.options]
+    scores = iter(candidate.score(pairs))
+    records = []
+    for question, forms in zip(questions, asked, strict=True):
+        found = [[next(scores) for _ in question.options] for _ in range(len(forms) + 2)]
+        letters = [  # of each order, by option
+            [row[place] for place in np.argsort(rotated(question, shift))] for shift, row in enumerate(found[:-3])
+        ]
+        text = forms[-1]
+        records.append({
+            "letters": letters, "letters_prior": found[-2], "text": found[-3], "text_prior": found[-1],
+            "tokens": [len(option) for option in text.options],
+            "bytes": [len(option.encode()) for option in question.options],
+            "shots": forms[0].shots, "cut": any(form.cut for form in forms),
+        })  # fmt: skip
+    return records
+
+
+def write_answers(candidate: Candidate, questions: list[Question], args: argparse.Namespace) -> list[dict]:
+    """Return a record for each question: its answers and which of them are right."""
+    prompts = [
+        candidate.tokenizer.encode_prompt(q.text)
+        if candidate.chat
+        else candidate.tokenizer.encode_beginning("\n\n".join(turn["content"] for turn in q.text) + "\n")
+        for q in questions
+    ]
+    answers = candidate.write([ids for ids in prompts for _ in range(args.samples)])
+    records = []
+    for number_, question in enumerate(questions):
+        own = answers[number_ * args.samples : (number_ + 1) * args.samples]
+        match = args.match if args.match != "auto" else kind_of(question.gold)
+        right = [MATCHES[match](answer, question.gold) for answer in own]
+        votes = Counter(vote(answer, match) for answer in own)
+        first = [vote(answer, match) for answer in own].index(votes.most_common(1)[0][0])
+        records.append({"answers": own, "right": right, "majority": right[first]})
+    return records
+
+
+def kind_of(gold: str) -> str:
+    return "number" if re.fullmatch(r"[-+\d.,/%\s$¥]*\d[\d.,%\s]*", answer_part(gold)) else "exact"
+
+
+def vote(answer: str, match: str) -> str:
+    """Return what answers that mean the same have in common."""
+    return str(number(answer)) if match == "number" else " ".join(answer_part(answer).casefold().split())
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+def units_of(sets: list[QuestionSet]) -> list[tuple[str, int, int]]:
+    """Return (set, first question, end) of each piece of work; a piece never spans two subjects."""
+    units = []
+    for each in sets:
+        start = 0
+        for end in range(1, len(each.questions) + 1):
+            last = end == len(each.questions)
+            if last or end - start == UNIT or each.questions[end].subject != each.questions[start].subject:
+                units.append((each.name, start, end))
+                start = end
+    return units
+
+
+def run(candidate: Candidate, sets: list[QuestionSet], output: Path, args: argparse.Namespace) -> dict[str, list[dict]]:
+    """Return the records of each set. Work that is done is in files next to the output, one for each process."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    by_name = {each.name: each for each in sets}
+    settings = [candidate.facts, candidate.chat, candidate.context_length, args.shots, args.permutations, args.samples]
+    settings += [args.match, args.temperature, args.max_new_tokens, args.seed, args.dtype, args.limit]
+    settings += [[each.name, *map(str, each.files)] for each in sets]
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+    if not args.resume and rank == 0:
+        for part in output.parent.glob(f"{output.stem}.*.part"):
+            part.unlink()
+    wait(world)
+    done = read_parts(output, key)
+    wait(world)
+    waiting = [unit for unit in units_of(sets) if unit not in done][rank::world]
+    with (
+        open(output.with_name(f"{output.stem}.{key}.{rank}.part"), "a", encoding="utf-8") as part,
+        ProgressBar(candidate.name, sum(u[2] - u[1] for u in waiting), "questions", show=rank == 0) as bar,
+    ):
+        part.write("\n")  # after half a line that a killed run left
+        for name, start, end in waiting:
+            questions = by_name[name].questions[start:end]
+            if questions[0].options:
+                records = score_options(candidate, questions, by_name[name].examples, args)
+            else:
+                records = write_answers(candidate, questions, args)
+            part.write(json.dumps({"unit": [name, start, end], "records": records}, ensure_ascii=False) + "\n")
+            part.flush()
+            bar.update(len(questions))
+    wait(world)
+    done = read_parts(output, key) if rank == 0 else {}
+    return {name: [r for unit in units_of([each]) for r in done.get(unit, [])] for name, each in by_name.items()}
+
+
+def wait(world: int) -> None:
+    if world > 1:
+        if not dist.is_initialized():
+            dist.init_process_group("gloo")
+        dist.barrier()
+
+
+def read_parts(output: Path, key: str) -> dict[tuple, list[dict]]:
+    done = {}
+    for part in output.parent.glob(f"{output.stem}.{key}.*.part"):
+        for line in part.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            done[tuple(entry["unit"])] = entry["records"]
+    return done
+
+
+# --- what it means ---------------------------------------------------------------------------------------------------
+
+
+def share(hits: list[bool] | np.ndarray) -> dict[str, float]:
+    """Return an accuracy and its standard error."""
+    mean = float(np.mean(hits))
+    return {"accuracy": mean, "stderr": math.sqrt(mean * (1 - mean) / max(len(hits) - 1, 1))}
+
+
+def scores_of(record: dict, way: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the scores of a question's options, with the question and without it."""
+    if way == "letters":
+        return np.array(record["letters"][0]), np.array(record["letters_prior"])
+    size = np.array({"sum": 1, "per_token": record["tokens"], "per_byte": record["bytes"]}[way])
+    return np.array(record["text"]) / size, np.array(record["text_prior"]) / size
+
+
+def summary(questions: list[Question], records: list[dict]) -> dict:
+    """Return the scores of a set, as the module's docstring describes them."""
+    golds = np.array([question.gold for question in questions])
+    subjects = sorted({question.subject for question in questions})
+    members = {s: [n for n, question in enumerate(questions) if question.subject == s] for s in subjects}
+    if not questions[0].options:
+        result = {"questions": len(questions), "samples": len(records[0]["right"])} | passed(records)
+        result["subjects"] = {s: {"questions": len(m)} | passed([records[n] for n in m]) for s, m in members.items()}
+        return result
+    chances = np.array([1 / len(question.options) for question in questions])
+    result = {
+        "questions": len(questions), "chance": float(chances.mean()),
+        "mean_shots": float(np.mean([record["shots"] for record in records])),
+        "cut": sum(record["cut"] for record in records),
+    }  # fmt: skip
+    by_subject = {s: {"questions": len(m), "chance": float(chances[m].mean())} for s, m in members.items()}
+    for way in WAYS:
+        scores, priors = zip(*(scores_of(record, way) for record in records), strict=True)
+        hits = np.array([row.argmax() for row in scores]) == golds
+        for subject, where in members.items():
+            by_subject[subject][way] = share(hits[where])
+        calibrated = [(row - prior).argmax() for row, prior in zip(scores, priors, strict=True)]
+        result[way] = share(hits) | {
+            "macro": float(np.mean([by_subject[subject][way]["accuracy"] for subject in subjects])),
+            "calibrated": float((np.array(calibrated) == golds).mean()),
+            "without_question": float((np.array([prior.argmax() for prior in priors]) == golds).mean()),
+        }
+    result["letters"] |= letter_bias(records, golds)
+    return result | {"subjects": by_subject}
+
+
+def letter_bias(records: list[dict], golds: np.ndarray) -> dict:
+    """Return what the letters alone explain, and what listing the options in other orders changes."""
+    picks = np.array([np.argmax(record["letters"][0]) for record in records])
+    accuracy = float((picks == golds).mean())
+    blind = sum(float((picks == place).mean() * (golds == place).mean()) for place in set(golds.tolist()))
+    orders = [[int(np.argmax(row)) for row in record["letters"]] for record in records]
+    permuted = [pick == gold for row, gold in zip(orders, golds, strict=True) for pick in row[1:]]
+    return {
+        "picked": {LETTERS[place]: float((picks == place).mean()) for place in sorted(set(picks.tolist()))},
+        "explained": min(blind / accuracy, 1.0) if accuracy else None,
+        "permuted": float(np.mean(permuted)) if permuted else None,
+        "same_option": float(np.mean([len(set(row)) == 1 for row in orders])) if permuted else None,
+    }
+
+
+def passed(records: list[dict]) -> dict[str, float]:
+    shares = [float(np.mean(record["right"])) for record in records]
+    error = float(np.std(shares, ddof=1) / math.sqrt(len(shares))) if len(shares) > 1 else 0.0
+    return {
+        "pass@1": float(np.mean(shares)),
+        "stderr": error,
+        "majority": float(np.mean([record["majority"] for record in records])),
+    }
+
+
+def table_of(results: list[dict]) -> str:
+    """Return a Markdown table: a line for each task and way of asking, a column for each of the weights."""
+    rows = [["task", "questions", "chance", *(result["weights"] for result in results)]]
+
+    def percent(value: float | None) -> str:
+        return "–" if value is None else f"{100 * value:.1f}"
+
+    for name, first in results[0]["tasks"].items():
+        found = [result["tasks"][name] for result in results]
+        if "samples" in first:
+            for title in ("pass@1", "majority"):
+                error = [f" ± {percent(task['stderr'])}" if title == "pass@1" else "" for task in found]
+                cells = [percent(task[title]) + e for task, e in zip(found, error, strict=True)]
+                rows.append([f"{name}, {title}", str(first["questions"]), "", *cells])
+            continue
+        for way in WAYS:
+            cells = [f"{percent(task[way]['accuracy'])} ± {percent(task[way]['stderr'])}" for task in found]
+            rows.append([f"{name}, {way}", str(first["questions"]), percent(first["chance"]), *cells])
+        for title in ("calibrated", "without_question", "permuted", "same_option", "explained"):
+            cells = [percent(task["letters"][title]) for task in found]
+            rows.append([f"{name}, letters: {title}", "", "", *cells])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]) + "\n"
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--weight", nargs="+", default=["full_sft"], help="what to score, several side by side")
+    add("--tasks", nargs="+", required=True, help=f"sets in --eval_dir or paths; public: {', '.join(PUBLIC)}")
+    add("--eval_dir", type=Path, default=ROOT / "dataset" / "eval", help="folder of the sets")
+    add("--download", **BOOL, default=False, help="fetch the public sets of --tasks that are not there yet")
+    add("--format", choices=("auto", "chat", "plain"), default="auto", help="auto: chat, but plain for pretrain")
+    add("--shots", type=at_least(0), default=5, help="worked examples, as far as the set has them and they fit")
+    add("--permutations", type=at_least(0), default=1, help="other orders of the options to ask in")
+    add("--samples", type=at_least(1), default=1, help="answers to each question without options")
+    add("--match", choices=("auto", *MATCHES), default="auto", help="when such an answer is right")
+    add("--temperature", type=float, help="of these answers (default: 0, with several samples 0.7)")
+    add("--max_new_tokens", type=at_least(1), default=256, help="longest answer in tokens")
+    add("--seed", type=int, default=0, help="of these answers")
+    add("--limit", type=at_least(1), help="questions of each subject")
+    add("--overlap", **BOOL, default=True, help="look for the questions in the training file that the sidecar names")
+    add("--resume", **BOOL, default=False, help="go on where a run with the same settings stopped")
+    add("--output", type=Path, help="a .json file, or a folder for several weights (default: OUT_DIR/scores/)")
+    add("--base_url", help="score a model of this OpenAI-compatible server; --tokenizer_path names its tokenizer")
+    add("--api_key", default=os.environ.get("MINIMIND_API_KEY", "none"), help="for --base_url")
+    add_flags(parser, "out_dir", "hidden_size", "use_moe", *READY_FLAGS)
+    show_defaults(parser)
+    args = parser.parse_args(argv)
+    if args.temperature is None:
+        args.temperature = 0.7 if args.samples > 1 else 0.0
+    if args.output and args.output.suffix == ".json" and len(args.weight) > 1:
+        raise ValueError("--output names one .json file, and there are several weights; name a folder")
+    if args.device == "cuda" and "LOCAL_RANK" in os.environ:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    return args
+
+
+def evaluate(args: argparse.Namespace) -> list[dict]:
+    """Score all weights on all sets; return what was written."""
+    is_main = int(os.environ.get("RANK", 0)) == 0
+    if args.download and is_main:
+        for name in args.tasks:
+            if name in PUBLIC:
+                download(name, args.eval_dir)
+    wait(int(os.environ.get("WORLD_SIZE", 1)))
+    sets = [read_set(name, args.eval_dir, args.limit) for name in args.tasks]
+    if len({each.name for each in sets}) < len(sets):
+        raise ValueError(f"--tasks {' '.join(args.tasks)}: two of them have one name; rename a file or folder")
+    results = []
+    for spec in args.weight:
+        start = time.monotonic()
+        candidate, sidecar = (reach_candidate if args.base_url else load_candidate)(spec, args)
+        folder = args.output or Path(args.out_dir) / "scores"
+        output = folder if folder.suffix == ".json" else folder / f"{candidate.name}.json"
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if args.overlap and is_main and not args.base_url:
+            print_overlap(sidecar, sets)
+        records = run(candidate, sets, output, args)
+        if not is_main:
+            continue
+        result = {
+            "weights": candidate.name, **candidate.facts, "format": "chat" if candidate.chat else "plain",
+            "shots": args.shots, "permutations": args.permutations, "date": time.strftime("%Y-%m-%d"),
+            "seconds": None if args.resume else round(time.monotonic() - start, 1),
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "tasks": {each.name: summary(each.questions, records[each.name]) for each in sets},
+        }  # fmt: skip
+        write_json(output, result)
+        write_atomically(output.with_suffix(".md"), lambda file, made=result: file.write(table_of([made]).encode()))
+        for part in output.parent.glob(f"{output.stem}.*.part"):
+            part.unlink()
+        print(f"{candidate.name}: {output}", flush=True)
+        results.append(result)
+    return results
+
+
+def main(argv: list[str] | None = None) -> None:
+    set_up_streams()
+    args = None
+    try:
+        args = parse(argv)
+        results = evaluate(args)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except openai.OpenAIError as error:
+        sys.exit(f"error: {explain(error, args.base_url)}")
+    if results:
+        print(table_of(results), end="")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,310 @@
+"""The scorer: log-likelihoods are those of one sequence after another, layouts are read as published, and it can tell a
+model that knows from one that does not and from one that likes a letter."""
+
+import json
+import random
+import re
+from argparse import Namespace
+
+import pytest
+import torch
+from conftest import sharp_model, write_jsonl, write_weights
+from served import running_server, write_models
+
+from scripts import evaluate, evaluation_sets
+from scripts.evaluate import Candidate, main, score_options, summary
+from scripts.evaluation_sets import Question, read_set
+from scripts.log_likelihoods import lay_out, log_likelihoods, log_likelihoods_of_server
+
+ASKED = Namespace(shots=2, permutations=3, samples=3, match="auto")
+
+
+def random_pairs(count: int = 24, vocab: int = 600) -> list[tuple[list[int], list[int]]]:
+    """Contexts that share beginnings of different lengths, each with options of one to five tokens."""
+    rng = random.Random(0)
+    ids = [rng.randrange(3, vocab) for _ in range(40)]
+    pairs = []
+    for _ in range(count):
+        context = ids[: rng.randint(1, 30)] + [rng.randrange(3, vocab) for _ in range(rng.randint(0, 6))]
+        pairs += [(context, [rng.randrange(3, vocab) for _ in range(rng.randint(1, 5))]) for _ in range(3)]
+    return pairs
+
+
+@pytest.mark.parametrize("longest", [1, 64, 4096])
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_log_likelihoods_are_those_of_one_sequence_after_another(use_moe, longest):
+    model, pairs = sharp_model(use_moe).eval(), random_pairs()
+    expected = []
+    with torch.inference_mode():
+        for context, continuation in pairs:
+            log_probs = model(torch.tensor([[*context, *continuation]])).logits[0].log_softmax(dim=-1)
+            places = range(len(context) - 1, len(context) + len(continuation) - 1)
+            expected.append(sum(float(log_probs[p, t]) for p, t in zip(places, continuation, strict=True)))
+    assert log_likelihoods(model, pairs, longest) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_shared_beginning_is_read_once():
+    question = list(range(100, 150))
+    rows = list(lay_out([(question, [letter]) for letter in (5, 6, 7)] + [(question, [8, 9])], longest=100))
+    assert [row.ids for row in rows] == [[*question, 8]]
+    assert [row.ends[0] for row in rows] == [51]
+
+
+# --- layouts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sets(tmp_path):
+    """One set in each layout, all with the question of two apples."""
+    folder = tmp_path / "eval"
+    table = {
+        "ceval/dev/logic_dev.csv": "id,question,A,B,C,D,answer,explanation\n0,一加零？,0,1,2,3,B,因为\n",
+        "ceval/val/logic_val.csv": "id,question,A,B,C,D,answer\n0,一加一？,1,2,3,4,B\n1,二加一？,1,2,3,4,C\n",
+        "ceval/val/art_val.csv": "id,question,A,B,C,D,answer\n0,红加黄？,橙,绿,紫,白,A\n",
+        "ceval/test/logic_test.csv": "id,question,A,B,C,D\n0,三加一？,1,2,3,4\n",
+        "cmmlu/dev/logic.csv": ",Question,A,B,C,D,Answer\n0,一加零？,0,1,2,3,B\n",
+        "cmmlu/test/logic.csv": ",Question,A,B,C,D,Answer\n0,一加一？,1,2,3,4,B\n",
+        "mmlu/test/logic_test.csv": '"One, and one?",1,2,3,4,B\nTwo and one?,1,2,3,4,C\n',
+    }
+    for name, text in table.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    (folder / "core").mkdir()
+    write_jsonl(folder / "core" / "easy.jsonl", [{"query": "Question: One and one?", "choices": ["1", "2"], "gold": 1}])
+    write_jsonl(folder / "ours.jsonl", [{"question": "1+1", "A": "1", "B": "2", "C": "3", "answer": "B"}])
+    hub = {"question": "One and one?", "choices": {"text": ["1", "2"], "label": ["1", "2"]}, "answerKey": "2"}
+    write_jsonl(folder / "hub.jsonl", [hub])
+    write_jsonl(folder / "gsm8k.jsonl", [{"question": "One and one?", "answer": "1 + 1 = 2\n#### 2"}] * 3)
+    write_jsonl(
+        folder / "sums.jsonl", [{"conversations": [{"role": "user", "content": "一加一？"}], "answer": "二个"}] * 2
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "subjects", "first"),
+    [
+        ("ceval", ["art", "logic", "logic"], Question("art", "红加黄？", ["橙", "绿", "紫", "白"], 0)),
+        ("cmmlu", ["logic"], Question("logic", "一加一？", ["1", "2", "3", "4"], 1)),
+        ("mmlu", ["logic", "logic"], Question("logic", "One, and one?", ["1", "2", "3", "4"], 1)),
+        ("easy", ["easy"], Question("easy", "Question: One and one?", ["1", "2"], 1)),
+        ("ours", ["ours"], Question("ours", "1+1", ["1", "2", "3"], 1)),
+        ("hub", ["hub"], Question("hub", "Question: One and one?", ["1", "2"], 1)),
+        ("sums", ["sums"] * 2, Question("sums", [{"role": "user", "content": "一加一？"}], [], "二个")),
+    ],
+)
+def test_a_set_is_read_in_its_published_layout(sets, name, subjects, first):
+    found = read_set(name, sets)
+    assert [question.subject for question in found.questions] == subjects
+    assert found.questions[0] == first
+    if name in ("ceval", "cmmlu"):
+        assert found.examples["logic"] == [Question("logic", "一加零？", ["0", "1", "2", "3"], 1)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"query": "q", "choices": ["a", "b"], "gold": 2}], "none of 2 options"),
+        ([{"question": "q", "A": "a", "B": "b", "answer": "E"}], "row 1: the answer 'E' is none of 2 options"),
+        ([{"text": "q"}], "missing among the columns text"),
+        ([{"question": "q", "A": "a", "answer": "A"}], "none of 1 options"),
+        ([{"question": "q", "answer": "####"}], "the answer is empty"),
+    ],
+)
+def test_a_wrong_row_is_named(tmp_path, rows, message):
+    path = write_jsonl(tmp_path / "set.jsonl", rows)
+    with pytest.raises(ValueError, match=re.escape(str(path)) + ".*" + re.escape(message)):
+        read_set(str(path), tmp_path)
+
+
+def test_a_set_that_is_not_there_is_named_with_its_download(sets):
+    with pytest.raises(ValueError, match="--download arc_easy.*There is: .*ceval"):
+        read_set("arc_easy", sets)
+    (sets / "wrong.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="wrong.csv: columns a, b; expected question"):
+        read_set("wrong", sets)
+
+
+def test_a_download_is_unpacked_or_sorted_by_split(tmp_path, monkeypatch, sets):
+    import zipfile
+
+    archive = tmp_path / "ceval-exam.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in sorted((sets / "ceval").rglob("*.csv")):
+            file.write(path, path.relative_to(sets / "ceval"))
+    fetched = []
+    monkeypatch.setattr(evaluation_sets, "hf_hub_download", lambda *a, **o: fetched.append((a, o)) or str(archive))
+    evaluation_sets.download("ceval", tmp_path / "new")
+    evaluation_sets.download("ceval", tmp_path / "new")
+    assert len(fetched) == 1 and re.fullmatch("[0-9a-f]{40}", fetched[0][1]["revision"])
+    assert read_set("ceval", tmp_path / "new").questions == read_set("ceval", sets).questions
+
+
+# --- what it can tell ------------------------------------------------------------------------------------------------
+
+
+def quiz(count: int = 200) -> list[Question]:
+    """Questions about one-token words whose answer is the question's own word."""
+    rng, words = random.Random(0), ["red", "blue", "green", "white", "black", "river", "house", "stone"]
+    questions = []
+    for _ in range(count):
+        options = rng.sample(words, 4)
+        gold = rng.randrange(4)
+        questions.append(Question("words", f"Question: Which is {options[gold]}?", options, gold))
+    return questions
+
+
+def scored(tokenizer, likes, questions, chat=False) -> dict:
+    """The summary of a model that gives likes(text of the context, text of the option)."""
+
+    def score(pairs):
+        return [likes(tokenizer.decode(context), tokenizer.decode(option).strip()) for context, option in pairs]
+
+    candidate = Candidate("fake", tokenizer, 512, chat, {}, score, None)
+    return summary(questions, score_options(candidate, questions, {"words": questions[:3]}, ASKED))
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_model_that_knows_scores_all_and_one_that_guesses_sits_at_chance(tokenizer, chat):
+    questions, rng = quiz(), random.Random(1)
+
+    def knows(context: str, option: str) -> float:
+        asked = context[context.rfind("Which is") :]
+        word = re.match(r"Which is (\w+)\?", asked)
+        return (
+            0.0
+            if word is None
+            else float(f". {word[1]}" in asked and f"{option}. {word[1]}" in asked) + float(option == word[1])
+        )
+
+    result = scored(tokenizer, knows, questions, chat)
+    assert all(result[way]["accuracy"] == 1 for way in evaluate.WAYS)
+    assert result["letters"]["permuted"] == 1 and result["letters"]["same_option"] == 1
+    assert result["letters"]["explained"] < 0.4  # four letters, each a quarter of the answers
+    assert result["mean_shots"] == 2 and result["cut"] == 0
+    guess = scored(tokenizer, lambda *_: rng.random(), questions, chat)
+    for way in evaluate.WAYS:
+        assert abs(guess[way]["accuracy"] - 0.25) < 3 * guess[way]["stderr"]
+    assert abs(guess["letters"]["permuted"] - guess["letters"]["accuracy"]) < 3 * guess["letters"]["stderr"]
+
+
+def test_a_model_that_likes_a_letter_is_explained_by_it(tokenizer):
+    result = scored(tokenizer, lambda _, option: float(option == "C"), quiz())
+    letters = result["letters"]
+    assert letters["picked"] == {"C": 1.0} and letters["explained"] == pytest.approx(1)
+    assert letters["same_option"] == 0
+    assert letters["accuracy"] == letters["without_question"]
+    # four orders bring each option to C once, so all of them together are right exactly a quarter of the time
+    assert letters["permuted"] * 3 + letters["accuracy"] == pytest.approx(1)
+
+
+def test_scores_without_the_question_are_taken_off(tokenizer):
+    likes_first = {"red": 5.0}
+    result = scored(tokenizer, lambda context, option: likes_first.get(option, 0.0) + (option in context), quiz())
+    assert result["sum"]["accuracy"] < 0.9 and result["sum"]["calibrated"] > result["sum"]["accuracy"]
+
+
+def test_written_answers_are_counted_by_number_and_by_majority(tokenizer):
+    questions = [Question("sums", [{"role": "user", "content": "1+1?"}], [], "#### 2")] * 2
+    answers = iter(["It is 2.", "3", "two times one = 2", "3", "3", "2"])
+    candidate = Candidate("fake", tokenizer, 512, True, {}, None, lambda prompts: [next(answers) for _ in prompts])
+    result = summary(questions, evaluate.write_answers(candidate, questions, ASKED))
+    assert (result["questions"], result["samples"]) == (2, 3)
+    assert result["pass@1"] == pytest.approx(0.5) and result["majority"] == 0.5
+
+
+def test_examples_and_then_the_beginning_give_way_in_a_short_context(tokenizer):
+    question = Question("s", "Question: " + "word " * 30 + "?", ["a", "b"], 0)
+    worked = [Question("s", "Question: one?", ["a", "b"], 0)] * 5
+    roomy, short, tight = (
+        evaluate.ask(Candidate("m", tokenizer, room, False, {}, None, None), question, worked, True)
+        for room in (512, 80, 16)
+    )
+    assert roomy.shots == 5 and 0 < short.shots < 5 and tight.shots == 0
+    assert (roomy.cut, short.cut, tight.cut) == (False, False, True)
+    assert len(tight.context) + len(tight.options[0]) <= 16
+    assert tight.context == roomy.context[-len(tight.context) :]
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_scores_and_goes_on_after_a_kill(sets, tmp_path, tokenizer, capsys, monkeypatch):
+    out = tmp_path / "out"
+    write_weights(out / "full_sft_32.pth", tokenizer)
+    write_weights(out / "pretrain_32.pth", tokenizer, seed=1)
+    tasks = ["--tasks", "ceval", "easy", "gsm8k", "--eval_dir", str(sets), "--out_dir", str(out), "--device", "cpu"]
+    common = [*tasks, "--max_new_tokens", "4", "--max_seq_len", "256"]
+    main([*common, "--weight", "full_sft", "pretrain"])
+    assert re.search(r"\| full_sft_32 +\| pretrain_32 +\|\n.*\n\| ceval, letters ", capsys.readouterr().out)
+    whole = json.loads((out / "scores" / "full_sft_32.json").read_text())
+    assert (whole["format"], whole["weights"]) == ("chat", "full_sft_32")
+    assert json.loads((out / "scores" / "pretrain_32.json").read_text())["format"] == "plain"
+    assert set(whole["tasks"]) == {"ceval", "easy", "gsm8k"}
+    assert set(whole["tasks"]["ceval"]["subjects"]) == {"art", "logic"}
+    assert "ceval, letters" in (out / "scores" / "full_sft_32.md").read_text()
+    assert not list((out / "scores").glob("*.part"))
+
+    class Killed(Exception):
+        pass
+
+    def dies(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:  # before gsm8k
+        patch.setattr(evaluate, "write_answers", dies)
+        with pytest.raises(Killed):
+            main([*common, "--weight", "full_sft", "--output", str(tmp_path / "again.json")])
+    (part,) = tmp_path.glob("again.*.part")
+    with part.open("a") as file:
+        file.write('{"unit": ["gsm8k", 0')  # half a line
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "score_options", dies)  # not asked again
+        main([*common, "--weight", "full_sft", "--output", str(tmp_path / "again.json"), "--resume"])
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert again["tasks"] == whole["tasks"] and again["seconds"] is None
+
+
+def test_a_server_gives_the_same_scores(tmp_path, tokenizer, sets):
+    out = write_models(tmp_path / "out", tokenizer)
+    common = ["--tasks", "ceval", "easy", "--eval_dir", str(sets), "--shots", "1", "--device", "cpu"]
+    main([*common, "--out_dir", str(out), "--output", str(tmp_path / "here.json"), "--max_seq_len", "512"])
+    with running_server(out) as server:
+        flags = ["--base_url", server.url, "--weight", "full_sft_32", "--max_seq_len", "512", "--format", "chat"]
+        main([*common, *flags, "--output", str(tmp_path / "there.json")])
+        pairs = random_pairs(4)
+        model = server.engine.model
+        assert log_likelihoods_of_server(server.client, "full_sft_32", pairs) == pytest.approx(
+            log_likelihoods(model, pairs), rel=1e-4
+        )
+    here, there = (json.loads((tmp_path / f"{name}.json").read_text())["tasks"] for name in ("here", "there"))
+    assert here == there
+
+
+def test_training_rows_that_hold_a_question_are_counted(tmp_path, tokenizer, capsys):
+    text = "小明有三个苹果又买了五个苹果然后吃掉两个苹果请问小明现在一共还有几个苹果"
+    data = write_jsonl(tmp_path / "train.jsonl", [{"text": "别的内容"}, {"text": f"题目：{text}。"}])
+    write_jsonl(tmp_path / "quiz.jsonl", [{"question": text, "A": "6", "B": "7", "answer": "A"}])
+    path = write_weights(tmp_path / "full_sft_32.pth", tokenizer)
+    sidecar = json.loads(path.with_suffix(".json").read_text()) | {"flags": {"data_path": str(data)}}
+    path.with_suffix(".json").write_text(json.dumps(sidecar))
+    main(["--weight", str(path), "--tasks", str(tmp_path / "quiz.jsonl"), "--output", str(tmp_path), "--device", "cpu"])
+    assert f"1 of 2 rows of {data} share text" in capsys.readouterr().out
+
+
+def test_weights_of_another_tokenizer_are_refused(tmp_path, tokenizer, other_tokenizer, sets):
+    path = write_weights(tmp_path / "full_sft_32.pth", tokenizer)
+    with pytest.raises(SystemExit, match="tokenizer"):
+        main(
+            [
+                "--weight",
+                str(path),
+                "--tasks",
+                "easy",
+                "--eval_dir",
+                str(sets),
+                "--tokenizer_path",
+                str(other_tokenizer),
+            ]
+        )
