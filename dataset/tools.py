@@ -7,7 +7,7 @@ a dict and returns text; a call that cannot be answered returns a line that says
 import ast
 import datetime
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from fractions import Fraction
 
 OPERATORS = {
@@ -124,11 +124,11 @@ TOOLS = {
 }  # fmt: skip
 
 
-def call_tool(name: str, arguments: dict) -> str:
+def call_tool(name: str, arguments: dict, offered: Collection[str] = FUNCTIONS) -> str:
     """The result of a call as text; a mistake in the call is told in the text, beginning with "error:"."""
-    function = FUNCTIONS.get(name)
+    function = FUNCTIONS.get(name) if name in offered else None
     if function is None:
-        return f"error: there is no tool {name!r}; tools: {', '.join(FUNCTIONS)}"
+        return f"error: there is no tool {name!r}; tools: {', '.join(offered)}"
     try:
         return function(**arguments)
     except (TypeError, ValueError, OverflowError) as error:  # ToolError is a ValueError

@@ -1,7 +1,9 @@
 """GRPO: its loss against hand-computed numbers, REINFORCE and TRL; rollouts, rewards; and that it learns."""
 
 import argparse
+import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +19,9 @@ from conftest import (
     write_weights,
 )
 
-from trainer import train_grpo
+from dataset.text_stream import ToolCall
+from dataset.tools import TOOLS
+from trainer import rollouts, train_grpo
 from trainer.rewards import build_rewards, score_answer
 
 LOSSES = ("dr_grpo", "grpo", "cispo")
@@ -253,6 +257,8 @@ def test_a_run_that_stopped_in_its_answers_resumes_to_the_same_bits(train, launc
     for part in ("model", "optimizer", "progress"):
         assert_identical(parts[part], whole[part])
     assert not list(tmp_path.rglob("*.tmp"))
+    # sampling and training agree about every token, whatever the temperature
+    assert all(abs(record["rollout_kl"]) < 1e-6 for record in read_log(tmp_path / "whole", name))
 
 
 def test_an_adapter_is_saved_merged(train, start, tmp_path):
@@ -263,6 +269,144 @@ def test_an_adapter_is_saved_merged(train, start, tmp_path):
     assert saved.keys() == base.keys()
     embedding, matrix = "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(saved[embedding], base[embedding]) and not torch.equal(saved[matrix], base[matrix])
+
+
+# --- tools -----------------------------------------------------------------------------------------------------------
+
+
+def call(name: str, **arguments) -> dict:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+QUESTION = [
+    {"role": "system", "content": "算", "tools": [TOOLS["calculator"], TOOLS["text_length"]]},
+    {"role": "user", "content": "17×23"},
+]
+# two steps, the first with two calls, one of them to a tool that is not offered
+STEPS = [
+    *QUESTION,
+    {"role": "assistant", "content": "", "tool_calls": [call("calculator", expression="17*23"), call("clock")]},
+    {"role": "tool", "content": "391"},
+    {"role": "tool", "content": "error: there is no tool 'clock'; tools: calculator, text_length"},
+    {"role": "assistant", "content": "再", "tool_calls": [call("text_length", text="391")]},
+    {"role": "tool", "content": "3"},
+    {"role": "assistant", "content": "391"},
+]
+
+
+class ScriptedEngine:
+    """Says what the model says in STEPS, token by token, within the tokens that each request may have."""
+
+    def __init__(self, tokenizer):
+        self.seeds, said = [], [turn for turn in STEPS if turn["role"] == "assistant"]
+        self.script = []
+        for number, turn in enumerate(STEPS):
+            if turn in said:
+                before = tokenizer.encode_prompt(STEPS[:number])
+                ids = tokenizer.encode_conversation(STEPS[: number + 1])[0][len(before) :]
+                self.script.append((before, ids[: ids.index(tokenizer.eos_id) + 1]))
+
+    def __call__(self, model, slots, context_length, max_queue):
+        self.left = list(self.script)
+        return self
+
+    def submit(self, ids, params):
+        before, answer = self.left.pop(0)
+        assert ids == before  # what a chat would send
+        self.seeds.append(params.seed)
+        finish_reason = "stop" if len(answer) <= params.max_new_tokens else "length"
+        tokens = [SimpleNamespace(id=i, logprob=-1.0) for i in answer[: params.max_new_tokens]]
+
+        class Answer(list):
+            pass
+
+        request = Answer(tokens)
+        request.finish_reason = finish_reason
+        return request
+
+
+def scripted_answer(tokenizer, tmp_path, monkeypatch, **flags):
+    """(the rollout, seeds of its segments)"""
+    path = write_jsonl(tmp_path / "tools.jsonl", [{"conversations": QUESTION, "answer": "391"}])
+    args = {"reward": "number", "skip_bad_lines": False, "max_new_tokens": 200, "max_seq_len": 700, "temperature": 1.0}
+    args |= {"prompts_per_step": 1, "group_size": 2, "epochs": 1, "max_steps": 0} | flags
+    sampler = rollouts.Sampler(path, argparse.Namespace(**args), tokenizer, None)
+    engine = ScriptedEngine(tokenizer)
+    monkeypatch.setattr(rollouts, "RolloutEngine", engine)
+    (rollout,) = sampler._answers(None, [(0, 7)], sampler.params)
+    return rollout, engine.seeds
+
+
+def test_results_of_tools_are_read_and_not_learned(tokenizer, tmp_path, monkeypatch):
+    """The ids and the mask of an answer with calls are those of the same conversation in SFT."""
+    rollout, seeds = scripted_answer(tokenizer, tmp_path, monkeypatch)
+    ids, mask = tokenizer.encode_conversation(STEPS)
+    end = len(ids) - ids[::-1].index(tokenizer.eos_id)  # the template goes on with a line break
+    assert rollout.ids == ids[:end] and rollout.learned == mask[:end]
+    assert rollout.length == sum(mask) and rollout.finished and rollout.calls == 3
+    assert rollout.text == "391" and rollout.rewards == {"number": 1.0}
+    assert seeds[0] == 7 and len(set(seeds)) == 3
+    assert scripted_answer(tokenizer, tmp_path, monkeypatch)[1] == seeds
+
+
+@pytest.mark.parametrize("missing", ["max_new_tokens", "max_seq_len"])
+def test_an_answer_without_room_after_a_call_is_not_finished(tokenizer, tmp_path, monkeypatch, missing):
+    engine = ScriptedEngine(tokenizer)
+    prompt, first = engine.script[0]
+    longest = {"max_new_tokens": len(first), "max_seq_len": len(prompt) + len(first) + 10}
+    flags = {"max_new_tokens": len(first)} | {missing: longest[missing]}
+    rollout, _ = scripted_answer(tokenizer, tmp_path, monkeypatch, **flags)
+    assert rollout.ids == prompt + first and not rollout.finished and rollout.rewards == {"number": 0.0}
+
+
+class EagerSplitter:
+    """Takes every second text for a call, so that a model that has learned nothing calls too."""
+
+    def push(self, text: str) -> list:
+        return [ToolCall("text_length", json.dumps({"text": text})) if len(text) % 2 else text]
+
+    def flush(self) -> list:
+        return []
+
+
+class Ending:
+    """Ends an answer after some tokens: a model that has learned nothing never does. It does not change log-probs."""
+
+    def __init__(self, left: int):
+        self.left = left
+
+    def allowed(self, vocab_size: int) -> torch.Tensor:
+        ids = torch.arange(vocab_size)
+        return ids == 2 if self.left <= 0 else ids != 2
+
+    def advance(self, token_id: int) -> None:
+        self.left -= 1
+
+
+class EndingEngine(rollouts.RolloutEngine):
+    def submit(self, prompt_ids, params):
+        return super().submit(prompt_ids, replace(params, grammar=lambda: Ending(params.seed % 12)))
+
+
+def test_a_run_with_tools_resumes_to_the_same_bits(train, start, tmp_path, monkeypatch):
+    """It stops while the answers of its third step are scored."""
+    monkeypatch.setattr(rollouts, "ToolCallSplitter", EagerSplitter)
+    monkeypatch.setattr(rollouts, "RolloutEngine", EndingEngine)
+    turns = [{"role": "system", "content": "a", "tools": [{"function": {"name": "text_length"}}]}, *QUESTION[1:]]
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"conversations": turns, "answer": "1"}] * 3)
+    flags = {"data_path": prompts, "max_seq_len": 256, "max_new_tokens": 40, "save_interval": 1, "temperature": 0.8}
+    train("train_grpo", grpo_flags(start, tmp_path / "whole", **flags))
+    (tmp_path / "fail").touch()
+    with pytest.raises(ValueError, match="the disk is gone"):
+        train("train_grpo", grpo_flags(start, tmp_path / "parts", **flags))
+    (tmp_path / "fail").unlink()
+    train("train_grpo", grpo_flags(start, tmp_path / "parts", resume=True, **flags))
+    whole, parts = (read_resume(tmp_path / folder, "grpo_32") for folder in ("whole", "parts"))
+    for part in ("model", "optimizer", "progress"):
+        assert_identical(parts[part], whole[part])
+    log = read_log(tmp_path / "whole", "grpo_32")
+    assert all(record["tool_calls"] > 0.5 and record["finished"] > 0.5 for record in log)
+    assert all(abs(record["rollout_kl"]) < 1e-6 for record in log)
 
 
 @pytest.mark.full

@@ -3,6 +3,9 @@
 The answers to one prompt form a group. Draws depend on (seed, step, prompt, sample) alone: neither the number of
 processes nor what else is being decoded changes them, and a step that a crash cut off is sampled again to the same ids.
 
+With tools, an answer has several segments, as in a chat: one that calls tools of dataset/tools.py is followed by their
+results, which are not learned, and the next one. Only what the clock says differs from run to run.
+
 The decoder lays out the weights again for every step (a copy for fast products), so it always samples from the weights
 of the last update; the layout costs about as much time as decoding a few tokens.
 """
@@ -22,7 +25,9 @@ from torch import nn
 
 from dataset.lm_dataset import RecordError, parse_prompt
 from dataset.packing import best_fit
+from dataset.text_stream import ToolCall, ToolCallSplitter
 from dataset.tokenization import ChatTokenizer
+from dataset.tools import FUNCTIONS, call_tool
 from model.batching import Engine
 from model.sampling import SamplingParams
 from trainer.distributed import Process, gather_objects, sum_over_ranks
@@ -32,6 +37,7 @@ from trainer.rewards import build_rewards, score_answer
 from trainer.training import Training
 
 SLOTS = 64  # answers decoded together: more of them share each read of the weights, and each takes room in the cache
+MOST_CALLING_TURNS = 8  # of an answer
 HELD_OUT = 1 << 40  # the step that evaluation draws as: its draws are the same at every step
 
 
@@ -43,7 +49,9 @@ class Rollout:
     ids: list[int]  # prompt and answer
     learned: list[int]
     log_probs: list[float] = field(default_factory=list)
-    text: str = ""  # the answer; with tools, what follows the last result
+    text: str = ""  # the answer; with tools, what follows the last result, without calls
+    turns: list[dict] = field(default_factory=list)  # so far; with tools, the calls and results too
+    calls: int = 0
     finished: bool = False  # False if --max_new_tokens cut it
     rewards: dict[str, float] = field(default_factory=dict)
     total: float = 0.0  # weighted sum of the rewards
@@ -53,6 +61,13 @@ class Rollout:
     def length(self) -> int:
         """Tokens that the model chose."""
         return len(self.log_probs)
+
+
+class RolloutEngine(Engine):
+    """Its log-probs are of the distribution that is sampled, which is also the one that learns."""
+
+    def _logprobs(self, requests, logits, ids):
+        return super()._logprobs(requests, logits / (requests[0].params.temperature or 1.0), ids)
 
 
 def draw_seed(*numbers: int) -> int:
@@ -71,6 +86,7 @@ class Sampler:
         self.path, self.args, self.process, self.tokenizer = path, args, process, tokenizer
         self.rewards = build_rewards(args.reward.split())
         self.records = read_prompts(path, args.skip_bad_lines)
+        self.with_tools = any("tools" in turn for record in self.records for turn in record["conversations"])
         self.prompt_ids = [tokenizer.encode_prompt(record["conversations"]) for record in self.records]
         longest = max(map(len, self.prompt_ids))
         needed = longest + args.max_new_tokens - 1
@@ -138,7 +154,7 @@ class Sampler:
             f"pass_at_{args.eval_samples}": right.reshape(-1, args.eval_samples).any(axis=1).sum(),
             "answer_tokens": sum(r.length for r in greedy),
             "finished": sum(r.finished for r in greedy),
-        }
+        } | self._call_count(greedy)
         sums |= {f"reward_{w.name}": sum(r.rewards[w.name] for r in greedy) for w in self.rewards}
         totals = sum_over_ranks([float(value) for value in sums.values()], process)
         shown = greedy[0] if greedy else None
@@ -180,7 +196,7 @@ class Sampler:
             "reward": float(totals.sum()),
             "finished": sum(r.finished for r in rollouts),
             "entropy": -sum(sum(r.log_probs) for r in rollouts),
-        }
+        } | self._call_count(rollouts)
         sums |= {f"reward_{w.name}": sum(r.rewards[w.name] for r in rollouts) for w in self.rewards}
         totals = dict(zip(sums, sum_over_ranks([float(value) for value in sums.values()], process), strict=True))
         answers, tokens = totals.pop("answers"), totals.pop("sampled_tokens")
@@ -204,30 +220,76 @@ class Sampler:
             batch |= counts | {"last": number == most - 1}
         return batches, counts, means
 
+    def _call_count(self, rollouts: list[Rollout]) -> dict[str, int]:
+        return {"tool_calls": sum(r.calls for r in rollouts)} if self.with_tools else {}
+
     def _answers(self, model: nn.Module, jobs: list[tuple[int, int]], params: SamplingParams) -> list[Rollout]:
         """Scored answers to jobs, (number of the prompt, seed of the draws), in their order."""
         if not jobs:
             return []
-        needed = max(len(self.prompt_ids[number]) for number, _ in jobs) + params.max_new_tokens
-        engine = Engine(model, slots=min(SLOTS, len(jobs)), context_length=needed, max_queue=len(jobs))
-        pending = deque()
+        longest = max(len(self.prompt_ids[number]) for number, _ in jobs) + params.max_new_tokens
+        needed = self.args.max_seq_len + 1 if self.with_tools else longest  # results need room too
+        engine = RolloutEngine(model, slots=min(SLOTS, len(jobs)), context_length=needed, max_queue=len(jobs))
+        rollouts, pending = [], deque()
+
+        def submit(rollout: Rollout, seed: int) -> None:
+            left = params.max_new_tokens - rollout.length
+            request = engine.submit(rollout.ids, replace(params, max_new_tokens=left, seed=seed))
+            pending.append((rollout, seed, request))
+
         for number, seed in jobs:
             ids = list(self.prompt_ids[number])
-            pending.append((Rollout(number, ids, [0] * len(ids)), engine.submit(ids, replace(params, seed=seed))))
-        rollouts = [rollout for rollout, _ in pending]
+            rollouts.append(Rollout(number, ids, [0] * len(ids), turns=self.records[number]["conversations"]))
+            submit(rollouts[-1], seed)
         while pending:
-            rollout, request = pending.popleft()
+            rollout, seed, request = pending.popleft()
             tokens = list(request)  # steps the engine, and with it all other answers
             rollout.ids += [token.id for token in tokens]
             rollout.learned += [1] * len(tokens)
             rollout.log_probs += [token.logprob for token in tokens]
             rollout.finished = request.finish_reason == "stop"
             rollout.text = self.tokenizer.decode([token.id for token in tokens])
+            if self.with_tools and self._answer_calls(rollout, needed):
+                submit(rollout, draw_seed(seed, len(rollout.turns)))
         for rollout in rollouts:
             record = self.records[rollout.prompt] | {"length_share": rollout.length / params.max_new_tokens}
             rollout.rewards = score_answer(self.rewards, rollout.text, record)
             rollout.total = sum(reward.weight * rollout.rewards[reward.name] for reward in self.rewards)
         return rollouts
+
+    def _answer_calls(self, rollout: Rollout, longest: int) -> bool:
+        """Run the calls that the last segment made and append their results; whether the answer goes on.
+
+        longest: tokens that a text may have. An answer that has no room to go on is not finished.
+        """
+        splitter = ToolCallSplitter()
+        parts = [*splitter.push(rollout.text), *splitter.flush()]
+        calls = [part for part in parts if isinstance(part, ToolCall)]
+        rollout.text = "".join(part for part in parts if isinstance(part, str))
+        rollout.calls += len(calls)
+        if not calls or not rollout.finished:
+            return False
+        rollout.finished = False
+        offered = offered_tools(rollout.turns)
+        said = [{"type": "function", "function": {"name": c.name, "arguments": json.loads(c.arguments)}} for c in calls]
+        results = [{"role": "tool", "content": call_tool(c.name, json.loads(c.arguments), offered)} for c in calls]
+        turns = [*rollout.turns, {"role": "assistant", "content": rollout.text, "tool_calls": said}, *results]
+        # what the template writes behind the assistant's eos; no content can hold an eos
+        written = self.tokenizer.encode_prompt(turns)
+        ends = [place for place, token_id in enumerate(written) if token_id == self.tokenizer.eos_id]
+        behind = written[ends[rollout.ids.count(self.tokenizer.eos_id) - 1] + 1 :]
+        room = min(longest - len(rollout.ids) - len(behind), self.params.max_new_tokens - rollout.length)
+        if room < 1 or sum(turn["role"] == "assistant" for turn in turns) > MOST_CALLING_TURNS:
+            return False
+        rollout.ids += behind
+        rollout.learned += [0] * len(behind)
+        rollout.turns = turns
+        return True
+
+
+def offered_tools(turns: list[dict]) -> dict[str, None]:
+    """The names of the tools that a conversation offers, in their order."""
+    return {str(tool.get("function", tool).get("name")): None for turn in turns for tool in turn.get("tools", ())}
 
 
 def read_prompts(path: Path, skip_bad_lines: bool) -> list[dict]:
@@ -239,6 +301,9 @@ def read_prompts(path: Path, skip_bad_lines: bool) -> list[dict]:
                 if line.strip():
                     try:
                         records.append(parse_prompt(line))
+                        if unknown := offered_tools(records[-1]["conversations"]).keys() - FUNCTIONS.keys():
+                            records.pop()
+                            raise RecordError(f"no tool {unknown.pop()!r} runs here; known are {', '.join(FUNCTIONS)}")
                     except RecordError as error:
                         bad.append(f"line {number}: {error}")
     except (OSError, UnicodeDecodeError) as error:

@@ -13,7 +13,7 @@ loses its gradient. --clip_high above --clip_low is DAPO's clip-higher. k3 estim
 
 A group of equal rewards teaches nothing and is left out, but counts in `answers` and `tokens`. A step is one batch of
 answers with --updates optimizer steps; with one, rho is 1 and the gradient is REINFORCE with the group's mean as
-baseline.
+baseline. Records may offer tools, which the model then calls: see trainer/rollouts.py.
 
 Reads   {"conversations": [turns, the user's last], "answer": "..."} a line (--data_path, default dataset/grpo.jsonl),
         out/full_sft_{hidden_size}{_moe}.pth (--base_weight)
