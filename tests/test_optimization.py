@@ -12,15 +12,18 @@ from model import device as devices
 from model.device import usable_dtype
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer import muon
+from trainer.distributed import Process
 from trainer.evaluation import sample_text
 from trainer.optimization import (
     Precision,
+    blur_half_weights,
     build_optimizer,
     check_finite,
     learning_rate,
     optimizer_step,
     prepare_forward,
 )
+from trainer.training import start_training
 
 CPU = torch.device("cpu")
 
@@ -280,6 +283,48 @@ def test_bfloat16_is_autocast_without_a_scaler(monkeypatch):
     assert not precision.scaler.is_enabled()
     with Precision("float32", CPU).autocast():
         assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.float32
+
+
+def rounding_step(weights: torch.Tensor, update: float) -> float:
+    """How far an update moves weights once they are rounded to bfloat16; the update and the result in bfloat16 ulps."""
+    ulp = torch.ldexp(torch.ones_like(weights), torch.frexp(weights).exponent - 8)
+    return float((((weights + update * ulp).bfloat16().float() - weights.bfloat16().float()) / ulp).mean())
+
+
+def test_weights_of_a_file_take_no_step_in_bfloat16_that_was_not_asked_for():
+    """One number in eight is a tie: half of them flip at once, a step of 1/16 ulp whatever the learning rate."""
+    layer = nn.Linear(600, 600, bias=False)
+    half = torch.randn(600, 600, generator=torch.Generator().manual_seed(0)).half().float()
+    layer.weight.data.copy_(half)
+    assert rounding_step(layer.weight.data, 0.002) == pytest.approx(0.0625, rel=0.05)
+    blur_half_weights(layer, seed=3)
+    weights = layer.weight.data
+    assert torch.equal(weights.bfloat16(), half.bfloat16())
+    moved = (weights - half).abs() / torch.ldexp(torch.ones_like(half), torch.frexp(half).exponent - 11)
+    assert moved.max() <= 0.5 and moved.mean() == pytest.approx(0.25, rel=0.01)  # float16 ulps
+    for update in (0.002, -0.002, 0.02, 0.2):  # 360,000 weights: 720 of them flip for the smallest, give or take 27
+        assert rounding_step(weights, update) == pytest.approx(update, rel=0.2)
+    layer.weight.data.copy_(half)
+    blur_half_weights(layer, seed=3)
+    assert torch.equal(weights, layer.weight.data)
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_only_matrices_of_a_file_that_train_in_bfloat16_are_blurred(monkeypatch, has_bfloat16):
+    monkeypatch.setattr(devices, "cpu_has_bfloat16", lambda: has_bfloat16)
+    model, process = tiny_model(), Process(rank=0, local_rank=0, world_size=1, device=CPU)
+    fresh = {name: p.clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight.half())  # the embedding, too
+        model.model.layers[0].mlp.up_proj.weight.zero_()
+    of_file = model.lm_head.weight.clone()
+    state = torch.get_rng_state()
+    start_training(model, flags(dtype="bfloat16", grad_clip=1.0, seed=5), process)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(model.lm_head.weight, of_file) != has_bfloat16
+    assert not model.model.layers[0].mlp.up_proj.weight.any()
+    kept = [name for name, p in model.named_parameters() if torch.equal(p, fresh[name])]
+    assert len(kept) == len(fresh) - 2
 
 
 def loss_and_gradients(model) -> tuple[float, dict[str, torch.Tensor]]:

@@ -108,6 +108,25 @@ class Precision:
         self.scaler.scale(loss).backward()
 
 
+@torch.no_grad()
+def blur_half_weights(model: nn.Module, seed: int) -> None:
+    """Move the matrices that came from a float16 file within float16's own rounding error, before bfloat16 training.
+
+    One float16 number in eight is halfway between two bfloat16 numbers. There the first update, however small, decides
+    for all of them at once: a step of half a bfloat16 ulp that no learning rate asked for. The moves, uniform up to
+    half a float16 ulp, change no number's rounding to bfloat16, and from then on updates are rounded without bias.
+    """
+    generator = torch.Generator().manual_seed(seed)  # its own: the run's other random numbers stay as they are
+    for parameter in trainable(model):
+        if parameter.dim() < 2 or not torch.equal(parameter, parameter.half().float()):
+            continue
+        weights = parameter.cpu()
+        ulp = torch.ldexp((weights != 0).float(), torch.frexp(weights).exponent - 11)  # of float16
+        moves = ulp * (torch.rand(weights.shape, generator=generator) - 0.5)
+        same = (weights + moves).bfloat16() == weights.bfloat16()
+        parameter.copy_(torch.where(same, weights + moves, weights - moves))
+
+
 def prepare_forward(model: nn.Module, args: argparse.Namespace, device: torch.device) -> None:
     """Turn on gradient checkpointing and torch.compile as the flags say. By default only CUDA compiles.
 

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from trainer.distributed import Process
 from trainer.optimization import (
     Precision,
+    blur_half_weights,
     build_optimizer,
     optimizer_step,
     prepare_forward,
@@ -42,6 +43,8 @@ class Training:
         """model: on the device, with its first weights. What requires gradients is trained."""
         self.model, self.process, self.grad_clip = model, process, args.grad_clip
         self.precision = Precision(args.dtype, process.device)
+        if self.precision.dtype == torch.bfloat16:
+            blur_half_weights(model, args.seed)
         self.optimizer = build_optimizer(model, args)
         prepare_forward(model, args, process.device)
         self.forward = self._distributed(args)
