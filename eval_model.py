@@ -37,6 +37,7 @@ from model.loading import (
     ready_flags,
 )
 from model.model_lora import find_lora, load_lora, lora_layers, remove_lora
+from model.streams import note, set_up_streams
 from model.weights import STAGE_OF_MODE, WEIGHT_NAME, find_weights
 from scripts.example_prompts import example_prompts
 from scripts.model_catalog import find_models
@@ -45,10 +46,8 @@ from scripts.terminal import (
     LineEditor,
     TerminalChat,
     is_typed,
-    note,
     piped_prompts,
     run_main,
-    set_up_streams,
 )
 
 THINKING_STAGES = ("reason", "grpo")

@@ -17,16 +17,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import openai
 
 from model.flags import HISTORY, message_count, show_defaults, utf8
+from model.streams import note, set_up_streams
 from scripts.openai_client import explain, new_client
 from scripts.terminal import (
     Display,
     LineEditor,
     TerminalChat,
     is_typed,
-    note,
     piped_prompts,
     run_main,
-    set_up_streams,
 )
 
 

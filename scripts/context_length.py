@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from dataset.tokenization import ChatTokenizer
 from model.loading import stretch_context, trained_length
+from model.streams import set_up_streams
 from model.weights import find_weights, load_model
 
 
@@ -95,6 +96,7 @@ def position_ranges(trained: int, length: int) -> list[tuple[int, int]]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    set_up_streams()
     args = parse_args(argv)
     tokenizer = ChatTokenizer(args.tokenizer_path)
     path = find_weights(args.weight, args.out_dir, args.hidden_size, args.use_moe)

@@ -65,6 +65,7 @@ from model.model_lora import (
     save_peft,
 )
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.streams import set_up_streams
 from model.weights import (
     STAGE_OF_MODE,
     WeightsError,
@@ -716,11 +717,10 @@ def describe(source: Source) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    set_up_streams()
     args = parse_args(argv)
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-            convert(args)
+        convert(args)
     except (ValueError, OSError, ImportError, SafetensorError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

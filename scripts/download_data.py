@@ -25,6 +25,10 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from model.streams import set_up_streams
+
 # name: (size, tokens to train at, what it is); lengths in names are characters
 DATA = {
     "pretrain_hq": ("1.6 GB", 320, "pretraining; of the quick recipe"),
@@ -194,6 +198,7 @@ def print_list(hub: HuggingFace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    set_up_streams()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("files", nargs="*", default=["pretrain_hq", "sft_mini_512"], help="names from --list (default: %(default)s)")

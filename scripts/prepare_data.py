@@ -23,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from model.streams import set_up_streams
 from scripts.prepare_formats import Convert
 from scripts.prepare_inspect import Inspect
 from scripts.prepare_mix import Join, Mix
@@ -116,6 +117,7 @@ def run(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    set_up_streams()
     try:
         run(argv)
     except ValueError as error:

@@ -14,6 +14,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from model.streams import set_up_streams
+
 SAMPLE = ROOT / "dataset" / "sample"
 
 # Muon learns this world in about a third of AdamW's steps
@@ -42,6 +46,7 @@ def run(title: str, script: str, *flags: object, **options) -> subprocess.Comple
 
 
 def main(argv: list[str] | None = None) -> None:
+    set_up_streams()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "quickstart")
     args = parser.parse_args(argv)

@@ -22,8 +22,8 @@ from dataset.tokenization import ChatTokenizer
 from model.flags import show_defaults
 from model.generation import SamplingParams, generate_batch
 from model.loading import add_flags, load_ready, ready_flags
+from model.streams import set_up_streams
 from model.weights import STAGES, find_weights, write_json
-from scripts.terminal import set_up_streams
 
 LONGEST_ANSWER = 128  # tokens; the longest expected answer is about half of it
 

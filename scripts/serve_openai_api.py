@@ -26,7 +26,6 @@ import signal
 import socket
 import sys
 import time
-import warnings
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -50,6 +49,7 @@ from model.flags import add_boolean, at_least, show_defaults
 from model.generation import SamplingParams
 from model.loading import READY_FLAGS, add_flags, check_sizes, given_sizes, named_path, read_config, ready_flags
 from model.model_lora import find_lora
+from model.streams import note, set_up_streams
 from scripts.known_hosts import KnownHosts
 from scripts.model_catalog import entry_of_file, entry_of_folder, load_entry
 from scripts.model_pool import LoadedModel, ModelPool, Offer
@@ -463,10 +463,6 @@ class Server(uvicorn.Server):
         return 130 if self.stopped_by == signal.SIGINT else 0
 
 
-def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def print_line(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # a terminal that was closed is no reason to fail a request
         print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
@@ -511,8 +507,8 @@ def make_server(args: argparse.Namespace) -> tuple[Server, socket.socket]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    set_up_streams()
     args = parse_args(argv)
-    warnings.showwarning = lambda message, *_: note(f"warning: {message}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the server runs
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.setswitchinterval(SWITCH_SECONDS)

@@ -20,6 +20,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from model.streams import set_up_streams
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER_FLAGS = ("--no-sandbox", "--disable-gpu")
 QUESTIONS = [
@@ -78,6 +82,7 @@ def served(*flags: str) -> Iterator[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    set_up_streams()
     args = parse_args(argv)
     try:
         from playwright.sync_api import sync_playwright

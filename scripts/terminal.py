@@ -11,9 +11,9 @@ import io
 import os
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 
+from model.streams import note, stream_encoding
 from scripts.prepare_sources import guess_encoding
 
 COMMAND = re.compile(r"\s*/([A-Za-z]+)(?:\s+(.*?))?\s*", re.DOTALL)
@@ -21,28 +21,6 @@ CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab
 KEYS = """\
 Enter sends, Alt-Enter makes a new line. Ctrl-C stops an answer; twice when idle, it leaves.
 Enter 发送，Alt-Enter 换行。Ctrl-C 中止回答，空闲时按两次退出。"""
-
-
-def set_up_streams() -> None:
-    """Make stdin, stdout and stderr show what they can, in UTF-8 unless PYTHONIOENCODING names another encoding.
-
-    Warnings become lines on stderr, too.
-    """
-    warnings.showwarning = lambda message, *_: note(f"warning: {message}")
-    for file in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(file, "reconfigure"):
-            file.reconfigure(encoding=stream_encoding(), errors="replace")
-
-
-def stream_encoding() -> str:
-    name = os.environ.get("PYTHONIOENCODING", "").split(":")[0]
-    with contextlib.suppress(LookupError):
-        return "utf-8" if codecs.lookup(name).name == "ascii" else name
-    return "utf-8"
-
-
-def note(text: str, end: str = "\n") -> None:
-    print(text, end=end, file=sys.stderr, flush=True)
 
 
 def is_typed() -> bool:

@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from dataset.chat_template import CHAT_TEMPLATE
 from dataset.tokenization import CONTROL_TOKENS, ChatTokenizer, StreamDecoder
+from model.streams import set_up_streams
 
 CONTROLS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -241,6 +242,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    set_up_streams()
     args = parse_arguments(argv)
     size_mb = sum(path.stat().st_size for path in args.data_path) / 1e6
     share = min(1.0, args.max_train_mb / size_mb) if size_mb else 1.0

@@ -13,7 +13,7 @@ import time
 import pytest
 from conftest import ROOT, write_endless_weights
 
-from scripts import terminal
+from model.streams import note
 from scripts.example_prompts import BEGINNINGS, QUESTIONS, example_prompts
 from scripts.terminal import Display, LineEditor, TerminalChat, piped_prompts
 
@@ -95,10 +95,10 @@ class EchoChat(TerminalChat):
         return prompt != "stop"
 
     def switch_model(self, name: str) -> None:
-        terminal.note(f"model {name!r}")
+        note(f"model {name!r}")
 
     def switch_lora(self, name: str) -> None:
-        terminal.note(f"lora {name!r}")
+        note(f"lora {name!r}")
 
     def check_settings(self) -> None:
         if self.args.temperature < 0:
@@ -212,6 +212,24 @@ def test_examples_come_from_the_world_of_the_sample_if_that_was_trained_on():
     for sidecar in ({}, {"flags": {}}, {"flags": {"data_path": "dataset/sft_512.jsonl"}}):
         assert example_prompts(sidecar, continues=False) == QUESTIONS
         assert example_prompts(sidecar, continues=True, count=4) == BEGINNINGS[:4]
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "gbk"])
+def test_no_encoding_ends_a_script(encoding):
+    """What Windows picks for files and pipes: a name that it cannot write is shown with question marks."""
+    env = os.environ | {"PYTHONUTF8": "0", "PYTHONIOENCODING": encoding}
+    line = [sys.executable, "scripts/prepare_data.py", "inspect", "不存在-été-🙂.jsonl"]
+    child = subprocess.run(line, cwd=ROOT, env=env, capture_output=True)
+    said = child.stderr.decode(encoding)
+    assert child.returncode == 1 and "Traceback" not in said and "error:" in said and "?" in said
+    assert ("不存在" in said) == (encoding == "gbk")
+
+
+def test_every_script_sets_up_its_streams():
+    for path in [ROOT / "eval_model.py", *ROOT.glob("scripts/*.py"), *ROOT.glob("trainer/*.py")]:
+        text = path.read_text(encoding="utf-8")
+        if re.search(r"\ndef main\(argv", text):
+            assert re.search(r"\n    set_up_streams\(\)|\n    run_script\(main", text), path
 
 
 # --- a person at a terminal ------------------------------------------------------------------------------------------

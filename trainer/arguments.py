@@ -15,6 +15,7 @@ import torch
 from dataset.token_cache import MAX_RECORD_BYTES
 from model.flags import add_boolean, show_defaults, utf8, utf8_path
 from model.model_minimind import PRESETS, MiniMindConfig
+from model.streams import set_up_streams
 from model.weights import STAGES, WeightsError, config_of_file, find_weights, read_sidecar, read_state_dict
 from trainer.distributed import lost_process
 from trainer.estimate import run_or_estimate
@@ -255,9 +256,7 @@ def run_script(main: Callable[..., None], argv: list[str] | None = None) -> None
     The main process shows what all processes found. Another one waits a little before it speaks, because a launcher
     ends it together with the main one.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a console's encoding may lack what is printed
-            stream.reconfigure(errors="replace")
+    set_up_streams()
     try:
         run_or_estimate(main, argv)
     except (ValueError, FloatingPointError) as error:

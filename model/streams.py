@@ -1,0 +1,31 @@
+"""Standard streams that replace what they cannot show: nothing that only prints may end a program. Imports no torch."""
+
+import codecs
+import contextlib
+import os
+import sys
+import warnings
+
+
+def set_up_streams() -> None:
+    """Make stdin, stdout and stderr show what they can, in UTF-8 unless PYTHONIOENCODING names another encoding.
+
+    Warnings become lines on stderr, too.
+    """
+    warnings.showwarning = lambda message, *_: note(f"warning: {message}")
+    for file in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(file, "reconfigure"):
+            file.reconfigure(encoding=stream_encoding(), errors="replace")
+
+
+def stream_encoding() -> str:
+    name = os.environ.get("PYTHONIOENCODING", "").split(":")[0]
+    with contextlib.suppress(LookupError):
+        return "utf-8" if codecs.lookup(name).name == "ascii" else name
+    return "utf-8"
+
+
+def note(text: str, end: str = "\n") -> None:
+    """Print to stderr; a terminal that has gone is no reason to stop."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, end=end, file=sys.stderr, flush=True)
