@@ -2,7 +2,7 @@
 # make test           lint and the quick tests
 # make test-all       every test, the long matrix too
 # make test-interop   our GGUF files in llama.cpp (builds it from source, about ten minutes once)
-# make lint           ruff
+# make lint           ruff, and mypy on model/, dataset/, trainer/
 # make bench          speed of training and of the data path, each next to a peer
 # make clean          remove caches and what tests leave behind; weights, logs and data stay
 # make erase          delete out/ (weights, logs, resume states) and .venv/, after showing them and asking
@@ -49,6 +49,7 @@ test-interop: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/data_pipeline.py

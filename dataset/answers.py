@@ -154,7 +154,9 @@ def choice_matches(answer: str, gold: str) -> bool:
 def reasoned_parts(text: str) -> tuple[str, str] | None:
     """(thought, answer) of <think>…</think><answer>…</answer>; None if a tag is missing, doubled or out of place."""
     match = REASONED.fullmatch(text)
-    return None if match is None or any(TAG.search(part) for part in match.groups()) else match.groups()
+    if match is None or any(TAG.search(part) for part in match.groups()):
+        return None
+    return match[1], match[2]
 
 
 def is_well_formed(text: str) -> bool:

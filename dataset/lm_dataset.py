@@ -78,7 +78,7 @@ def parse_record(
         raise RecordError(
             f"chosen and rejected differ before their answers, in turn {shared + 1}: both must answer the same prompt"
         )
-    return tuple(sides)
+    return sides[0], sides[1]
 
 
 def parse_prompt(line: str) -> dict:

@@ -40,6 +40,11 @@ class PackingPlan:
     targets.
     """
 
+    segment_start: np.ndarray
+    segment_length: np.ndarray
+    row_start: np.ndarray
+    row_targets: np.ndarray
+
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         meta = json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))
@@ -180,7 +185,7 @@ def _pairs(cache: TokenCache, first: int, last: int, max_seq_len: int, stats: di
     has_target, targets = _count_targets(mask, start, kept)
     tokens = cache.tokens[cache.offsets[first] : cache.offsets[last]]
     learns = has_target.reshape(-1, 2).all(1)
-    differs = learns.copy()
+    differs: np.ndarray = learns.copy()
     for pair in np.flatnonzero(learns & ~fits.reshape(-1, 2).all(1)):  # the difference may have been in what was cut
         chosen, rejected = (tokens[start[n] : start[n] + kept[n]] for n in (2 * pair, 2 * pair + 1))
         differs[pair] = not np.array_equal(chosen, rejected)

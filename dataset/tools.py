@@ -10,7 +10,7 @@ import operator
 from collections.abc import Callable, Collection
 from fractions import Fraction
 
-OPERATORS = {
+OPERATORS: dict[type, Callable] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
@@ -51,8 +51,9 @@ def calculator(expression: str) -> str:
 
 
 def _value(node: ast.AST) -> Fraction:
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float) and abs(node.value) <= LARGEST:
-        value = Fraction(str(node.value))
+    number = node.value if isinstance(node, ast.Constant) else None
+    if isinstance(number, int | float) and not isinstance(number, bool) and abs(number) <= LARGEST:
+        value = Fraction(str(number))
     elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
         value = Fraction(OPERATORS[type(node.op)](_value(node.left), _value(node.right)))
     elif isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -23,7 +23,7 @@ PROGRAM = f"import sys; sys.path[:1] = [{str(ROOT)!r}]; from dataset.workers imp
 ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
-def results_in_order(function: Callable, tasks: Iterable[tuple], num_workers: int) -> Iterator:
+def results_in_order(function: Callable, tasks: Iterable[tuple], num_workers: int) -> Generator:
     """Yield function(*task) for each task. Tasks are drawn a few ahead; function and results must pickle."""
     if num_workers == 1:
         with _serial_tokenizers(), _garbage_collection_paused():

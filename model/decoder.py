@@ -140,10 +140,10 @@ class ForwardDecoder:
 
         Returns the next tokens' logits (rows, vocab), float32.
         """
-        slots, ids, lengths = (torch.tensor(values, device=self.device) for values in (slots, ids, lengths))
-        self.cache.plan_decode(slots, lengths)
-        mask = torch.arange(int(lengths.max()) + 1, device=self.device) <= lengths.unsqueeze(1)
-        return self._forward(ids.unsqueeze(1), lengths.unsqueeze(1), mask[:, None, None, :])
+        positions = torch.tensor(lengths, device=self.device).unsqueeze(1)
+        self.cache.plan_decode(torch.tensor(slots, device=self.device), positions.squeeze(1))
+        mask = torch.arange(max(lengths) + 1, device=self.device) <= positions
+        return self._forward(torch.tensor(ids, device=self.device).unsqueeze(1), positions, mask[:, None, None, :])
 
     @torch.inference_mode()
     def clear(self, slot: int) -> None:
@@ -511,8 +511,8 @@ class LeanDecoder:
         # In `flat`, the keys of all slots come first, then the values of all slots.
         heads = torch.arange(self.kv_heads, device=self.device)
         heads = torch.cat((heads, heads + self.slots * self.kv_heads))
-        slots = torch.tensor(slots, device=self.device)
-        self.first_rows = (slots.unsqueeze(1) * self.kv_heads + heads) * self.keys[0].shape[1]
+        of_slot = torch.tensor(slots, device=self.device).unsqueeze(1) * self.kv_heads
+        self.first_rows = (of_slot + heads) * self.keys[0].shape[1]
 
     def _decode_all_slots(self, slots: Sequence[int], ids: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
         """Decode on a GPU, idle slots included, so that shapes repeat and a step is one recorded CUDA graph.

@@ -234,7 +234,7 @@ def from_hf(state: State, hf: Any) -> tuple[State, MiniMindConfig]:
     theta, kind = rope.pop("rope_theta"), rope.get("rope_type", "default")
     obstacles[f"rope_type {kind}"] = kind not in ("default", "yarn")
     _refuse(obstacles)
-    fields = dict(MINIMIND3) if hf.model_type.startswith("qwen3") else {}
+    fields: dict[str, Any] = dict(MINIMIND3) if hf.model_type.startswith("qwen3") else {}
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
     names += ("max_position_embeddings", "rms_norm_eps", "initializer_range", "intermediate_size")
     fields |= {name: getattr(hf, name) for name in names}

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # What a conversation remembers by default, in the terminal and on the page: three questions with their answers.
 HISTORY_MESSAGES = 6
@@ -48,8 +49,8 @@ def utf8_path(text: str) -> Path:
     return Path(utf8(text))
 
 
-BOOL = {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
-HISTORY = {
+BOOL: dict[str, Any] = {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
+HISTORY: dict[str, Any] = {
     "type": message_count,
     "default": HISTORY_MESSAGES,
     "help": f"earlier messages sent along, an even number; 0: each prompt alone (default: {HISTORY_MESSAGES} in a "

@@ -284,7 +284,7 @@ def go_template(folder: str | Path) -> str | None:
     marks = {role: f"@{role}@" for role in ("system", "user", "assistant", "tool")}
     turns = {role: {"role": role, "content": mark} for role, mark in marks.items()}
     call = {"type": "function", "function": {"name": "@name@", "arguments": {}}}
-    calls = [turns["user"], {**turns["assistant"], "tool_calls": [call]}]
+    calls: list[dict] = [turns["user"], {**turns["assistant"], "tool_calls": [call]}]
     tool = {"type": "function", "function": {"name": "@offered@"}}
 
     def text(*history: dict, **options) -> str:

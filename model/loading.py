@@ -31,7 +31,7 @@ CONTEXT = 8192
 
 MODES = ", ".join(f"{mode} {stage}" for mode, stage in sorted(STAGE_OF_MODE.items()))
 # The flags that chat, server, page, converter and scores share.
-SHARED_FLAGS = {
+SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "model_mode": dict(type=int, default=1, choices=sorted(STAGE_OF_MODE), help=f"stage of the weights: {MODES}"),
     "load": dict(type=int, default=0, choices=[0, 1], help="0: .pth in --out_dir; 1: Hugging Face folder --hf_path"),
     "out_dir": dict(type=utf8, default=str(ROOT / "out"), help="folder of the .pth files, adapters in its lora/"),

@@ -106,7 +106,7 @@ class MiniMindConfig(PretrainedConfig):
         self.qk_norm = qk_norm
         self.rope_theta = rope_theta
         if rope_scaling is not None:
-            self.rope_scaling = yarn_parameters(rope_scaling)
+            self.rope_scaling = yarn_parameters(rope_scaling)  # type: ignore[misc]
         self.rope_dtype = rope_dtype
         self.hidden_act = hidden_act
         self.dropout = dropout

@@ -119,7 +119,7 @@ def sidecar_path(path: str | Path) -> Path:
     return path.with_suffix(".json") if path.suffix == ".pth" else path / "minimind.json"
 
 
-def write_atomically(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
     """Write to a temporary file, flush it to disk, rename it: a reader sees the old file or the new one, never a part.
 
     Raises WeightsError if the folder cannot be written or the disk is full; the previous file stays as it was.

@@ -251,11 +251,11 @@ class TerminalChat:
         self.commands[name][2](text)
 
 
-def run_main(chat: Callable[[], int], *errors: type[Exception]) -> int:
+def run_main(chat: Callable[[], int], *errors: type[BaseException]) -> int:
     """Run a chat; return its exit status, whatever ends it."""
     try:
         return chat()
-    except (ValueError, *errors) as error:
+    except (ValueError, *errors) as error:  # type: ignore[misc]
         note(f"error: {error}")
         return 1
     except KeyboardInterrupt:

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,6 +36,9 @@ from trainer.arguments import FREE_ON_RESUME
 from trainer.distributed import Process, barrier, gather_objects
 from trainer.loader import PackedData
 from trainer.training import Training
+
+if TYPE_CHECKING:
+    from trainer.rollouts import Sampler
 
 LOCK_SECONDS = 8  # loader workers of a killed run hold its lock until they notice, within five seconds
 
@@ -169,7 +173,7 @@ class Checkpoint:
         args: argparse.Namespace,
         process: Process,
         tokenizer: ChatTokenizer,
-        data: PackedData,
+        data: "PackedData | Sampler",
         write: Callable[[Path, nn.Module, dict], None] = save_weights,
         **identity: str,
     ):
@@ -330,10 +334,10 @@ def result_flags(args: argparse.Namespace) -> dict:
 
 
 def _rng_state() -> dict:
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    state: Any = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": (kind, keys.tolist(), position, has_gauss, gauss),
+        "numpy": (state[0], state[1].tolist(), *state[2:]),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }

@@ -95,8 +95,8 @@ def short_run(folder: Path, main: Callable, args: argparse.Namespace, rest: list
         try:
             while child.poll() is None:
                 time.sleep(0.1)
-                start, *rest = read_log(folder) or [None]
-                steps = [line for line in rest if line["event"] == "step"]
+                start, *later = read_log(folder) or [None]
+                steps = [line for line in later if line["event"] == "step"]
                 if start is None or stopped:
                     continue
                 wanted = STEPS[start["device"].startswith("cuda")]
@@ -312,7 +312,7 @@ def relevant_flags(start: dict) -> dict[str, str]:
     return flags | {name: str(start[name]) for name in ("processes", "threads")}
 
 
-def compared(path: Path, start: dict, seconds: float, peak: int) -> str:
+def compared(path: Path, start: dict, seconds: float, peak: float) -> str:
     """Say how far off an earlier --estimate of this very run was; "" if there was none."""
     try:
         estimate = json.loads(path.read_text("utf-8"))

@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ class FrozenOutputs:
         path: Path,
         identity: dict,
         items: int,
-        shapes: dict[str, tuple[tuple[int, ...], np.dtype]],
+        shapes: Mapping[str, tuple[tuple[int, ...], type[np.generic]]],
         process: Process,
     ):
         """Open the folder, or make it. All processes call this together.
@@ -43,7 +44,7 @@ class FrozenOutputs:
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
         self.folder = path.with_name(f"{path.name}-{digest}")
         self.identity, self.process = identity, process
-        self.shapes = {"done": ((items,), np.dtype(np.uint8)), **shapes}
+        self.shapes = {"done": ((items,), np.uint8), **shapes}
         if process.is_main:
             stale = [other for other in path.parent.glob(f"{path.name}-*") if (other / "complete.json").exists()]
             if stale and not self.folder.exists():
@@ -62,9 +63,9 @@ class FrozenOutputs:
         self.pending: list[np.ndarray] = []
         self.flushed = time.monotonic()
 
-    def _open(self, folder: Path) -> dict[str, np.ndarray]:
-        mode = "r" if (folder / "complete.json").exists() else "r+"
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode=mode) for name in self.shapes}
+    def _open(self, folder: Path) -> dict[str, np.memmap]:
+        complete = (folder / "complete.json").exists()
+        arrays = {name: np.load(folder / f"{name}.npy", "r" if complete else "r+") for name in self.shapes}
         if any((array.shape, array.dtype) != self.shapes[name] for name, array in arrays.items()):
             raise ValueError("arrays of another shape")
         return arrays

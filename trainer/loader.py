@@ -4,7 +4,7 @@ import argparse
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -194,7 +194,7 @@ class PackedData:
                     return
         self.passes[title] = time.monotonic() - moments[0]
 
-    def _load(self, batches: PackedBatches | PreferenceBatches, indices: Sequence[int]) -> Iterator[dict]:
+    def _load(self, batches: PackedBatches | PreferenceBatches, indices: Sequence[int]) -> Generator[dict]:
         """Yield some of these batches on the device, except for STAY_ON_CPU."""
         cuda = self.process.device.type == "cuda"
         loader = DataLoader(

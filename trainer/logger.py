@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -32,6 +33,9 @@ from trainer.loader import PackedData, plural
 from trainer.tracking import JsonLines, Tracker, grouped
 from trainer.training import Training
 
+if TYPE_CHECKING:
+    from trainer.rollouts import Sampler
+
 
 class Logger:
     """The numbers of one run."""
@@ -41,7 +45,7 @@ class Logger:
         name: str,
         args: argparse.Namespace,
         training: Training,
-        data: PackedData,
+        data: "PackedData | Sampler",
         progress: Progress,
         teacher: nn.Module | None = None,
     ):

@@ -179,9 +179,9 @@ def main(argv: list[str] | None = None) -> None:
                 check_finite(means[0] + aux_loss, step)
                 grad_norm = training.step(lr)
                 # ----------------------------
-            counts = progress.advance(counts, sampler.total_steps)
+            taught = progress.advance(counts, sampler.total_steps)
             metrics |= zip(METRICS[1:], means[1:], strict=True)
-            logger.step(step, means[0], lr, grad_norm, counts, **metrics)
+            logger.step(step, means[0], lr, grad_norm, taught, **metrics)
 
             if held_out and progress.due(args.eval_interval):
                 with logger.paused("evaluating"):
