@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,11 +34,7 @@ from model.weights import (
 )
 from trainer.arguments import FREE_ON_RESUME
 from trainer.distributed import Process, barrier, gather_objects
-from trainer.loader import PackedData
 from trainer.training import Training
-
-if TYPE_CHECKING:
-    from trainer.rollouts import Sampler
 
 LOCK_SECONDS = 8  # loader workers of a killed run hold its lock until they notice, within five seconds
 
@@ -173,11 +169,11 @@ class Checkpoint:
         args: argparse.Namespace,
         process: Process,
         tokenizer: ChatTokenizer,
-        data: "PackedData | Sampler",
+        data: Any,
         write: Callable[[Path, nn.Module, dict], None] = save_weights,
         **identity: str,
     ):
-        """write(path, model, sidecar): writes the weight file.
+        """data: a PackedData, or train_grpo's Sampler. write(path, model, sidecar): writes the weight file.
 
         identity: what must not change on resume besides the tokenizer and the data, such as the hash of frozen weights.
         """

@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,12 +29,9 @@ from trainer.cost import (
     memory_parts,
 )
 from trainer.estimate import compared
-from trainer.loader import PackedData, plural
+from trainer.loader import plural
 from trainer.tracking import JsonLines, Tracker, grouped
 from trainer.training import Training
-
-if TYPE_CHECKING:
-    from trainer.rollouts import Sampler
 
 
 class Logger:
@@ -45,11 +42,11 @@ class Logger:
         name: str,
         args: argparse.Namespace,
         training: Training,
-        data: "PackedData | Sampler",
+        data: Any,
         progress: Progress,
         teacher: nn.Module | None = None,
     ):
-        """teacher: a frozen model whose forward is part of every step; its operations count in MFU."""
+        """data: a PackedData, or train_grpo's Sampler. teacher: a frozen model whose forward is part of every step; its operations count in MFU."""
         self.name, self.args, self.process, self.data = name, args, training.process, data
         self.progress, self.first_step, self.total_steps = progress, progress.step, data.total_steps
         self.config, self.file, self.tracker = training.model.config, None, None
