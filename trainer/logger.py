@@ -46,7 +46,9 @@ class Logger:
         progress: Progress,
         teacher: nn.Module | None = None,
     ):
-        """data: a PackedData, or train_grpo's Sampler. teacher: a frozen model whose forward is part of every step; its operations count in MFU."""
+        """data: a PackedData, or train_grpo's Sampler. teacher: a frozen model whose forward is part of every step; its
+        operations count in MFU.
+        """
         self.name, self.args, self.process, self.data = name, args, training.process, data
         self.progress, self.first_step, self.total_steps = progress, progress.step, data.total_steps
         self.config, self.file, self.tracker = training.model.config, None, None
