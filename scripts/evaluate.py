@@ -60,13 +60,13 @@ from dataset.tokenization import ChatTokenizer
 from model.flags import BOOL, at_least, show_defaults
 from model.generation import SamplingParams, generate_batch
 from model.loading import CONTEXT, READY_FLAGS, add_flags, load_ready, ready_flags, tokenizer_folder
+from model.streams import set_up_streams
 from model.weights import find_weights, write_atomically, write_json
 from scripts.evaluation_sets import LETTERS, PUBLIC, Question, QuestionSet, download, read_set
 from scripts.log_likelihoods import log_likelihoods, log_likelihoods_of_server
 from scripts.openai_client import explain, new_client
 from scripts.prepare_overlap import Decontaminate
 from scripts.prepare_pipeline import all_blocks, filter_block, in_order
-from scripts.terminal import set_up_streams
 
 UNIT = 64  # questions that are scored together, and lost together when a run is killed
 TEXT_WAYS = ("sum", "per_token", "per_byte")
