@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from model.streams import set_up_streams
+from model.weights import write_json
 
 SAMPLE = ROOT / "dataset" / "sample"
 
@@ -43,6 +44,16 @@ def run(title: str, script: str, *flags: object, **options) -> subprocess.Comple
     if done.returncode:
         sys.exit(f"error: {script} ended with status {done.returncode}")
     return done
+
+
+def report(out_dir: Path, turns: list[dict]) -> None:
+    """Make the page of pictures, with the conversation in it. Nothing depends on it, so it may fail."""
+    try:
+        (out_dir / "report").mkdir(exist_ok=True)
+        write_json(out_dir / "report" / "dialogue.json", {"turns": turns})
+    except OSError as error:
+        print(f"note: the conversation is not kept: {error}")
+    subprocess.run([sys.executable, str(ROOT / "scripts" / "report.py"), str(out_dir)])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -77,8 +88,10 @@ def main(argv: list[str] | None = None) -> None:
         stdout=subprocess.PIPE,
         encoding="utf-8",
     )
-    for question, answer in zip(DIALOGUE, chat.stdout.split("\n"), strict=False):
-        print(f"  you:   {question}\n  model: {answer}")
+    turns = [{"you": you, "model": said} for you, said in zip(DIALOGUE, chat.stdout.split("\n"), strict=False)]
+    for turn in turns:
+        print(f"  you:   {turn['you']}\n  model: {turn['model']}")
+    report(args.out_dir, turns)
     print(f"\nDone in {(time.monotonic() - start) / 60:.1f} minutes. Talk to it yourself:")
     print(f"  {sys.executable} eval_model.py --model_mode 1 --out_dir {args.out_dir}")
 

@@ -33,7 +33,7 @@ FREE_ON_RESUME = {
     "cache_dir", "device", "ddp", "local_rank", "valid_path", "sample_prompt", "compile", "overwrite", "batch_size",
     "accumulation_steps", "gradient_checkpointing", "save_peft", "base_weight", "reference_weight", "teacher_weight",
     "deepspeed_config", "estimate", "price_per_hour", "pass_seconds", "max_record_bytes",
-    "preset", "given", "rank_timeout",
+    "preset", "given", "changed", "rank_timeout",
 }  # fmt: skip
 
 
@@ -166,6 +166,7 @@ def parse_arguments(
     """
     show_defaults(parser)
     args = parser.parse_args(argv)
+    args.changed = [name for name, value in vars(args).items() if value != parser.get_default(name)]
     if args.optimizer is None:
         args.optimizer = "adamw" if args.zero_stage else next(iter(parser.get_default("learning_rate")))
     for name, value in vars(args).items():

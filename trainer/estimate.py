@@ -35,7 +35,7 @@ SECONDS = 10  # and at least this long; passes of a frozen model stop after as m
 IRRELEVANT = {
     "resume", "log_interval", "save_interval", "eval_interval", "use_wandb", "wandb_project", "out_dir", "cache_dir",
     "valid_path", "sample_prompt", "overwrite", "save_peft", "estimate", "price_per_hour", "local_rank", "ddp",
-    "pass_seconds", "rank_timeout", "given",
+    "pass_seconds", "rank_timeout", "given", "changed",
 }  # fmt: skip
 CONTEXT_BYTES = 0.8e9  # what CUDA, its libraries and the allocator's fragmentation take on top
 
