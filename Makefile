@@ -43,7 +43,7 @@ test-all: $(VENV)/.installed-dev lint
 	$(BIN)/python -m pytest -q
 
 test-interop: $(VENV)/.installed-dev
-	$(PIP) -r requirements-interop.txt
+	CMAKE_ARGS=-DGGML_NATIVE=OFF $(PIP) -r requirements-interop.txt
 	$(BIN)/python -m pytest -q -m interop
 
 lint: $(VENV)/.installed-dev

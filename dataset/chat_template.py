@@ -81,6 +81,7 @@ class ChatTemplate:
             self.file, text = folder / "tokenizer_config.json", config.get("chat_template")
         if isinstance(text, list):  # several, by name
             text = {each["name"]: each["template"] for each in text}.get("default")
+        self.given = bool(text)
         self.is_ours = text in (None, CHAT_TEMPLATE)
         self.text = text or CHAT_TEMPLATE.replace("<|im_start|>", bos).replace("<|im_end|>", eos)
         self.sha256 = hashlib.sha256(self.text.encode()).hexdigest()

@@ -144,6 +144,7 @@ def load_ready(
     else:
         model = load_folder(path, trust_remote_code, torch.float32 if merged_lora else compute)
         sidecar = read_sidecar(path)
+        check_template(path, tokenizer.template, model.config.model_type)
     check_vocabulary(model, path, tokenizer.path, tokenizer.vocab_size)
     scale_positions(model, sidecar, rope_scaling, trained_length)
     if merged_lora:
@@ -227,6 +228,17 @@ def check_vocabulary(model: nn.Module, source: str | Path, tokenizer_path: str |
         raise ValueError(
             f"{tokenizer_path} has {vocab_size} token ids, and {source} {model.config.vocab_size}; "
             "name the tokenizer that the weights were trained with by --tokenizer_path"
+        )
+
+
+def check_template(folder: Path, template: Any, model_type: str) -> None:
+    """Warn if the prompts of somebody else's model are not written by its own chat template."""
+    if model_type != "minimind" and (not template.given or template.file.parent != folder):
+        other = template.file if template.given else "MiniMind's chat template"
+        warnings.warn(
+            f"{folder} is asked through {other}, not through a chat template of its own: the answers are noise if the "
+            "model was trained with another",
+            stacklevel=3,
         )
 
 

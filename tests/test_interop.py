@@ -6,6 +6,7 @@ trained model are the same text.
 
 import json
 import random
+import signal
 import subprocess
 import sys
 
@@ -55,6 +56,12 @@ def in_llama_cpp(tmp_path):
             ["--input", str(weights), "--to", "gguf", "--output", str(target.parent / target.stem / "m.gguf"), *flags]
         )
         file = str(target.parent / target.stem / "m.gguf")
+        probe = f"import llama_cpp; llama_cpp.Llama({file!r}, n_ctx=64, verbose=False).eval([1])"
+        status = subprocess.run([sys.executable, "-c", probe], capture_output=True).returncode
+        assert status >= 0, (
+            f"llama.cpp itself died of {signal.Signals(-status).name}: it is built for another processor. Build it "
+            "again: CMAKE_ARGS=-DGGML_NATIVE=OFF pip install --force-reinstall --no-cache-dir llama-cpp-python"
+        )
         opened.append(llama_cpp.Llama(file, n_ctx=n_ctx, n_threads=2, logits_all=True, verbose=False))
         return opened[-1]
 

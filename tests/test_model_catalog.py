@@ -3,12 +3,16 @@
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, sharp_model, write_weights
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from dataset.tokenization import ChatTokenizer
+from model.loading import load_ready
 from model.model_lora import apply_lora, lora_layers, save_lora
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import load_model
@@ -157,6 +161,29 @@ def test_a_folder_is_loaded_with_its_own_tokenizer(out_dir, tmp_path, other_toke
     model, tokenizer, *_ = load_entry(entry)
     assert tokenizer.path == folder
     torch.testing.assert_close(logits(model), logits(sharp_model(seed=2).eval()))
+
+
+def test_a_folder_is_asked_through_its_own_chat_template(tmp_path):
+    """If it has none, or flags put another in its place, a warning names both."""
+    folder = tmp_path / "theirs"
+    config = LlamaConfig(
+        vocab_size=6400, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    shutil.copy(ROOT / "model" / "tokenizer.json", folder)
+    config = json.loads((ROOT / "model" / "tokenizer_config.json").read_text("utf-8"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "{{ messages[0].content }}!"}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ready = load_ready(folder, ChatTokenizer)
+    hello = [{"role": "user", "content": "hello"}]
+    assert ready.tokenizer.decode(ready.tokenizer.encode_prompt(hello)) == "hello!"
+    with pytest.warns(UserWarning, match=f"{folder} is asked through {ROOT / 'model'}/tokenizer_config.json, not"):
+        load_ready(folder, ChatTokenizer, tokenizer_path=ROOT / "model")
+    del config["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match=f"{folder} is asked through MiniMind's chat template, not"):
+        load_ready(folder, ChatTokenizer)
 
 
 def test_the_context_is_stretched_when_asked(out_dir):
