@@ -1,0 +1,357 @@
+"""Publish weights or data: a repository on the Hugging Face Hub or ModelScope, with a card written from the sidecar.
+
+    python scripts/push_to_hub.py --repo_id ME/my-model MiniMind2-Small --dry_run    a converted folder; look first
+    python scripts/push_to_hub.py --repo_id ME/my-model MiniMind2-Small MiniMind2-Small.gguf out/full_sft_512.pth
+    python scripts/push_to_hub.py --repo_id ME/my-adapter out/lora/lora_medical_512.pth --base_model ME/my-model
+    python scripts/push_to_hub.py --repo_id ME/my-data dataset/my.jsonl --dataset
+    python scripts/push_to_hub.py --repo_id ME/my-model MiniMind2-Small --to modelscope
+
+Nothing goes up but what --dry_run lists: of a folder its weights, configuration, tokenizer and model code; the files
+that are named; their sidecars without paths of this machine. The token is that of `hf auth login` or HF_TOKEN; for
+ModelScope, MODELSCOPE_API_TOKEN. Interrupted, the same command goes on.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from huggingface_hub import DatasetCardData, HfApi, ModelCardData, get_token
+from huggingface_hub.utils import HFValidationError, RepositoryNotFoundError, validate_repo_id
+from safetensors import safe_open
+
+from model.flags import utf8_path
+from model.weights import STAGES, read_sidecar, read_state_dict, sidecar_path
+
+FOLDER_FILES = ("*.safetensors", "*.json", "*.py", "*.jinja", "Modelfile", "merges.txt", "*.model")
+FORMATS = {".pth", ".gguf", ".resume", ".jsonl", ".parquet"}
+MARK = "<!-- written by push_to_hub.py; without this line the card is kept as it is -->"
+SOURCE = "https://github.com/jingyaogong/minimind"
+# status -> what to do about it
+CURES = {
+    401: "the token is not accepted; run `hf auth login` again, or set HF_TOKEN",
+    403: "the token may not write there; make one with write access, or name a repository of your own",
+    404: "there is no such repository or revision",
+    409: "something else was committed at the same moment; run the command again",
+    413: "a file is larger than the hub takes",
+    429: "too many requests; wait some minutes and run the command again: what has arrived is not sent again",
+}
+
+
+# --- what goes up ----------------------------------------------------------------------------------------------------
+
+
+def collect(paths: list[Path]) -> dict[str, Path | bytes]:
+    """Return name in the repository -> file, or what it holds, for the paths of the command line."""
+    files: dict[str, Path | bytes] = {}
+
+    def add(name: str, content: Path | bytes) -> None:
+        if name in files:
+            raise ValueError(f"two of the paths would become {name} in the repository; leave one out")
+        files[name] = content
+
+    for path in paths:
+        if path.is_dir():
+            found = sorted({file for pattern in FOLDER_FILES for file in path.glob(pattern) if file.is_file()})
+            if not any(file.suffix == ".safetensors" for file in found):
+                raise ValueError(f"{path} holds no weights (*.safetensors); make such a folder with convert_model.py")
+            for file in found:
+                add(file.name, public(file) if file.name == "minimind.json" else file)
+        elif not path.is_file():
+            raise ValueError(f"{path} not found; name a converted folder, .pth, .gguf or data files")
+        elif path.suffix not in FORMATS:
+            raise ValueError(f"{path} is neither weights nor data ({', '.join(sorted(FORMATS))})")
+        else:
+            add(path.name, path)
+            if path.suffix in (".pth", ".gguf") and sidecar_path(path).is_file():
+                add(sidecar_path(path).name, public(sidecar_path(path)))
+            if path.suffix == ".gguf" and (modelfile := path.with_name("Modelfile")).is_file():
+                add("Modelfile", modelfile)
+    return files
+
+
+def public(sidecar: Path) -> bytes:
+    """Return a sidecar without the paths of this machine."""
+    content = json.loads(sidecar.read_text("utf-8"))
+    flags = content.get("flags", {})
+    content["flags"] = {k: v for k, v in flags.items() if not (isinstance(v, str) and re.search(r"[/\\]", v))}
+    return json.dumps(content, ensure_ascii=False, indent=2).encode()
+
+
+# --- the card --------------------------------------------------------------------------------------------------------
+
+
+def facts(path: Path) -> dict[str, str]:
+    """Return what is known of weights, ready to be shown."""
+    sidecar = read_sidecar(path) or {}
+    shapes = []
+    if path.is_dir():
+        config = json.loads((path / "config.json").read_text("utf-8")) if (path / "config.json").is_file() else {}
+        for file in path.glob("*.safetensors"):
+            with safe_open(file, "pt") as tensors:
+                shapes += [tensors.get_slice(name).get_shape() for name in tensors.keys()]
+    else:
+        config = sidecar.get("config", {})
+        if path.suffix == ".pth":
+            state = {tensor.data_ptr(): tensor for tensor in read_state_dict(path).values()}
+            shapes = [tensor.shape for tensor in state.values()]
+    count = sum(1 for _ in shapes) and sum(_product(shape) for shape in shapes)
+    stage, flags = sidecar.get("stage", ""), sidecar.get("flags", {})
+    metrics, progress = sidecar.get("metrics", {}), sidecar.get("progress", {})
+    shown = {
+        "stage": stage + (f" ({STAGES[stage].script})" if stage in STAGES else ""),
+        "parameters": f"{count / 1e6:.2f}M" if count else "",
+        "hidden size": config.get("hidden_size"),
+        "layers": config.get("num_hidden_layers"),
+        "trained on": Path(re.sub(r"\\", "/", flags.get("data_path", ""))).name,
+        "length of rows": flags.get("max_seq_len"),
+        "tokens seen": f"{progress['tokens']:,}" if "tokens" in progress else "",
+        "optimizer steps": f"{progress['step']:,}" if "step" in progress else "",
+        "optimizer": flags.get("optimizer"),
+        "learning rate": flags.get("learning_rate"),
+    }
+    shown |= {name.replace("_", " "): f"{value:.4f}" for name, value in metrics.items() if isinstance(value, float)}
+    return {name: str(value) for name, value in shown.items() if value not in ("", None)}
+
+
+def _product(shape) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result
+
+
+def model_card(args: argparse.Namespace, files: dict[str, Path | bytes]) -> str:
+    adapter = "adapter_config.json" in files or any("lora" in str(path) for path in args.paths)
+    loads = "config.json" in files  # in transformers
+    custom = any(name.endswith(".py") for name in files)
+    gguf, pth = (next((n for n in sorted(files) if n.endswith(end)), "") for end in (".gguf", ".pth"))
+    data = ModelCardData(
+        language=args.language,
+        license=args.license,
+        library_name="peft" if "adapter_config.json" in files else "transformers" if loads else "pytorch",
+        pipeline_tag="text-generation",
+        tags=["pytorch", "gpt", "transformers", "text-generation-inference"] + ["custom_code"] * custom,
+        base_model=args.base_model,
+        inference={"parameters": {"temperature": 0.85, "top_p": 0.85}} if loads and not custom else False,
+    )
+    name = args.repo_id.split("/")[-1]
+    parts = [f"# {name}", f"A small language model trained from zero with [MiniMind]({SOURCE})."]
+    if adapter:
+        parts[1] = f"A LoRA adapter for {args.base_model or 'MiniMind'}, trained with [MiniMind]({SOURCE})."
+    for path in args.paths:
+        if path.suffix not in FORMATS - {".pth", ".gguf"} and (known := facts(path)):
+            title = path.name + "/" * path.is_dir()
+            parts += [f"## {title}", "| | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in known.items())]
+    for scores in args.scores if args.scores is not None else found_scores(args.paths):
+        parts += [f"## Scores of {scores.stem}", scores.with_suffix(".md").read_text("utf-8").strip()]
+    parts.append("## Use")
+    if loads:
+        trust = ", trust_remote_code=True" * custom
+        parts.append(
+            "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f'tokenizer = AutoTokenizer.from_pretrained("{args.repo_id}")\n'
+            f'model = AutoModelForCausalLM.from_pretrained("{args.repo_id}"{trust})\n'
+            'turns = [{"role": "user", "content": "你好"}]\n'
+            'inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")\n'
+            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=256)[0]))\n```"
+        )
+    commands = [f"vllm serve {args.repo_id}"] * (loads and not custom)
+    if gguf:
+        commands += [f"llama-cli -hf {args.repo_id}", f"ollama run hf.co/{args.repo_id}"]
+    local = f"hf download {args.repo_id} --local-dir"
+    if pth:
+        stage, where = pth.rsplit("_", 1)[0], "out/lora" if adapter else "out"
+        mode = f"--model_mode {STAGES[stage].mode}" if stage in STAGES else f"--lora_name {stage}"
+        commands += [f"{local} {where}", f"python eval_model.py {mode}"]
+    elif loads:
+        commands += [f"{local} {name}", f"python eval_model.py --load 1 --hf_path {name}"]
+    parts.append("```bash\n" + "\n".join(commands) + "\n```")
+    return f"---\n{data.to_yaml()}\n---\n\n{MARK}\n\n" + "\n\n".join(parts) + "\n"
+
+
+def found_scores(paths: list[Path]) -> list[Path]:
+    """Return what scripts/evaluate.py wrote about these weights."""
+    candidates = [path.parent / "scores" / f"{path.stem}.json" for path in paths]
+    candidates += [ROOT / "out" / "scores" / f"{path.name}.json" for path in paths if path.is_dir()]
+    return [path for path in candidates if path.with_suffix(".md").is_file()]
+
+
+def dataset_card(args: argparse.Namespace, files: dict[str, Path | bytes]) -> str:
+    data = DatasetCardData(language=args.language, license=args.license, task_categories=["text-generation"])
+    parts = [f"# {args.repo_id.split('/')[-1]}", f"Training data for [MiniMind]({SOURCE}), one JSON object a line."]
+    rows, first = [], ""
+    for name, path in files.items():
+        if name.endswith(".jsonl"):
+            with open(path, "rb") as file:
+                first = first or file.readline(2000).decode("utf-8", "replace").strip()
+                rows.append(f"| {name} | {1 + sum(1 for _ in file):,} | {path.stat().st_size / 1e6:,.1f} MB |")
+    parts.append("| file | records | size |\n|---|---|---|\n" + "\n".join(rows))
+    parts.append(f"```json\n{first}\n```")
+    return f"---\n{data.to_yaml()}\n---\n\n{MARK}\n\n" + "\n\n".join(parts) + "\n"
+
+
+# --- the hubs --------------------------------------------------------------------------------------------------------
+
+
+class HuggingFace:
+    name, login = "the Hugging Face Hub", "run `hf auth login`, or set HF_TOKEN"
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.token = args, get_token()
+        self.api = HfApi(token=self.token)
+        self.kind = "dataset" if args.dataset else "model"
+
+    def held(self) -> list[str] | None:
+        """Return the names of the files in the repository; None if there is none."""
+        try:
+            return self.api.list_repo_files(self.args.repo_id, repo_type=self.kind)
+        except RepositoryNotFoundError as error:
+            if error.response.status_code == 401:
+                self.api.whoami()  # the hub says 401 both of a bad token and of what it hides
+            return None
+
+    def read(self, name: str) -> str:
+        with tempfile.TemporaryDirectory() as folder:
+            path = self.api.hf_hub_download(self.args.repo_id, name, repo_type=self.kind, local_dir=folder)
+            return Path(path).read_text("utf-8")
+
+    def create(self) -> None:
+        self.api.create_repo(self.args.repo_id, repo_type=self.kind, private=self.args.private, exist_ok=True)
+        if self.args.revision:
+            self.api.create_branch(self.args.repo_id, branch=self.args.revision, repo_type=self.kind, exist_ok=True)
+
+    def upload(self, folder: Path, message: str) -> str:
+        options = {"repo_type": self.kind, "revision": self.args.revision, "commit_message": message}
+        return self.api.upload_folder(repo_id=self.args.repo_id, folder_path=folder, **options).commit_url
+
+
+class ModelScope:
+    name, login = "ModelScope", "set MODELSCOPE_API_TOKEN to the one that modelscope.cn shows in your settings"
+
+    def __init__(self, args: argparse.Namespace):
+        try:
+            from modelscope_hub import HubApi
+        except ImportError:
+            raise ValueError("--to modelscope: run pip install -r requirements-cloud.txt") from None
+        self.args, self.token = args, os.environ.get("MODELSCOPE_API_TOKEN")
+        self.api = HubApi(token=self.token, endpoint=os.environ.get("MODELSCOPE_ENDPOINT"))
+        self.kind = "dataset" if args.dataset else "model"
+
+    def held(self) -> list[str] | None:
+        if not self.api.repo_exists(self.args.repo_id, self.kind):
+            return None
+        return [file.path for file in self.api.list_repo_files(self.args.repo_id, self.kind)]
+
+    def read(self, name: str) -> str:
+        with tempfile.TemporaryDirectory() as folder:
+            path = self.api.download_file(self.args.repo_id, self.kind, name, local_dir=folder)
+            return Path(path).read_text("utf-8")
+
+    def create(self) -> None:
+        if not self.api.repo_exists(self.args.repo_id, self.kind):
+            visibility = "private" if self.args.private else "public"
+            self.api.create_repo(self.args.repo_id, self.kind, visibility=visibility)
+
+    def upload(self, folder: Path, message: str) -> str:
+        options = {"revision": self.args.revision, "commit_message": message, "use_cache": False}
+        reasons = []  # the library's error does not hold them
+        try:
+            self.api.upload_folder(self.args.repo_id, self.kind, folder, progress_callback=reasons.append, **options)
+        except Exception as error:
+            told = {str(event["error"]) for event in reasons if event.get("error")}
+            raise OSError("; ".join([str(error), *sorted(told)])) from error
+        return f"{self.api._config.endpoint}/{self.kind}s/{self.args.repo_id}"
+
+
+HUBS = {"huggingface": HuggingFace, "modelscope": ModelScope}
+
+
+def push(hub: HuggingFace | ModelScope, files: dict[str, Path | bytes], args: argparse.Namespace) -> str:
+    """Upload the files in one commit and return its address. Raises ValueError if the repository holds other files."""
+    held = hub.held() or []
+    others = sorted(set(held) - set(files) - {".gitattributes", "README.md", "configuration.json"})
+    if others and not args.keep_others:
+        raise ValueError(
+            f"{args.repo_id} holds other files: {', '.join(others[:8])}. Give --keep_others to add to it, or name "
+            "another repository"
+        )
+    if "README.md" in held and MARK not in hub.read("README.md"):
+        print("README.md there was not written by this script; it stays as it is", flush=True)
+        files = {name: content for name, content in files.items() if name != "README.md"}
+    hub.create()
+    with tempfile.TemporaryDirectory(prefix="push-") as folder:
+        for name, content in files.items():
+            path = Path(folder, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, bytes):
+                path.write_bytes(content)
+            else:
+                path.symlink_to(content.resolve())
+        return hub.upload(Path(folder), "Upload with MiniMind's push_to_hub.py")
+
+
+def explain(error: Exception, hub: HuggingFace | ModelScope, repo_id: str) -> str:
+    """Return an error of a client library as one line with the cure, and without the token."""
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None) or getattr(error, "status_code", None)
+    cure = CURES.get(status, "the hub fails; run the command again later" if (status or 0) >= 500 else "")
+    if not status:
+        cure = "run the command again: what has arrived is not sent again"
+    reason = " ".join(str(error).split())[:400] or type(error).__name__
+    return f"{repo_id} on {hub.name}: {cure} ({reason})".replace(hub.token or "\0", "…")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("paths", nargs="+", type=utf8_path, help="converted folders, .pth, .gguf; with --dataset .jsonl")
+    add("--repo_id", required=True, metavar="OWNER/NAME", help="repository, made if it is missing")
+    add("--to", choices=list(HUBS), default="huggingface", help="which hub (default: %(default)s)")
+    add("--dataset", action="store_true", help="the files are data")
+    add("--private", action="store_true", help="make the repository private")
+    add("--revision", help="branch to commit to (default: the main one)")
+    add("--license", default="apache-2.0", help="of what is uploaded (default: %(default)s)")
+    add("--language", nargs="+", default=["zh", "en"], help="(default: zh en)")
+    add("--base_model", metavar="OWNER/NAME", help="what an adapter belongs to")
+    add("--scores", nargs="*", type=utf8_path, help="from evaluate.py (default: OUT_DIR/scores/ of these weights)")
+    add("--keep_others", action="store_true", help="add to a repository that holds other files")
+    add("--dry_run", action="store_true", help="list the files and print the card; nothing is sent")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    try:
+        validate_repo_id(args.repo_id)
+        if args.repo_id.count("/") != 1:
+            raise ValueError(f"--repo_id {args.repo_id}: must be OWNER/NAME")
+        files = collect(args.paths)
+        files["README.md"] = (dataset_card if args.dataset else model_card)(args, files).encode()
+        for name, content in files.items():
+            size = len(content) if isinstance(content, bytes) else content.stat().st_size
+            print(f"{name:40} {size / 1e6:12,.3f} MB")
+        if args.dry_run:
+            print(f"\n{files['README.md'].decode()}")
+            return
+        hub = HUBS[args.to](args)
+        if not hub.token:
+            raise ValueError(f"no token for {hub.name}: {hub.login}")
+    except (ValueError, HFValidationError) as error:
+        sys.exit(f"error: {error}")
+    try:
+        print(push(hub, files, args))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except Exception as error:  # each library has its own
+        sys.exit(f"error: {explain(error, hub, args.repo_id)}")
+
+
+if __name__ == "__main__":
+    main()
