@@ -1,4 +1,4 @@
-"""What one jsonl record becomes: token ids and a loss mask.
+"""Turn one jsonl record into token ids and a loss mask.
 
 Three kinds of record, one JSON object a line:
     pretrain      {"text": "…"}                                            ids of the text between one bos and one eos
@@ -11,9 +11,9 @@ from collections import Counter
 
 from dataset.tokenization import ROLES, ChatTokenizer, Segment
 
-RULES_VERSION = 2  # of what a conversation becomes, besides the chat template; part of a token cache's identity
+RULES_VERSION = 2  # raise it if conversations become other ids or masks: it is part of a token cache's identity
 KINDS = ("pretrain", "conversation", "preference")
-# what a line of each kind looks like
+# how a line of each kind looks
 FORMS = {
     "pretrain": '{"text": "…"}',
     "conversation": '{"conversations": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}',
@@ -31,11 +31,11 @@ USED_KEYS = {
     "assistant": {"role", "content", "reasoning_content", "tool_calls", "function_call"},
     "tool": {"role", "content"},
 }
-MOST_UNUSED_KEYS = 20  # counted, of a file: broken files can have a new key in every line
+MOST_UNUSED_KEYS = 20  # counted per file, because a broken file can have a new key in every line
 
 
 class RecordError(ValueError):
-    """Why a line is not a record. The message is the reason alone; file and line are added where the file is read."""
+    """Says why a line is not a record. The message is the reason alone; the reader of the file adds file and line."""
 
 
 def check_kind(kind: str) -> None:
@@ -48,10 +48,10 @@ def parse_record(
 ) -> str | list[dict] | tuple[list[dict], list[dict]]:
     """Return one line of a jsonl file, validated: text (pretrain), turns (conversation), or (chosen, rejected) turns.
 
-    A turn is {"role": one of ROLES, "content": str} and, where the record has them, "tools" (a list of objects),
+    A turn is {"role": one of ROLES, "content": str} and, if the record has them, "tools" (a list of objects),
     "reasoning_content" (str) and "tool_calls" (a list of {"type": "function", "function": {"name", "arguments"}}).
     If roles are missing, the user and the assistant alternate, the user first.
-    unused: counts keys that the record has and nothing reads, as '"key" of turns' or '"key" of records'.
+    unused: counts the keys that nothing reads, as '"key" of turns' or '"key" of records'.
     Raises RecordError if the line is something else.
     """
     check_kind(kind)
@@ -82,10 +82,13 @@ def parse_record(
 
 
 def parse_prompt(line: str) -> dict:
-    """One line of a prompt file: {"conversations": turns before the answer, "answer": text, …}. Raises RecordError."""
+    """Return one line of a prompt file: {"conversations": turns before the answer, "answer": text, …}.
+
+    Raises RecordError if the line is something else.
+    """
     record = _json_object(line)
     turns = _turns(_value(record, "conversations"), '"conversations"', record.get("tools"), Counter())
-    while turns and turns[-1]["role"] == "assistant":  # files of answered prompts serve too
+    while turns and turns[-1]["role"] == "assistant":  # accept files of answered prompts
         turns.pop()
     if not turns:
         raise RecordError('"conversations" has no turn of the user: there is nothing to answer')
@@ -103,7 +106,7 @@ def render_record(kind: str, record, tokenizer: ChatTokenizer) -> list[str] | li
 
 
 def tokenize_rendered(kind: str, documents: list, tokenizer: ChatTokenizer) -> list[tuple[list[int], list[int] | None]]:
-    """Return (ids, mask) of each rendered document; one batch, so that the tokenizer is asked once.
+    """Return (ids, mask) of each rendered document, with one call of the tokenizer.
 
     pretrain: one bos opens and one eos ends a document, ids already there are not doubled; every token is a target, so
     the mask is None. conversation: mask 1 on what an assistant says and the eos that ends it. preference: two documents
@@ -115,7 +118,7 @@ def tokenize_rendered(kind: str, documents: list, tokenizer: ChatTokenizer) -> l
     encoded = tokenizer.encode_rendered(documents)
     if kind == "preference":
         for (chosen, chosen_mask), (rejected, rejected_mask) in zip(encoded[::2], encoded[1::2], strict=True):
-            # No content can hold an eos, so the last eos that both begin with ends the last turn that they share.
+            # No content can hold an eos, so the last eos of the common beginning ends the last shared turn.
             end = 0
             for place, (ours, theirs) in enumerate(zip(chosen, rejected, strict=False)):
                 if ours != theirs:
@@ -134,7 +137,7 @@ def tokenize_records(kind: str, records: list, tokenizer: ChatTokenizer) -> list
 
 
 def count_target_bytes(kind: str, record) -> int:
-    """Count the UTF-8 bytes of the text that a record teaches: bits per byte refer to them."""
+    """Count the UTF-8 bytes of the text that a record teaches, which is what bits per byte divides by."""
     if kind == "pretrain":
         return len(record.encode())
     turns = record if kind == "conversation" else [*record[0], *record[1]]

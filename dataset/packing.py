@@ -1,7 +1,7 @@
-"""Documents to rows of equal length, and rows to batches that are the same at any number of ranks.
+"""Pack documents into rows of equal length, and rows into batches that are the same at any number of ranks.
 
 A document of n ids takes n - 1 positions: inputs ids[:-1], labels ids[1:], -100 where the mask of the label is 0.
-A plan says which documents share a row; it depends on the cache and max_seq_len alone and is kept next to the tokens.
+A plan says which documents share a row. It depends only on the cache and max_seq_len, and is kept next to the tokens.
 The order of the rows depends on (seed, epoch) alone. The n-th global batch, that of one optimizer step, is the n-th run
 of batch_size * accumulation_steps * world_size rows in that order, however these are split.
 """
@@ -21,8 +21,8 @@ from dataset.progress import ProgressBar
 from dataset.token_cache import TokenCache
 
 PLAN_VERSION = 2
-SCAN_TOKENS = 4 << 20  # looked at together while planning: bounds memory, whatever the size of the data
-WINDOW_SEGMENTS = 64 << 10  # packed together; larger fills better and costs memory
+SCAN_TOKENS = 4 << 20  # scanned at once while planning, so memory does not grow with the data
+WINDOW_SEGMENTS = 64 << 10  # packed together; a larger window fills rows better and costs memory
 PLAN_ARRAYS = {"segment_start": np.int64, "segment_length": np.int32, "row_start": np.int64, "row_targets": np.int32}
 
 
@@ -31,7 +31,7 @@ class PackingPlan:
 
     A segment is a piece of one document: positions [start, start + length) of the cache's tokens are inputs, the same
     moved by one are labels. Row r holds segments row_start[r] to row_start[r + 1]. For preferences a row is one pair,
-    its two segments chosen and rejected; these are laid out in rows of positions when a batch is made.
+    its two segments chosen and rejected, which are laid out in rows of positions only when a batch is made.
 
     segment_start int64 (segments,), segment_length int32 (segments,) in positions, row_start int64 (num_rows + 1,),
     row_targets int32 (num_rows,): memory maps. fill: share of positions used (preferences: of the rows that a pair
@@ -130,7 +130,7 @@ def _windows(cache: TokenCache, max_seq_len: int, stats: dict, bar: ProgressBar)
 
 
 def _document_ranges(offsets: np.ndarray, group: int) -> Iterator[tuple[int, int]]:
-    """Runs of documents of about SCAN_TOKENS tokens; documents come in groups that stay together."""
+    """Yield (first, last) of runs of about SCAN_TOKENS tokens; every `group` documents stay together."""
     first, count = 0, len(offsets) - 1
     while first < count:
         last = int(np.searchsorted(offsets, offsets[first] + SCAN_TOKENS, "right")) - 1
@@ -139,38 +139,39 @@ def _document_ranges(offsets: np.ndarray, group: int) -> Iterator[tuple[int, int
         first = last
 
 
-# Each of the next three returns the segments of documents [first, last) as (start, length, targets), int64 arrays, and
-# adds to stats what it left out.
+# Each of the next three functions returns the segments of documents [first, last) as int64 arrays (start, length,
+# targets) and adds to stats what it left out.
 
 
 def _pieces(cache: TokenCache, first: int, last: int, max_seq_len: int, stats: dict) -> tuple[np.ndarray, ...]:
-    """Pretrain: pieces of max_seq_len positions. The last input of a piece has the first input of the next as label."""
+    """Pretrain: pieces of max_seq_len positions. The label of a piece's last input is the next piece's first input."""
     offsets = np.asarray(cache.offsets[first : last + 1])
     positions = np.diff(offsets) - 1
     pieces = -(-positions // max_seq_len)
     stats["skipped"] += int((positions < 1).sum())
     stats["split"] += int((pieces > 1).sum())
     document = np.repeat(np.arange(last - first), pieces)
-    number = np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # of the piece in its document
+    number = np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # 0, 1, … within its document
     start = offsets[document] + number * max_seq_len
     length = np.minimum(positions[document] - number * max_seq_len, max_seq_len)
     return start, length, length
 
 
 def _conversations(cache: TokenCache, first: int, last: int, max_seq_len: int, stats: dict) -> tuple[np.ndarray, ...]:
-    """Conversations: whole, or up to the end of the last answer that fits, or with the first answer cut."""
+    """Conversations: whole, or up to the end of the last answer that fits, or with the first answer cut short."""
     offsets, mask, size, fits = _read_masks(cache, first, last, max_seq_len)
     start = offsets[:-1]
-    answer_ends = np.flatnonzero(mask[:-1] > mask[1:])  # the eos of each answer: the "\n" after it is no target
-    # The last answer that ends within the row, or -1.
+    answer_ends = np.flatnonzero(mask[:-1] > mask[1:])  # the eos of each answer; the "\n" after it is not a target
+    # The last answer that ends before this row would be full. It may belong to an earlier document; index -1 (there is
+    # none at all) picks the -1 that is appended.
     index = np.searchsorted(answer_ends, start + max_seq_len, "right") - 1
     end = np.append(answer_ends, -1)[index]
     whole_answer = end >= start
-    # The "\n" after eos stays where there is room: without it the conversation loses nothing that is learned.
+    # Keep the "\n" after eos if there is room. Dropping it loses nothing that is learned.
     kept = np.where(whole_answer, np.minimum(end + 2 - start, max_seq_len + 1), max_seq_len + 1)
     kept = np.where(fits, size, kept)
     has_target, targets = _count_targets(mask, start, kept)
-    complete = fits | (whole_answer & (offsets[1:] - end <= 2))
+    complete = fits | (whole_answer & (offsets[1:] - end <= 2))  # at most the "\n" after the last eos is missing
     stats["truncated"] += int((~complete & whole_answer).sum())
     stats["cut"] += int((~complete & ~whole_answer & has_target).sum())
     stats["skipped"] += int((~has_target).sum())
@@ -178,7 +179,7 @@ def _conversations(cache: TokenCache, first: int, last: int, max_seq_len: int, s
 
 
 def _pairs(cache: TokenCache, first: int, last: int, max_seq_len: int, stats: dict) -> tuple[np.ndarray, ...]:
-    """Preferences: answers are cut at the end of the row. A pair stays if both sides keep a target and differ."""
+    """Preferences: answers are cut at the end of the row. Keep a pair if both sides still have a target and differ."""
     offsets, mask, size, fits = _read_masks(cache, first, last, max_seq_len)
     start = offsets[:-1]
     kept = np.where(fits, size, max_seq_len + 1)
@@ -197,7 +198,7 @@ def _pairs(cache: TokenCache, first: int, last: int, max_seq_len: int, stats: di
 
 
 def _read_masks(cache: TokenCache, first: int, last: int, max_seq_len: int) -> tuple[np.ndarray, ...]:
-    """Of documents [first, last): borders and mask counted from the first one's begin, sizes, and which fit a row."""
+    """Return borders, mask and sizes of documents [first, last), and which fit a row; borders count from 0."""
     offsets = np.asarray(cache.offsets[first : last + 1])
     mask = np.asarray(cache.mask[offsets[0] : offsets[-1]])
     size = np.diff(offsets)
@@ -205,7 +206,7 @@ def _read_masks(cache: TokenCache, first: int, last: int, max_seq_len: int) -> t
 
 
 def _count_targets(mask: np.ndarray, start: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(any, number) of targets in the first so many ids of each document; its first id is never one."""
+    """Return (whether any, how many) of each document's first `kept` ids are targets; the first id never is."""
     before = np.zeros(len(mask) + 1, np.int32)
     np.cumsum(mask, out=before[1:])
     targets = before[start + kept] - before[start + 1]
@@ -213,9 +214,9 @@ def _count_targets(mask: np.ndarray, start: np.ndarray, kept: np.ndarray) -> tup
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """The row of each length: int64 (n,), rows counted from 0 in the order of their first length.
+    """Return the row of each length, int64 (n,); rows are numbered in the order of their first length.
 
-    lengths int (n,), all in 1..capacity. Of two ways to choose what joins a row, the one that needs fewer rows.
+    lengths int (n,), all in 1..capacity. Fills the rows in two ways and takes the one that needs fewer.
     """
     row = min((_fill_rows(lengths, capacity, exact_pairs) for exact_pairs in (False, True)), key=np.max)
     first = np.unique(row, return_index=True)[1]
@@ -225,12 +226,13 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
 def _fill_rows(lengths: np.ndarray, capacity: int, exact_pairs: bool) -> np.ndarray:
     """Fill rows one after another, each with the longest length left and then the longest that still fits.
 
-    This gives the rows of first fit decreasing. With exact_pairs, a row whose first length is at most half of it
-    prefers two lengths that fill it to the last position. This saves short lengths, unless there are too few of them.
+    This gives the rows of first fit decreasing. With exact_pairs, a row that begins with at most half its capacity is
+    closed by two lengths that fill it exactly, if such a pair is left. This saves short lengths for rows with little
+    room, unless there are too few of them to begin with.
     """
     counts = np.bincount(lengths, minlength=capacity + 1).tolist()  # how many of each length are left
-    # Integers as sets of lengths: bit x of `left` is set while a length x is left, and bit capacity - x of `mirrored`.
-    # Shifted against each other they show all pairs of a given sum at once.
+    # Integers as sets: while a length x is left, bit x of `left` and bit capacity - x of `mirrored` are set. Shifted
+    # against each other, they show all pairs of a given sum at once.
     left = sum(1 << length for length, count in enumerate(counts) if count)
     mirrored = sum(1 << (capacity - length) for length, count in enumerate(counts) if count)
     placed, placed_in = [], []  # lengths in the order in which they are placed, and their rows
@@ -246,7 +248,7 @@ def _fill_rows(lengths: np.ndarray, capacity: int, exact_pairs: bool) -> np.ndar
             placed_in.append(row)
             free -= wanted
             counts[wanted] -= 1
-            if not counts[wanted]:
+            if not counts[wanted]:  # that was the last of this length
                 left ^= 1 << wanted
                 mirrored ^= 1 << (capacity - wanted)
             if partner:  # the second of a pair, which fills the row
@@ -254,12 +256,12 @@ def _fill_rows(lengths: np.ndarray, capacity: int, exact_pairs: bool) -> np.ndar
                 continue
             wanted = (left & ((2 << free) - 1)).bit_length() - 1  # the longest up to `free`; -1 if nothing fits
             if seek_pairs and 0 < wanted < free:
-                # Bit x stays set if both x and free - x are left.
+                # The shift moves bit capacity - x to bit free - x, so bit x stays set if both x and free - x are left.
                 pairs = left & (mirrored >> (capacity - free))
                 longer = pairs.bit_length() - 1
-                if longer > 0 and (2 * longer != free or counts[longer] > 1):  # a half needs two of its kind
+                if longer > 0 and (2 * longer != free or counts[longer] > 1):  # two halves must be two lengths
                     wanted, partner = longer, free - longer
-    # Only lengths were placed. Equal lengths take their rows in order: sort both sides by length and match them.
+    # So far rows belong to lengths, not to items. Sort both by length and match them: equal lengths in their order.
     by_length = np.argsort(np.array(placed), kind="stable")
     result = np.empty(len(lengths), np.int64)
     result[np.argsort(lengths, kind="stable")] = np.array(placed_in)[by_length]
@@ -320,11 +322,11 @@ class _Batches(Dataset):
         """Return the rows of a micro-batch: fewer than batch_size in a ragged last step."""
         if not 0 <= index < len(self):
             raise IndexError(f"micro-batch {index} of {len(self)}")
-        # Every so-many-th row, so that a ragged last step is spread over all ranks and micro-batches.
+        # A stride instead of a slice spreads a ragged last step over all ranks and micro-batches.
         return self.step_rows(int(index) // self.accumulation_steps)[self._share(index) :: self.shares]
 
     def _share(self, index: int) -> int:
-        """Return the number of a micro-batch among those of its step."""
+        """Return which of its step's micro-batches this one is, counted over all ranks."""
         return int(index) % self.accumulation_steps * self.world_size + self.rank
 
     def _totals(self, index: int) -> dict[str, int]:
@@ -345,9 +347,10 @@ class _Batches(Dataset):
         return self._step[1] | {"last": micro_batch == self.accumulation_steps - 1}
 
     def _segments(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(start, length, place in rows) of the segments of some rows of the plan, in order."""
+        """Return (start, length, index into `rows`) of the segments of these rows of the plan, in order."""
         first = self.plan.row_start[rows]
         counts = self.plan.row_start[rows + 1] - first
+        # first, first + 1, … first + count - 1 of each row, one row after another: a range per row without a loop.
         index = np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
         place = np.repeat(np.arange(len(rows)), counts)
         return self.plan.segment_start[index], self.plan.segment_length[index].astype(np.int64), place
@@ -363,32 +366,33 @@ class _Batches(Dataset):
     ) -> dict:
         """Return a batch of num_rows rows from segments sorted by row. number: what document_ids calls each segment."""
         seq = self.plan.max_seq_len
-        # All rows one after another are a stream of pieces: the documents of a row, then its padding as one more piece.
-        # Before a segment of row r come all earlier segments and the padding of r rows.
+        # The flattened rows are a stream of pieces: the documents of a row, then its padding, which may be empty.
+        # Segment i of row r is piece i + r, because the padding of r rows comes before it.
         is_document = np.zeros(len(start) + num_rows, bool)
         is_document[np.arange(len(start)) + row] = True
 
         def stream(of_documents: np.ndarray, of_padding: np.ndarray | int) -> np.ndarray:
+            """Return one value per piece, in the order of the stream."""
             pieces = np.empty(len(is_document), np.int64)
             pieces[is_document], pieces[~is_document] = of_documents, of_padding
             return pieces
 
         sizes = stream(length, seq - np.bincount(row, length, num_rows).astype(np.int64))
         ends = np.cumsum(sizes)
-        # Empty padding makes no border. The last border is repeated, so that the shape is always the same.
+        # Empty padding makes no border. The last border is repeated so that the shape never changes.
         borders = np.full(num_borders, num_rows * seq, np.int32)
         borders[0] = 0
         kept_ends = ends[sizes > 0]
         borders[1 : len(kept_ends) + 1] = kept_ends
 
-        # From pieces to positions: each value is repeated as often as its piece is long.
+        # From pieces to positions: repeat each value for every position of its piece, which begins at ends - sizes.
         position_ids = np.arange(num_rows * seq) - np.repeat(ends - sizes, sizes)
         document_ids = np.repeat(stream(number, -1).astype(np.int32), sizes)
         real = document_ids >= 0
-        source = (np.repeat(stream(start, 0), sizes) + position_ids)[real]  # places in the cache of the real inputs
+        source = (np.repeat(stream(start, 0), sizes) + position_ids)[real]  # indices in the cache of the real inputs
         input_ids = np.full(num_rows * seq, self.pad_id, np.int64)
         input_ids[real] = self.cache.tokens[source]
-        targets = self.cache.tokens[source + 1].astype(np.int64)
+        targets = self.cache.tokens[source + 1].astype(np.int64)  # in the same document: n ids make n - 1 positions
         if self.cache.mask is not None:
             targets[self.cache.mask[source + 1] == 0] = -100
         labels = np.full(num_rows * seq, -100, np.int64)
@@ -416,7 +420,7 @@ class PackedBatches(_Batches):
     input_ids, labels (-100: no target), position_ids (from 0 in each document): int64 (batch_size, max_seq_len)
     document_ids int32 (batch_size, max_seq_len): number of the document in the micro-batch, -1 on padding
     cu_seqlens int32 (batch_size * (max_segments_per_row + 1) + 1,): borders of the documents in the flattened rows, a
-        row's padding counting as one; the end is repeated, so that the shape never changes
+        row's padding counting as one; the last is repeated so that the shape never changes
     max_seqlen; target_tokens, real_tokens, attended (pairs), num_documents: of the micro-batch
     row_ids int64 (rows,): rows of the plan, in 0..plan.num_rows - 1; fewer than batch_size in a ragged last step
     last: whether the micro-batch is the last of its optimizer step
@@ -441,11 +445,11 @@ class PackedBatches(_Batches):
 
 @dataclass(eq=False, kw_only=True)
 class PreferenceBatches(_Batches):
-    """Pairs of chosen and rejected; batch_size counts pairs. Items are as those of PackedBatches, but:
+    """Pairs of chosen and rejected; batch_size counts pairs. Items are those of PackedBatches, except that
 
-    there are as many rows as the documents of the micro-batch need, rounded up to a multiple of row_multiple (for a
-    compiled model, which is compiled for each shape that occurs)
-    documents 2p and 2p + 1 are chosen and rejected of the p-th pair, in any place
+    there are as many rows as the documents of the micro-batch need, rounded up to a multiple of row_multiple, because a
+    compiled model is compiled for each shape that occurs
+    documents 2p and 2p + 1 are chosen and rejected of the p-th pair, in any row
     cu_seqlens is (4 * batch_size + row_multiple,)
     pair_ids int64 (pairs,): rows of the plan, in 0..plan.num_rows - 1; fewer than batch_size in a ragged last step
     step_pairs instead of step_rows
@@ -457,16 +461,17 @@ class PreferenceBatches(_Batches):
     counted = "step_pairs"
 
     def __getitem__(self, index: int) -> dict:
-        rows, totals = self.rows(index), self._totals(index)
+        rows, totals = self.rows(index), self._totals(index)  # _totals also sets _fits
         start, length, _ = self._segments(rows)
         row, num_rows = self._fits[self._share(index)]
         order = np.argsort(row, kind="stable")
+        # at worst each of a pair's two documents has a row with padding of its own; plus rounding and the first border
         num_borders = 4 * self.batch_size + self.row_multiple
         batch = self._lay_out(start[order], length[order], row[order], order, num_rows, num_borders)
         return batch | totals | {"pair_ids": torch.from_numpy(rows.astype(np.int64))}
 
     def _laid_out_rows(self, rows: np.ndarray) -> int:
-        """Fit the documents of all micro-batches of a step into rows: (row of each, number of rows)."""
+        """Count a step's rows; set _fits: per micro-batch, the row of each document and the number of rows."""
         self._fits = []
         for share in range(self.shares):
             _, length, _ = self._segments(rows[share :: self.shares])

@@ -1,8 +1,8 @@
 """Decode many requests together, joining and leaving at any step, each with its own parameters.
 
 `submit` queues a request; a step reads part of a waiting prompt and makes one more token of every running answer. A
-slot of the cache holds one text, which the next request that begins with it does not read again. The drawing is in
-model/generation.py.
+slot of the cache holds one text; the next request that begins with the same ids does not read them again. See the
+diagram in model/generation.py.
 
     engine = Engine(model, slots=16)
     request = engine.submit(prompt_ids, SamplingParams(max_new_tokens=100))
@@ -25,7 +25,7 @@ from model.decoder import WeightsState, new_decoder
 from model.device import to_device
 from model.sampling import SamplingParams, SamplingRows, choose, penalise
 
-# Tokens of prompts that one step reads: if nothing else runs, and if running answers wait for their next token.
+# Prompt tokens that one step reads: if nothing else runs, and if running answers wait for their next token.
 PREFILL_ALONE, PREFILL_SHARED = 512, 128
 
 
@@ -38,7 +38,7 @@ class QueueFull(Exception):
 
 
 class Token(NamedTuple):
-    """logprob, and top (id, logprob) most likely first: nats, by the model's own distribution; None if not asked."""
+    """logprob, and top (id, logprob), most likely first: nats in the model's own distribution; None if not asked."""
 
     id: int
     logprob: float | None = None
@@ -92,7 +92,7 @@ class Request:
 
 
 class Slot:
-    """A part of the cache for one text. ids: those whose keys and values it holds. request: its present user.
+    """Room in the cache for one text. ids: those whose keys and values it holds. request: its current user.
 
     dirty: a failed request may have left values that are not finite; clear them before the next one.
     """
@@ -108,7 +108,7 @@ class Engine:
 
     slots: requests that are decoded together. context_length: longest prompt plus answer in tokens, by default and at
     most the model's max_position_embeddings. max_queue: requests that may wait beyond those in slots. Changed weights
-    and switched adapters take effect at the first request after all running answers have ended.
+    and switched adapters take effect once all running answers have ended.
     """
 
     def __init__(self, model: nn.Module, *, slots: int = 16, context_length: int | None = None, max_queue: int = 64):
@@ -218,7 +218,7 @@ class Engine:
                     return
             try:
                 self.step()
-            except Exception as error:  # not one request's fault, for example too little memory; go on with the next
+            except Exception as error:  # not one request's fault, for example out of memory: end all, then go on
                 for request in self._requests():
                     self._finish(request, "error", error)
 
@@ -233,7 +233,10 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Read part of the waiting prompts and make one more token of every answer; False if there is nothing to do."""
+        """Read part of the waiting prompts and make one more token of every answer.
+
+        Returns False if there was nothing to do.
+        """
         with self._stepping:
             with self._state:
                 failed = self._admit()
@@ -253,8 +256,8 @@ class Engine:
     def _admit(self) -> Request | None:
         """Give free slots to waiting requests. Return a request that had to be ended; those behind it wait a step.
 
-        The longest beginning of the prompt that any slot holds is not read again: its keys and values are copied, or
-        that slot itself is taken if it is free and at least half of its text is shared.
+        The longest beginning of the prompt that any slot holds is not read again: the request takes that slot if it is
+        free and at least half of its text is shared; otherwise the keys and values are copied.
         """
         while self._waiting:
             free = [slot for slot in self._slots if slot.request is None]
@@ -294,7 +297,7 @@ class Engine:
             self._count_prompt(request)
 
     def _guarded(self, run: Callable[[list[Request]], None], requests: list[Request]) -> None:
-        """Run; an exception ends the request that caused it, found by running each alone, and no other."""
+        """Run. If that fails, run each request alone, so that only the one that caused the exception ends."""
         try:
             run(requests)
         except Exception as error:
@@ -420,9 +423,9 @@ class Engine:
             self._tell(request)
 
     def _end(self, request: Request, reason: str, error: Exception | None = None) -> bool:
-        """Free the request's slot or place in the queue; False if it had ended before.
+        """Free the request's slot or place in the queue. Returns False if it had ended before.
 
-        It does not use the device: a request must come to its end even if a GPU has failed for good.
+        This does not use the device: a request must end even if the GPU has failed for good.
         """
         with self._state:
             if request.finish_reason is not None:

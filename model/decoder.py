@@ -21,7 +21,7 @@ from model.model_minimind import rotary_tables
 
 # Round key counts up to this, so views and masks are rebuilt per block, not per token.
 KEY_BLOCK = 64
-# Neighbouring slots share one product if that adds at most this many keys of padding, which cost as much as a call.
+# Neighbouring slots share one product if that adds at most this many keys of padding, which cost as much as one call.
 PADDING_WORTH = 256
 # Up to this many rows, float16 kernels are faster than bfloat16 ones on a CPU.
 FEW_ROWS = 64
@@ -60,7 +60,7 @@ class WeightsState:
 
 
 def is_llama_like(model: nn.Module) -> bool:
-    """Whether LeanDecoder computes this model: ours, and Llama and Qwen3 whose rotary positions are tables."""
+    """Tell whether LeanDecoder can run this model: ours, and Llama and Qwen3 whose rotary positions are tables."""
     name, config = type(model).__name__, model.config
     if name == "MiniMindForCausalLM":
         return True
@@ -77,7 +77,7 @@ class SlotCache:
     """Keys and values for the forward of any model, passed as its past_key_values. A slot holds one text.
 
     Positions are already rotated into the keys, so a key does not depend on its index in the cache. The first update
-    allocates memory in the dtype and shape of the keys that arrive. `plan_*` says where the next forward writes.
+    allocates memory in the dtype and shape of its keys. `plan_*` sets where the next forward writes.
 
     keys[layer], values[layer]: (slots, kv_heads, capacity, head_dim); the caller knows how many are filled.
     """
@@ -94,7 +94,7 @@ class SlotCache:
         self.read = lambda memory: memory[slot : slot + 1, :, :end]
 
     def plan_decode(self, slots: torch.Tensor, lengths: torch.Tensor) -> None:
-        """Prepare for one token of each slot, behind its `lengths` tokens."""
+        """Prepare for one token of each slot, after its `lengths` tokens."""
         end = int(lengths.max()) + 1
         self.past = end - 1
         self.write = lambda memory, new: memory.index_put_((slots[:, None], self.heads, lengths[:, None]), new[:, :, 0])
@@ -114,7 +114,7 @@ class SlotCache:
         return self.past
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Return (keys after the next query_length tokens, first visible key); transformers' models ask for it."""
+        """Return (keys after the next query_length tokens, first visible key); transformers' models call it."""
         return self.past + query_length, 0
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
@@ -122,15 +122,18 @@ class SlotCache:
 
 
 class ForwardDecoder:
-    """Decodes any model whose forward takes input_ids, attention_mask (4-D boolean, True = may look), position_ids,
-    past_key_values and logits_to_keep. Works under autocast, and uses changed weights at once."""
+    """Decodes with the model's own forward. Works under autocast, and uses changed weights at once.
+
+    The forward takes input_ids, attention_mask (4-D boolean, True = may look), position_ids, past_key_values and
+    logits_to_keep.
+    """
 
     def __init__(self, model: nn.Module, slots: int, capacity: int):
         self.model, self.cache = model, SlotCache(slots, capacity)
         self.device = next(model.parameters()).device
 
     def prefill(self, slot: int, ids: Sequence[int], start: int) -> torch.Tensor:
-        """Read ids behind the slot's `start` tokens; return the next token's logits (1, vocab) in float32."""
+        """Read ids after the slot's `start` tokens; return the next token's logits (1, vocab) in float32."""
         self.cache.plan_prefill(slot, start, start + len(ids))
         positions = torch.arange(start, start + len(ids), device=self.device).unsqueeze(0)
         return self._forward(torch.tensor([ids], device=self.device), positions, None)
@@ -283,11 +286,13 @@ class LeanExperts:
 
 
 class LeanLayer:
+    """The constant weights of one block, as functions of activations."""
+
     def __init__(self, block: nn.Module, order: torch.Tensor, eps: float):
         attention = block.self_attn
         self.qkv = projection([attention.q_proj, attention.k_proj, attention.v_proj], order)
         self.head_norm = None
-        if hasattr(attention, "q_norm"):  # one weight per head, its dimensions in the order that the rows have
+        if hasattr(attention, "q_norm"):  # one weight per head, its dimensions in the order of the rows
             norms = [(attention.q_norm.weight, attention.q_proj), (attention.k_norm.weight, attention.k_proj)]
             rows = torch.cat([weight.detach().repeat(layer.out_features // len(weight)) for weight, layer in norms])
             self.head_norm = rms_norm(rows[order[: len(rows)]].view(-1, attention.head_dim), eps)
@@ -301,12 +306,13 @@ class SlotGroup:
     """Rows of a step whose slots are neighbours, so that one batched product serves them all.
 
     keys[layer] (rows · kv_heads, head_dim, count) and values[layer] (rows · kv_heads, count, head_dim) are views of the
-    cache: the first `count` keys of these slots. bias (rows · kv_heads, 1, count) is -inf behind the end of each text.
+    cache: the first `count` keys of these slots. bias (rows · kv_heads, 1, count) is -inf beyond the end of each text.
     """
 
     def __init__(self, decoder: "LeanDecoder", first_slot: int, rows: slice, count: int):
         self.rows, self.kv_heads, self.dtype = rows, decoder.kv_heads, decoder.dtype
-        # The batch dimension of queries, keys and values is (row or slot) · kv_heads + head.
+        # Queries are indexed by row · kv_heads + head, keys and values by slot · kv_heads + head. The slots are
+        # neighbours, so both are contiguous, and slicing them makes views: a group copies no keys.
         self.query_rows = slice(rows.start * self.kv_heads, rows.stop * self.kv_heads)
         memory_rows = slice(first_slot * self.kv_heads, (first_slot + rows.stop - rows.start) * self.kv_heads)
         self.keys = [memory[memory_rows, :count].transpose(1, 2) for memory in decoder.keys]
@@ -315,14 +321,14 @@ class SlotGroup:
 
     def hide(self, lengths: torch.Tensor) -> None:
         """Set the bias. lengths (all rows of the step,): tokens before the one that is read now."""
-        # Position `length` is that token's own key, which it may look at.
+        # Position `length` is the new token's own key, which it may see; what lies behind is padding or stale.
         hidden = self.positions > lengths[self.rows].repeat_interleave(self.kv_heads).unsqueeze(1)
         bias = torch.zeros(hidden.shape, dtype=self.dtype, device=hidden.device)
         self.bias = bias.masked_fill_(hidden, -torch.inf).unsqueeze(1)
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return zeros. On a CPU a page of memory is taken only when it is written to: most of a cache stays empty."""
+    """Return zeros. On a CPU a page takes memory only once it is written to, because most of a cache stays empty."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
@@ -333,14 +339,15 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
 
 
 class LeanDecoder:
-    """MiniMind and Llama in as few and as large operations as eager torch allows: at one token a call costs as much as
-    its arithmetic. Weights are copied once into a faster layout (float16, half the size of a float32 model).
+    """MiniMind and Llama in as few and as large operations as eager torch allows.
+
+    For a single token, calling an operation costs as much as its arithmetic. Weights are copied once into a faster
+    layout (float16, half the size of a float32 model). Activations and cache are float32 on a CPU.
 
     Rotary positions turn pairs of dimensions. Queries and keys are laid out with each pair side by side, so that
-    turning them is one complex product; attention does not depend on the order of dimensions. Activations and cache are
-    float32 on a CPU.
+    turning them is one complex product; attention does not depend on the order of dimensions.
 
-    memory[layer]: (2, slots · kv_heads, capacity + 1, head_dim), keys and values, zero where nothing was written yet.
+    memory[layer]: (2, slots · kv_heads, capacity + 1, head_dim), keys and values, zero until they are written.
     keys[layer] and values[layer] are its halves, flat[layer] (all rows, head_dim) is a view for writing single tokens.
     """
 
@@ -415,7 +422,7 @@ class LeanDecoder:
             else:
                 pairs.copy_(torch.view_as_real(torch.view_as_complex(pairs.float()) * rotations))
             attended = attend(number, qkv.view(len(ids), rotated + self.kv_heads, self.head_dim))
-            # Only the last token's logits are wanted: the last layer needs its keys and values of all tokens, no more.
+            # If only the last token's logits are wanted, the last layer's other tokens are done: their keys are stored.
             if last_only and number == len(self.layers) - 1:
                 hidden, attended = hidden[-1:], attended[-1:]
             hidden += layer.out(attended)
@@ -425,7 +432,7 @@ class LeanDecoder:
     # --- a prompt ----------------------------------------------------------------------------------------------------
 
     def prefill(self, slot: int, ids: Sequence[int], start: int) -> torch.Tensor:
-        """Read ids behind the slot's `start` tokens; return the next token's logits (1, vocab) in float32."""
+        """Read ids after the slot's `start` tokens; return the next token's logits (1, vocab) in float32."""
         end = start + len(ids)
         slot_rows = slice(slot * self.kv_heads, (slot + 1) * self.kv_heads)
 
@@ -442,7 +449,7 @@ class LeanDecoder:
                 # Queries of a group share a key head, so (tokens · group) is one dimension: no repeated keys.
                 scores = torch.bmm(tile.flatten(1, 2), keys[:, :seen].transpose(1, 2)).mul_(self.scale)
                 scores = scores.unflatten(1, (tokens, -1))
-                # Only the tile's own keys can be later than a query.
+                # Only keys of the tile itself can come after a query.
                 later = torch.full((tokens, tokens), -torch.inf, dtype=self.dtype, device=self.device).triu_(1)
                 scores[..., seen - tokens :].add_(later.unsqueeze(1))
                 weights = scores.flatten(1, 2).softmax(dim=-1)
@@ -469,13 +476,14 @@ class LeanDecoder:
             return self._decode(torch.tensor(ids, device=self.device), lengths)
 
     def _decode(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Decode the rows of self.groups; ids and lengths (rows,) as in decode_one_token."""
         for slot_group in self.groups:
             slot_group.hide(lengths)
         new_rows = (self.first_rows + lengths.unsqueeze(1)).flatten()
         group = self.heads // self.kv_heads
 
         def attend(number: int, qkv: torch.Tensor) -> torch.Tensor:
-            # One write for the new keys and values of all rows, in the order of first_rows.
+            # One write stores the new keys and values of all rows, in the order of first_rows.
             self.flat[number].index_copy_(0, new_rows, qkv[:, self.heads :].reshape(-1, self.head_dim))
             query = qkv[:, : self.heads].reshape(-1, group, self.head_dim)  # (rows · kv_heads, group, head_dim)
             parts = []
@@ -490,7 +498,7 @@ class LeanDecoder:
         return self._forward(ids, self.rotations[lengths], attend)
 
     def _group(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
-        """Group neighbouring slots of similar length; the groups last until a text grows out of its block of keys."""
+        """Group neighbouring slots of similar length; keep the groups until a text outgrows its block of keys."""
         blocks = [length // KEY_BLOCK + 1 for length in lengths]  # of keys that each row needs
         if self.groups_of == (slots, blocks):
             return
@@ -519,7 +527,7 @@ class LeanDecoder:
 
         Launching the kernels one by one would take longer than running them. Each power of two of keys has a graph.
         """
-        # An idle slot reads id 0 at the position behind the capacity, where no text reaches.
+        # An idle slot reads id 0 at the position beyond the capacity, which no text reaches.
         all_ids, all_lengths = [0] * self.slots, [self.capacity] * self.slots
         for slot, token, length in zip(slots, ids, lengths, strict=True):
             all_ids[slot], all_lengths[slot] = token, length

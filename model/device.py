@@ -29,7 +29,7 @@ def cpu_has_bfloat16() -> bool:
 
 
 def usable_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """Return the dtype to train in, and a sentence that says why if it is not the one named."""
+    """Return the dtype to train in, and a notice if it is not the one named, else ""."""
     if name == "bfloat16" and device.type == "cuda" and not cuda_has_bfloat16():
         return torch.float16, "this GPU has no bfloat16: training in float16 with a gradient scaler"
     if name == "bfloat16" and device.type == "cpu" and not cpu_has_bfloat16():

@@ -1,16 +1,16 @@
-"""What flags are made of, for training, chat and tools alike. Imports no torch, so that --help and clients are fast."""
+"""Types and helpers for flags, for training, chat and tools alike. Imports no torch, so --help and clients are fast."""
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# What a conversation remembers by default, in the terminal and on the page: three questions with their answers.
+# Messages that a conversation remembers by default, in the terminal and on the page: three questions and answers.
 HISTORY_MESSAGES = 6
 
 
 def boolean(text: str) -> bool:
-    """`--flag`, `--flag true` and `--flag False` all mean what they say."""
+    """Accept `--flag`, `--flag true` and `--flag False`, which all mean what they say."""
     value = text.strip().lower()
     if value in ("true", "1", "yes", "on"):
         return True
@@ -29,7 +29,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def message_count(text: str) -> int:
-    """An even number: messages are questions with their answers."""
+    """Accept an even number: messages are questions with their answers."""
     if int(text) < 0 or int(text) % 2:
         raise argparse.ArgumentTypeError(f"{text} is not an even number: messages are questions with their answers")
     return int(text)

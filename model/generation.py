@@ -11,13 +11,13 @@
        └───────── tokens ───────────┴──────── choose(), model/sampling.py <──┘
 
 A request waits until a slot of the cache is free. Each step of the engine reads up to 512 tokens of a waiting prompt
-(128 if other answers are running) and makes one more token of every running answer, all in one forward pass; `choose`
-picks each token by its request's own parameters. A request ends at a stop id, at its longest length, when the context
-is full, or when it is cancelled. Its slot keeps the text: the next request that begins with the same ids reads only the
-rest, so a conversation is read once. The functions below step the engine themselves; the server and the page let a
-thread do it.
+(128 if other answers are running) and makes one more token of every running answer; `choose` picks each token by its
+request's own parameters. A request ends at a stop id, at its maximum length, when the context is full, or when it is
+cancelled. Its slot keeps the text: the next request that begins with the same ids reads only the rest, so a
+conversation is read once. The functions below step the engine themselves; the server and the page let a thread do it.
 
-`stream` yields the ids of one answer as they are made; `generate_batch` answers many prompts.
+`stream` yields the ids of one answer as they are made; `generate_batch` answers many prompts. Stop strings and thoughts
+are found in the text of these ids: dataset/text_stream.py.
 """
 
 from collections.abc import Generator, Sequence

@@ -132,8 +132,7 @@ class MiniMindConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "MiniMindConfig":
-        """Read a config.json, also one of the original's MiniMind-3, which uses other names and leaves out what all of
-        its models share."""
+        """Read a config.json; also the original's of MiniMind-3, with other names and some fields left out."""
         if "num_experts" in config_dict:
             config_dict = {**MINIMIND3_FILES, **config_dict}
             names = {"num_experts": "n_routed_experts", "router_aux_loss_coef": "aux_loss_alpha"}
@@ -143,8 +142,10 @@ class MiniMindConfig(PretrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def _check(self, kwargs: dict[str, Any]) -> None:
-        """Raise ValueError for a value of a wrong type, out of range, or that does not go with the others. Files of
-        others are read into these fields, so nothing is taken on trust."""
+        """Raise ValueError for a value of the wrong type, out of range, or at odds with the others.
+
+        These fields are also filled from other people's files, so every one is checked.
+        """
         counts = ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"]
         counts += ["max_position_embeddings", "num_experts_per_tok", "n_routed_experts", "n_shared_experts"]
         counts += [name for name in ("head_dim", "intermediate_size") if getattr(self, name) is not None]
@@ -391,7 +392,7 @@ class AttentionPlan:
     ):
         """Plan rows that may be padded (attention_mask (batch, keys), 0 = padding) and may continue `past` tokens."""
         batch, queries = shape
-        if attention_mask is not None and attention_mask.dim() == 4:  # the caller knows exactly
+        if attention_mask is not None and attention_mask.dim() == 4:  # the caller's own mask
             return cls("mask", mask=attention_mask)
         if attention_mask is not None and attention_mask.shape[1] > keys:
             attention_mask = attention_mask[:, :keys]
@@ -496,8 +497,10 @@ class MoEFeedForward(nn.Module):
         )
 
     def _grouped(self, inputs: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """Run all experts in three grouped products, without a loop. On Hopper and B200 the counts are not even copied
-        to the host; on other cards torch still loops over the experts inside."""
+        """Run all experts in three grouped products, without a loop.
+
+        On Hopper and B200 the counts need not even reach the host; on other cards torch loops over the experts inside.
+        """
         dtype = compute_dtype(inputs)
         ends = counts.cumsum(0).to(torch.int32)
 
@@ -634,12 +637,6 @@ class MiniMindModel(MiniMindPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embed_tokens = value
-
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -709,21 +706,11 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.model.embed_tokens = value
-
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Linear) -> None:
-        self.lm_head = value
-
     def recompute_activations(self, enable: bool = True) -> None:
-        """Keep a third less for the backward pass of CPU training: attention probabilities and the products of SwiGLU
-        are computed again, to the same bits. CUDA's kernels and compiler do this by themselves."""
+        """Recompute attention probabilities and SwiGLU products in the backward pass, to the same bits.
+
+        CPU training then keeps a third less memory. On CUDA, kernels and compiler do this by themselves.
+        """
         for module in self.modules():
             if isinstance(module, (Attention, FeedForward)):
                 module.recompute = enable
@@ -797,7 +784,7 @@ MiniMindForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 # Why they exist: without a compiler every operation passes over memory on its own, and on a CPU that traffic, not the
 # arithmetic, is most of a step. These functions save passes, or memory, by computing gradients by hand. The model above
 # is complete without them: RMSNorm is F.rms_norm, FeedForward is down(silu(gate) · up), packed attention is a mask.
-# `Permuted` alone serves GPUs too; in its place `x[order // copies]` would do.
+# Only `Permuted` serves GPUs too; `x[order // copies]` would do instead.
 
 
 def trains_eagerly_on_cpu(x: torch.Tensor) -> bool:
@@ -828,8 +815,7 @@ class RMSNormFunction(torch.autograd.Function):
 
 
 class SwiGLUFunction(torch.autograd.Function):
-    """silu(gate) · up. Keeps its two inputs for the backward pass and computes silu(gate) again: a quarter less memory
-    in the feed-forward."""
+    """silu(gate) · up. Computes silu(gate) again in the backward pass: a quarter less memory in the feed-forward."""
 
     @staticmethod
     def forward(ctx, gate, up):
@@ -987,8 +973,10 @@ def attention_tiles(cu_seqlens: torch.Tensor, dtype: torch.dtype, tile: int = 12
 
 
 class Permuted(torch.autograd.Function):
-    """x[order // copies], where order (tokens · copies,) is a permutation and inverse is its inverse. For arbitrary
-    indices autograd would add gradients up, with atomics or a sort; of a permutation they only go back in place."""
+    """x[order // copies], where order (tokens · copies,) is a permutation and inverse is its inverse.
+
+    For arbitrary indices autograd would add gradients up, with atomics or a sort; here they only move back.
+    """
 
     @staticmethod
     def forward(ctx, x, order, inverse, copies):

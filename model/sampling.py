@@ -13,7 +13,7 @@ class GrammarError(ValueError):
 
 
 class Grammar(Protocol):
-    """Restricts an answer's tokens: allowed gives a mask (vocab,) on the CPU, advance takes the one that was chosen."""
+    """Restricts an answer's tokens: allowed returns a mask (vocab,) on the CPU, advance takes the chosen token."""
 
     def allowed(self, vocab_size: int) -> torch.Tensor: ...
 
@@ -37,7 +37,7 @@ class SamplingParams:
     seed: None draws a new one each time.
     logprobs: None = none; k = the log-probability of each chosen token and of the k most likely, in the model's own
         distribution: before penalties, temperature and the rest.
-    grammar: makes a Grammar for each answer, which decides when it may end; min_new_tokens does not count then.
+    grammar: makes a Grammar for each answer, which decides when it may end; min_new_tokens is then ignored.
     """
 
     temperature: float = 1.0
@@ -95,7 +95,7 @@ class SamplingRows:
 
 
 def _indices(chosen: list[bool], device) -> torch.Tensor | None:
-    """Return the rows that are chosen, or None if there is none."""
+    """Return the indices of the chosen rows, or None if there are none."""
     found = [i for i, is_chosen in enumerate(chosen) if is_chosen]
     return torch.tensor(found, device=device) if found else None
 
@@ -143,7 +143,7 @@ def _smallest_kept(weights: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tens
     cumulative = ordered.double().cumsum(dim=-1)
     last = torch.where(top_k > 0, top_k, weights.shape[1]).clamp(max=weights.shape[1]) - 1
     total = cumulative.gather(1, last)
-    # A token is kept while those before it do not reach top_p; the first has none before it, so it is always kept.
+    # A token is kept if those before it do not reach top_p; the first has none before it, so it is always kept.
     reached = (cumulative < top_p * total).sum(dim=-1, keepdim=True)
     last = torch.where(top_p < 1, torch.minimum(last, reached), last)
     return torch.maximum(ordered.gather(1, last), min_p)

@@ -1,4 +1,4 @@
-"""Standard streams that replace what they cannot show: nothing that only prints may end a program. Imports no torch."""
+"""Standard streams that replace what they cannot show, so that printing never ends a program. Imports no torch."""
 
 import codecs
 import contextlib
@@ -26,6 +26,6 @@ def stream_encoding() -> str:
 
 
 def note(text: str, end: str = "\n") -> None:
-    """Print to stderr; a terminal that has gone is no reason to stop."""
+    """Print to stderr; a closed terminal does not end the program."""
     with contextlib.suppress(OSError, ValueError):
         print(text, end=end, file=sys.stderr, flush=True)

@@ -24,10 +24,10 @@ from trainer.zero import zero_mistakes
 
 ROOT = Path(__file__).resolve().parents[1]
 
-LATER_SECONDS = 3  # how long other processes leave it to the first one to show an error
+LATER_SECONDS = 3  # the other processes wait this long before showing an error, so that the first one's comes first
 
 MODEL_FLAGS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "use_moe", "qk_norm")
-# flags that may change between the parts of a resumed run; a change of any other would change its result
+# flags that may change on --resume; changing any other would change the result
 FREE_ON_RESUME = {
     "resume", "log_interval", "save_interval", "eval_interval", "num_workers", "use_wandb", "wandb_project", "out_dir",
     "cache_dir", "device", "ddp", "local_rank", "valid_path", "sample_prompt", "compile", "overwrite", "batch_size",
@@ -87,12 +87,12 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
     add("--out_dir", type=utf8_path, default=from_root("out"), help="weights, logs and resume states")
     add("--cache_dir", type=utf8_path, help="tokenised data (default: OUT_DIR/token_cache)")
     add_boolean(group, "--skip_bad_lines", False, "drop and count lines that are not valid records")
-    add("--max_record_bytes", type=int, default=MAX_RECORD_BYTES, help="a longer line is a bad one (default: 16 MiB)")
+    add("--max_record_bytes", type=int, default=MAX_RECORD_BYTES, help="longer lines are bad (default: 16 MiB)")
     add_boolean(group, "--overwrite", False, "replace an unfinished run, or weights of another configuration")
 
     group = parser.add_argument_group("model")
     add = group.add_argument
-    add("--preset", choices=list(PRESETS), help="a known model; the flags below win (default: minimind2_26m)")
+    add("--preset", choices=list(PRESETS), help="a known model; the flags below override it (default: minimind2_26m)")
     add("--hidden_size", type=int, help="(default: 512 or the preset's)")
     add("--num_hidden_layers", type=int, help="(default: 8 or the preset's)")
     add("--num_attention_heads", type=int, help="(default: 8)")
@@ -104,15 +104,15 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
     group = parser.add_argument_group("optimisation")
     add = group.add_argument
     add("--epochs", type=int, default=1, help="passes over the data")
-    add("--max_steps", type=int, default=0, help="optimizer steps, schedule included (default: 0, as --epochs says)")
+    add("--max_steps", type=int, default=0, help="stop, and end the schedule, after so many (default: 0, all epochs)")
     add("--batch_size", type=int, default=32, help="rows per process and micro-batch")
     add("--accumulation_steps", type=int, default=1, help="micro-batches per optimizer step")
     add("--learning_rate", type=float, help="peak learning rate (default: %(default)s)")
-    add("--embedding_lr_scale", type=float, default=1.0, help="the embedding, which is also the head, learns faster")
+    add("--embedding_lr_scale", type=float, default=1.0, help="multiplies the rate of the embedding, also the head")
     add("--min_lr_ratio", type=float, default=0.1, help="the schedule ends at this share of the peak")
-    schedule = "how the rate falls: along a cosine, or wsd: stays at the peak, falls in the last --decay_ratio of steps"
+    schedule = "cosine: falls all the way; wsd: stays at the peak and falls in the last --decay_ratio of the steps"
     add("--lr_schedule", choices=("cosine", "wsd"), default="cosine", help=schedule)
-    add("--decay_ratio", type=float, default=0.2, help="share of the steps in which wsd falls, 0: it never does")
+    add("--decay_ratio", type=float, default=0.2, help="share of the steps in which wsd falls; 0: never")
     add("--warmup_iters", type=int, default=0, help="optimizer steps of linear warm-up (default: %(default)s)")
     own = f"(default: {next(iter(defaults['learning_rate']))})"
     add(
@@ -124,7 +124,7 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
     add("--beta2", type=float, default=0.95, help="AdamW's mean of squared gradients")
     add("--weight_decay", type=float, default=0.1, help="on matrices, not on norms (default: %(default)s)")
     add("--grad_clip", type=float, default=1.0, help="largest gradient norm, 0 = no clipping")
-    add("--seed", type=int, default=1337, help="of first weights and of the order of the data")
+    add("--seed", type=int, default=1337, help="of the initial weights and the order of the data")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the matrix products")
 
     group = parser.add_argument_group("the run")
@@ -135,7 +135,7 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
     add("--save_interval", type=int, default=100, help="optimizer steps between saves")
     add("--eval_interval", type=int, default=500, help="optimizer steps between evaluations")
     add("--sample_prompt", type=utf8, default="", help="a text that the model continues at every evaluation")
-    add_boolean(group, "--estimate", False, "time a short run and print what the whole will take; nothing is kept")
+    add_boolean(group, "--estimate", False, "time a short run, print what the whole run will take, keep nothing")
     add("--price_per_hour", type=float, help="of this machine in dollars, for --estimate")
     add("--pass_seconds", type=float, default=math.inf, help=argparse.SUPPRESS)  # --estimate: cut frozen passes short
     add_boolean(group, "--resume", False, "go on from the last saved state of this run")
@@ -146,7 +146,7 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
     add("--deepspeed_config", type=utf8_path, metavar="FILE", help="DeepSpeed's own settings on top of ours, JSON")
     add_boolean(group, "--use_wandb", False, "log to Weights & Biases too")
     add("--wandb_project", default="MiniMind", help="project there")
-    add("--rank_timeout", type=float, default=600, help="seconds to wait for a process that hangs, before giving up")
+    add("--rank_timeout", type=float, default=600, help="seconds to wait for a process that hangs")
     add_boolean(group, "--ddp", None, "accepted because old commands pass it; torchrun alone decides")
     add("--local_rank", "--local-rank", type=int, default=-1, help="what a launcher passes; LOCAL_RANK decides")
 
@@ -162,7 +162,7 @@ def parse_arguments(
 ) -> argparse.Namespace:
     """Parse and check. Raises ValueError with all mistakes at once, each with its flag.
 
-    checks: for flags of one stage, name -> (whether a value is right, what it must be).
+    checks: for a stage's own flags, name -> (a function that tells whether a value is right, what it must be).
     """
     show_defaults(parser)
     args = parser.parse_args(argv)
@@ -180,7 +180,7 @@ def parse_arguments(
     for flags, (ok, wanted) in [*RANGES.items(), *(((flag,), check) for flag, check in checks.items())]:
         values = {flag: getattr(args, flag) for flag in flags}
         mistakes += [f"--{k} {v}: must be {wanted}" for k, v in values.items() if v is not None and not ok(v)]
-    sizes_are_given = getattr(args, "base_weight", "none") == "none"  # else the weights say what the rest is
+    sizes_are_given = getattr(args, "base_weight", "none") == "none"  # otherwise the weights decide
     if sizes_are_given and all(getattr(args, flag) >= 1 for flag in SIZES):
         try:
             model_config(args, chosen.vocab_size)
@@ -244,7 +244,7 @@ def chat_command(args: argparse.Namespace, stage: str, *more: str) -> str:
 
 
 def out_of_memory(error: RuntimeError) -> str:
-    """Say what helps if the error is about memory; else ""."""
+    """Return the message for an error about memory, with its cure; "" for any other error."""
     if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
         return ""
     reason = str(error).strip().splitlines()[0]
@@ -252,10 +252,10 @@ def out_of_memory(error: RuntimeError) -> str:
 
 
 def run_script(main: Callable[..., None], argv: list[str] | None = None) -> None:
-    """Run a script's main, or with --estimate foretell it. A user's mistake is shown as a message without a traceback.
+    """Run a script's main, or its --estimate. Show a user's mistake as a message without a traceback.
 
-    The main process shows what all processes found. Another one waits a little before it speaks, because a launcher
-    ends it together with the main one.
+    The main process shows what all processes found. The others wait a little before they speak, because a launcher
+    ends them together with the main one.
     """
     set_up_streams()
     try:

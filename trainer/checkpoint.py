@@ -1,6 +1,7 @@
-"""What a run leaves on disk: its weights with their sidecar, and everything it needs to go on as if never stopped.
+"""What a run leaves on disk: weights with their sidecar, and all that --resume needs to go on as if never stopped.
 
-Each file is replaced atomically, the resume state last: when that one is complete, so are the weights.
+Each file is replaced atomically, in this order: ZeRO's shards, weights, sidecar, resume state. A resume state that is
+there therefore never runs ahead of the weights.
 """
 
 import argparse
@@ -68,7 +69,7 @@ class Progress:
         return counts
 
     def due(self, interval: int) -> bool:
-        """Tell whether something that happens every `interval` steps and after the last one happens now."""
+        """Tell whether something is due that happens every `interval` steps and after the last one."""
         return self.complete or self.step % interval == 0
 
 
@@ -85,8 +86,10 @@ def resume_path(weights: Path, args: argparse.Namespace) -> Path:
 
 
 def claim(weights: Path, args: argparse.Namespace, process: Process) -> Path:
-    """Return `weights`, locked until this process ends. Raises WeightsError, in all processes alike, if another run is
-    writing it, or if an unfinished run would be lost."""
+    """Lock `weights` until this process ends, and return it.
+
+    Raises WeightsError, in all processes alike, if another run writes it, or if an unfinished run would be lost.
+    """
     state, mistake = resume_path(weights, args), ""
     if process.is_main:
         try:

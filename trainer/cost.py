@@ -1,4 +1,4 @@
-"""What training costs: floating-point operations, bytes of memory, and the rate that a device can reach."""
+"""The cost of training: floating-point operations, bytes of memory, and the rate that a device can reach."""
 
 import argparse
 import contextlib
@@ -17,7 +17,7 @@ from model.model_minimind import MiniMindConfig
 def flops_per_token(config: MiniMindConfig, parameters: int, frozen: int = 0) -> float:
     """Return the floating-point operations of forward and backward per token, without attention: 6 per parameter.
 
-    frozen: the number of parameters that are not trained; they need no gradient of their own and cost 4. A routed
+    frozen: the number of parameters that are not trained; they have no gradient of their own and cost 4 each. A routed
     expert that a token does not visit costs nothing. The embedding is tied to the head and counts once.
     """
     idle = 0
@@ -54,7 +54,7 @@ def matmul_flops_per_second(device: torch.device, dtype: torch.dtype, size: int 
 
 
 def memory_parts(model: nn.Module, args: argparse.Namespace, processes: int) -> dict[str, int]:
-    """Return the bytes of one process that follow from the parameters."""
+    """Return the bytes that weights, gradients and optimizer state take in each process."""
     parameters = [(getattr(p, "ds_numel", p.numel()), p.element_size(), p.requires_grad) for p in model.parameters()]
     trained = sum(size for size, _, grad in parameters if grad)
     state = trained * {"adamw": 8, "muon": 4, "sgd": 0}[args.optimizer]
@@ -73,10 +73,10 @@ def activation_bytes(
 ) -> int:
     """Return the bytes that a compiled forward on CUDA keeps for the backward pass, over a float32 residual stream.
 
-    Per layer and position: the inputs of both norms and the attention's normaliser of each head in float32; in `size`
-    bytes each what the projections read, query, key, value and the attention's result, gate, up and their product.
-    After the layers the last norm's input and result and, with whole_head, the probabilities of the vocabulary, which
-    the loss per token keeps. On top what the backward pass makes first: the gradients of one feed-forward.
+    Per layer and position, in float32: the inputs of both norms and each head's softmax normaliser; in `size` bytes
+    each: the inputs of the projections, query, key, value, the attention's result, gate, up and their product.
+    After the layers: the last norm's input and result and, with whole_head, the probabilities of the vocabulary, which
+    the loss per token keeps. Plus what the backward pass makes first: the gradients of one feed-forward.
     """
     hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     query, kv = heads * config.head_dim, kv_heads * config.head_dim
@@ -85,7 +85,7 @@ def activation_bytes(
     layer = 8 * hidden + 4 * heads + size * (2 * hidden + 2 * query + 2 * kv + feed_forward)
     if config.qk_norm:  # query and key before their norm, and its factor for each head in float32
         layer += size * (query + kv) + 4 * (heads + kv_heads)
-    layer += size * 2 * hidden * chosen  # what experts read and give
+    layer += size * 2 * hidden * chosen  # inputs and outputs of the experts
     end = (4 + size) * hidden + size * feed_forward + size * config.vocab_size * whole_head
     if checkpointing:  # the input of every layer, and one layer in full
         return positions * (4 * hidden * config.num_hidden_layers + layer + end)
@@ -93,15 +93,15 @@ def activation_bytes(
 
 
 def attention_backward_bytes(config: MiniMindConfig, positions: int, borders: int) -> int:
-    """Return the bytes in which FlashAttention's backward over packed documents sums the query's gradient.
+    """Return the bytes of the buffer in which FlashAttention's backward sums the query's gradient.
 
-    One layer at a time, in float32, with 128 extra positions for each document that `borders` have room for.
+    One layer at a time, in float32, with 128 extra positions for each packed document that `borders` has room for.
     """
     return 4 * config.num_attention_heads * config.head_dim * (positions + 128 * borders)
 
 
 class Memory:
-    """Memory of this process in bytes: on a GPU what is allocated there, on a CPU what is resident."""
+    """Memory of this process in bytes: allocated on a GPU, resident on a CPU."""
 
     def __init__(self, device: torch.device | str):
         self.cuda = torch.device(device).type == "cuda"

@@ -26,7 +26,7 @@ class Process:
     local_rank: int
     world_size: int
     device: torch.device
-    locks: list = field(default_factory=list, compare=False, repr=False)  # on what this process writes, until it ends
+    locks: list = field(default_factory=list, compare=False, repr=False)  # held until the process ends
 
     @property
     def is_main(self) -> bool:
@@ -40,8 +40,8 @@ class Process:
 
 
 LAUNCHED = "MINIMIND_LAUNCHED"  # set for a process that must not outlive the one that started it
-HANG_SECONDS = 60  # without a step, until a process says that another one may hang
-# what gloo says when a process at the other end is gone
+HANG_SECONDS = 60  # without a step before a process warns that another one may hang
+# what gloo says when the other process has gone
 LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
 
 
@@ -149,8 +149,8 @@ def barrier(process: Process) -> None:
 class StopRequest:
     """Remembers SIGINT and SIGTERM. The training loop asks after each step, saves, and ends.
 
-    A killed launcher counts as SIGTERM, or its processes would train on unseen. A process that waits long for another
-    one says so.
+    A killed launcher counts as SIGTERM; otherwise its processes would go on training unnoticed. A process that waits
+    long for another one says so.
     """
 
     def __init__(self):
@@ -160,7 +160,7 @@ class StopRequest:
 
     def _handle(self, number: int, frame) -> None:
         if self.signal and number == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice: at once
+            raise KeyboardInterrupt  # a second Ctrl-C stops at once
         self.signal = number
 
     def agreed(self, process: Process) -> bool:

@@ -1,9 +1,9 @@
-"""--estimate: what a run will take, before anything is spent.
+"""--estimate: time, memory and cost of a run, before anything is spent.
 
-The stage runs as always, with its own flags and data, but in a process and an output folder of its own. After some
-steps it is stopped as Ctrl-C stops it, its log is read and extrapolated, and nothing else of it is kept. The time on
-other cards is computed from the operations that were counted, at a share of the peak that is assumed, not measured: see
-assumed_mfu and CARDS. A later run with the same flags says at its end how far off the estimate was.
+The stage runs as always, with its own flags and data, but in its own process and output folder. After some steps it is
+stopped the way Ctrl-C stops it, its log is read and extrapolated, and the rest is deleted. The time on other cards is
+computed from the counted operations at a share of the peak that is assumed, not measured: see assumed_mfu and CARDS.
+A later run with the same flags says at its end how far off the estimate was.
 """
 
 import argparse
@@ -29,22 +29,22 @@ from trainer.cost import Memory, activation_bytes, attention_backward_bytes
 from trainer.distributed import LAUNCHED
 from trainer.loader import plural
 
-STEPS = {False: 5, True: 21}  # steps of the short run on a CPU, on a GPU, at least; the first one is not timed
-SECONDS = 10  # and at least this long; passes of a frozen model stop after as many
+STEPS = {False: 5, True: 21}  # least steps of the short run without and with a GPU; the first one is not timed
+SECONDS = 10  # it also lasts at least this long; passes of a frozen model stop after this time
 # flags that change neither time nor memory of the steps
 IRRELEVANT = {
     "resume", "log_interval", "save_interval", "eval_interval", "use_wandb", "wandb_project", "out_dir", "cache_dir",
     "valid_path", "sample_prompt", "overwrite", "save_peft", "estimate", "price_per_hour", "local_rank", "ddp",
     "pass_seconds", "rank_timeout", "given", "changed",
 }  # fmt: skip
-CONTEXT_BYTES = 0.8e9  # what CUDA, its libraries and the allocator's fragmentation take on top
+CONTEXT_BYTES = 0.8e9  # CUDA, its libraries and the allocator's fragmentation
 
 
 # --- the short run ---------------------------------------------------------------------------------------------------
 
 
 def run_or_estimate(main: Callable[..., None], argv: list[str] | None = None) -> None:
-    """Call a script's main(argv), or with --estimate print what that would take."""
+    """Call a script's main(argv), or with --estimate print what it would take."""
     if any(word.split("=")[0] == "--estimate" for word in (sys.argv if argv is None else argv)):
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         add_boolean(parser, "--estimate", False, "")
@@ -79,7 +79,7 @@ def estimate(main: Callable, args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def short_run(folder: Path, main: Callable, args: argparse.Namespace, rest: list[str]) -> list[dict]:
-    """Run main's script in `folder` until its log tells enough; return the log."""
+    """Run main's script in `folder` until its log holds enough steps; return the log."""
     for path in [*args.out_dir.glob("*.pth"), *args.out_dir.glob("*.json")]:  # weights to start from
         try:
             (folder / path.name).symlink_to(path.absolute())
@@ -125,10 +125,10 @@ def read_log(folder: Path) -> list[dict]:
 
 @dataclass(frozen=True)
 class Card:
-    """Peak of dense bfloat16 products with float32 sums (the makers' data sheets), memory, price of renting one.
+    """Peak rate of dense bfloat16 products with float32 sums (from data sheets), memory, and hourly price.
 
-    Prices in US dollars an hour are round numbers of 2026: on-demand offers of specialised providers for A100, H100
-    and H200 as https://www.mercatus-ai.com/blog/cloud-gpu-pricing lists them, the consumer cards by guess.
+    Prices in US dollars are round numbers of 2026: for A100, H100 and H200 the on-demand offers of specialised
+    providers listed at https://www.mercatus-ai.com/blog/cloud-gpu-pricing; for consumer cards a guess.
     """
 
     name: str
@@ -152,7 +152,7 @@ CARDS = (
 def assumed_mfu(config: MiniMindConfig, cards: int) -> float:
     """Return the share of the peak that training is assumed to reach.
 
-    30 % at width 512, in proportion below, 45 % from 768 on; several cards in one machine lose a tenth.
+    30 % at width 512, proportionally less below, 45 % from 768 on; several cards in one machine lose a tenth.
     """
     width = config.hidden_size
     share = 0.30 * min(width / 512, 1) + 0.15 * min(max((width - 512) / 256, 0), 1)
@@ -175,9 +175,9 @@ class Estimate:
         timed = slice(min(1, len(steps) - 1), None)  # the first step compiles and fills caches
         seconds, processor = gains("seconds"), gains("processor_seconds")
         self.tokens = gains("tokens")
-        self.tokens_per_step = self.start.get("tokens_per_step") or fmean(self.tokens[timed])  # not known of answers
-        larger = self.tokens_per_step / fmean(self.tokens[timed])  # than the timed steps are those of the whole run
-        # packed rows are as many in every step; pairs take as many rows as they need
+        self.tokens_per_step = self.start.get("tokens_per_step") or fmean(self.tokens[timed])  # unknown for GRPO
+        larger = self.tokens_per_step / fmean(self.tokens[timed])  # the run's mean step relative to the timed ones
+        # a step always has the same number of packed rows; pairs take as many rows as they need
         longer = larger if self.start["kind"] == "preference" else 1.0
         self.timed, self.spread = len(seconds[timed]), pstdev(seconds[timed]) / fmean(seconds[timed])
         self.step_seconds, self.processor = fmean(seconds[timed]) * longer, fmean(processor[timed]) * longer
@@ -204,7 +204,7 @@ class Estimate:
         }  # fmt: skip
 
     def report(self, saved: dict[str, int]) -> str:
-        """Return all that is known, as text. saved: bytes of the files that the short run left."""
+        """Return the estimate as text. saved: bytes of the files that the short run wrote."""
         steps, start, tokens = self.total_steps, self.start, self.tokens_per_step
         timed = f"± {self.spread:.0%} ({self.timed} timed)" if self.timed > 1 else "(one timed: no spread is known)"
         epochs = f" ({plural(self.flags['epochs'], 'epoch')})" * (self.flags["epochs"] > 1)
@@ -267,7 +267,7 @@ class Estimate:
         if HAS_VARLEN and size == 2:
             activations += attention_backward_bytes(self.config, positions, self.borders(batch_size))
         kept = sum(parts.get(name, 0) for name in ("weights", "optimizer state", "teacher"))
-        # within one micro-batch the activations go as the gradients come; those of earlier ones are there all the time
+        # a micro-batch frees activations as it adds gradients; gradients of earlier micro-batches are there throughout
         alone = flags["accumulation_steps"] == 1 and self.start["processes"] == 1
         step = max(parts["gradients"], activations) if alone else parts["gradients"] + activations
         return kept + step + CONTEXT_BYTES
@@ -276,7 +276,7 @@ class Estimate:
     def rows(self) -> int:
         """Rows of a micro-batch.
 
-        Pairs take as many as they need: the most that were seen, rounded up as on a GPU to a multiple of --batch_size.
+        Pairs take as many as they need: the most seen so far, rounded up to a multiple of --batch_size as on a GPU.
         """
         flags, batch_size = self.flags, self.flags["batch_size"]
         if self.start["kind"] != "preference":
@@ -292,7 +292,7 @@ class Estimate:
         return batch_size * (self.start["segments_per_row"] + 1)
 
     def _cure(self, room: float) -> str:
-        """Return flags with which it fits into `room` bytes and the optimizer step stays the same, if there are any."""
+        """Return flags that make it fit into `room` bytes with the same optimizer step, or other advice."""
         flags = self.flags
         whole = flags["batch_size"] * flags["accumulation_steps"]
         for checkpointing in (False, True)[flags["gradient_checkpointing"] :]:
@@ -307,7 +307,7 @@ class Estimate:
 
 
 def relevant_flags(start: dict) -> dict[str, str]:
-    """Return what must be equal for two runs to take the same: from the first line of a log."""
+    """Return what two runs must share to take the same time and memory, from the first line of a log."""
     flags = {name: str(value) for name, value in start["flags"].items() if name not in IRRELEVANT}
     return flags | {name: str(start[name]) for name in ("processes", "threads")}
 

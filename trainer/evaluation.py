@@ -1,4 +1,4 @@
-"""Held-out loss, bits per byte, and a sample: what shows whether training works."""
+"""Held-out loss, bits per byte, and a sample: they show whether training works."""
 
 import argparse
 import functools
@@ -62,7 +62,7 @@ def sample_text(
 
 
 class Evaluator:
-    """Does what --valid_path and --sample_prompt ask for, every --eval_interval steps and at the end."""
+    """Carries out --valid_path and --sample_prompt, every --eval_interval steps and at the end."""
 
     def __init__(self, args: argparse.Namespace, kind: str, tokenizer: ChatTokenizer, process: Process):
         self.tokenizer, self.process = tokenizer, process
@@ -76,7 +76,7 @@ class Evaluator:
     def run(self, training: Training, logger: Logger, step: int, measure: Callable = evaluate) -> dict[str, float]:
         """Evaluate, log and return the held-out metrics; {} if there is nothing to evaluate.
 
-        measure: what computes them, a function of evaluate's arguments.
+        measure: the function that computes them, with evaluate's arguments.
         """
         metrics, sample, precision = {}, "", training.precision
         if self.data is not None:

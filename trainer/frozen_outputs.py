@@ -1,8 +1,8 @@
-"""What a frozen model says about the training data: computed once, kept on disk, read while another model trains.
+"""Outputs of a frozen model on the training data: computed once, kept on disk, read while another model trains.
 
 DPO keeps the reference's log-probs of every answer here, knowledge distillation the teacher's most likely tokens. The
 arrays are memory-mapped, so they take no memory of the training process. A folder belongs to one (model, data,
-settings): a hash of these is part of its name. An interrupted computation is continued by the next run.
+settings): a hash of these is part of its name. The next run continues an interrupted computation.
 """
 
 import errno
@@ -39,7 +39,7 @@ class FrozenOutputs:
     ):
         """Open the folder, or make it. All processes call this together.
 
-        path: the folder without the hash that is added to its name. identity: all that decides the numbers.
+        path: the folder's name before the hash is added. identity: everything that decides the numbers.
         """
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
         self.folder = path.with_name(f"{path.name}-{digest}")
@@ -87,7 +87,7 @@ class FrozenOutputs:
         return sum(array.nbytes for array in (self.done, *self.arrays.values()))
 
     def missing(self, items: np.ndarray) -> np.ndarray:
-        """Return for each of these items whether it is still missing."""
+        """Tell for each of these items whether it is still missing."""
         return self.done[items] == 0
 
     def write(self, items: np.ndarray, rows: np.ndarray, **values: np.ndarray) -> None:

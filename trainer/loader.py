@@ -20,8 +20,8 @@ from trainer.distributed import Process
 
 # These index arrays on disk; copying them back would wait for all queued GPU work.
 STAY_ON_CPU = ("row_ids", "pair_ids")
-MOST_ROWS = 1024  # of a micro-batch, and micro-batches of a step, that even a small file may ask for
-LOSSES = {
+MOST_ROWS = 1024  # up to this, --batch_size and --accumulation_steps may exceed the rows of a small file
+LEFT_OUT = {  # what packing counted -> how the log says it
     "split": "documents longer than a row cut into pieces",
     "truncated": "conversations lost their last turns",
     "cut": "answers cut to fit",
@@ -32,7 +32,7 @@ MODEL_INPUTS = ("input_ids", "position_ids", "document_ids", "cu_seqlens", "max_
 
 
 def plural(count: int, noun: str) -> str:
-    """1 process, 1,024 processes"""
+    """Return "1 process" or "1,024 processes"."""
     ending = "es" if noun.endswith(("s", "ch")) and noun != "epoch" else "s"
     return f"{count:,} {noun}{ending * (count != 1)}"
 
@@ -51,7 +51,7 @@ class PackedData:
         process: Process,
         data_path: Path | None = None,
     ):
-        """data_path: a held-out file, in place of --data_path."""
+        """data_path: a held-out file to read instead of --data_path."""
         self.args, self.process, self.pad_id = args, process, tokenizer.pad_id
         self.path, self.held_out = data_path or args.data_path, data_path is not None
         self.cache = open_token_cache(
@@ -68,19 +68,19 @@ class PackedData:
             value, rows = getattr(args, flag), self.plan.num_rows
             if value > max(rows, MOST_ROWS):
                 raise ValueError(f"--{flag} {value}: far more than {self.path} has, {plural(rows, 'row')}; lower it")
-        self.passes: dict[str, float] = {}  # seconds of each pass over the file; if cut short, a forecast
-        self.stores: dict[str, int] = {}  # bytes on disk of what such passes keep
+        self.passes: dict[str, float] = {}  # seconds of each pass over the file, a forecast if it was cut short
+        self.stores: dict[str, int] = {}  # bytes that such passes keep on disk
         self.cut_short = False
-        self.waited = 0.0  # seconds that this process has spent on getting batches
+        self.waited = 0.0  # seconds that this process has waited for batches
 
     def fingerprint(self) -> dict:
-        """Return what must be the same when a run is resumed: the tokens, wherever the file is."""
+        """Return what must not change when a run is resumed: the tokens, wherever the file is."""
         sizes = {name: int(self.cache.meta[name]) for name in ("documents", "tokens")}
         return sizes | {"contents": self.cache.contents_sha256[:16]}
 
     def describe(self) -> str:
         stats = self.plan.stats
-        notes = [f"{stats[name]:,} {text}" for name, text in LOSSES.items() if stats[name]]
+        notes = [f"{stats[name]:,} {text}" for name, text in LEFT_OUT.items() if stats[name]]
         filled = "; ".join([f"{self.plan.fill:.1%} filled", *notes])
         return (
             f"{self.path}: {plural(stats['documents'], 'document')}, {plural(stats['positions'], 'token')} in "
@@ -101,7 +101,7 @@ class PackedData:
 
     @property
     def notice(self) -> str:
-        """What a user should hear before the run starts, if anything."""
+        """A warning to show before the run starts, or ""."""
         if self.plan.num_rows >= self.global_batch:
             return ""
         advice = "for so little data lower --batch_size or --accumulation_steps"
@@ -128,7 +128,7 @@ class PackedData:
         return min(total, self.args.max_steps) if self.args.max_steps else total
 
     def facts(self) -> dict:
-        """Return what the log says of the data, for --estimate. tokens_per_step: the mean over an epoch."""
+        """Return what the log says about the data, for --estimate. tokens_per_step: the mean over an epoch."""
         return {
             "kind": self.cache.kind, "cache": str(self.cache.folder), "passes": self.passes, "stores": self.stores,
             "tokens_per_step": self.plan.stats["positions"] / self.steps_per_epoch,
@@ -143,8 +143,8 @@ class PackedData:
     def steps(self, start: int = 0) -> Iterator[tuple[int, Iterator[dict]]]:
         """Yield (step, its micro-batches on the device) for every optimizer step from `start` on, over all epochs.
 
-        A step's micro-batches are for one pass. Each one that is used fetches one of the next step: a GPU is still busy
-        with the work queued for it, and the transfer waits in line behind that.
+        A step's micro-batches can be iterated once. Taking one also fetches one of the next step: meanwhile a GPU is
+        busy with the work queued for it, and the transfer queues behind that.
         """
         per_epoch, total, accumulation = self.steps_per_epoch, self.total_steps, self.args.accumulation_steps
 
@@ -163,16 +163,16 @@ class PackedData:
                 for step in range(first, last):
                     of_this_step = micro_batches()
                     yield step, of_this_step
-                    deque(of_this_step, maxlen=0)  # those that were not asked for
+                    deque(of_this_step, maxlen=0)  # skip those that were not taken
             finally:
                 loader.close()  # ends its workers
 
     def once(self, title: str = "evaluating", missing: Callable[[np.ndarray], np.ndarray] | None = None):
         """Yield this process's share of the file in file order, on the device, under a progress bar.
 
-        missing: says of some rows of the plan which are wanted. Then batches without such rows are left out, and if
-        --max_steps ends the run within its first epoch, the batches are those of its steps. After --pass_seconds
-        the rest is left out. self.passes[title] is set to the seconds that the whole pass takes.
+        missing: a function of rows of the plan that says which are wanted. Batches without a wanted row are skipped; if
+        --max_steps ends the run within its first epoch, only the batches of its steps are read; and the pass ends after
+        --pass_seconds. Sets self.passes[title] to the seconds of the whole pass.
         """
         in_part = missing is not None and self.read_in_part
         batches = self._batches(0) if in_part else self._batches(0, shuffle=False, accumulation_steps=1)
@@ -188,7 +188,7 @@ class PackedData:
                 seconds, left = moments[-1] - moments[0], len(indices) - number
                 timed = missing is not None and number > 1 and left
                 if timed and seconds >= self.args.pass_seconds:
-                    warm = (number + 1) // 2  # until then kernels may have been compiled
+                    warm = (number + 1) // 2  # the first half may include compiling kernels
                     self.passes[title] = seconds + (moments[-1] - moments[warm]) / (number - warm) * left
                     self.cut_short = True
                     return
@@ -204,7 +204,7 @@ class PackedData:
             num_workers=self.args.num_workers if self.args.num_workers is not None else int(cuda),
             pin_memory=cuda,
             worker_init_fn=leave_signals_to_the_parent,
-            generator=torch.Generator(),  # a loader draws a seed, and a resumed run makes one loader more
+            generator=torch.Generator(),  # each loader draws a seed, and a resumed run makes one more of them
         )
         asked = time.perf_counter()
         for batch in loader:
@@ -217,7 +217,7 @@ class PackedData:
 
 
 def leave_signals_to_the_parent(_: int) -> None:
-    """Ctrl-C reaches workers too, and torchrun's SIGTERM; only the training loop may answer them."""
+    """Ignore Ctrl-C and torchrun's SIGTERM, which reach workers too; only the training loop answers them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

@@ -1,6 +1,6 @@
-"""What a run shows and keeps: log lines, a progress bar, the same numbers as JSON lines in out/logs/, and wandb.
+"""Log lines, a progress bar, the same numbers as JSON lines in out/logs/, and wandb.
 
-Only the main process prints and writes. Nothing in here ends a run: what cannot be shown or written is left out.
+Only the main process prints and writes. Nothing in here ends a run: whatever cannot be shown or written is left out.
 """
 
 import argparse
@@ -46,9 +46,7 @@ class Logger:
         progress: Progress,
         teacher: nn.Module | None = None,
     ):
-        """data: a PackedData, or train_grpo's Sampler. teacher: a frozen model whose forward is part of every step; its
-        operations count in MFU.
-        """
+        """data: a PackedData, or train_grpo's Sampler. teacher: a frozen model that runs in every step, for MFU."""
         self.name, self.args, self.process, self.data = name, args, training.process, data
         self.progress, self.first_step, self.total_steps = progress, progress.step, data.total_steps
         self.config, self.file, self.tracker = training.model.config, None, None
@@ -113,7 +111,7 @@ class Logger:
 
     @contextlib.contextmanager
     def paused(self, what: str) -> Iterator[None]:
-        """Show what is done instead of training; its time does not count in tokens per second."""
+        """Show what the run does instead of training; its time does not count in tokens per second."""
         self.bar.rename(what)
         before = _clocks()
         try:
@@ -223,6 +221,6 @@ def _clocks() -> tuple[float, float]:
 
 
 def hours(seconds: float) -> str:
-    """3:07 for three hours and seven minutes."""
+    """Return 3:07 for three hours and seven minutes."""
     minutes = round(seconds / 60)
     return f"{minutes // 60}:{minutes % 60:02}"

@@ -1,4 +1,4 @@
-"""What DPO's frozen reference says: the log-probs of a file's answers, computed once and kept on disk."""
+"""Log-probs of a file's answers under DPO's frozen reference, computed once and kept on disk."""
 
 import functools
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What an answer is worth: rewards that are computed from the answer and the record's gold answer, not judged.
+"""GRPO's rewards, computed from the answer and the record's gold answer; nothing is judged by a model.
 
 `--reward number format=0.2` sums 1 × number and 0.2 × format. A reward is a function (answer text, record) -> float:
 
@@ -44,7 +44,7 @@ BUILT_IN: dict[str, Score] = {
 
 
 def build_rewards(specs: list[str]) -> list[Reward]:
-    """Rewards from NAME, NAME=WEIGHT or python:FILE:FUNCTION[=WEIGHT]. Raises ValueError if one is unknown."""
+    """Return rewards from NAME, NAME=WEIGHT or python:FILE:FUNCTION[=WEIGHT]. Raises ValueError if one is unknown."""
     rewards = []
     for spec in specs:
         name, _, weight = spec.partition("=")
@@ -65,7 +65,7 @@ def build_rewards(specs: list[str]) -> list[Reward]:
 
 
 def load_function(name: str) -> Score:
-    """The function that python:FILE:FUNCTION names. Raises ValueError if it cannot be loaded."""
+    """Return the function that python:FILE:FUNCTION names. Raises ValueError if it cannot be loaded."""
     path, _, function = name.removeprefix("python:").rpartition(":")
     if not path or not Path(path).is_file():
         raise ValueError(f"--reward {name}: {path or 'FILE'} not found; write python:FILE:FUNCTION")
@@ -82,7 +82,7 @@ def load_function(name: str) -> Score:
 
 
 def score_answer(rewards: list[Reward], answer: str, record: dict) -> dict[str, float]:
-    """Each reward of one answer, by name. Raises ValueError, naming the prompt, if one raises or is not finite."""
+    """Return one answer's rewards by name. Raises ValueError, naming the prompt, if one raises or is not finite."""
     values = {}
     for reward in rewards:
         try:

@@ -20,7 +20,7 @@ from trainer.token_losses import DISTRIBUTIONS, chunk_size, target_indices, toke
 
 
 class Teacher:
-    """Gives the teacher's log-probs at the targets of a batch: from the model, or from what it said once."""
+    """Returns the teacher's log-probs at the targets of a batch, computed now or kept from an earlier pass."""
 
     def __init__(self, path: Path, args: argparse.Namespace, tokenizer: ChatTokenizer, process: Process):
         self.path, self.args, self.process = path, args, process

@@ -8,7 +8,7 @@ from torch import nn
 from model.model_minimind import compute_dtype
 from trainer.loader import model_inputs
 
-CHUNK = {"cpu": 1024, "cuda": 4096}  # tokens whose float32 logits exist at once; a GPU wants few, large kernels
+CHUNK = {"cpu": 1024, "cuda": 4096}  # tokens whose logits exist at once; a GPU wants few, large kernels
 BLOCK = 128  # on a CPU: tokens whose float32 logits stay in its cache while the softmax passes over them
 DISTRIBUTIONS = {"cpu": 512, "cuda": 2048}  # the same where a loss holds several float32 distributions of each token
 ROUNDING = 256  # on a CPU the number of tokens with a target is rounded up to a multiple of this
@@ -161,7 +161,7 @@ def answer_log_probs(token_losses: torch.Tensor, batch: dict) -> tuple[torch.Ten
     """
     documents = 2 * len(batch["pair_ids"])
     numbers = batch["document_ids"].flatten().long()
-    # padding goes to an extra place (torch.where would copy this number to a GPU and wait)
+    # padding goes to an extra slot; torch.where would copy its number to the GPU and wait
     numbers = numbers.masked_fill(numbers < 0, documents)
     sums = token_losses.new_zeros(documents + 1).index_add(0, numbers, -token_losses.flatten())
     counts = token_losses.new_zeros(documents + 1).index_add(0, numbers, (batch["labels"] >= 0).flatten().float())

@@ -1,4 +1,4 @@
-"""What trains, as one object: a model with its optimizer, its precision and the processes that share the work.
+"""A model with its optimizer, its precision and the processes that share the work, as one object.
 
 The loop, the data and the log stay in the stage scripts. An optimizer step of any of them reads
 
@@ -40,7 +40,7 @@ class Training:
     """
 
     def __init__(self, model: nn.Module, args: argparse.Namespace, process: Process):
-        """model: on the device, with its first weights. What requires gradients is trained."""
+        """model: on the device, with its initial weights. The parameters that require gradients are trained."""
         self.model, self.process, self.grad_clip = model, process, args.grad_clip
         self.precision = Precision(args.dtype, process.device)
         if self.precision.dtype == torch.bfloat16:
@@ -58,7 +58,7 @@ class Training:
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager:
         """Wrap the forward and backward of one micro-batch.
 
-        Gradients travel between processes once per optimizer step: with its last micro-batch.
+        Processes exchange gradients once per optimizer step, with its last micro-batch.
         """
         if isinstance(self.forward, DistributedDataParallel) and not last:
             return self.forward.no_sync()
@@ -83,10 +83,10 @@ class Training:
         """Yield the plain model with all its weights in place, to read them. All processes enter together."""
         yield self.model
 
-    # --- what a resume state holds of it -----------------------------------------------------------------------------
+    # --- its part of a resume state ----------------------------------------------------------------------------------
 
     def state(self) -> dict:
-        """Return weights, optimizer and scaler; only what is trained, as frozen weights come from their own file."""
+        """Return weights, optimizer and scaler, without frozen weights, which come from their own file."""
         return {
             "model": {name: p.detach() for name, p in self._trained().items()},
             "optimizer": self.optimizer.state_dict(),
@@ -155,5 +155,5 @@ class ZeroTraining(Training):
 
 
 def start_training(model: nn.Module, args: argparse.Namespace, process: Process) -> Training:
-    """Make a model on its device, with its first weights, ready to train as the flags say."""
+    """Make a model that is on its device with its initial weights ready to train as the flags say."""
     return (ZeroTraining if args.zero_stage else Training)(model, args, process)

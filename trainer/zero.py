@@ -1,7 +1,7 @@
 """ZeRO (arXiv:1910.02054) through the DeepSpeed engine: settings, start, whole weights, resume state in shards.
 
 Stage 1 divides the optimizer's state among the processes, stage 2 the gradients too, stage 3 also the weights.
-deepspeed is imported here alone, and only when --zero_stage asks for it.
+No other file imports deepspeed, and this one does so only when --zero_stage asks for it.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from torch import nn
 
 from model.model_minimind import MoEFeedForward
 
-BUCKET = 20_000_000  # numbers that travel together
-# what our own flags say already; files written for other trainers say "auto" there
+BUCKET = 20_000_000  # elements per collective
+# set by our own flags; files written for other trainers say "auto" for them
 OURS = ("optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
         "gradient_clipping")  # fmt: skip
 
@@ -146,10 +146,10 @@ def start_engine(
 
 @contextlib.contextmanager
 def gathered(engine: nn.Module) -> Iterator[None]:
-    """Inside, every process holds all weights of the engine's module, which then works alone: to save it or ask it.
+    """Give every process all weights of the engine's module, so that one of them alone can save it or sample from it.
 
-    Under stage 3 all processes enter together. The hooks that fetch and drop weights around every layer need all
-    processes, so they are off inside.
+    Under stage 3 all processes enter together. The hooks that fetch and drop weights around every layer would need all
+    of them, so they are off inside.
     """
     if engine.zero_optimization_stage() != 3:
         yield
@@ -171,7 +171,7 @@ def gathered(engine: nn.Module) -> Iterator[None]:
 def save_shards(engine: nn.Module, folder: Path) -> None:
     """Write this process's part of weights and optimizer state to a new folder and flush it to disk.
 
-    Nothing refers to the folder until the resume state names it, after all processes have written theirs.
+    The resume state names the folder only after all processes have written theirs.
     """
     engine.save_checkpoint(str(folder), tag="zero", save_latest=False, exclude_frozen_parameters=True)
     for path in (folder / "zero").iterdir():
