@@ -37,7 +37,7 @@ class ChatTokenizer:
 
     path: a folder with tokenizer.json (and tokenizer_config.json), or a tokenizer.json itself.
     Attributes: path (the folder), sha256 (hex digest of tokenizer.json, which is what weights and caches record),
-    vocab_size (the highest id plus one), bos_id, eos_id, pad_id, template.
+    vocab_size (the highest id plus one), longest_token (characters), bos_id, eos_id, pad_id, template.
     Pickles as its path. ValueError: a file is missing or broken, or the tokenizer lacks the control tokens of a chat.
     """
 
@@ -55,7 +55,9 @@ class ChatTokenizer:
         self._documents = self._read_tokenizer(raw)
         self._contents = self._read_tokenizer(raw)
         self._contents.encode_special_tokens = True  # the only difference: control strings are encoded as text
-        self.vocab_size = max(self._documents.get_vocab().values()) + 1
+        vocabulary = self._documents.get_vocab()
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.longest_token = max(map(len, vocabulary))
         added_tokens = self._documents.get_added_tokens_decoder()
         self._special_ids = {token_id for token_id, token in added_tokens.items() if token.special}
         config = self._read_config()

@@ -19,8 +19,23 @@ MOST_NESTING = 100  # of tools: writing them is recursive
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def encode_chat(tokenizer: ChatTokenizer, body: ChatRequest) -> list[int]:
+def refuse_too_long(param: str, tokens: int, context_length: int, bound: str = "") -> None:
+    """Raise ApiError if so many tokens leave no room for an answer."""
+    if tokens >= context_length:
+        # the first sentence is OpenAI's, by which client libraries recognise this error
+        message = f"Input tokens exceed the configured limit of {context_length} tokens. Your {param} resulted in "
+        message += f"{bound}{tokens} tokens; the context holds {context_length}, answer included."
+        raise ApiError(400, message, param, "context_length_exceeded")
+
+
+def refuse_endless(tokenizer: ChatTokenizer, text: str, context_length: int, param: str) -> None:
+    """Refuse a text that cannot fit however it is divided, before encoding it takes seconds and 100 MB."""
+    refuse_too_long(param, len(text) // tokenizer.longest_token, context_length, "at least ")
+
+
+def encode_chat(tokenizer: ChatTokenizer, body: ChatRequest, context_length: int) -> list[int]:
     """Return the ids that training would make of the conversation, and the opening of the answer."""
+    refuse_endless(tokenizer, "".join(m.content or "" for m in body.messages), context_length, "messages")
     if _depth(body.offered_tools) > MOST_NESTING:
         raise ApiError(400, "tools: the parameters are nested too deeply", "tools")
     try:
@@ -37,9 +52,12 @@ def _depth(value: object) -> int:
     return depth
 
 
-def encode_completion(tokenizer: ChatTokenizer, prompt: str | list[int]) -> list[int]:
+def encode_completion(tokenizer: ChatTokenizer, prompt: str | list[int], context_length: int) -> list[int]:
     """Return the ids to continue; a prompt of ids is taken as it is."""
-    return tokenizer.encode_beginning(prompt) if isinstance(prompt, str) else prompt
+    if not isinstance(prompt, str):
+        return prompt
+    refuse_endless(tokenizer, prompt, context_length, "prompt")
+    return tokenizer.encode_beginning(prompt)
 
 
 # --- answers as they are made ----------------------------------------------------------------------------------------

@@ -61,6 +61,7 @@ from scripts.openai_answers import (
     encode_completion,
     new_id,
     prompt_log_probs,
+    refuse_too_long,
     sampling_params,
 )
 from scripts.openai_grammar import make_grammar
@@ -247,7 +248,7 @@ class Api:
         self._check_count(body, 1)
         async with contextlib.AsyncExitStack() as held:
             model = await held.enter_async_context(self.pool.use(body.model))
-            prompt = await run(encode_chat, model.tokenizer, body)
+            prompt = await run(encode_chat, model.tokenizer, body, model.engine.context_length)
             grammar = await run(make_grammar, model, body)
             generation = self._generate(held, request, model, [prompt], body, grammar)
             form = ChatFormat(model.tokenizer, body)
@@ -259,7 +260,8 @@ class Api:
         self._check_count(body, len(body.prompt))
         async with contextlib.AsyncExitStack() as held:
             model = await held.enter_async_context(self.pool.use(body.model))
-            prompts = await run(lambda: [encode_completion(model.tokenizer, prompt) for prompt in body.prompt])
+            context = model.engine.context_length
+            prompts = await run(lambda: [encode_completion(model.tokenizer, prompt, context) for prompt in body.prompt])
             generation = self._generate(held, request, model, prompts, body)
             echoes = await unless_gone(request, self._echo(model, body, prompts)) if body.echo else []
             if echoes is None:
@@ -301,11 +303,7 @@ class Api:
         is_chat, context_length = isinstance(body, ChatRequest), model.engine.context_length
         param = "messages" if is_chat else "prompt"
         for ids in prompts:
-            if len(ids) >= context_length:
-                # the first sentence is OpenAI's, by which client libraries recognise this error
-                message = f"Input tokens exceed the configured limit of {context_length} tokens. Your {param} resulted "
-                message += f"in {len(ids)} tokens; the context holds {context_length}, answer included."
-                raise ApiError(400, message, param, "context_length_exceeded")
+            refuse_too_long(param, len(ids), context_length)
         tokenizer = model.tokenizer
         defaults = SamplingParams(
             temperature=self.args.temperature,

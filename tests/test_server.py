@@ -27,6 +27,7 @@ from served import ECHO, EchoEngine, running_server, wait_until, write_models
 
 from benchmarks import serving
 from dataset.text_stream import TextStream
+from dataset.tokenization import ChatTokenizer
 from model.generation import SamplingParams
 from model.weights import load_model
 from scripts import chat_openai_api, openai_answers, openai_grammar, openai_http, serve_openai_api
@@ -266,7 +267,7 @@ def test_a_tool_conversation_is_rendered_as_the_chat_template_does(server):
     body = parse(ChatRequest, json.dumps({"model": "m", "messages": messages, "tools": [tool]}).encode())
     reference = AutoTokenizer.from_pretrained(ROOT / "model")
     expected = reference.apply_chat_template(messages, tools=[tool], tokenize=False, add_generation_prompt=True)
-    ids = encode_chat(server.tokenizer, body)
+    ids = encode_chat(server.tokenizer, body, 512)
     assert server.tokenizer.decode(ids, skip_control=False) == expected
 
 
@@ -282,7 +283,7 @@ def test_no_content_forges_a_turn(server):
     ]
     for tools in ([TOOL], []):
         body = parse(ChatRequest, json.dumps({"model": "m", "messages": messages, "tools": tools}).encode())
-        ids = encode_chat(server.tokenizer, body)
+        ids = encode_chat(server.tokenizer, body, 512)
         assert ids.count(server.tokenizer.bos_id) == 5 and ids.count(server.tokenizer.eos_id) == 4
         assert server.tokenizer.decode(ids).count("obey<|im_end|>") == 7
 
@@ -297,7 +298,7 @@ def test_prompts_are_the_ids_of_training(server):
     for turns in (messages, messages[1:]):
         body = parse(ChatRequest, json.dumps({"model": "m", "messages": turns}).encode())
         trained = server.tokenizer.encode_conversation([*turns, {"role": "assistant", "content": "x"}])[0]
-        ids = encode_chat(server.tokenizer, body)
+        ids = encode_chat(server.tokenizer, body, 512)
         assert trained[: len(ids)] == ids and len(trained) > len(ids)
 
 
@@ -916,6 +917,20 @@ def test_reading_a_request_leaves_the_event_loop_alone(server, monkeypatch):
         "parse", "encode_chat", "encode_completion", "make_grammar", "find", "whole"
     }  # fmt: skip
     assert not any(on_loop for _, on_loop in seen), seen
+
+
+def test_what_cannot_fit_is_refused_without_being_encoded(server, monkeypatch):
+    """Encoding a megabyte takes seconds, and memory that does not come back."""
+    text = "a" * (server.tokenizer.longest_token * server.engine.context_length)
+    monkeypatch.setattr(ChatTokenizer, "encode_prompt", lambda *_: pytest.fail("encoded"))
+    monkeypatch.setattr(ChatTokenizer, "encode_beginning", lambda *_: pytest.fail("encoded"))
+    for path, prompt in (
+        ("chat/completions", {"messages": [{"role": "user", "content": text}]}),
+        ("completions", {"prompt": text}),
+    ):
+        status, _, answer = post(server, f"/v1/{path}", json.dumps({"model": "minimind"} | prompt).encode())
+        assert status == 400 and answer["error"]["code"] == "context_length_exceeded", answer
+        assert f"at least {server.engine.context_length} tokens" in answer["error"]["message"]
 
 
 def test_unknown_fields_are_ignored(server):
