@@ -71,7 +71,7 @@ def _fault(head: bytes, path: Path) -> str | None:
         return "is a web page, not data; download the file itself"
     if start.startswith(b"["):
         return f"is a JSON array, not one object a line. To convert it: {CONVERT} {path} --output {new}"
-    if encoding := _other_encoding(head):
+    if encoding := guess_encoding(head):
         return (
             f"is not UTF-8; it looks like {encoding}. To convert it: "
             f"{CONVERT} {path} --encoding {encoding} --output {new}"
@@ -79,8 +79,8 @@ def _fault(head: bytes, path: Path) -> str | None:
     return None
 
 
-def _other_encoding(head: bytes) -> str | None:
-    """Return the encoding of a text that is not UTF-8, if that can be told."""
+def guess_encoding(head: bytes, fewest_wrong: int = 4) -> str | None:
+    """Return the encoding of a text that is not UTF-8, if that can be told; None if it has fewer wrong bytes."""
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "utf-16"
     if 4 * head.count(0) > len(head):
@@ -88,7 +88,7 @@ def _other_encoding(head: bytes) -> str | None:
     # In another encoding most bytes beyond ASCII are wrong. A few wrong ones in UTF-8 are told line by line instead.
     beyond = len(re.findall(rb"[\x80-\xff]", head))
     wrong = head.decode("utf-8", "replace").count("\ufffd")
-    if wrong < 4 or 4 * wrong < beyond:
+    if wrong < fewest_wrong or 4 * wrong < beyond:
         return None
     alone = len(re.findall(rb"(?<![\x80-\xff])[\x80-\xff](?![\x80-\xff])", head))  # Chinese characters are pairs
     return "cp1252" if 2 * alone > beyond else "gb18030"

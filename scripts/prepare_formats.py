@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,15 +18,10 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking", "think", "thought", "c
 TEXTS = ("text", "content", "raw_content", "article")
 BETTER = ("chosen", "chosen_response", "response_chosen", "accepted")
 WORSE = ("rejected", "rejected_response", "response_rejected")
+SYSTEMS = ("system", "system_prompt")
+USED = {*TURNS, *PROMPTS, *ANSWERS, *THOUGHTS, *TEXTS, *BETTER, *WORSE, *SYSTEMS, "completions", "history", "tools"}
 SCORES = ("overall_score", "score", "rating")
-# other spellings of <think> and <answer>
-TAG = re.compile(r"<\|(begin|end)_of_(thought|solution)\|>")
-TAGS = {
-    "begin thought": "<think>",
-    "end thought": "</think>",
-    "begin solution": "<answer>",
-    "end solution": "</answer>",
-}
+TAG = re.compile(r"<\|(begin|end)_of_(thought|solution)\|>")  # another spelling of <think> and <answer>
 REASONED = re.compile(r"\s*<think>\s*(.*?)\s*</think>\s*(?:<answer>)?\s*(.*?)\s*(?:</answer>)?\s*", re.DOTALL)
 GSM8K = re.compile(r"(.*?)\s*\n#### *(\S.*)", re.DOTALL)
 HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")
@@ -50,14 +46,14 @@ class Convert(Step):
 
     def __call__(self, row: dict, changes: list[str]) -> list[dict]:
         try:
-            record = CONVERTERS[self.to](row)
-            if self.to == "pretrain":
-                return [{"text": parse_record("pretrain", json.dumps(record))}]
-            if self.to == "preference":
-                return [dict(zip(("chosen", "rejected"), parse_record("preference", json.dumps(record)), strict=True))]
+            line = json.dumps(CONVERTERS[self.to](row))
             if self.to == "problem":
-                return [parse_prompt(json.dumps(record))]
-            return [{"conversations": parse_record("conversation", json.dumps(record))}]
+                return [parse_prompt(line)]
+            kind = "conversation" if self.to == "reason" else self.to
+            unused = Counter({f'"{key}" of records': 1 for key in row.keys() - USED})
+            parsed = parse_record(kind, line, unused)
+            changes += [f"{name} left out" for name in sorted(unused)]
+            return [dict(zip(KEYS[kind], parsed if kind == "preference" else [parsed], strict=True))]
         except RecordError as error:
             raise Dropped(re.sub(r"\bturn \d+", "a turn", str(error))) from None
         except (AttributeError, TypeError, KeyError) as error:
@@ -82,7 +78,9 @@ def _kind_of(row: dict) -> str | None:
         last = str(_turns_of(row)[-1])
     except Dropped:
         return "pretrain" if _first(row, TEXTS, str) else None
-    return "problem" if "answer" in row and _list_of(row) else "reason" if "<think>" in last else "conversation"
+    return (
+        "problem" if "answer" in row and _first(row, TURNS, list) else "reason" if "<think>" in last else "conversation"
+    )
 
 
 def _pretrain(row: dict) -> dict:
@@ -92,13 +90,11 @@ def _pretrain(row: dict) -> dict:
     return {"text": text}
 
 
-def _conversation(row: dict) -> dict:
-    return {"conversations": _turns_of(row)}
-
-
 def _reason(row: dict) -> dict:
     *turns, last = _turns_of(row)
     content = str(last.get("content"))
+    if thought := last.pop("reasoning_content", None):
+        content = _with_thought(thought, content)
     match = REASONED.fullmatch(content) or GSM8K.fullmatch(re.sub(r"<<.*?>>", "", content))
     if not match or not all(match.groups()):
         raise Dropped("no thought and answer")
@@ -122,18 +118,19 @@ def _preference(row: dict) -> dict:
         if len(scored) < 2 or scored[0][0] == scored[-1][0]:
             raise Dropped("no two answers of different scores")
         worse, better = scored[0][1], scored[-1][1]
-    prompt = [turn for item in _list_of(row) or [] for turn in _turns_of_item(item)] or _question(row)
+    prompt = [turn for item in _first(row, TURNS, list) or [] for turn in _turns_of_item(item)] or _question(row)
     prompt = _with_system(row, prompt)
     return {"chosen": _whole(prompt, better), "rejected": _whole(prompt, worse)}
 
 
 CONVERTERS = {
     "pretrain": _pretrain,
-    "conversation": _conversation,
+    "conversation": lambda row: {"conversations": _turns_of(row)},
     "reason": _reason,
     "preference": _preference,
     "problem": _problem,
 }
+KEYS = {"pretrain": ("text",), "conversation": ("conversations",), "preference": ("chosen", "rejected")}
 
 
 def _whole(prompt: list[dict], answer: object) -> list[dict]:
@@ -150,7 +147,7 @@ def _whole(prompt: list[dict], answer: object) -> list[dict]:
 
 def _turns_of(row: dict) -> list[dict]:
     """The turns of a row, with the names of roles that it has. Raises Dropped if we do not know its layout."""
-    items = _list_of(row)
+    items = _first(row, TURNS, list)
     if items:
         if all(isinstance(item, str) for item in items):
             items = [_turn("assistant" if n % 2 else "user", text) for n, text in enumerate(items)]
@@ -168,7 +165,8 @@ def _turns_of_item(item: object) -> list[dict]:
         return [_turn("user", item["human"]), _turn("assistant", item["assistant"])]
     turn = {{"from": "role", "value": "content"}.get(key, key): value for key, value in item.items()}
     if isinstance(turn.get("content"), str):
-        turn["content"] = TAG.sub(lambda match: TAGS[f"{match[1]} {match[2]}"], turn["content"])
+        names = {"begin": "<", "end": "</", "thought": "think>", "solution": "answer>"}
+        turn["content"] = TAG.sub(lambda match: names[match[1]] + names[match[2]], turn["content"])
     return [turn]
 
 
@@ -185,7 +183,7 @@ def _question(row: dict) -> list[dict]:
 
 
 def _with_system(row: dict, turns: list[dict]) -> list[dict]:
-    system, tools = _first(row, ("system", "system_prompt"), str), row.get("tools")
+    system, tools = _first(row, SYSTEMS, str), row.get("tools")
     if (system or tools) and (not turns or turns[0].get("role") not in ("system", "developer")):
         turns = [_turn("system", system or ""), *turns]
     return [turns[0] | {"tools": tools}, *turns[1:]] if tools else turns
@@ -197,10 +195,6 @@ def _with_thought(thought: str, answer: str) -> str:
 
 def _turn(role: str, content: object) -> dict:
     return {"role": role, "content": content}
-
-
-def _list_of(row: dict) -> list | None:
-    return _first(row, TURNS, list)
 
 
 def _first_key(row: dict, keys, kind: type = object) -> str | None:

@@ -9,6 +9,7 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +23,7 @@ SHINGLE = 5  # characters
 BANDS, BAND_ROWS = 20, 6
 MINIMA = BANDS * BAND_ROWS
 SLICE_ROWS = 500_000  # rows whose keys are sorted together: bounds memory
+CHUNK = 4096  # rows whose minima are compared together
 ROUNDS = 20  # rows of one key that the others are compared with
 MULTIPLIERS = np.random.default_rng(1).integers(0, 1 << 32, (2, MINIMA), np.uint32) | np.uint32(1)
 KEY_WEIGHTS = np.random.default_rng(2).integers(0, 1 << 63, BAND_ROWS, np.uint64) | np.uint64(1)
@@ -80,98 +82,72 @@ class Dedup(Step):
     def run(self, args) -> None:
         inputs, held_out = find_files(args.inputs), find_files(self.held_out)
         with new_output(args, [*inputs, *held_out]) as (file, scratch):
-            counts = self._sign(held_out + inputs, scratch, args)
-            like = np.memmap(scratch / "like", np.int64, "w+", shape=sum(counts))  # the row that it repeats, plus one
-            is_near = np.memmap(scratch / "near", np.bool_, "w+", shape=sum(counts))
+            counts = self._sign(held_out, scratch, args), self._sign(inputs, scratch, args)
+            total = sum(map(sum, counts))
+            repeats = np.memmap(scratch / "repeats", np.int64, "w+", shape=total)  # the row that it repeats, plus one
+            near = np.memmap(scratch / "near", np.bool_, "w+", shape=total)
             for name in ["exact", *(f"band{band}" for band in range(BANDS if self.near else 0))]:
-                for leaders, rows in self._repeats(scratch, name, like):
-                    new = like[rows] == 0
-                    like[rows[new]], is_near[rows[new]] = leaders[new] + 1, name != "exact"
-            self.write(file, self._judged(held_out, inputs, counts, like, is_near, args), inputs, args)
+                for leaders, rows in self._alike(scratch, name, repeats):
+                    new = repeats[rows] == 0
+                    repeats[rows[new]], near[rows[new]] = leaders[new] + 1, name != "exact"
+            self.write(file, _judged(inputs, *counts, repeats, near, args), inputs, args)
 
     def _sign(self, paths: list[Path], scratch: Path, args) -> list[int]:
-        """Write keys and minima of all rows to scratch files; return the rows of each block."""
+        """Append keys and minima of all rows to scratch files; return the rows of each block."""
         counts = []
-        names = ["exact", *(f"band{band}" for band in range(BANDS)), "minima"]
-        files = {name: open(scratch / name, "wb") for name in names}
-        blocks = all_blocks(paths, "dedup: reading", args)
-        for exact, bands, minima in in_order(sign_block, self.near, blocks, args):
-            counts.append(len(exact))
-            for name, array in zip(names, [exact, *bands, minima], strict=True):
-                files[name].write(memoryview(array).cast("B"))
-        for file in files.values():
-            file.close()
+        with ExitStack() as stack:
+            names = ["exact", *(f"band{band}" for band in range(BANDS)), "minima"]
+            files = [stack.enter_context(open(scratch / name, "ab")) for name in names]
+            for exact, bands, minima in in_order(
+                sign_block, self.near, all_blocks(paths, "dedup: reading", args), args
+            ):
+                counts.append(len(exact))
+                for file, array in zip(files, [exact, *bands, minima], strict=True):
+                    file.write(memoryview(array).cast("B"))
         return counts
 
-    def _repeats(self, scratch: Path, name: str, like: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(earlier rows, rows that repeat them) among those not left out yet, a part of the keys at a time."""
-        slices = len(like) // SLICE_ROWS + 1
-        for part in range(slices):
-            keys, rows = _slice_of(scratch / name, part, slices, like)
-            order = np.lexsort((rows, keys))
-            keys, rows = keys[order], rows[order]
+    def _alike(self, scratch: Path, name: str, repeats: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield (earlier rows, rows that repeat them) among those not left out yet, a part of the keys at a time."""
+        all_keys = np.memmap(scratch / name, np.uint64, "r")
+        minima = np.memmap(scratch / "minima", np.uint8, "r").reshape(-1, MINIMA)
+        parts = len(all_keys) // SLICE_ROWS + 1
+        for part in range(parts):
+            rows = []
+            for start in range(0, len(all_keys), SLICE_ROWS):
+                keys = all_keys[start : start + SLICE_ROWS]
+                chosen = (keys % parts == part) & (keys != 0) & (repeats[start : start + SLICE_ROWS] == 0)
+                rows.append(np.flatnonzero(chosen) + start)
+            rows = np.concatenate(rows)
+            order = np.argsort(all_keys[rows], kind="stable")
+            rows, keys = rows[order], all_keys[rows[order]]
             for _ in range(ROUNDS):
-                first = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1]))) if len(keys) else []
-                sizes = np.diff([*first, len(keys)])
-                leaders = np.repeat(rows[first], sizes)
-                others = np.flatnonzero(leaders != rows)
-                if not len(others):
+                if len(rows) < 2:
                     break
-                alike = (
-                    np.ones(len(others), bool)
-                    if name == "exact"
-                    else self._alike(scratch, leaders[others], rows[others])
-                )
+                first = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1])))
+                leaders = np.repeat(rows[first], np.diff([*first, len(keys)]))
+                others = np.flatnonzero(leaders != rows)
+                alike = np.ones(len(others), bool)
+                for n in range(0, len(others) if name != "exact" else 0, CHUNK):
+                    at = others[n : n + CHUNK]
+                    equal = (minima[leaders[at]] == minima[rows[at]]).mean(axis=1)
+                    alike[n : n + CHUNK] = (equal - 1 / 256) / (1 - 1 / 256) >= self.near  # chance: once in 256
                 yield leaders[others[alike]], rows[others[alike]]
                 keys, rows = keys[others[~alike]], rows[others[~alike]]
 
-    def _alike(self, scratch: Path, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        with open(scratch / "minima", "rb") as file:
 
-            def read(rows: np.ndarray) -> np.ndarray:
-                found = bytearray()
-                for row in rows.tolist():
-                    file.seek(row * MINIMA)
-                    found += file.read(MINIMA)
-                return np.frombuffer(found, np.uint8).reshape(-1, MINIMA)
-
-            equal = np.concatenate(
-                [
-                    (read(left[n : n + 4096]) == read(right[n : n + 4096])).mean(axis=1)
-                    for n in range(0, len(left), 4096)
-                ]
-            )
-        return (equal - 1 / 256) / (1 - 1 / 256) >= self.near  # a byte is equal by chance once in 256
-
-    def _judged(
-        self, held_out: list[Path], inputs: list[Path], counts: list[int], like, is_near, args
-    ) -> Iterator[Block]:
-        """The blocks of the inputs, with a verdict for each row."""
-        start, counts = 0, iter(counts)
-        for path in held_out:
-            for _ in read_blocks(path, args.encoding):
-                start += next(counts)
-        for block in all_blocks(inputs, "dedup: writing", args):
-            stop = start + next(counts)
-            verdicts = [
-                Dropped("near duplicate" if near else "exact duplicate", f"of row {twin:,} of all files")
-                if twin
-                else None
-                for twin, near in zip(like[start:stop].tolist(), is_near[start:stop].tolist(), strict=True)
-            ]
-            yield block._replace(verdicts=verdicts)
-            start = stop
-
-
-def _slice_of(path: Path, part: int, slices: int, like: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(keys, rows) of the rows whose key falls into one part of all keys and that are not left out yet."""
-    found, start = [], 0
-    with open(path, "rb") as file:
-        while len(keys := np.frombuffer(file.read(8 * SLICE_ROWS), np.uint64)):
-            chosen = np.flatnonzero((keys % slices == part) & (keys != 0) & (like[start : start + len(keys)] == 0))
-            found.append((keys[chosen], chosen + start))
-            start += len(keys)
-    return tuple(np.concatenate(arrays) for arrays in zip(*found, strict=True))
+def _judged(
+    inputs: list[Path], held_out: list[int], counts: list[int], repeats: np.ndarray, near: np.ndarray, args
+) -> Iterator[Block]:
+    """Yield the blocks of the inputs, with a verdict for each row."""
+    start = sum(held_out)
+    for block, count in zip(all_blocks(inputs, "dedup: writing", args), counts, strict=True):
+        found = zip(repeats[start : start + count].tolist(), near[start : start + count].tolist(), strict=True)
+        reasons = ("exact duplicate", "near duplicate")
+        verdicts = [
+            Dropped(reasons[is_near], f"of row {twin:,} of all files") if twin else None for twin, is_near in found
+        ]
+        yield block._replace(verdicts=verdicts)
+        start += count
 
 
 @dataclass

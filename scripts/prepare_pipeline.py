@@ -172,6 +172,8 @@ def new_output(args, inputs: list[Path]):
         except Timeout:
             raise ValueError(f"another run is writing {path}; wait for it, or give another --output") from None
         try:
+            for stale in set(unfinished.iterdir()) - {unfinished / "lock"}:  # of a run that was killed
+                stale.unlink()
             with open(unfinished / "rows", "wb") as file:
                 yield file, unfinished
                 file.flush()

@@ -44,7 +44,15 @@ TAGS = re.compile(
 )
 LEFTOVERS = re.compile(r"&(?:nbsp|amp|lt|gt|quot|#\d{2,5});|<!--(?!.*-->)", re.IGNORECASE)
 CONTROL = re.compile(r"<\|(?:im_start|im_end|endoftext)\|>")
-SENTENCE_END = re.compile(r"[。！？!?…]|\.\s")
+SENTENCE_END = re.compile(r"[。！？!?…；;]|\.\s")
+ENDED = re.compile(r"[。！？!?…；;.”」』\"]$")
+HANGING = re.compile(
+    r"(?:[，、,（(\[{【《「『“‘：:]|但|但是|以及|因为|如果|由于|对于|关于|根据|并且|而且|虽然|例如|比如|或者|不仅"
+    r"|(?<![\w$])(?:the|a|an|of|to|and|or|is|are|in|with|for|that|from|by|as|at|your|which))$"
+)
+LABEL = re.compile(r"^(?:[-*•·]|\(?\w{1,2}[.)、．）:：])\s*")  # of an item in a list
+PAIRS = ("（）", "()", "[]", "{}", "【】", "《》", "「」", "『』", "“”")
+FORMULA = re.compile(r"\\[A-Za-z]{2,}")
 REFUSAL = re.compile(
     r"作为(?:一个|一名)?(?:人工智能|AI|大型?语言模型|语言模型)[^。！？\n]{0,30}(?:无法|不能|没有能力|不具备)"
     r"|(?:很抱歉|抱歉|对不起)[，,][^。！？\n]{0,12}(?:无法|不能)(?:回答|提供|满足|完成|协助|帮助)"
@@ -205,11 +213,24 @@ def check_markup(text: str, is_chat: bool) -> None:
 
 
 def is_cut(answer: str) -> bool:
-    """Whether an answer stops in the middle: after a comma or an opening mark, or in a sentence that follows others."""
+    """Return whether an answer stops in the middle, as far as its end shows.
+
+    It ends with a mark or word that leaves something open, has an opening mark without its other half, or its last
+    sentence has no end although those before have one.
+    """
     answer = answer.rstrip()
-    if len(answer) < 40:
+    if len(answer) < 15:
         return False
-    if answer[-1] in "，、（(“‘《[{,":
+    if HANGING.search(answer[-12:]):
         return True
-    last = answer[answer.rfind("\n") + 1 :]
-    return answer[-1].isalpha() and bool(SENTENCE_END.search(last))
+    *before, last = [LABEL.sub("", line.strip()) for line in answer.split("\n") if line.strip()]
+    if last.count("$") % 2 and FORMULA.search(last):
+        return True
+    opened = last if FORMULA.search(answer) else answer  # formulas of several lines may have half a pair
+    if not ENDED.search(answer) and any(opened.count(left) > opened.count(right) for left, right in PAIRS):
+        return True
+    if len(answer) < 30 or not answer[-1].isalpha():
+        return False
+    if before:
+        return bool(SENTENCE_END.search(last)) or len(last) >= 12 and all(map(ENDED.search, before))
+    return bool(SENTENCE_END.search(last)) or len(last) >= 60 and len(re.findall("[，,]", last)) >= 2

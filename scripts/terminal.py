@@ -13,8 +13,8 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 
+from dataset.data_file import guess_encoding
 from model.streams import note, stream_encoding
-from scripts.prepare_sources import guess_encoding
 
 COMMAND = re.compile(r"\s*/([A-Za-z]+)(?:\s+(.*?))?\s*", re.DOTALL)
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
@@ -131,7 +131,7 @@ def piped_prompts() -> Iterator[str]:
             if line.strip():
                 yield line.rstrip("\r\n").removeprefix("\ufeff")
     except UnicodeError as error:
-        guess = guess_encoding(getattr(error, "object", b""))
+        guess = guess_encoding(getattr(error, "object", b""), fewest_wrong=1)
         looks = f"but looks like {guess}" if guess else f"({error})"
         cure = f"set PYTHONIOENCODING={guess or 'to its encoding'}, or convert it to UTF-8"
         raise ValueError(f"stdin is not {encoding} {looks}; {cure}") from error

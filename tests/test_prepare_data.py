@@ -1,24 +1,29 @@
 """From raw files to records: layouts, rules, reports, and what a broken input says."""
 
-import contextlib
 import gzip
 import json
 import random
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
 import psutil
+import pyarrow
 import pytest
-import zstandard
 from conftest import ROOT, write_conversations, write_jsonl, write_preferences, write_texts
 from filelock import FileLock
 
 from scripts import prepare_data
+from scripts.prepare_rules import is_cut
 
 SCRIPT = ROOT / "scripts" / "prepare_data.py"
 CHAT = [{"role": "user", "content": "山有多高？"}, {"role": "assistant", "content": "三千米。"}]
+
+
+def compress_zstd(data: bytes) -> bytes:
+    return pyarrow.compress(data, "zstd", asbytes=True)
 
 
 def prepare(command: str, *arguments, workers: int = 1) -> None:
@@ -200,7 +205,6 @@ def write_as(path: Path, rows: list[dict]) -> Path:
         writer.writerows(rows)
         data = text.getvalue().encode()
     elif ".parquet" in name:
-        import pyarrow
         from pyarrow import parquet
 
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
@@ -212,7 +216,7 @@ def write_as(path: Path, rows: list[dict]) -> Path:
     if name.endswith(".gz"):
         data = gzip.compress(data)
     if name.endswith(".zst"):
-        data = zstandard.compress(data)
+        data = compress_zstd(data)
     path.write_bytes(data)
     return path
 
@@ -239,9 +243,9 @@ def test_a_folder_of_plain_text_becomes_passages(tmp_path):
     assert "".join(texts).replace("\n", "") == "第一段。第二段。" + "长句子。" * 300 + "# 标题正文"
 
 
-def test_several_inputs_one_output_and_any_number_of_processes(tmp_path):
-    a, b = write_texts(tmp_path / "a.jsonl", 3000, seed=1), write_texts(tmp_path / "b.jsonl", 3000, seed=2)
-    a.write_bytes(a.read_bytes() * 20)  # several blocks
+def test_several_inputs_one_output_and_any_number_of_processes(tmp_path, monkeypatch):
+    a, b = write_texts(tmp_path / "a.jsonl", 1000, seed=1), write_texts(tmp_path / "b.jsonl", 100, seed=2)
+    monkeypatch.setattr("scripts.prepare_sources.BLOCK_CHARACTERS", 20_000)  # several blocks
     for workers in (1, 2, 3):
         prepare("clean", a, b, "-o", tmp_path / f"{workers}.jsonl", "--no-cut", workers=workers)
     outputs = {(tmp_path / f"{n}.jsonl").read_bytes() for n in (1, 2, 3)}
@@ -300,8 +304,8 @@ def test_bad_lines_are_counted_by_reason_with_file_and_line(tmp_path):
     [
         ("a.jsonl.gz", b'{"text": "plain"}\n', "Not a gzipped file"),
         ("b.jsonl.gz", gzip.compress(b'{"text": "cut short"}\n' * 9000)[:-300], "ended before"),
-        ("a.jsonl.zst", b'{"text": "plain"}\n', "zstd"),
-        ("b.jsonl.zst", zstandard.compress(b'{"text": "cut short"}\n' * 9000)[:-9], "ends early"),
+        ("a.jsonl.zst", b'{"text": "plain"}\n', "ZSTD"),
+        ("b.jsonl.zst", compress_zstd(b'{"text": "cut short"}\n' * 9000)[:-9], "Truncated"),
         ("a.parquet", b"PAR1 no table", "Parquet"),
         ("a.json", b'[{"text": "one"}, {"text": ', "broken after item 1"),
         ("a.json", b'[{"text": "one"} oops]', "broken after item 1"),
@@ -410,6 +414,39 @@ def test_each_rule_of_conversations(tmp_path, rule):
     source = write_jsonl(tmp_path / "a.jsonl", rows)
     prepare("clean", source, "-o", tmp_path / "b.jsonl")
     assert read(tmp_path / "b.jsonl") == rows[1:] and reasons(tmp_path / "b.jsonl") == {rule: 1}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        LONG[:-12],
+        "山上有很多树，山下有一条小河。\n夏天人们常去山上散步，秋天叶子",
+        "这座山在城的北边，以下是我的几点建议，希望能帮到你：",
+        "设这个数为$x$，则$\\frac{x}{2}+3=8$，所以$\\frac{x}{2}=",
+        "def area(width, height):\n    return width * max(height",
+        "The hill is north of the town. In spring it is covered with the",
+        "春天山上开满了花，夏天有很多树，人们常去散步，秋天叶子变红，到了冬天，因为天气冷，去的人少了一些，不过还是有不少人喜欢在雪后的早晨",
+    ],
+)
+def test_answers_that_stop_in_the_middle_are_seen_by_their_end(answer):
+    assert is_cut(answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        LONG,
+        "三千米",
+        "正确答案是A、C：\nA. 申请人应当在六十日内提出申请\nC. 复议期间，具体行政行为原则上不停止执行",
+        "推荐三道菜。\n1. 青椒土豆丝\n2. 西红柿炒鸡蛋\n3. 土豆炖豆角，再加一点点葱花",
+        "设这个数为$x$，则$\\frac{x}{2}=4$，\n所以这个数是$8$．\n答案：B",
+        'echo "there are $count files"\nfind . -type f -exec rm {} \\;',
+        "此致\n敬礼\n\n城北的守林人",
+        "The hill is north of the town. In spring it is covered with flowers.",
+    ],
+)
+def test_answers_that_have_an_end_are_not_cut(answer):
+    assert not is_cut(answer)
 
 
 def test_only_the_chosen_side_of_a_preference_must_be_good(tmp_path):
@@ -746,28 +783,41 @@ def test_every_recipe_makes_a_file_that_trains(tmp_path, capsys, tokenizer, name
     assert [path.name for path in output.parent.glob("*.jsonl")] == [output.name]
 
 
-def test_a_killed_run_leaves_no_half_file_and_its_processes_end(tmp_path):
-    """Killed at several moments and started again: the same bytes as uninterrupted, and no worker left."""
-    source = tmp_path / "a.jsonl"
+def written(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # renamed or removed meanwhile
+        return 0
+
+
+KILLS = [pytest.param(command, 3, id=command, marks=pytest.mark.full) for command in ("clean", "mix", "recipe")]
+
+
+@pytest.mark.parametrize(("command", "kills"), [pytest.param("dedup", 2, id="dedup"), *KILLS])
+def test_a_killed_run_leaves_no_half_file_and_its_processes_end(tmp_path, command, kills):
+    """Killed after some bytes and started again: the same bytes as uninterrupted, and no worker left."""
     rng = random.Random(4)
-    write_jsonl(source, [{"text": f"{n} " + random_text(rng, 200)} for n in range(8000)])
-    for command in ("clean", "dedup", "mix"):
-        whole = tmp_path / f"{command}_whole.jsonl"
-        prepare(command, source, "-o", whole, workers=2)
-        again = tmp_path / f"{command}.jsonl"
-        start = [sys.executable, SCRIPT, command, source, "-o", again, "--quiet", "--workers=2"]
-        for seconds in (0.6, 1.2, 2.0):
-            process = subprocess.Popen(list(map(str, start)), stdout=subprocess.DEVNULL)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(seconds)
-            children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-            process.kill()
-            process.wait()
-            assert not psutil.wait_procs(children, timeout=60)[1]
-            assert not again.exists() or again.read_bytes() == whole.read_bytes()
-        subprocess.run([*map(str, start), "--overwrite"], check=True, stdout=subprocess.DEVNULL)
-        assert again.read_bytes() == whole.read_bytes()
-        assert not again.with_name(again.name + ".unfinished").exists()
+    rows = [
+        {"conversations": [*CHAT[:1], {"role": "assistant", "content": random_text(rng, 150)}]} for _ in range(1500)
+    ]
+    source = write_jsonl(tmp_path / "a.jsonl", [{"conversations": CHAT[:1]}, *rows, *rows[:300]])
+    whole, again = tmp_path / "whole.jsonl", tmp_path / "again.jsonl"
+    prepare(command, source, "-o", whole, workers=2)
+    start = [sys.executable, SCRIPT, command, source, "-o", again, "--quiet", "--workers=2"]
+    for _ in range(kills):
+        process, enough = subprocess.Popen(list(map(str, start)), stdout=subprocess.DEVNULL), rng.randrange(400_000)
+        while process.poll() is None:
+            if sum(written(path) for path in tmp_path.glob("again*/*")) > enough:
+                break
+            time.sleep(0.002)
+        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.kill()
+        process.wait()
+        assert not psutil.wait_procs(children, timeout=60)[1]
+        assert not again.exists() or again.read_bytes() == whole.read_bytes()
+    subprocess.run([*map(str, start), "--overwrite"], check=True, stdout=subprocess.DEVNULL)
+    assert again.read_bytes() == whole.read_bytes()
+    assert sorted(path.name for path in tmp_path.glob("again*") if "report" not in path.name) == ["again.jsonl"]
 
 
 def test_two_runs_on_one_output_do_not_mix(tmp_path):
