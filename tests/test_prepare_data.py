@@ -793,7 +793,7 @@ def written(path: Path) -> int:
 KILLS = [pytest.param(command, 3, id=command, marks=pytest.mark.full) for command in ("clean", "mix", "recipe")]
 
 
-@pytest.mark.parametrize(("command", "kills"), [pytest.param("dedup", 2, id="dedup"), *KILLS])
+@pytest.mark.parametrize(("command", "kills"), [pytest.param("dedup", 1, id="dedup"), *KILLS])
 def test_a_killed_run_leaves_no_half_file_and_its_processes_end(tmp_path, command, kills):
     """Killed after some bytes and started again: the same bytes as uninterrupted, and no worker left."""
     rng = random.Random(4)
