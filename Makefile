@@ -1,4 +1,5 @@
 # make quickstart     train a tiny model on the bundled sample, chat with it, print its score
+# make speedrun       the real thing: download, pretrain, SFT, scores, report, chat (SIZE=, STAGES=, LAUNCHER=, FLAGS=)
 # make test           lint and the quick tests
 # make test-all       every test, the long matrix too
 # make test-interop   our GGUF files in llama.cpp (builds it from source, about ten minutes once)
@@ -17,7 +18,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 OUT ?= out/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-interop lint bench clean erase
+.PHONY: help quickstart speedrun test test-all test-interop lint bench clean erase
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -35,6 +36,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python scripts/quickstart.py --out_dir $(OUT)
+
+speedrun: $(VENV)/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/speedrun.py $(if $(SIZE),--size $(SIZE)) \
+		$(if $(STAGES),--stages $(STAGES)) $(if $(LAUNCHER),--launcher "$(LAUNCHER)") $(FLAGS)
 
 test: $(VENV)/.installed-dev lint
 	$(BIN)/python -m pytest -q -m "not full and not interop"

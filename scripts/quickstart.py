@@ -1,14 +1,13 @@
 """From nothing to a chat on a laptop: train a tiny model on dataset/sample/, score it and talk to it.
 
 Run the real scripts one after the other, with settings for two CPU cores: trainer/train_pretrain.py,
-trainer/train_full_sft.py, scripts/score_sample.py, eval_model.py. Weights and logs go to out/quickstart/.
+trainer/train_full_sft.py, scripts/score_sample.py, eval_model.py, scripts/report.py. Weights and logs go to
+out/quickstart/.
 
     python scripts/quickstart.py
 """
 
 import argparse
-import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from model.streams import set_up_streams
-from model.weights import write_json
+from scripts.speedrun import converse, must_run, run
 
 SAMPLE = ROOT / "dataset" / "sample"
 
@@ -37,25 +36,6 @@ DIALOGUE = (
 )
 
 
-def run(title: str, script: str, *flags: object, **options) -> subprocess.CompletedProcess:
-    """Run one of our scripts as a user would. Exit if it fails."""
-    print(f"\n=== {title}\n$ python {script} {shlex.join(map(str, flags))}", flush=True)
-    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], **options)
-    if done.returncode:
-        sys.exit(f"error: {script} ended with status {done.returncode}")
-    return done
-
-
-def report(out_dir: Path, turns: list[dict]) -> None:
-    """Make the page of pictures, with the conversation in it. Nothing depends on it, so it may fail."""
-    try:
-        (out_dir / "report").mkdir(exist_ok=True)
-        write_json(out_dir / "report" / "dialogue.json", {"turns": turns})
-    except OSError as error:
-        print(f"note: the conversation is not kept: {error}")
-    subprocess.run([sys.executable, str(ROOT / "scripts" / "report.py"), str(out_dir)])
-
-
 def main(argv: list[str] | None = None) -> None:
     set_up_streams()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -64,34 +44,23 @@ def main(argv: list[str] | None = None) -> None:
     out = ("--out_dir", args.out_dir)
     afresh = (*out, "--overwrite")  # what an interrupted quickstart left is not worth keeping
     start = time.monotonic()
-    run(
+    must_run(
         "1. Pretraining: reading",
         "trainer/train_pretrain.py",
         *("--data_path", SAMPLE / "pretrain.jsonl", "--valid_path", SAMPLE / "valid.jsonl"),
         *("--epochs", PRETRAIN_EPOCHS, *COMMON.split(), "--embedding_lr_scale", 1),
         *afresh,
     )
-    run(
+    must_run(
         "2. Fine-tuning: answering",
         "trainer/train_full_sft.py",
         *("--data_path", SAMPLE / "sft.jsonl"),
         *("--epochs", SFT_EPOCHS, *COMMON.split()),
         *afresh,
     )
-    run("3. Questions it was never asked before", "scripts/score_sample.py", *out)
-    chat = run(
-        "4. A conversation",
-        "eval_model.py",
-        *("--model_mode", 1, "--temperature", 0),
-        *out,
-        input="\n".join(DIALOGUE) + "\n",
-        stdout=subprocess.PIPE,
-        encoding="utf-8",
-    )
-    turns = [{"you": you, "model": said} for you, said in zip(DIALOGUE, chat.stdout.split("\n"), strict=False)]
-    for turn in turns:
-        print(f"  you:   {turn['you']}\n  model: {turn['model']}")
-    report(args.out_dir, turns)
+    must_run("3. Questions it was never asked before", "scripts/score_sample.py", *out)
+    converse("4. A conversation", args.out_dir, DIALOGUE, "--model_mode", 1)
+    run("5. Pictures of all this", "scripts/report.py", args.out_dir)
     print(f"\nDone in {(time.monotonic() - start) / 60:.1f} minutes. Talk to it yourself:")
     print(f"  {sys.executable} eval_model.py --model_mode 1 --out_dir {args.out_dir}")
 

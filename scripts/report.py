@@ -25,6 +25,7 @@ from scripts.report_logs import Run, differences, read_folder, read_json, read_r
 from trainer.estimate import duration, gigabytes
 from trainer.loader import plural
 
+WAYS = ("letters", "sum", "per_token", "per_byte", "pass@1")
 Table = tuple[list[str], list[list[str]]]  # header, rows
 
 
@@ -122,14 +123,30 @@ def settings(run: Run) -> Table:
 
 
 def scores(out_dir: Path) -> Table:
-    """Return the exact matches of scripts/score_sample.py that are in a folder."""
+    """Return what scripts/evaluate.py found for the weights of a folder."""
+    rows = []
+    for path in sorted((out_dir / "scores").glob("*.json")):
+        content = read_json(path)
+        for task, entry in content.get("tasks", {}).items():
+            cells = [share(entry.get(way)) for way in WAYS]
+            if "pass@1" in entry:
+                cells[-1] = share(entry | {"accuracy": entry["pass@1"]})
+            questions, chance = f"{entry['questions']:,}", f"{entry['chance']:.1%}" if "chance" in entry else "–"
+            rows.append([str(content.get("weights")), task, questions, chance, *cells])
+    return ["weights", "set", "questions", "chance", *(way.replace("_", " ") for way in WAYS)], rows
+
+
+def share(entry: dict | None) -> str:
+    return f"{entry['accuracy']:.1%} ± {entry['stderr']:.1%}" if entry else "–"
+
+
+def exact_matches(out_dir: Path) -> Table:
+    """Return what scripts/score_sample.py found."""
     rows = []
     for path in sorted(out_dir.glob("*.score.json")):
         content = read_json(path)
-        for name, entry in [("all questions", content.get("all")), *content.get("categories", {}).items()]:
-            rows.append(
-                [str(content.get("weights")), name, f"{entry['right']} / {entry['asked']}", f"{entry['percent']} %"]
-            )
+        for name, entry in [("all", content["all"]), *content["categories"].items()]:
+            rows.append([content["weights"], name, f"{entry['right']} / {entry['asked']}", f"{entry['percent']} %"])
     return ["weights", "questions", "right", "exact match"], rows
 
 
@@ -228,9 +245,10 @@ def report_folder(out_dir: Path, output: Path, price: float | None) -> Path:
         report.html.append('<div class="said">')
         report.said(turns)
         report.html.append("</div>")
-    if scores(out_dir)[1]:
+    if found := [table for table in (scores(out_dir), exact_matches(out_dir)) if table[1]]:
         report.heading("Scores")
-        report.table(scores(out_dir))
+        for table in found:
+            report.table(table)
     for run in runs:
         describe(report, run, price)
     return report.write(output, [[run] for run in runs])

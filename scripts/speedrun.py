@@ -1,0 +1,163 @@
+"""The whole thing in one command: download, pretrain, SFT, evaluate, chat, report.
+
+    python scripts/speedrun.py                                           26M, one GPU or a CPU
+    python scripts/speedrun.py --size minimind2_104m --stages pretrain full_sft rlhf reason
+    python scripts/speedrun.py --launcher "torchrun --nproc_per_node 2" --price_per_hour 0.5
+    python scripts/speedrun.py --data_dir my_data --tasks                files of one's own, no scores
+
+Every step prints the command that it runs, and steps that are done are skipped: after Ctrl-C or a lost machine, run
+the same command again. A stage that crashes is resumed as long as it gets ahead. Before a stage begins, --estimate says
+what it will take; the report says what it took. Flags that this script does not know go to every stage.
+"""
+
+import argparse
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from model.flags import add_boolean, show_defaults
+from model.model_minimind import PRESETS
+from model.streams import set_up_streams
+from model.weights import STAGES, read_sidecar, weight_path, write_json
+
+DATA = {  # stage: the published file that it reads
+    "pretrain": "pretrain_hq", "full_sft": "sft_mini_512", "lora": "lora_medical", "rlhf": "dpo",
+    "reason": "r1_mix_1024",
+}  # fmt: skip
+QUESTIONS = ("你好，你是谁？", "如何保持健康？", "请用一句话介绍长江。", "Why is the sky blue?", "1+1等于几？")
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)
+
+
+def run(title: str, *command: object, launcher: str = "", **options) -> tuple[int, str]:
+    """Run one of our scripts as a user would; return its status, and its output if stdout is piped.
+
+    Ctrl-C reaches the script too, which saves and ends: wait for that and exit.
+    """
+    words, asked = [*map(str, command)], []
+    print(f"\n=== {title}\n$ {launcher or 'python'} {shlex.join(words)}", flush=True)
+    words[0] = str(ROOT / words[0])
+    given, options["encoding"] = options.pop("input", None), "utf-8"
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
+    with subprocess.Popen([*(shlex.split(launcher) or [sys.executable]), *words], **options) as child:
+        signal.signal(signal.SIGTERM, lambda number, frame: (asked.append(number), child.terminate()))
+        output = child.communicate(given)[0] or ""
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if asked or child.returncode in STOPPED:
+        sys.exit("stopped; run the same command to go on")
+    return child.returncode, output
+
+
+def must_run(title: str, *command: object, **options) -> str:
+    status, output = run(title, *command, **options)
+    if status:
+        sys.exit(f"error: {command[0]} ended with status {status}")
+    return output
+
+
+def converse(title: str, out_dir: Path, questions: tuple[str, ...], *flags: object) -> None:
+    """Ask weights a few questions, print the answers and keep them for the report."""
+    command = ("eval_model.py", "--out_dir", out_dir, "--temperature", 0, *flags)
+    said = must_run(title, *command, input="\n".join(questions) + "\n", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    turns = [{"you": you, "model": answer} for you, answer in zip(questions, said.split("\n"), strict=False)]
+    for turn in turns:
+        print(f"  you:   {turn['you']}\n  model: {turn['model']}")
+    try:
+        (out_dir / "report").mkdir(exist_ok=True)
+        write_json(out_dir / "report" / "dialogue.json", {"turns": turns})
+    except OSError as error:
+        print(f"note: the conversation is not kept: {error}")
+
+
+def progress(weights: Path) -> dict:
+    """Return how far the run of a weight file is."""
+    return (weights.exists() and read_sidecar(weights) or {}).get("progress", {"step": 0, "complete": False})
+
+
+def train(stage: str, weights: Path, command: list[object], args: argparse.Namespace) -> None:
+    """Run a stage until it is complete; after a crash, resume it as long as it gets ahead."""
+    reached = progress(weights)
+    if reached["complete"]:
+        print(f"\n=== {stage}: {weights} is complete")
+        return
+    if args.estimate and not reached["step"]:
+        run(f"{stage}: what it will take", *command, "--estimate", launcher=args.launcher)
+    while True:
+        status, _ = run(stage, *command, "--resume", launcher=args.launcher)
+        now = progress(weights)
+        if not status and now["complete"]:
+            return
+        if now["step"] <= reached["step"]:
+            sys.exit(f"error: {stage} ended with status {status} before it got beyond step {now['step']}; see above")
+        print(f"{stage} ended with status {status} after step {now['step']}: going on from there")
+        reached = now
+
+
+def pipeline(args: argparse.Namespace, more: list[str]) -> None:
+    size = PRESETS[args.size]
+    hidden_size, use_moe = args.hidden_size or size["hidden_size"], size.get("use_moe", False)
+    out = ["--out_dir", args.out_dir]
+    files = {stage: args.data_dir / f"{DATA[stage]}.jsonl" for stage in args.stages}
+    if missing := [path.stem for path in files.values() if not path.exists()]:
+        must_run("data", "scripts/download_data.py", *missing, "--out_dir", args.data_dir)
+    sizes = ["--preset", args.size, *(["--hidden_size", args.hidden_size] if args.hidden_size else [])]
+    price = ["--price_per_hour", args.price_per_hour] if args.price_per_hour is not None else []
+    for stage in args.stages:
+        script = STAGES[stage].script if stage in STAGES else "train_lora.py"
+        weights = weight_path(args.out_dir, stage, hidden_size, use_moe)
+        if stage == "lora":
+            weights = weight_path(args.out_dir / "lora", DATA["lora"], hidden_size, use_moe)
+        command = [f"trainer/{script}", "--data_path", files[stage], *sizes, *out, *price, *more]
+        if stage == "reason" and "rlhf" not in args.stages:
+            command += ["--base_weight", "full_sft"]
+        train(stage, weights, command, args)
+    if args.tasks:
+        known = ["pretrain", *(stage for stage in args.stages if stage in STAGES and stage != "pretrain")]
+        tasks = ["--weight", *known, "--tasks", *args.tasks, "--download", "--resume"]
+        status, _ = run("scores", "scripts/evaluate.py", *tasks, *out, "--hidden_size", hidden_size)
+        if status:
+            print("note: the scores are incomplete; the report goes on without them")
+    last = next((stage for stage in reversed(args.stages) if stage in STAGES), "full_sft")
+    chat = ["--model_mode", STAGES[last].mode, "--hidden_size", hidden_size]
+    converse("a conversation", args.out_dir, QUESTIONS, *chat)
+    run("report", "scripts/report.py", args.out_dir, *price)
+    words = ["eval_model.py", *chat, *out]
+    if sys.stdin is not None and sys.stdin.isatty():
+        run("chat: Ctrl-D ends it", *words)
+    else:
+        print(f"\ntalk to it: python {shlex.join(map(str, words))}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    set_up_streams()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--size", choices=list(PRESETS), default="minimind2_26m", help="which model")
+    add("--hidden_size", type=int, help="another width than the size's")
+    add(
+        "--stages", nargs="+", choices=list(DATA), default=["pretrain", "full_sft"], help="what to train, in this order"
+    )
+    add("--launcher", default="", help="what starts a stage, such as 'torchrun --nproc_per_node 2' (default: python)")
+    add("--tasks", nargs="*", default=["ceval", "arc_easy"], help="sets to score, see scripts/evaluate.py; none: skip")
+    add("--data_dir", type=Path, default=ROOT / "dataset", help="where the files are, or are downloaded to")
+    add("--out_dir", type=Path, default=ROOT / "out", help="weights, logs, scores, report")
+    add("--price_per_hour", type=float, help="of this machine in dollars")
+    add_boolean(parser, "--estimate", True, "say what a stage will take before it begins")
+    show_defaults(parser)
+    args, more = parser.parse_known_args(argv)
+    try:
+        pipeline(args, more)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
