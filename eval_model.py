@@ -94,7 +94,7 @@ def load(args: argparse.Namespace) -> ReadyModel:
 
 
 def put_on_adapter(ready: ReadyModel, args: argparse.Namespace, lora_name: str) -> str:
-    """Put an adapter on the model in place of the present one, or take that off for "None".
+    """Replace the model's adapter by the one named; "None" only removes it.
 
     Returns the adapter's file, or "". After a WeightsError the model is as it was.
     """
@@ -214,7 +214,7 @@ class LocalChat(TerminalChat):
 
 
 def converse(args: argparse.Namespace) -> int:
-    """Answer --prompt, or the lines of stdin, or what the menu asks for; return the exit status."""
+    """Answer --prompt, the lines of stdin, or what is typed at the menu; return the exit status."""
     chat = LocalChat(args)
     remembers = args.history_cnt is not None
     args.history_cnt = args.history_cnt or 0

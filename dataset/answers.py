@@ -1,8 +1,7 @@
-"""What a written answer says: its number, the option that it names, whether it is the gold answer, whether it has the
-right form.
+"""Read a written answer: its number, the option it names, whether it equals the gold answer, whether its form is right.
 
-Of a text that reasons first, the answer is what its last mark encloses: <answer>…</answer>, LaTeX's \\boxed{…}, or what
-follows GSM8K's ####; without a mark, what follows </think>, or all of it.
+In a text that reasons first, the answer is inside the last mark: <answer>…</answer>, LaTeX's \\boxed{…}, or after
+GSM8K's ####. Without a mark it is what follows </think>, or the whole text.
 """
 
 import re
@@ -13,7 +12,7 @@ MARKED = re.compile(r"<answer>(.*?)(?:</answer>|$)|\\boxed\{((?:[^{}]|\{[^{}]*\}
 REASONED = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
 TAG = re.compile(r"</?(?:think|answer)>")
 
-LONGEST = 100  # characters of a number: a model that repeats a digit for ever has not said one
+LONGEST = 100  # characters of a number: a model that repeats a digit forever has not given one
 UNSIGNED = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 # A minus between two numbers is a subtraction, so it is a sign only if nothing stands before it.
 ARABIC = re.compile(
@@ -34,7 +33,7 @@ def answer_part(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """The answer with full-width and typographic forms of characters replaced by ASCII."""
+    """Return the answer with full-width and typographic forms of characters replaced by ASCII."""
     return unicodedata.normalize("NFKC", answer_part(text)).replace("−", "-").replace("⁄", "/").strip()
 
 
@@ -51,7 +50,7 @@ def number(text: str) -> Fraction | None:
 
 
 def number_matches(answer: str, gold: str) -> bool:
-    """Whether both numbers are equal. If only one has a percent sign, 50% equals both 50 and 0.5.
+    """Tell whether both numbers are equal. If only one has a percent sign, 50% equals both 50 and 0.5.
 
     Raises ValueError if gold has no number.
     """
@@ -65,7 +64,7 @@ def number_matches(answer: str, gold: str) -> bool:
 
 
 def _read(text: str) -> tuple[Fraction | None, bool]:
-    """(the number as it is written, whether it is a percentage)"""
+    """Return (the number as it is written, whether it is a percentage)."""
     text = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r" \1/\2", _plain(text)).replace("\\%", "%")
     text = re.sub(r"[$¥€£](?=\s?[\d.])", "", text)
     for match in reversed(list(ARABIC.finditer(text))):
@@ -94,7 +93,7 @@ def _arabic(match: re.Match) -> Fraction | None:
 
 
 def _chinese(text: str) -> int:
-    """The value of a numeral; a digit right after a unit counts a tenth of it, as in 一百五 (150) and 三十五 (35)."""
+    """Return the value of a numeral; a digit right after a unit counts a tenth of it: 一百五 is 150, 三十五 is 35."""
     if not any(character in UNITS for character in text):
         return int("".join(str(DIGITS[character]) for character in text))  # 二〇二四
     total = section = digit = 0
@@ -119,7 +118,7 @@ def _chinese(text: str) -> int:
 
 
 def exact_matches(answer: str, gold: str) -> bool:
-    """Whether an answer is the gold answer, apart from case, white space, full-width forms and closing punctuation."""
+    """Tell whether an answer is the gold one, apart from case, white space, full-width forms and final punctuation."""
 
     def core(text: str) -> str:
         return " ".join(_plain(text).casefold().split()).rstrip(".。!?;, ")
@@ -144,7 +143,7 @@ def choice(answer: str, letters: str = "ABCD") -> str | None:
 
 
 def choice_matches(answer: str, gold: str) -> bool:
-    """Whether an answer names the gold letter. Raises ValueError if gold is not one letter from A to Z."""
+    """Tell whether an answer names the gold letter. Raises ValueError if gold is not one letter from A to Z."""
     gold = gold.strip().upper()
     if not re.fullmatch("[A-Z]", gold):
         raise ValueError(f"the gold answer {gold!r} is not the letter of an option")
@@ -152,7 +151,7 @@ def choice_matches(answer: str, gold: str) -> bool:
 
 
 def reasoned_parts(text: str) -> tuple[str, str] | None:
-    """(thought, answer) of <think>…</think><answer>…</answer>; None if a tag is missing, doubled or out of place."""
+    """Return (thought, answer) of <think>…</think><answer>…</answer>; None if a tag is missing or misplaced."""
     match = REASONED.fullmatch(text)
     if match is None or any(TAG.search(part) for part in match.groups()):
         return None
@@ -160,6 +159,6 @@ def reasoned_parts(text: str) -> tuple[str, str] | None:
 
 
 def is_well_formed(text: str) -> bool:
-    """Whether both parts of a reasoned answer are there and none is empty."""
+    """Tell whether both parts of a reasoned answer are there and neither is empty."""
     parts = reasoned_parts(text)
     return parts is not None and all(part.strip() for part in parts)

@@ -1,4 +1,4 @@
-"""What a data file must be: there, readable, jsonl in UTF-8. If it is not: what it looks like, and the cure."""
+"""Check a data file: there, readable, jsonl in UTF-8. If it is not, say what it looks like and how to cure it."""
 
 import hashlib
 import os
@@ -6,7 +6,7 @@ import re
 import stat
 from pathlib import Path
 
-SAMPLE_BYTES, SAMPLES = 64 << 10, 64  # what is hashed: head, tail, and as much in between; a small file as a whole
+SAMPLE_BYTES, SAMPLES = 64 << 10, 64  # hashed: samples from head to tail; a small file as a whole
 CONVERT = "python scripts/prepare_data.py convert"
 SAMPLE = Path(__file__).resolve().parent / "sample"
 PUBLISHED = re.compile(r"(pretrain_hq|sft_(mini_)?\d+|dpo|r1_mix_\d+|lora_(identity|medical))\.jsonl")
@@ -85,7 +85,7 @@ def guess_encoding(head: bytes, fewest_wrong: int = 4) -> str | None:
         return "utf-16"
     if 4 * head.count(0) > len(head):
         return "utf-16-le" if head[1:2] == b"\0" else "utf-16-be"
-    # In another encoding most bytes beyond ASCII are wrong. A few wrong ones in UTF-8 are told line by line instead.
+    # In another encoding most bytes beyond ASCII are wrong. A few wrong ones in UTF-8 are reported line by line later.
     beyond = len(re.findall(rb"[\x80-\xff]", head))
     wrong = head.decode("utf-8", "replace").count("\ufffd")
     if wrong < fewest_wrong or 4 * wrong < beyond:

@@ -1,4 +1,4 @@
-"""Folders that are built once and shared by all processes, and what a full or read-only disk says."""
+"""Folders that are built once and shared by all processes, and the messages for a full or read-only disk."""
 
 import errno
 import os
@@ -89,7 +89,7 @@ def _replaced(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing_errors(folder: Path, what: str, flag: str = "--cache_dir") -> Iterator[None]:
-    """Turn a full or read-only disk into a ValueError that says what to do; flag: the one that names the folder."""
+    """Turn the error of a full or read-only disk into a ValueError with the cure; flag: what names the folder."""
     try:
         yield
     except OSError as error:
@@ -101,5 +101,5 @@ def writing_errors(folder: Path, what: str, flag: str = "--cache_dir") -> Iterat
 
 
 def write_array(file, array: np.ndarray) -> None:
-    # Not ndarray.tofile: on a full disk that says how many items were written, but not why no more.
+    # Not ndarray.tofile, which on a full disk says how many items it wrote, but not why it stopped.
     file.write(memoryview(np.ascontiguousarray(array)).cast("B"))

@@ -1,11 +1,11 @@
-"""A progress bar for everything that takes long: tokenizing, training, frozen passes, evaluation, downloads."""
+"""The progress bar for everything that takes long: tokenizing, training, frozen passes, evaluation, downloads."""
 
 import contextlib
 import sys
 
 from tqdm import tqdm
 
-LINE_SECONDS = 30  # between two lines where there is no terminal
+LINE_SECONDS = 30  # between two lines if there is no terminal
 LINE_FORMAT = "{desc}: {percentage:.0f}% of {total_fmt}, {elapsed} gone, {remaining} left, {rate_fmt}{postfix}"
 
 
@@ -15,7 +15,7 @@ class ProgressBar(tqdm):
         with ProgressBar("tokenizing", total_bytes, "B") as bar:
             bar.update(count, note="1,234 tokens")
 
-    done: amount that was there before, which does not count in the rate. Call clear() before printing on the terminal.
+    done: the amount done earlier, which does not count in the rate. Call clear() before printing on the terminal.
     """
 
     monitor_interval = 0  # no thread that watches slow loops: processes that fork must not have one
@@ -52,7 +52,7 @@ class ProgressBar(tqdm):
 
 
 class _SafeStream:
-    """Standard error that may be closed, full or of a narrow encoding. Where it is not a terminal: one line a write."""
+    """Standard error that may be closed, full or in a narrow encoding. If it is not a terminal, a write is one line."""
 
     def __init__(self, stream):
         self.stream, self.encoding = stream, getattr(stream, "encoding", None)

@@ -1,4 +1,4 @@
-"""Token ids to text for people, piece by piece: whole characters, no stop strings, thoughts separate, tool calls read.
+"""Token ids to text for people, piece by piece: whole characters, stop strings, thoughts apart, tool calls.
 
 Each class takes the output of the one before it and holds back only what a later piece may still turn into something
 that is not shown. The result does not depend on where the text was cut into pieces.
@@ -48,7 +48,7 @@ class TextStream:
 
 
 class StopStrings:
-    """Passes text on until one of the strings is complete; of two that overlap, the one complete first counts."""
+    """Passes text on until a stop string is complete; of two that overlap, the one that is complete first counts."""
 
     def __init__(self, strings: Sequence[str]):
         if any(not string for string in strings):
@@ -107,7 +107,7 @@ def len_of_open_end(text: str, string: str) -> int:
 
 
 class Spacing:
-    """Passes text on and holds white space back until it is known what follows: next to a tag it is dropped."""
+    """Passes text on, but holds white space back until it is clear what follows: next to a tag it is dropped."""
 
     def __init__(self):
         self._held: list[str] = []

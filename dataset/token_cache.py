@@ -6,8 +6,8 @@ A cache is a folder:
     offsets.bin  int64 (documents + 1), where each document begins in tokens.bin
     meta.json    what it was made of, and counts
 
-Worker processes read the file in ranges of bytes; this one writes the results in order. Memory does not grow with the
-data.
+Worker processes read the file in ranges of bytes; the main one writes the results in order. Memory does not grow with
+the data.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ from dataset.tokenization import ChatTokenizer
 from dataset.workers import results_in_order, usable_cores
 
 FORMAT_VERSION = 2
-RANGE_BYTES = 2 << 20  # of the file per task: about half a second of work, so that workers finish together
+RANGE_BYTES = 2 << 20  # of the file per task: half a second of work, so that workers finish at about the same time
 BATCH_CHARACTERS = 200_000  # per call of the tokenizer: bounds the Python lists of ids that are alive at once
 SHOWN_ERRORS = 10
 MAX_RECORD_BYTES = 16 << 20  # tokenizing a line takes about 90 times its size in memory
@@ -49,8 +49,8 @@ class TokenCache:
 
     tokens (meta["tokens"],) uint16, mask the same in uint8 or None, offsets (documents + 1,) int64: memory maps.
     meta: kind, documents, tokens, bytes (UTF-8 bytes of the text that is a target), records, skipped_lines,
-    first_skipped (messages), contents_sha256 (of tokens, mask and offsets, wherever the data file is), and what decides
-    them: data_path, data_bytes, tokenizer_sha256, format_version and so on.
+    first_skipped (messages), contents_sha256 (of tokens, mask and offsets, wherever the data file is), and all that
+    they depend on: data_path, data_bytes, tokenizer_sha256, format_version and so on.
     """
 
     def __init__(self, folder: str | Path):
@@ -133,7 +133,7 @@ def _write_cache(
     ranges = [(start, min(start + RANGE_BYTES, size)) for start in range(0, size, RANGE_BYTES)]
     counts = dict.fromkeys(("lines", "records", "bytes", "skipped_lines", "documents", "tokens"), 0)
     first_skipped, unused = [], Counter()
-    # A bad line ends the run, but people want to know all of them: after the first, ranges are only checked.
+    # A bad line ends the run, but people want to see all of them: after the first, ranges are only checked.
     tasks = ((byte_range, skip_bad_lines or not counts["skipped_lines"]) for byte_range in ranges)
     with ExitStack() as stack:
         names = ("tokens", "offsets", *(() if reader.kind == "pretrain" else ("mask",)))
@@ -188,7 +188,7 @@ def _refuse_bad_lines(data_path: Path, kind: str, counts: dict, first: list[str]
 
 @dataclass
 class Part:
-    """What the lines of one range became.
+    """The tokenized lines of one range.
 
     tokens uint16, mask uint8 (empty for pretrain) and lengths int64, one per document: empty if nothing was tokenized.
     bad_lines: (line of the range from 1, reason) of the first few. counts: see _write_cache. unused: see parse_record.
@@ -256,9 +256,9 @@ class RangeReader:
         return Part(tokens, mask, lengths, bad_lines, counts, unused)
 
     def _lines(self, start: int, end: int) -> Iterator[bytes]:
-        """Yield the lines that begin in [start, end), without white space around them or a byte order mark.
+        """Yield the lines that begin in [start, end), without surrounding white space or a byte order mark.
 
-        Of a line that is too long only the beginning.
+        Of a line that is too long, only the beginning is yielded.
         """
         try:
             with open(self.data_path, "rb") as file:

@@ -38,7 +38,7 @@ class ChatTokenizer:
     path: a folder with tokenizer.json (and tokenizer_config.json), or a tokenizer.json itself.
     Attributes: path (the folder), sha256 (hex digest of tokenizer.json, which is what weights and caches record),
     vocab_size (the highest id plus one), longest_token (characters), bos_id, eos_id, pad_id, template.
-    Pickles as its path. ValueError: a file is missing or broken, or the tokenizer lacks the control tokens of a chat.
+    Pickles as its path. Raises ValueError if a file is missing or broken, or if a chat's control tokens are missing.
     """
 
     def __init__(self, path: str | Path):
@@ -108,11 +108,10 @@ class ChatTokenizer:
     def encode_fitting(
         self, turns: list[dict], context_length: int, max_new_tokens: int, **options
     ) -> tuple[list[int], int]:
-        """Return encode_prompt without the oldest exchanges if they leave an answer too little room, and the number of
-        turns left out.
+        """Return encode_prompt without the oldest exchanges that leave an answer no room, and how many turns those are.
 
         An answer gets max_new_tokens, or a quarter of the context if that is less. A system turn and the last question
-        stay; an exchange is all from one question to the next.
+        stay; an exchange is everything from one question to the next.
         """
         longest = context_length - min(max_new_tokens, context_length // 4)
         system = turns[:1] if turns[0]["role"] == "system" else []
@@ -239,7 +238,7 @@ class ChatTokenizer:
 
 
 class StreamDecoder:
-    """Text of ids that arrive one at a time. The pieces of push, and of flush at the end, add up to decode of all ids.
+    """Decodes ids that arrive one at a time. The pieces of push and the final flush add up to decode of all ids.
 
     With a byte-level tokenizer a step costs the bytes of one token, whatever came before. Other tokenizers decode a
     window of a few ids again, and may turn invalid UTF-8 into more or fewer U+FFFD than decode does.
@@ -249,7 +248,7 @@ class StreamDecoder:
         self._tokenizer = tokenizer
         self._skip_control = skip_control
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._window = []  # other tokenizers: the ids shown last, which decide spacing, and those not shown yet
+        self._window = []  # other tokenizers: the last ids shown, which decide spacing, and those not shown yet
         self._shown = 0
 
     def push(self, token_id: int) -> str:
@@ -271,7 +270,7 @@ class StreamDecoder:
     def _release(self, final: bool) -> str:
         before = self._tokenizer.decode(self._window[: self._shown], self._skip_control)
         text = self._tokenizer.decode(self._window, self._skip_control)
-        # A character has at most four bytes: what is incomplete for longer is invalid and must not hold back the rest.
+        # A character has at most four bytes: if it is incomplete for longer, it is invalid and must not block the rest.
         if text.endswith("\ufffd") and len(self._window) - self._shown < 4 and not final:
             return ""
         self._window = self._window[self._shown :]

@@ -1,4 +1,4 @@
-"""A few real tools that run on this machine: what a model may call in the sample data, in GRPO and in the tool check.
+"""A few real tools that run on this machine; a model may call them in the sample data, in GRPO and in the tool check.
 
 Nothing evaluates code: the calculator walks the syntax tree of an arithmetic expression. A tool takes its arguments as
 a dict and returns text; a call that cannot be answered returns a line that says why, for the model to read.
@@ -33,11 +33,11 @@ UNITS = {
 
 
 class ToolError(ValueError):
-    """Why a call cannot be answered; the model reads it as the tool's result."""
+    """A call cannot be answered; the model reads the reason as the tool's result."""
 
 
 def calculator(expression: str) -> str:
-    """The value of an arithmetic expression with + - * / // % and brackets, exactly; not whole: 6 digits."""
+    """Return the exact value of an expression with + - * / // % and brackets; fractions get six decimals."""
     expression = str(expression).replace("×", "*").replace("÷", "/").replace("−", "-")
     if len(expression) > LONGEST:
         raise ToolError(f"the expression is longer than {LONGEST} characters")
@@ -66,14 +66,14 @@ def _value(node: ast.AST) -> Fraction:
 
 
 def number_text(value: Fraction) -> str:
-    """A whole number in full, any other to 6 digits behind the point, without trailing zeros."""
+    """Return a whole number in full, any other with up to six decimals."""
     if value.denominator == 1:
         return str(value.numerator)
     return f"{float(value):.6f}".rstrip("0").rstrip(".")
 
 
 def convert_units(value: float | str, source: str, target: str) -> str:
-    """A quantity in another unit of the same kind."""
+    """Return a quantity in another unit of the same kind."""
     try:
         amount = Fraction(str(value))
     except (ValueError, ZeroDivisionError) as error:
@@ -86,7 +86,7 @@ def convert_units(value: float | str, source: str, target: str) -> str:
 
 
 def clock(timezone_hours: float = 0) -> str:
-    """The date and time now, at this offset from UTC in hours."""
+    """Return date and time at this offset from UTC in hours."""
     if not -24 < float(timezone_hours) < 24:
         raise ToolError("timezone_hours must lie between -24 and 24")
     zone = datetime.timezone(datetime.timedelta(hours=float(timezone_hours)))
@@ -94,7 +94,7 @@ def clock(timezone_hours: float = 0) -> str:
 
 
 def text_length(text: str) -> str:
-    """The number of characters of a text."""
+    """Return the number of characters in a text."""
     return str(len(str(text)))
 
 
@@ -126,7 +126,7 @@ TOOLS = {
 
 
 def call_tool(name: str, arguments: dict, offered: Collection[str] = FUNCTIONS) -> str:
-    """The result of a call as text; a mistake in the call is told in the text, beginning with "error:"."""
+    """Return the result of a call as text; after a mistake in the call, a text that begins with "error:"."""
     function = FUNCTIONS.get(name) if name in offered else None
     if function is None:
         return f"error: there is no tool {name!r}; tools: {', '.join(offered)}"

@@ -1,7 +1,7 @@
-"""A function called in worker processes, its results in the order of the tasks.
+"""Call a function in worker processes; results come in the order of the tasks.
 
-Workers are plain subprocesses. Unlike multiprocessing's they do not import the main script again, and so neither torch
-nor transformers.
+Workers are plain subprocesses. Unlike multiprocessing's, they do not import the main script again, so they load neither
+torch nor transformers.
 """
 
 import gc
@@ -94,7 +94,7 @@ class _Worker:
 
 
 def worker_main() -> None:
-    """The process behind _Worker: tasks come in on standard input, results go out on standard output."""
+    """Run the process behind _Worker: tasks come in on standard input, results go out on standard output."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     output = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints must not mix with the results
@@ -114,7 +114,7 @@ def worker_main() -> None:
 
 
 def usable_cores() -> int:
-    """Return the cores that this process may run on: in a container fewer than the machine has."""
+    """Return the number of cores that this process may use; in a container that may be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -53,10 +53,6 @@ OLD_PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 OLD_BUFFERS = re.compile(r"(?:.*\.)?(?:pos_cis|freqs_cis|freqs_cos|freqs_sin|mask|k_cache|v_cache|cache_k|cache_v)")
 
 
-def has_old_names(state: State) -> bool:
-    return "tok_embeddings.weight" in state or any(".attention.wq." in key for key in state)
-
-
 def from_old_names(state: State, num_attention_heads: int) -> State:
     """Return the weights under today's names.
 
@@ -132,7 +128,7 @@ def hf_config(config: MiniMindConfig, dtype: torch.dtype) -> dict[str, Any]:
     if not config.use_moe:
         return fields | {"max_window_layers": config.num_hidden_layers}
     if kind == "qwen2_moe":
-        # qkv_bias: the biases are zeros; older runtimes read them unasked
+        # qkv_bias: the biases are zeros, but older runtimes read them in any case
         fields |= {"shared_expert_intermediate_size": config.intermediate_size * config.n_shared_experts}
         fields |= {"qkv_bias": True}
     return fields | {
@@ -219,7 +215,7 @@ def from_hf(state: State, hf: Any) -> tuple[State, MiniMindConfig]:
     """
     if hf.model_type == "minimind":
         config = MiniMindConfig(**hf.to_dict())
-        return _with_head(state, config), config
+        return _with_head(state), config
     if hf.model_type not in CLASSES:
         raise ValueError(
             f"model_type {hf.model_type} cannot become a .pth of ours; {', '.join(CLASSES)} and minimind can"
@@ -261,7 +257,7 @@ def from_hf(state: State, hf: Any) -> tuple[State, MiniMindConfig]:
     biases = [key for key in state if key.endswith(".bias")]
     _refuse({f"{key}, which is not zero": bool(state[key].any()) for key in biases})
     config = MiniMindConfig(**fields)
-    return _with_head({key: tensor for key, tensor in state.items() if key not in biases}, config), config
+    return _with_head({key: tensor for key, tensor in state.items() if key not in biases}), config
 
 
 def _split_experts(state: State) -> State:
@@ -296,7 +292,7 @@ def _from_qwen2_moe(state: State, hf: Any) -> State:
     return result
 
 
-def _with_head(state: State, config: MiniMindConfig) -> State:
+def _with_head(state: State) -> State:
     """Add the head, as a .pth holds the tied weight under both names. Raises ValueError if there is another head."""
     embedding = state["model.embed_tokens.weight"]
     head = state.get("lm_head.weight", embedding)

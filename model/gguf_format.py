@@ -173,8 +173,10 @@ def tensor_type(key: str, tensor: torch.Tensor, gguf_type: str) -> Any:
 
 
 def round_to_gguf(state: State, gguf_type: str) -> State:
-    """Return our tensors in float32 as a file of this type holds them. Rounding goes row by row, so the order of rows
-    does not matter."""
+    """Return our tensors in float32 as a file of this type holds them.
+
+    Rounding goes row by row, so the order of rows does not matter.
+    """
     from gguf import quants
 
     rounded = {}
@@ -253,8 +255,10 @@ def _add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
 
 
 def chat_template(folder: str | Path) -> str | list[dict] | None:
-    """Return the template of a tokenizer's folder (or its named ones) from whichever of transformers' two places holds
-    it; a file of its own has precedence. None: there is none."""
+    """Return the chat template of a tokenizer's folder, or its named ones, or None if there is none.
+
+    transformers knows two places; a file of its own has precedence.
+    """
     file, config_file = Path(folder) / "chat_template.jinja", Path(folder) / "tokenizer_config.json"
     if file.is_file():
         return file.read_text(encoding="utf-8")
@@ -274,7 +278,7 @@ def without_marks(template: str) -> str:
 def go_template(folder: str | Path) -> str | None:
     """Return the folder's chat template in Go's language, as ollama's Modelfile wants it; None if there is none.
 
-    It is put together from what the template makes of turns that hold marks.
+    It is pieced together from the template's output for turns that hold marks.
     """
     from transformers import AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""The one way from flags (stage, size, folder, device, dtype) to a model that is ready to answer.
+"""From flags (stage, size, folder, device, dtype) to a model that is ready to answer.
 
 add_flags(parser, "model_mode", "out_dir", "hidden_size", "use_moe", *READY_FLAGS)
 ready = load_ready(named_path(args), ChatTokenizer, **ready_flags(args))
@@ -22,7 +22,7 @@ from model.weights import IS_SAFETENSORS, STAGE_OF_MODE, find_weights, load_mode
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Tokens of conversation and answer for weights that do not say how long their rows were in training.
+# Tokens of conversation and answer for weights whose sidecar does not say how long rows were in training.
 CONTEXT = 8192
 
 
@@ -43,7 +43,7 @@ SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "num_hidden_layers": dict(type=int, help="read from the weights; checked against them if given"),
     "num_attention_heads": dict(type=at_least(1), help="of weights without a sidecar, if it is not 8"),
     "preset": dict(
-        choices=list(PRESETS), help="what the size flags do not say; also what weights without a sidecar are"
+        choices=list(PRESETS), help="a known model: sizes that no flag gives, and what a file without a sidecar is"
     ),
     "use_moe": dict(BOOL, help="chooses between files"),
     "max_seq_len": dict(
@@ -69,7 +69,7 @@ def add_flags(parser: argparse._ActionsContainer, *names: str) -> None:
         parser.add_argument(f"--{name}", **SHARED_FLAGS[name])
 
 
-# What load_ready takes by the same name.
+# Flags that load_ready takes by the same name.
 READY_FLAGS = (
     "preset", "num_attention_heads",
     "tokenizer_path", "trust_remote_code", "max_seq_len", "rope_scaling", "trained_length", "device", "dtype",
@@ -98,7 +98,7 @@ def named_path(args: argparse.Namespace) -> Path:
 
 
 def given_sizes(args: argparse.Namespace) -> tuple[int | None, int | None, bool | None]:
-    """Return hidden size, layers and whether it is a mixture, as the flags say, else --preset; None: not said."""
+    """Return hidden size, layers and whether it is a mixture: from the flags, else from --preset, else None."""
     preset = PRESETS[args.preset] if args.preset else {}
     if args.preset:
         preset = {"use_moe": False, **preset}
@@ -111,7 +111,7 @@ def ready_flags(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def tokenizer_folder(path: Path, given: str | Path | None = None) -> Path:
-    """Return the folder of the tokenizer that belongs to these weights, as far as one can tell."""
+    """Return the folder of the tokenizer that most likely belongs to these weights."""
     return Path(given or (path if (path / "tokenizer.json").is_file() else ROOT / "model"))
 
 
@@ -211,7 +211,7 @@ def load_folder(folder: Path, trust_remote_code: bool, dtype: torch.dtype) -> nn
             folder, local_files_only=True, dtype=dtype, output_loading_info=True, **options
         )
     except Exception as error:  # also pickle.UnpicklingError, SafetensorError ...
-        if "weights_only" in str(error):  # torch's advice to load it all the same
+        if "weights_only" in str(error):  # torch's message advises to load it anyway
             error = "its .bin files hold more than tensors, which could run code"
         own_code = "auto_map" in config and not trust_remote_code
         hint = "; the code in it runs only with --trust_remote_code" if own_code else ""
@@ -262,11 +262,11 @@ def check_sizes(
             raise ValueError(f"--{flag} is {given}, and {source} has {held}; leave the flag out")
 
 
-# --- how far it reads ------------------------------------------------------------------------------------------------
+# --- context length --------------------------------------------------------------------------------------------------
 
 
 def choose_context(config: Any, sidecar: dict | None, wanted: int | None = None) -> int:
-    """Return the tokens that conversation and answer may have; warn if the model was not trained on as many."""
+    """Return how many tokens conversation and answer may have; warn if the model was not trained on so many."""
     known = row_length(sidecar)
     scaling = getattr(config, "rope_parameters" if config.model_type != "minimind" else "rope_scaling", None) or {}
     if "original_max_position_embeddings" in scaling:
@@ -284,7 +284,7 @@ def choose_context(config: Any, sidecar: dict | None, wanted: int | None = None)
 
 
 def scale_positions(model: nn.Module, sidecar: dict | None, factor: float | None, length: int | None) -> None:
-    """Do what --rope_scaling and --trained_length ask for."""
+    """Apply --rope_scaling and --trained_length."""
     if factor is not None:
         stretch_context(model, factor, trained_length(sidecar, length))
     elif length is not None:
@@ -292,13 +292,13 @@ def scale_positions(model: nn.Module, sidecar: dict | None, factor: float | None
 
 
 def row_length(sidecar: dict | None) -> int | None:
-    """Return the tokens of the rows in training, if a sidecar knows them."""
+    """Return the length of training's rows in tokens, if the sidecar knows it."""
     length = (sidecar or {}).get("flags", {}).get("max_seq_len")
     return length if type(length) is int and 2 <= length < 2**31 else None
 
 
 def trained_length(sidecar: dict | None, given: int | None) -> int:
-    """Return the tokens of the longest rows that the weights were trained on: what is given, else their sidecar's."""
+    """Return the length of the rows in training: the given one, else the sidecar's."""
     known = given or row_length(sidecar)
     if not known:
         raise ValueError("--rope_scaling: name the length in tokens that the weights were trained on, --trained_length")

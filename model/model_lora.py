@@ -53,7 +53,7 @@ class LowRank(nn.Module):
 
     @torch.no_grad()
     def delta(self) -> torch.Tensor:
-        """Return what it adds to the weight, (out, in) in float32."""
+        """Return what the adapter adds to the weight, (out, in) in float32."""
         return self.scale * (self.B.weight.float() @ self.A.weight.float())
 
 

@@ -1,4 +1,4 @@
-"""The one rule for weight files: what they are called, how they are written and how they are read.
+"""Weight files: their names, how they are written and how they are read.
 
 A weight file is a plain state dict of half-precision tensors and nothing else. Its sidecar, a JSON file next to it,
 says what the weights are (configuration, stage, tokenizer, losses); it is used when present and never required.
@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -40,7 +40,7 @@ STAGES = {
     "grpo": Stage(5, "train_grpo.py", 3),
 }
 STAGE_OF_MODE = {stage.mode: name for name, stage in STAGES.items()}
-# What a sidecar holds, as far as it is read. Sidecars come from other people too.
+# The fields of a sidecar that are read. Other people's sidecars are checked against these types.
 SIDECAR_TYPES = {
     "config": dict,
     "flags": dict,
@@ -64,11 +64,11 @@ WEIGHT_NAME = re.compile(rf"(?P<stage>{'|'.join(STAGES)})_(?P<hidden_size>\d+)(?
 
 
 class WeightsError(ValueError):
-    """Weights that are missing, unreadable or do not fit; the message says what to do."""
+    """Weights are missing, unreadable or do not fit; the message says what to do."""
 
 
 def weight_path(out_dir: str | Path, stage: str, hidden_size: int, use_moe: bool) -> Path:
-    """out/{stage}_{hidden_size}{_moe}.pth"""
+    """Return out/{stage}_{hidden_size}{_moe}.pth."""
     return Path(out_dir) / f"{stage}_{hidden_size}{'_moe' if use_moe else ''}.pth"
 
 
@@ -81,8 +81,8 @@ def find_weights(
 ) -> Path:
     """Return the existing weight file that a flag names: a .pth, or a stage's file in out_dir.
 
-    A size of None is open: the only file of the stage that fits, else the dense one of size 512. size_flag: the flag
-    that chose hidden_size, for the message. Raises WeightsError if there is no such file, or no way to choose.
+    If a size is None, take the stage's only file that fits, else the dense one of size 512. size_flag: the flag that
+    chose hidden_size, for the message. Raises WeightsError if there is no such file, or no way to choose.
     """
     if stage_or_path not in STAGES:
         path = Path(stage_or_path)
@@ -112,7 +112,7 @@ def find_weights(
 
 
 def sidecar_path(path: str | Path) -> Path:
-    """NAME.json of a NAME.pth, NAME.gguf.json of a NAME.gguf, minimind.json in a folder in Hugging Face format."""
+    """Return NAME.json for NAME.pth, NAME.gguf.json for NAME.gguf, minimind.json in a Hugging Face folder."""
     path = Path(path)
     if path.suffix == ".gguf":  # NAME.json would be the sidecar of a NAME.pth
         return path.with_name(path.name + ".json")
@@ -120,7 +120,7 @@ def sidecar_path(path: str | Path) -> Path:
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write to a temporary file, flush it to disk, rename it: a reader sees the old file or the new one, never a part.
+    """Write to a temporary file, flush it to disk and rename it: a reader sees the old file or the new one, whole.
 
     Raises WeightsError if the folder cannot be written or the disk is full; the previous file stays as it was.
     """
@@ -231,9 +231,9 @@ def read_sidecar(path: str | Path) -> dict[str, Any] | None:
 
 
 def read_state_dict(path: str | Path, old_names: bool = False) -> dict[str, torch.Tensor]:
-    """Read a .pth of tensors, and of nothing that could run code, under plain names.
+    """Return the tensors of a .pth under plain names; anything that could run code is refused.
 
-    old_names: accept the names of before April 2025, which are an error otherwise.
+    old_names: accept the names from before April 2025, which are an error otherwise.
     """
     path = Path(path)
     if not path.is_file():
@@ -247,12 +247,17 @@ def read_state_dict(path: str | Path, old_names: bool = False) -> dict[str, torc
         raise WeightsError(
             f"{path} does not hold a plain state dict (names to tensors); it is not a weight file of ours"
         )
-    if not old_names and ("tok_embeddings.weight" in state or any(".attention.wq." in key for key in state)):
+    if not old_names and has_old_names(state):
         raise WeightsError(
             f"{path} holds weights of the original project from before April 2025 (tok_embeddings, wq, w1 ...); "
             "turn them into today's names with scripts/convert_model.py first"
         )
     return {clean_key(key): tensor for key, tensor in state.items()}
+
+
+def has_old_names(state: Iterable[str]) -> bool:
+    """Tell whether tensors have the names that the original project used before April 2025."""
+    return any(key == "tok_embeddings.weight" or ".attention.wq." in key for key in state)
 
 
 def mistaken_file(path: Path) -> str:
@@ -284,8 +289,11 @@ def listed_weights(folder: Path) -> str:
 def config_from_state_dict(
     state: dict[str, torch.Tensor], sidecar: dict | None = None, unseen: dict[str, Any] | None = None
 ) -> MiniMindConfig:
-    """Read the sizes off the tensors. What they do not show (theta, eps, top-k, without qk_norm the number of heads)
-    is the sidecar's, else `unseen`, else what the original's models of this kind have."""
+    """Read the sizes off the tensors.
+
+    What tensors do not show (theta, eps, top-k, without qk_norm the number of heads) comes from the sidecar, else from
+    `unseen`, else from the original's models of this kind.
+    """
     prefix = "model.layers.0."
     try:
         vocab_size, hidden_size = state["model.embed_tokens.weight"].shape
@@ -387,14 +395,14 @@ def load_model(
 ) -> tuple[MiniMindForCausalLM, dict[str, Any] | None]:
     """Return the model of a weight file, in eval mode, and its sidecar.
 
-    unseen: configuration for a file without a sidecar, as far as its tensors do not show it.
+    unseen: configuration that the tensors do not show, for a file without a sidecar.
     """
     state = read_state_dict(path)
     sidecar = read_sidecar(path)
     check_tokenizer(path, sidecar, tokenizer_sha256)
     tie_head(path, state)
     config = config_of_file(path, state, sidecar, unseen)
-    with torch.random.fork_rng(devices=[]):  # a run draws the same numbers whether a frozen model was loaded or not
+    with torch.random.fork_rng(devices=[]):  # loading a frozen model must not change what the run draws later
         model = MiniMindForCausalLM(config)
     check_shapes(model, state, path)
     model.load_state_dict(state, strict=True)
@@ -430,7 +438,7 @@ def _check_heads(model: nn.Module, sidecar: dict | None, path: str | Path) -> No
 
 
 def check_shapes(model: nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Raise WeightsError that says which flag to change; load_state_dict would list tensors."""
+    """Raise WeightsError if shapes differ, and say which flag to change; load_state_dict would only list tensors."""
     own = {clean_key(key): tensor for key, tensor in model.state_dict().items()}
     if own.keys() == state.keys() and all(own[key].shape == state[key].shape for key in own):
         return

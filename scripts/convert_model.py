@@ -37,7 +37,7 @@ import torch
 from safetensors import SafetensorError
 
 from dataset.tokenization import ChatTokenizer
-from model.export import CLASSES, from_hf, from_old_names, has_old_names, hf_config, hf_format, to_hf
+from model.export import CLASSES, from_hf, from_old_names, hf_config, hf_format, to_hf
 from model.flags import show_defaults
 from model.gguf_format import chat_template, check_gguf_type, go_template, read_gguf, round_to_gguf, write_gguf
 from model.loading import (
@@ -74,6 +74,7 @@ from model.weights import (
     config_of_file,
     file_mode,
     find_weights,
+    has_old_names,
     load_model,
     missing_message,
     read_sidecar,
