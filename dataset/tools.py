@@ -125,6 +125,18 @@ TOOLS = {
 }  # fmt: skip
 
 
+def offered_tools(turns: list[dict]) -> dict[str, dict]:
+    """name -> tool, of those that a conversation offers."""
+    tools = (tool for turn in turns for tool in turn.get("tools", ()))
+    return {str(tool.get("function", tool).get("name")): tool for tool in tools}
+
+
+def unknown_tools(turns: list[dict]) -> str:
+    """Say which of the tools that a conversation offers does not run here; "" if all do."""
+    unknown = sorted(offered_tools(turns).keys() - FUNCTIONS.keys())
+    return f"no tool {unknown[0]!r} runs here; known are {', '.join(FUNCTIONS)}" if unknown else ""
+
+
 def call_tool(name: str, arguments: dict, offered: Collection[str] = FUNCTIONS) -> str:
     """Return the result of a call as text; after a mistake in the call, a text that begins with "error:"."""
     function = FUNCTIONS.get(name) if name in offered else None

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ from conftest import (
 
 from dataset.text_stream import ToolCall
 from dataset.tools import TOOLS
-from trainer import rollouts, train_grpo
+from trainer import estimate, rollouts, train_grpo
 from trainer.rewards import build_rewards, score_answer
 
 LOSSES = ("dr_grpo", "grpo", "cispo")
@@ -269,6 +270,28 @@ def test_an_adapter_is_saved_merged(train, start, tmp_path):
     assert saved.keys() == base.keys()
     embedding, matrix = "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(saved[embedding], base[embedding]) and not torch.equal(saved[matrix], base[matrix])
+
+
+def test_an_estimate_times_whole_steps_and_keeps_nothing(start, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(estimate, "SECONDS", 0)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    flags = grpo_flags(start, tmp_path / "out", max_steps=50, save_interval=1)
+    estimate.run_or_estimate(train_grpo.main, [*flags, "--estimate"])
+    shown = capfd.readouterr().out
+    assert "this machine" in shown and re.search(r"tokens in 50 steps", shown)
+    (file,) = (path for path in (tmp_path / "out").rglob("*") if path.is_file())
+    record = json.loads(file.read_text("utf-8"))
+    assert record["steps"] == 50 and record["timed"] >= 4 and record["seconds"] > 0
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_zero_trains_as_ddp_does(launcher, start, tmp_path, zero_stage):
+    pytest.importorskip("deepspeed")
+    for name, flags in (("ddp", {}), ("zero", {"zero_stage": zero_stage})):
+        launcher.run("train_grpo", grpo_flags(start, tmp_path / name, **flags), 2, 400)
+    for ours, theirs in zip(*(read_log(tmp_path / name, "grpo_32") for name in ("zero", "ddp")), strict=True):
+        assert ours["reward"] == theirs["reward"] and ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
 
 
 # --- tools -----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from scripts import score_sample
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ROOT / "dataset" / "sample"
-FILES = ("pretrain.jsonl", "sft.jsonl", "valid.jsonl", "questions.jsonl")
+FILES = ("pretrain.jsonl", "sft.jsonl", "valid.jsonl", "questions.jsonl", "tools.jsonl", "tool_questions.jsonl")
 
 
 def load_maker():
@@ -71,6 +71,14 @@ def test_the_script_needs_the_standard_library_alone(tmp_path):
     # -I -S: no site-packages, and the repository is not on the path
     command = [sys.executable, "-I", "-S", str(SAMPLE / "make_sample.py"), "--output_dir", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+
+
+def test_no_sum_that_the_tools_are_asked_is_trained_on():
+    def sums(name: str) -> set[frozenset]:
+        questions = (r["conversations"][1]["content"] for r in records(name) if len(r["conversations"]) > 3)
+        return {frozenset(re.findall(r"\d+", question)) for question in questions}
+
+    assert len(sums("tool_questions.jsonl")) > 40 and not sums("tool_questions.jsonl") & sums("tools.jsonl")
 
 
 def test_size_and_share_of_rules(questions):

@@ -27,7 +27,7 @@ from dataset.lm_dataset import RecordError, parse_prompt
 from dataset.packing import best_fit
 from dataset.text_stream import ToolCall, ToolCallSplitter
 from dataset.tokenization import ChatTokenizer
-from dataset.tools import FUNCTIONS, call_tool
+from dataset.tools import call_tool, offered_tools, unknown_tools
 from model.batching import Engine
 from model.sampling import SamplingParams
 from trainer.distributed import Process, gather_objects, sum_over_ranks
@@ -287,11 +287,6 @@ class Sampler:
         return True
 
 
-def offered_tools(turns: list[dict]) -> dict[str, None]:
-    """The names of the tools that a conversation offers, in their order."""
-    return {str(tool.get("function", tool).get("name")): None for turn in turns for tool in turn.get("tools", ())}
-
-
 def read_prompts(path: Path, skip_bad_lines: bool) -> list[dict]:
     """The records of a prompt file: conversations, answer, and whatever else a reward of the user's own reads."""
     records, bad = [], []
@@ -301,9 +296,9 @@ def read_prompts(path: Path, skip_bad_lines: bool) -> list[dict]:
                 if line.strip():
                     try:
                         records.append(parse_prompt(line))
-                        if unknown := offered_tools(records[-1]["conversations"]).keys() - FUNCTIONS.keys():
+                        if unknown := unknown_tools(records[-1]["conversations"]):
                             records.pop()
-                            raise RecordError(f"no tool {unknown.pop()!r} runs here; known are {', '.join(FUNCTIONS)}")
+                            raise RecordError(unknown)
                     except RecordError as error:
                         bad.append(f"line {number}: {error}")
     except (OSError, UnicodeDecodeError) as error:

@@ -717,6 +717,52 @@ def conversations(facts: list[Fact]) -> list[dict]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Tools: sums too long for the head go to the calculator
+
+CALCULATOR = {  # as dataset/tools.py offers it
+    "type": "function",
+    "function": {
+        "name": "calculator",
+        "description": "Work out an arithmetic expression",
+        "parameters": {
+            "type": "object",
+            "properties": {"expression": {"type": "string"}},
+            "required": ["expression"],
+        },
+    },
+}
+LONG_SUMS = {"+": ["{a}+{b}等于多少？", "{a}加{b}等于几？", "算一算{a}+{b}。"]}
+LONG_SUMS["-"] = ["{a}-{b}等于多少？", "{a}减{b}等于几？", "算一算{a}-{b}。"]
+
+
+def tool_conversations(facts: list[Fact]) -> list[dict]:
+    """Conversations that offer the calculator. Each sum of three digits is called for once; short ones need no call."""
+    dice, made, seen = Dice("tools"), [], set()
+    system = {"role": "system", "content": "", "tools": [CALCULATOR]}
+    while len(made) < 300:
+        a, b, sign = 100 + dice.below(900), 100 + dice.below(900), dice.pick("+-")
+        if (a, b) in seen or (sign == "-" and a < b):
+            continue
+        seen |= {(a, b), (b, a)}
+        result = str(a + b if sign == "+" else a - b)
+        call = {"name": "calculator", "arguments": {"expression": f"{a}{sign}{b}"}}
+        turns = [
+            system,
+            {"role": "user", "content": dice.pick(LONG_SUMS[sign]).format(a=a, b=b)},
+            {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
+            {"role": "tool", "content": result},
+            {"role": "assistant", "content": f"{a}{sign}{b}={result}。"},
+        ]
+        made.append({"conversations": turns})
+    short = [each for each in exchanges(facts) if re.match(r"\d[+-]\d：", each[1])][:60]
+    made += [
+        {"conversations": [system, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        for question, answer in short
+    ]
+    return dice.shuffled(made)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Pretraining texts
 
 STATED = {
@@ -796,11 +842,14 @@ def make_sample() -> dict[str, list[dict]]:
     pretrain = list(dict.fromkeys(texts(facts, Dice("pretrain"))))
     seen = set(pretrain)
     valid = [text for text in texts(facts, Dice("valid")) if text not in seen][:150]
+    with_tools = tool_conversations(facts)
     return {
         "pretrain.jsonl": [{"text": text} for text in pretrain],
         "sft.jsonl": conversations(facts),
         "valid.jsonl": [{"text": text} for text in valid],
         "questions.jsonl": questions,
+        "tools.jsonl": with_tools[60:],
+        "tool_questions.jsonl": with_tools[:60],
     }
 
 

@@ -1,0 +1,172 @@
+"""Score tool use: held-out conversations, played through a server with the openai client and the tools of this machine.
+
+    python scripts/eval_toolcall.py --out_dir out/quickstart/tools              weights: it starts a server for them
+    python scripts/eval_toolcall.py --base_url http://127.0.0.1:8998/v1             a server that runs
+
+A record of --data_path is a conversation as in training: a system turn with tools of dataset/tools.py, a question,
+calls and their results, the answer. The model gets the tools and the question; its own calls are carried out, and it
+goes on until it calls no more. Prints how many conversations have the right calls (names, in order; none if none is
+due), the right arguments too, and the right final answer (its last number, or its text if the gold one has no number).
+"""
+
+import argparse
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import openai
+
+from dataset.answers import exact_matches, number, number_matches
+from dataset.lm_dataset import RecordError, parse_record
+from dataset.tools import call_tool, offered_tools, unknown_tools
+from model.flags import at_least, show_defaults
+from model.loading import add_flags
+from model.streams import set_up_streams
+from scripts.openai_client import explain, new_client
+
+MOST_TURNS, LONGEST_TURN = 8, 256  # of the model in one conversation; tokens
+TOGETHER = 16  # conversations
+START_SECONDS = 180
+SERVER_FLAGS = ("model_mode", "out_dir", "hidden_size", "use_moe", "tokenizer_path", "lora_name", "device")
+
+
+def read_conversations(path: Path) -> list[list[dict]]:
+    """Return the turns of each record. Raises ValueError that names a wrong file or line."""
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--data_path {path} cannot be read: {error}") from error
+    conversations = []
+    for at, line in enumerate(lines, 1):
+        try:
+            turns = parse_record("conversation", line)
+        except RecordError as error:
+            raise ValueError(f"{path}:{at}: {error}") from error
+        reason = unknown_tools(turns)
+        if not reason and (turns[-1]["role"] != "assistant" or "tool_calls" in turns[-1]):
+            reason = "it must end with the assistant's answer"
+        if reason:
+            raise ValueError(f"{path}:{at}: {reason}")
+        conversations.append(turns)
+    if not conversations:
+        raise ValueError(f"--data_path {path} holds no conversation")
+    return conversations
+
+
+def calls_of(turns: list[dict]) -> list[tuple[str, dict]]:
+    """(name, arguments) of every call, in order."""
+    calls = [call["function"] for turn in turns for call in turn.get("tool_calls", ())]
+    return [(call["name"], as_object(call["arguments"])) for call in calls]
+
+
+def as_object(arguments: str | dict) -> dict:
+    with contextlib.suppress(ValueError):
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    return arguments if isinstance(arguments, dict) else {"": arguments}
+
+
+def play(client: openai.OpenAI, turns: list[dict], model: str) -> list[dict]:
+    """Return the turns that follow the question: calls, their results, and the model's last answer."""
+    tools = offered_tools(turns)
+    question = next(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
+    messages = [{key: turn[key] for key in ("role", "content")} for turn in turns[:question]]
+    for _ in range(MOST_TURNS):
+        completion = client.chat.completions.create(
+            model=model, messages=messages, tools=list(tools.values()), temperature=0, max_tokens=LONGEST_TURN
+        )
+        said = completion.choices[0].message
+        messages.append(said.model_dump(include={"role", "content", "tool_calls"}, exclude_none=True))
+        for call in said.tool_calls or ():
+            result = call_tool(call.function.name, as_object(call.function.arguments), tools)
+            messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
+        if not said.tool_calls:
+            break
+    return messages[question:]
+
+
+def judge(played: list[dict], gold: list[dict]) -> dict[str, bool]:
+    """Whether the calls, their arguments and the final answer are right."""
+    calls, expected = calls_of(played), calls_of(gold)
+    answer, wanted = played[-1].get("content") or "", gold[-1]["content"]
+    if played[-1]["role"] != "assistant" or "tool_calls" in played[-1]:
+        answer = ""  # it never stopped calling
+    matches = exact_matches if number(wanted) is None else number_matches
+    return {
+        "calls": [name for name, _ in calls] == [name for name, _ in expected],
+        "arguments": calls == expected,
+        "answer": matches(answer, wanted),
+    }
+
+
+@contextlib.contextmanager
+def own_server(args: argparse.Namespace) -> Iterator[str]:
+    """The base URL of a server for these weights. Raises ValueError if it does not start."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(ROOT / "scripts" / "serve_openai_api.py"), "--port", str(port), "--quiet"]
+    for flag in SERVER_FLAGS:
+        if (value := getattr(args, flag)) is not None:
+            command += [f"--{flag}", str(value)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + START_SECONDS
+        while True:
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            if server.poll() is not None or time.monotonic() > end:
+                raise ValueError("the server did not start; its message is above")
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data_path", type=Path, default=ROOT / "dataset" / "sample" / "tool_questions.jsonl", help="jsonl")
+    add("--base_url", help="an OpenAI-compatible server (default: one is started for the weights that follow)")
+    add("--api_key", default="none", help="for --base_url")
+    add("--model", default="minimind", help="name of the model there")
+    add_flags(parser, *SERVER_FLAGS)
+    add("--examples", type=at_least(0), default=5, help="wrong conversations to print")
+    show_defaults(parser)
+    set_up_streams()
+    args = parser.parse_args(argv)
+    try:
+        conversations = read_conversations(args.data_path)
+        with contextlib.nullcontext(args.base_url) if args.base_url else own_server(args) as base_url:
+            client = new_client(openai.OpenAI, base_url, api_key=args.api_key)
+            with ThreadPoolExecutor(TOGETHER) as pool:
+                played = list(pool.map(lambda turns: play(client, turns, args.model), conversations))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except openai.OpenAIError as error:
+        sys.exit(f"error: {explain(error, base_url)}")
+    judged = [judge(turns, gold) for turns, gold in zip(played, conversations, strict=True)]
+    shown = 0
+    for turns, gold, right in zip(played, conversations, judged, strict=True):
+        if not all(right.values()) and shown < args.examples:
+            shown += 1
+            question = next(turn["content"] for turn in gold if turn["role"] == "user")
+            said = [f"{name}({json.dumps(a, ensure_ascii=False)})" for name, a in calls_of(turns)]
+            print(f"  {question}  ->  {', '.join([*said, repr(turns[-1].get('content'))])}")
+    print(f"{args.data_path}: {len(judged)} conversations")
+    for name in ("calls", "arguments", "answer"):
+        print(f"right {name}: {100 * sum(each[name] for each in judged) / len(judged):.1f} %")
+
+
+if __name__ == "__main__":
+    main()
