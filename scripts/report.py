@@ -9,10 +9,12 @@ and curves.svg and curves.png, the losses of all stages. Logs are only read, als
 """
 
 import argparse
+import contextlib
 import html
 import statistics
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,7 +27,7 @@ from scripts.report_logs import Run, differences, read_folder, read_json, read_r
 from trainer.estimate import duration, gigabytes
 from trainer.loader import plural
 
-WAYS = ("letters", "sum", "per_token", "per_byte", "pass@1")
+WAYS = ("letters", "sum", "per_token", "per_byte")
 Table = tuple[list[str], list[list[str]]]  # header, rows
 
 
@@ -81,27 +83,25 @@ def milestones(runs: list[Run]) -> Table:
     """Return losses at the start, a tenth, half, and the end."""
     rows = []
     for run in runs:
-        for held_out in (False, True):
-            found = run.milestones()
-            cells = [
-                f"{at[2 + held_out]:.3f} (step {at[1]:,})" if at[2 + held_out] is not None else "–" for at in found
-            ]
-            if set(cells) != {"–"}:
-                rows.append([run.label or run.name, "held out" if held_out else "training", *cells])
+        for what, (steps, losses) in (("training", run.series("loss")), ("held out", run.series("valid_loss", True))):
+            cells = []
+            for share in (0, 0.1, 0.5, 1):
+                wanted = max(share * run.total_steps, 1)
+                step, loss = min(zip(steps, losses, strict=True), key=lambda at: abs(at[0] - wanted), default=(0, 0))
+                near = abs(step - wanted) <= max(0.05 * run.total_steps, 1)
+                cells.append(f"{loss:.3f} (step {step:,})" if step and near else "–")
+            rows += [[run.label or run.name, what, *cells]] if steps else []
     return ["run", "loss", "start", "a tenth", "half", "end"], rows
 
 
 def summary(runs: list[Run], price: float | None) -> Table:
     """Return a row for each stage, and their sum."""
-    rows, costs = [], [run.cost(price) for run in runs]
-    for run, cost in zip(runs, costs, strict=True):
-        facts = dict(tiles(run, price))
-        cells = [facts.get(name, "–") for name in ("tokens", "loss", "held-out loss", "bits per byte", "time")]
-        rows.append([run.name, run.state, *cells, "–" if cost is None else f"${cost:,.2f}"])
+    names = ("tokens", "loss", "held-out loss", "bits per byte", "time", "cost")
+    rows = [[run.name, run.state, *(dict(tiles(run, price)).get(name, "–") for name in names)] for run in runs]
+    costs = [cost for run in runs if (cost := run.cost(price)) is not None]
     total = duration(sum(run.wall_seconds for run in runs))
-    paid = [cost for cost in costs if cost is not None]
-    rows.append(["all", *[""] * 5, total, f"${sum(paid):,.2f}" if paid else "–"])
-    return ["run", "state", "tokens", "loss", "held-out loss", "bits per byte", "time", "cost"], rows
+    rows.append(["all", *[""] * 5, total, f"${sum(costs):,.2f}" if costs else "–"])
+    return ["run", "state", *names], rows
 
 
 def differing(runs: list[Run]) -> Table:
@@ -119,40 +119,39 @@ def samples(run: Run) -> Table:
 
 def settings(run: Run) -> Table:
     rows = [[f"--{name}", str(value)] for name, value in run.changed_flags.items()]
+    rows += [[f"{name} version", str(value)] for name, value in run.start.get("versions", {}).items()]
     return ["setting that is not the default", "value"], rows
 
 
-def scores(out_dir: Path) -> Table:
-    """Return what scripts/evaluate.py found for the weights of a folder."""
+def scores(content: dict) -> Table:
+    """Return what scripts/evaluate.py found for weights."""
     rows = []
-    for path in sorted((out_dir / "scores").glob("*.json")):
-        content = read_json(path)
-        for task, entry in content.get("tasks", {}).items():
-            cells = [share(entry.get(way)) for way in WAYS]
-            if "pass@1" in entry:
-                cells[-1] = share(entry | {"accuracy": entry["pass@1"]})
-            questions, chance = f"{entry['questions']:,}", f"{entry['chance']:.1%}" if "chance" in entry else "–"
-            rows.append([str(content.get("weights")), task, questions, chance, *cells])
-    return ["weights", "set", "questions", "chance", *(way.replace("_", " ") for way in WAYS)], rows
+    for task, entry in content["tasks"].items():
+        cells = [share(entry[way]) if way in entry else "–" for way in WAYS]
+        cells += [share(entry | {"accuracy": entry["pass@1"]}) if "pass@1" in entry else "–"]
+        chance = f"{entry['chance']:.1%}" if "chance" in entry else "–"
+        rows.append([str(content["weights"]), task, f"{entry['questions']:,}", chance, *cells])
+    return ["weights", "set", "questions", "chance", *(way.replace("_", " ") for way in WAYS), "pass@1"], rows
 
 
-def share(entry: dict | None) -> str:
-    return f"{entry['accuracy']:.1%} ± {entry['stderr']:.1%}" if entry else "–"
+def share(entry: dict) -> str:
+    return f"{entry['accuracy']:.1%} ± {entry['stderr']:.1%}"
 
 
-def exact_matches(out_dir: Path) -> Table:
+def exact_matches(content: dict) -> Table:
     """Return what scripts/score_sample.py found."""
-    rows = []
-    for path in sorted(out_dir.glob("*.score.json")):
-        content = read_json(path)
-        for name, entry in [("all", content["all"]), *content["categories"].items()]:
-            rows.append([content["weights"], name, f"{entry['right']} / {entry['asked']}", f"{entry['percent']} %"])
-    return ["weights", "questions", "right", "exact match"], rows
+    entries = [("all", content["all"]), *content["categories"].items()]
+    rows = [[name, f"{entry['right']} / {entry['asked']}", f"{entry['percent']} %"] for name, entry in entries]
+    return [f"questions to {content['weights']}", "right", "exact match"], rows
 
 
-def dialogue(out_dir: Path) -> list[dict]:
-    """Return the questions and answers that a run script left: out_dir/report/dialogue.json."""
-    return read_json(out_dir / "report" / "dialogue.json").get("turns", [])
+def tables_of(paths: Iterable[Path], read: Callable[[dict], Table]) -> list[Table]:
+    """Return the table of each file, except for files that are something else."""
+    found = []
+    for path in sorted(paths):
+        with contextlib.suppress(KeyError, TypeError, AttributeError, ValueError):
+            found.append(read(read_json(path)))
+    return found
 
 
 # --- the page and the Markdown ---------------------------------------------------------------------------------------
@@ -165,9 +164,9 @@ class Report:
         self.title, self.html, self.markdown = title, [], [f"# {title}", ""]
         self.html.append(f"<h1>{html.escape(title)}</h1>")
 
-    def heading(self, text: str, level: int = 2) -> None:
-        self.html.append(f"<h{level}>{html.escape(text)}</h{level}>")
-        self.markdown += [f"{'#' * level} {text}", ""]
+    def heading(self, text: str) -> None:
+        self.html.append(f"<h2>{html.escape(text)}</h2>")
+        self.markdown += [f"## {text}", ""]
 
     def lines(self, lines: list[str]) -> None:
         self.html += [f"<p>{html.escape(line)}</p>" for line in lines]
@@ -193,13 +192,17 @@ class Report:
         self.markdown += [*(f"| {' | '.join(row)} |" for row in clean), ""]
 
     def charts(self, runs: list[Run]) -> None:
-        drawn = (f"<figure>{report_charts.svg(chart)}</figure>" for _, chart in report_charts.charts(runs))
+        drawn = (f"<figure>{report_charts.svg(chart)}</figure>" for chart in report_charts.charts(runs))
         self.html.append(f'<div class="charts">{"".join(drawn)}</div>')
 
     def said(self, turns: list[dict]) -> None:
+        bubbles = "".join(
+            f'<div class="{who}">{html.escape(str(turn.get(who, "")))}</div>'
+            for turn in turns
+            for who in ("you", "model")
+        )
+        self.html.append(f'<div class="said">{bubbles}</div>')
         for turn in turns:
-            for who in ("you", "model"):
-                self.html.append(f'<div class="{who}">{html.escape(str(turn.get(who, "")))}</div>')
             self.markdown += [f"> **you:** {turn.get('you')}\n>\n> **model:** {turn.get('model')}", ""]
 
     def write(self, folder: Path, groups: list[list[Run]]) -> Path:
@@ -223,16 +226,6 @@ class Report:
         return folder / "report.html"
 
 
-def describe(report: Report, run: Run, price: float | None) -> None:
-    report.heading(run.name)
-    report.lines(notes(run))
-    report.tiles(tiles(run, price))
-    report.charts([run])
-    report.table(samples(run), "samples over time")
-    report.table(settings(run), "settings and versions")
-    report.lines([", ".join(f"{name} {version}" for name, version in run.start.get("versions", {}).items())])
-
-
 def report_folder(out_dir: Path, output: Path, price: float | None) -> Path:
     """Write the report of an output folder and return the page. Raises ValueError if there is nothing to report."""
     runs, wrong = read_folder(out_dir)
@@ -240,17 +233,22 @@ def report_folder(out_dir: Path, output: Path, price: float | None) -> Path:
     report.lines([f"made {time.strftime('%Y-%m-%d %H:%M')} from {out_dir / 'logs'}", *wrong])
     report.table(summary(runs, price))
     report.table(milestones(runs))
-    if turns := dialogue(out_dir):
+    if turns := read_json(out_dir / "report" / "dialogue.json").get("turns"):  # see scripts/speedrun.py
         report.heading("A conversation")
-        report.html.append('<div class="said">')
         report.said(turns)
-        report.html.append("</div>")
-    if found := [table for table in (scores(out_dir), exact_matches(out_dir)) if table[1]]:
+    found = tables_of((out_dir / "scores").glob("*.json"), scores)
+    found += tables_of(out_dir.glob("*.score.json"), exact_matches)
+    if found:
         report.heading("Scores")
-        for table in found:
-            report.table(table)
+    for table in found:
+        report.table(table)
     for run in runs:
-        describe(report, run, price)
+        report.heading(run.name)
+        report.lines(notes(run))
+        report.tiles(tiles(run, price))
+        report.charts([run])
+        report.table(samples(run), "samples over time")
+        report.table(settings(run), "settings and versions")
     return report.write(output, [[run] for run in runs])
 
 

@@ -48,14 +48,14 @@ def metrics_of(runs: list[Run]) -> dict[str, str]:
     return {name: found[name] for name in sorted(found, key=lambda n: ORDER.index(n) if n in ORDER else len(ORDER))}
 
 
-def charts(runs: list[Run]) -> list[tuple[str, Figure]]:
-    """Return (title, chart) for every metric of a run, or of several on top of each other."""
+def charts(runs: list[Run]) -> list[Figure]:
+    """Return a chart for every metric of a run, or of several on top of each other."""
     found = []
     for name, held_out in metrics_of(runs).items():
         with matplotlib.rc_context(STYLE):
             figure = Figure(figsize=(4.6, 2.5), layout="constrained")
-            title = _draw(figure.add_subplot(), runs, name, held_out)
-        found.append((title, figure))
+            _draw(figure.add_subplot(), runs, name, held_out)
+        found.append(figure)
     return found
 
 
@@ -73,7 +73,7 @@ def overview(groups: list[list[Run]]) -> Figure:
     return figure
 
 
-def _draw(axes, runs: list[Run], name: str, held_out: str) -> str:
+def _draw(axes, runs: list[Run], name: str, held_out: str) -> None:
     title, tops = TITLES.get(name, name.replace("_", " ")), []
     for number, run in enumerate(runs):
         colour = COLOURS[number % len(COLOURS)][0]
@@ -104,7 +104,6 @@ def _draw(axes, runs: list[Run], name: str, held_out: str) -> str:
     axes.set_xlim(left=0)
     if len(axes.get_legend_handles_labels()[0]) > 1:
         axes.legend()
-    return title
 
 
 def thinned(steps: list[int], values: list[float]) -> tuple[list[int], list[float]]:

@@ -92,21 +92,6 @@ class Run:
             pairs[name] = own[0] if own else ""
         return pairs | {f"held out {name}": name for name in held_out if name not in pairs.values()}
 
-    def milestones(self) -> list[tuple[str, int, float, float | None]]:
-        """Return (when, step, loss, held-out loss there or None) at the start, a tenth, half, and the end."""
-        found, (steps, losses), held_out = (
-            [],
-            self.series("loss"),
-            list(zip(*self.series("valid_loss", True), strict=True)),
-        )
-        for when, share in (("start", 0), ("a tenth", 0.1), ("half", 0.5), ("end", 1)):
-            at = min(range(len(steps)), key=lambda n: abs(steps[n] - max(share * self.total_steps, 1)), default=None)
-            if at is None:
-                continue
-            near = [value for step, value in held_out if abs(step - steps[at]) <= 0.02 * self.total_steps]
-            found.append((when, steps[at], losses[at], near[-1] if near else None))
-        return found
-
 
 def read_json(path: Path) -> dict:
     """Return the object in a file; {} if there is none."""
@@ -132,8 +117,9 @@ def read_run(path: Path) -> Run:
         try:
             content = json.loads(line)
             event = content["event"]
-            if event in ("step", "evaluation", "end") and not isinstance(content["step"], int):
-                raise TypeError("step")
+            wanted = BOOKKEEPING & content.keys() | ({"step"} if event in ("step", "evaluation") else set())
+            if not all(is_number(content[name]) for name in wanted):
+                raise TypeError
         except (ValueError, TypeError, KeyError):
             run.skipped += 1
             continue

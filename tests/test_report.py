@@ -63,13 +63,23 @@ def test_a_run_started_again_is_a_new_one(tmp_path):
 
 
 def test_broken_lines_are_skipped_and_counted(tmp_path):
-    lines = [start(), step(1), '{"event": "step", "st', "7", '{"event": "step"}', '{"step": 3}', "", step(2, math.nan)]
+    lines = [
+        start(),
+        step(1),
+        '{"event": "step", "st',
+        "7",
+        '{"event": "step"}',
+        '{"step": 3}',
+        "",
+        step(3) | {"tokens": "x"},
+        step(2, math.nan),
+    ]
     path = write_log(tmp_path, lines)
     path.write_bytes(path.read_bytes() + b'\xff\xfe{"event"')
     run = read_run(path)
-    assert [line["step"] for line in run.steps] == [1, 2] and run.skipped == 5
+    assert [line["step"] for line in run.steps] == [1, 2] and run.skipped == 6
     report.main([str(tmp_path)])
-    assert "5 broken lines" in (tmp_path / "report" / "report.html").read_text("utf-8")
+    assert "6 broken lines" in (tmp_path / "report" / "report.html").read_text("utf-8")
 
 
 @pytest.mark.parametrize("lines", [None, [], [start()], ["nonsense"]])
@@ -97,6 +107,14 @@ def test_the_page_needs_nothing_else_and_shows_no_markup_of_a_sample(tmp_path):
     folder = tmp_path / "report"
     folder.mkdir()
     (folder / "dialogue.json").write_text(json.dumps({"turns": [{"you": "7+8?", "model": "<b>15"}]}))
+    (tmp_path / "scores").mkdir()
+    found = {"accuracy": 0.25, "stderr": 0.012}
+    tasks = {
+        "ceval": {"questions": 1346, "chance": 0.25, "letters": found},
+        "sums": {"questions": 9, "pass@1": 1, "stderr": 0},
+    }
+    (tmp_path / "scores" / "a.json").write_text(json.dumps({"weights": "a", "tasks": tasks}))
+    (tmp_path / "scores" / "broken.json").write_text(json.dumps({"tasks": [3]}))
     report.main([str(tmp_path), "--price_per_hour", "3600"])
     page = (folder / "report.html").read_text("utf-8")
     assert "<script" not in page and "&lt;script&gt;alert(1)" in page and "&lt;b&gt;15" in page
@@ -106,7 +124,9 @@ def test_the_page_needs_nothing_else_and_shows_no_markup_of_a_sample(tmp_path):
     assert "$" in page and "2.5000" in page and "--learning_rate" in page and "--seed" not in page
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "prefers-color-scheme:dark" in (folder / "curves.svg").read_text("utf-8")
-    assert r"\| 你好" in (folder / "report.md").read_text("utf-8")
+    text = (folder / "report.md").read_text("utf-8")
+    assert r"\| 你好" in text and "| a | ceval | 1,346 | 25.0% | 25.0% ± 1.2% | – | – | – | – |" in text
+    assert "| a | sums | 9 | – | – | – | – | – | 100.0% ± 0.0% |" in text
 
 
 def test_comparing_two_rates_names_what_differs(tmp_path):
