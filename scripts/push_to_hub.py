@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from huggingface_hub import DatasetCardData, HfApi, ModelCardData, get_token
-from huggingface_hub.utils import HFValidationError, RepositoryNotFoundError, validate_repo_id
+from huggingface_hub.utils import RepositoryNotFoundError, validate_repo_id
 from safetensors import safe_open
 
 from model.flags import utf8_path
@@ -203,10 +203,9 @@ def dataset_card(args: argparse.Namespace, files: dict[str, Path | bytes]) -> st
 class HuggingFace:
     name, login = "the Hugging Face Hub", "run `hf auth login`, or set HF_TOKEN"
 
-    def __init__(self, args: argparse.Namespace):
-        self.args, self.token = args, get_token()
+    def __init__(self, args: argparse.Namespace, kind: str):
+        self.args, self.kind, self.token = args, kind, get_token()
         self.api = HfApi(token=self.token)
-        self.kind = "dataset" if args.dataset else "model"
 
     def held(self) -> list[str] | None:
         """Return the names of the files in the repository; None if there is none."""
@@ -223,7 +222,8 @@ class HuggingFace:
             return Path(path).read_text("utf-8")
 
     def create(self) -> None:
-        self.api.create_repo(self.args.repo_id, repo_type=self.kind, private=self.args.private, exist_ok=True)
+        options = {"private": self.args.private, "space_sdk": "gradio" if self.kind == "space" else None}
+        self.api.create_repo(self.args.repo_id, repo_type=self.kind, exist_ok=True, **options)
         if self.args.revision:
             self.api.create_branch(self.args.repo_id, branch=self.args.revision, repo_type=self.kind, exist_ok=True)
 
@@ -235,14 +235,13 @@ class HuggingFace:
 class ModelScope:
     name, login = "ModelScope", "set MODELSCOPE_API_TOKEN to the one that modelscope.cn shows in your settings"
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, kind: str):
         try:
             from modelscope_hub import HubApi
         except ImportError:
             raise ValueError("--to modelscope: run pip install -r requirements-cloud.txt") from None
-        self.args, self.token = args, os.environ.get("MODELSCOPE_API_TOKEN")
+        self.args, self.kind, self.token = args, kind, os.environ.get("MODELSCOPE_API_TOKEN")
         self.api = HubApi(token=self.token, endpoint=os.environ.get("MODELSCOPE_ENDPOINT"))
-        self.kind = "dataset" if args.dataset else "model"
 
     def held(self) -> list[str] | None:
         if not self.api.repo_exists(self.args.repo_id, self.kind):
@@ -308,6 +307,26 @@ def explain(error: Exception, hub: HuggingFace | ModelScope, repo_id: str) -> st
     return f"{repo_id} on {hub.name}: {cure} ({reason})".replace(hub.token or "\0", "…")
 
 
+def upload(hub: HuggingFace | ModelScope, files: dict[str, Path | bytes], args: argparse.Namespace) -> None:
+    """List the files and, unless it is a dry run, push them. Ends with a message if that is not possible."""
+    for name, content in files.items():
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
+        print(f"{name:40} {size / 1e6:12,.3f} MB")
+    try:
+        validate_repo_id(args.repo_id)
+        if args.repo_id.count("/") != 1:
+            raise ValueError(f"--repo_id {args.repo_id}: must be OWNER/NAME")
+        if args.dry_run:
+            return
+        if not hub.token:
+            raise ValueError(f"no token for {hub.name}: {hub.login}")
+        print(push(hub, files, args))
+    except ValueError as error:
+        sys.exit(f"error: {error}".replace(hub.token or "\0", "…"))
+    except Exception as error:  # each library has its own
+        sys.exit(f"error: {explain(error, hub, args.repo_id)}")
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -329,28 +348,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     try:
-        validate_repo_id(args.repo_id)
-        if args.repo_id.count("/") != 1:
-            raise ValueError(f"--repo_id {args.repo_id}: must be OWNER/NAME")
         files = collect(args.paths)
         files["README.md"] = (dataset_card if args.dataset else model_card)(args, files).encode()
-        for name, content in files.items():
-            size = len(content) if isinstance(content, bytes) else content.stat().st_size
-            print(f"{name:40} {size / 1e6:12,.3f} MB")
-        if args.dry_run:
-            print(f"\n{files['README.md'].decode()}")
-            return
-        hub = HUBS[args.to](args)
-        if not hub.token:
-            raise ValueError(f"no token for {hub.name}: {hub.login}")
-    except (ValueError, HFValidationError) as error:
-        sys.exit(f"error: {error}")
-    try:
-        print(push(hub, files, args))
+        hub = HUBS[args.to](args, "dataset" if args.dataset else "model")
     except ValueError as error:
         sys.exit(f"error: {error}")
-    except Exception as error:  # each library has its own
-        sys.exit(f"error: {explain(error, hub, args.repo_id)}")
+    upload(hub, files, args)
+    if args.dry_run:
+        print(f"\n{files['README.md'].decode()}")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class FakeHub(http.server.ThreadingHTTPServer):
         self.branches: dict[str, set[str]] = defaultdict(set)
         self.faults: dict[str, list] = {}
         self.asked: list[str] = []
-        self.sent, self.created, self.private = Counter(), [], set()
+        self.sent, self.created, self.private, self.sdks = Counter(), [], set(), []
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -98,6 +98,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             name = f"{wanted.get('type', 'model')}s/{wanted.get('organization') or 'me'}/{wanted['name']}"
             server.repos.setdefault(name, {})
             server.created.append(name)
+            server.sdks += [wanted["sdk"]] if wanted.get("sdk") else []
             server.private |= {name} if wanted.get("private") or wanted.get("visibility") == "private" else set()
             self._answer({"url": f"{server.url}/{name.removeprefix('models/')}"})
         elif path.endswith("/info/lfs/objects/batch"):
