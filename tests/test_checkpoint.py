@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -31,6 +32,7 @@ from conftest import (
 from dataset import progress
 from model.model_minimind import MiniMindConfig
 from model.weights import WeightsError, save_weights
+from scripts import convert_model
 from trainer import checkpoint, frozen_outputs
 from trainer.arguments import FREE_ON_RESUME, parse_arguments, stage_parser
 from trainer.checkpoint import refuse_other_weights, result_flags
@@ -167,6 +169,84 @@ def test_a_killed_run_of_every_stage_ends_bit_identical(launcher, tmp_path, inpu
     printed = launcher.run(stage.script, [*line, "--resume"], patches=[noisy_slow_steps])
     assert "is at step 2; going on" in printed
     assert_same_end(tmp_path / "parts", tmp_path / "whole", stage.name(use_moe))
+
+
+def check_files(folder) -> None:
+    """Whatever has its final name is whole."""
+    for path in folder.rglob("*"):
+        if path.suffix in (".pth", ".resume"):
+            torch.load(path, weights_only=True)
+        elif path.suffix == ".json":
+            json.loads(path.read_text("utf-8"))
+
+
+def kill_at_random(launcher, script, line, seconds: float, times: int, folder, patches=()) -> None:
+    for _ in range(times):
+        child = launcher.start(script, line, patches=patches)
+        time.sleep(random.uniform(0, seconds))
+        child.signal(signal.SIGKILL)
+        assert child.wait() in (-signal.SIGKILL, 0), child.output
+        check_files(folder)
+
+
+@pytest.mark.full
+@each_stage()
+def test_killed_at_any_moment_nothing_is_half_written(launcher, tmp_path, inputs, stage):
+    """Fourteen kills of each stage: while it builds its cache, asks the frozen model, trains or saves."""
+    flags = inputs(stage) | {"save_interval": 1}
+    started = time.monotonic()
+    launcher.run(stage.script, tiny_flags(tmp_path / "whole", **flags))
+    seconds = time.monotonic() - started
+    line = [*tiny_flags(tmp_path / "parts", **flags), "--resume"]
+    (tmp_path / "parts").mkdir()
+    kill_at_random(launcher, stage.script, line, seconds, 14, tmp_path / "parts")
+    launcher.run(stage.script, line)
+    assert_same_end(tmp_path / "parts", tmp_path / "whole", stage.name())
+
+
+def converts(module) -> None:
+    module.main = convert_model.main
+
+
+@pytest.mark.full
+def test_a_conversion_killed_at_any_moment_leaves_nothing_half_written(launcher, tmp_path, tokenizer):
+    weights = write_weights(tmp_path / "full_sft_32.pth", tokenizer)
+    for number, kind in enumerate(("hf", "gguf")):
+        target = tmp_path / str(number) / (f"m.{kind}" if kind == "gguf" else "m")
+        line = ["--input", str(weights), "--to", kind, "--output", str(target)]
+        started = time.monotonic()
+        launcher.run("train_pretrain", line, patches=[converts])
+        seconds = time.monotonic() - started
+        whole = {path.name: path.read_bytes() for path in target.parent.rglob("*") if path.is_file()}
+        for _ in range(8):
+            shutil.rmtree(target.parent)
+            kill_at_random(launcher, "train_pretrain", line, seconds, 1, tmp_path, [converts])
+            left = {path.name: path.read_bytes() for path in target.rglob("*") if path.is_file()}
+            left |= {target.name: target.read_bytes()} if target.is_file() else {}
+            assert not left or left.items() <= whole.items(), sorted(left)
+        shutil.rmtree(target.parent, ignore_errors=True)
+        launcher.run("train_pretrain", line, patches=[converts])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("shared", ["out_dir", "cache_dir"])
+def test_two_runs_started_together_fifteen_times(launcher, tmp_path, inputs, shared):
+    """With one out_dir they run one after the other, or one is refused by name; with one cache both run."""
+    flags = inputs(DPO)
+    launcher.run("train_dpo", tiny_flags(tmp_path / "alone", **flags))
+    for number in range(15):
+        folder = tmp_path / str(number)
+        outs = [folder / "a", folder / ("a" if shared == "out_dir" else "b")]
+        lines = [[*tiny_flags(out, **flags), f"--cache_dir={folder / 'cache'}"] for out in outs]
+        children = [launcher.start("train_dpo", line) for line in lines]
+        ended = [child.wait() for child in children]
+        said = [child.output for child in children]
+        if shared == "out_dir" and 1 in ended:
+            assert "another process is training" in said[ended.index(1)], said
+            ended.remove(1)
+        assert set(ended) == {0}, said
+        for out in outs:
+            assert_same_end(out, tmp_path / "alone", "rlhf_32")
 
 
 @pytest.mark.full

@@ -374,7 +374,7 @@ def test_compiled_losses_are_the_same(launcher, tmp_path, texts, use_moe, works)
     if works:
         assert list(cache.rglob("*.cpp")), f"nothing was compiled:\n{printed}"
     else:
-        assert "No working C++ compiler" in printed
+        assert printed.count("C++ compiler") == 1 and "goes on without it" in printed  # one line, not hundreds
     name = "pretrain_32_moe" if use_moe else "pretrain_32"
     losses = [[line["loss"] for line in read_log(folder, name)] for folder in (plain, compiled)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

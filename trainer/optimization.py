@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import functools
 import math
+import warnings
 from typing import NoReturn
 
 import torch
@@ -127,6 +128,17 @@ def blur_half_weights(model: nn.Module, seed: int) -> None:
         parameter.copy_(torch.where(same, weights + moves, weights - moves))
 
 
+def compiler_works(device: torch.device) -> bool:
+    """Compile something small; warn if that fails. The model would fail the same way for minutes, part by part."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except Exception as error:  # torch raises many kinds here
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        warnings.warn(f"torch.compile does not work here, so the run goes on without it: {reason}", stacklevel=3)
+        return False
+    return True
+
+
 def prepare_forward(model: nn.Module, args: argparse.Namespace, device: torch.device) -> None:
     """Turn on gradient checkpointing and torch.compile as the flags say. By default only CUDA compiles.
 
@@ -136,7 +148,7 @@ def prepare_forward(model: nn.Module, args: argparse.Namespace, device: torch.de
     if args.gradient_checkpointing:
         model.model.gradient_checkpointing = True
     by_default = device.type == "cuda" and args.zero_stage < 3
-    if by_default if args.compile is None else args.compile:
+    if (by_default if args.compile is None else args.compile) and compiler_works(device):
         torch._dynamo.config.suppress_errors = True
         model.model.compile(dynamic=False)
 
