@@ -181,4 +181,9 @@ def _question(subject: str, row: dict) -> Question:
     index = gold if isinstance(gold, int) else labels.index(gold.strip()) if gold.strip() in labels else -1
     if not 0 <= index < len(options) or len(options) < 2:
         raise ValueError(f"the answer {gold!r} is none of {len(options)} options")
-    return Question(row.get("subject") or subject, text.strip(), [option.strip() for option in options], index)
+    return Question(
+        row.get("subject") or row.get("category") or subject,
+        text.strip(),
+        [option.strip() for option in options],
+        index,
+    )

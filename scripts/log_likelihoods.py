@@ -61,7 +61,7 @@ def _close(row: Row, places: Sequence[int]) -> None:
 
 
 @torch.inference_mode()
-def log_likelihoods(model: nn.Module, pairs: Sequence[Pair], longest: int = 1024) -> list[float]:
+def log_likelihoods(model: nn.Module, pairs: Sequence[Pair], longest: int = 512) -> list[float]:
     """Return the log-probability of each continuation after its context, summed over its tokens, in nats."""
     sums = torch.zeros(len(pairs), dtype=torch.float64)
     device = next(model.parameters()).device

@@ -43,6 +43,19 @@ def test_log_likelihoods_are_those_of_one_sequence_after_another(use_moe, longes
     assert log_likelihoods(model, pairs, longest) == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_model_of_transformers_gives_the_same():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=600, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.5,
+    )  # fmt: skip
+    model, pairs = LlamaForCausalLM(config).eval(), random_pairs(8)
+    alone = [log_likelihoods(model, [pair])[0] for pair in pairs]
+    assert log_likelihoods(model, pairs) == pytest.approx(alone, rel=1e-4)
+
+
 def test_a_shared_beginning_is_read_once():
     question = list(range(100, 150))
     rows = list(lay_out([(question, [letter]) for letter in (5, 6, 7)] + [(question, [8, 9])], longest=100))

@@ -54,6 +54,10 @@ def fresh_copy(folder: Path) -> Path:
     write_jsonl(folder / "raw" / "gsm8k.jsonl", [question] * 8)
     problem = {"conversations": [{"role": "user", "content": "How many are 3 and 4?"}], "answer": "7"}
     write_jsonl(folder / "dataset" / "grpo.jsonl", [problem] * 8)
+    choices = {"question": "How many are 3 and 4?", "A": "6", "B": "7", "answer": "B"}
+    (folder / "dataset" / "eval").mkdir()
+    for name in ("ceval", "cmmlu", "arc_easy"):
+        write_jsonl(folder / "dataset" / "eval" / f"{name}.jsonl", [choices] * 4)
     alpaca = {"instruction": "Name a colour that the sky has on a clear day.", "output": "On a clear day it is blue."}
     (folder / "raw" / "alpaca.json").write_text(json.dumps([alpaca] * 8), encoding="utf-8")
     programs = folder / "bin_of_tests"

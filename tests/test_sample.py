@@ -18,7 +18,8 @@ from scripts import score_sample
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ROOT / "dataset" / "sample"
-FILES = ("pretrain.jsonl", "sft.jsonl", "valid.jsonl", "questions.jsonl", "tools.jsonl", "tool_questions.jsonl")
+FILES = ("pretrain.jsonl", "sft.jsonl", "valid.jsonl", "questions.jsonl", "choices.jsonl", "tools.jsonl")
+FILES += ("tool_questions.jsonl",)
 
 
 def load_maker():
@@ -98,6 +99,15 @@ def test_no_question_is_trained_on(questions, exchanges):
     pretrain = core("\n".join(record["text"] for record in records("pretrain.jsonl")))
     valid = core("\n".join(record["text"] for record in records("valid.jsonl")))
     assert not [question for question in longer if question in pretrain or question in valid]
+
+
+def test_each_question_is_among_the_choices_with_its_answer(questions):
+    choices = records("choices.jsonl")
+    assert [(row["query"], row["choices"][row["gold"]]) for row in choices] == [
+        (q["question"], q["answer"]) for q in questions
+    ]
+    assert all(len(set(row["choices"])) == 4 for row in choices)
+    assert min(Counter(row["gold"] for row in choices).values()) > len(choices) / 8
 
 
 def test_a_question_has_one_answer(exchanges):

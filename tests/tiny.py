@@ -22,6 +22,7 @@ SIZES = {  # flags that a script is given in place of its own
     "stage_rates.py": "--steps 2 --num_hidden_layers 1 --device cpu",
     "recipe.py": "--tokens 4096 --num_hidden_layers 1 --hidden_size 64 --device cpu",
     "stage_quality.py": "--device cpu",
+    "evaluate.py": "--device cpu",
     "context_length.py": "--length 256 --rows 2",
     "decoding.py": "--prompt_tokens 8 --new_tokens 4 --long_prompt 16 --concurrent 2 --rounds 1",
     "gpu.py": "--models 26M --rows 1 --max_seq_len 64 --seconds 0.1 --batches 1 --new_tokens 4 "

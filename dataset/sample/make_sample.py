@@ -1,11 +1,12 @@
 """Makes the sample on which the quickstart trains: a small world in Chinese with some English.
 
-    python dataset/sample/make_sample.py                    rewrites the four files beside this script
+    python dataset/sample/make_sample.py                    rewrites the files beside this script
 
     pretrain.jsonl   {"text"}                               short texts that state the facts of the world
     sft.jsonl        {"conversations"}                      questions and answers, one to four exchanges
     valid.jsonl      {"text"}                               more such texts, for the validation loss
     questions.jsonl  {"category", "rule", "question", "answer"}  what scripts/score_sample.py asks
+    choices.jsonl    {"query", "choices", "gold", "subject"}     the same with four answers to choose from
 
 The world is made of facts. A fact has one answer, several wordings (questions that it answers) and several statements
 (sentences that state it). No question of questions.jsonl is trained on; each is held out in one of two ways:
@@ -832,6 +833,18 @@ def texts(facts: list[Fact], dice: Dice) -> list[str]:
     return dice.shuffled(made)
 
 
+def choices(questions: list[dict], dice: Dice) -> list[dict]:
+    """The same questions, each with three answers to others of its category, and the place of its own among them."""
+    made = []
+    for question in questions:
+        answers = {q["answer"] for q in questions if q["category"] == question["category"]} - {question["answer"]}
+        options = dice.shuffled(sorted(answers))[:3]
+        gold = dice.below(4)
+        options.insert(gold, question["answer"])
+        made.append({"query": question["question"], "choices": options, "gold": gold, "subject": question["category"]})
+    return made
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -848,6 +861,7 @@ def make_sample() -> dict[str, list[dict]]:
         "sft.jsonl": conversations(facts),
         "valid.jsonl": [{"text": text} for text in valid],
         "questions.jsonl": questions,
+        "choices.jsonl": choices(questions, Dice("choices")),
         "tools.jsonl": with_tools[60:],
         "tool_questions.jsonl": with_tools[:60],
     }
