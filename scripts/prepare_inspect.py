@@ -82,7 +82,7 @@ def look_at_block(look: Inspect, block: Block) -> tuple[dict[str, Counter], np.n
             found["roles"].update(turn["role"] for turn in side)
         text = "".join(turn["content"] for side in sides for turn in side) if sides else record
         codes = code_points(text)
-        classes = character_classes()[np.minimum(codes, 0xFFFF)]
+        classes = character_classes()[codes]
         han, letters = classes == HAN, classes == LETTER
         scripts = {"Han": han, "Latin": letters & (codes < 0x250), "other letters": letters & (codes >= 0x250)}
         scripts["no letter"] = ~(han | letters)

@@ -192,7 +192,7 @@ class Decontaminate(Step):
         codes = code_points(letters)
         hashes = rolling_hashes(codes, self.characters)
         if len(hashes):
-            is_han = character_classes()[np.minimum(codes, 0xFFFF)] == HAN
+            is_han = character_classes()[codes] == HAN
             han = np.convolve(is_han, np.ones(self.characters, int), "valid")
             hashes = np.where(4 * han >= self.characters, hashes, 0)
         yield hashes, letters

@@ -101,7 +101,7 @@ def _decoded(line: str) -> object:
         return Dropped("broken JSON" if _is_utf8(line) else "not UTF-8", str(error))
     if not _is_utf8(line):
         return Dropped("not UTF-8")
-    if "\\ud" in line.lower() and not _is_utf8(dumped(row)):
+    if "\\u" in line and "\\ud" in line.lower() and not _is_utf8(dumped(row)):
         return Dropped("half a surrogate pair")
     return row if isinstance(row, dict) else Dropped("not a JSON object")
 

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import sys
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ MOJIBAKE = re.compile(
     r"\ufffd|锟斤拷|烫烫烫|屯屯屯|ï»¿|â€[™œ\x9d“”¦]"
     r"|(?:[Ãäåæçèé][\x80-\xbf\u0152-\u0192\u02c6\u02dc\u2013-\u203a\u20ac\u2122]{1,2}){2}"
 )
-MISREAD = re.compile("[锛銆鈥鐨鍦鏄鐢鍜涓浜鍙璁]")  # what UTF-8 read as GBK is full of, and Chinese text hardly has
+MISREAD = "锛銆鈥鐨鍦鏄鐢鍜涓浜鍙璁"  # what UTF-8 read as GBK is full of, and Chinese text hardly has
 MASKS = {
     "url": re.compile(r"(?:https?://|www\.)[\w\-.~:/?#\[\]@!$&'*+,;=%]*[\w/#=&]", re.ASCII),
     "mail": re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+", re.ASCII),
@@ -32,9 +33,8 @@ MASKS = {
     ),
 }
 # what must be in a text before the slow patterns look for more
-MOJIBAKE_SIGN = re.compile(r"[\ufffd锟烫屯ïâÃäåæçèé]")
-NUMBER_SIGN = re.compile(r"\d{7}|\d{3}[- ]\d{4}", re.ASCII)
-MASK_SIGN = {"url": re.compile(r"://|www\."), "mail": re.compile("@"), "id": NUMBER_SIGN, "phone": NUMBER_SIGN}
+MOJIBAKE_SIGN = "\ufffd锟烫屯ïâÃäåæçèé"
+NUMBER_SIGN = re.compile(r"[0-9]{3}(?:[0-9]{4}|[- ][0-9]{4})")
 CLAIM_SIGN = re.compile(
     r"作为|抱歉|对不起|我[是叫由的]|\b(?:[Aa]s an? |I['’ ]|[Mm]y name)|(?:开发|训练|研发|创造|推出)的"
 )
@@ -116,7 +116,9 @@ class Clean(Step):
                     raise Dropped("refusal", match[0])
                 if self.other_names and (match := OTHER_NAME.search(answer)):
                     raise Dropped("another model's name", match[0])
-        masks = [name for name in self.mask if MASK_SIGN[name].search(text)]
+        signs = {"url": "://" in text or "www." in text, "mail": "@" in text}
+        signs["id"] = signs["phone"] = NUMBER_SIGN.search(text)
+        masks = [name for name in self.mask if signs[name]]
         for holder, key in holders if masks else ():
             for name in masks if holder[key] else ():
                 holder[key], count = MASKS[name].subn(f"[{name}]", holder[key])
@@ -126,10 +128,10 @@ class Clean(Step):
 
     def check_characters(self, text: str) -> None:
         codes = code_points(text)
-        counts = np.bincount(character_classes()[np.minimum(codes, 0xFFFF + (codes >= 0x20000))], minlength=6)
+        counts = np.bincount(character_classes()[codes], minlength=6)
         shown = max(len(codes) - counts[SPACE], 1)
-        match = MOJIBAKE_SIGN.search(text) and MOJIBAKE.search(text)
-        odd = counts[BAD] + len(MISREAD.findall(text)) - 2
+        match = any(sign in text for sign in MOJIBAKE_SIGN) and MOJIBAKE.search(text)
+        odd = counts[BAD] + sum(map(text.count, MISREAD)) - 2
         if self.mojibake and (match or odd > 0.02 * shown):
             raise Dropped("mojibake", match[0] if match else f"{odd} characters that texts hardly have")
         measures = (
@@ -149,11 +151,11 @@ def code_points(text: str) -> np.ndarray:
 
 @functools.cache
 def character_classes() -> np.ndarray:
-    """The class of each character up to U+FFFF; one more entry stands for all Han beyond, U+FFFF for symbols beyond."""
-    classes = np.empty(0x10001, np.uint8)
+    """Return the class of each character; beyond U+FFFF only symbols and Han are told apart."""
+    classes = np.full(sys.maxunicode + 1, MARK, np.uint8)
     names = {"L": LETTER, "N": DIGIT, "Z": SPACE, "P": MARK, "S": MARK, "M": LETTER, "C": BAD}
     classes[:0x10000] = [names[unicodedata.category(chr(code))[0]] for code in range(0x10000)]
-    classes[0x3400:0x4DC0] = classes[0x4E00:0xA000] = classes[0xF900:0xFB00] = classes[0x10000] = HAN
+    classes[0x3400:0x4DC0] = classes[0x4E00:0xA000] = classes[0xF900:0xFB00] = classes[0x20000:] = HAN
     classes[[*b"\t\n\r", *range(0x200B, 0x2010)]] = SPACE
     classes[list(b"{}\\^_")] = LETTER  # LaTeX is not noise
     classes[[0xFFFD, 0xFFFF]] = BAD, MARK
