@@ -41,14 +41,7 @@ from model.streams import note, set_up_streams
 from model.weights import STAGE_OF_MODE, WEIGHT_NAME, find_weights
 from scripts.example_prompts import example_prompts
 from scripts.model_catalog import find_models
-from scripts.terminal import (
-    Display,
-    LineEditor,
-    TerminalChat,
-    is_typed,
-    piped_prompts,
-    run_main,
-)
+from scripts.terminal import Display, LineEditor, TerminalChat, is_typed, piped_prompts, run_main
 
 THINKING_STAGES = ("reason", "grpo")
 SETTINGS = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "history_cnt")

@@ -70,7 +70,7 @@ def parse_record(
             raise RecordError(f'"{name}" has no assistant turn: there is nothing to learn')
     if kind == "conversation":
         return sides[0]
-    shared = _shared_turns(*sides)
+    shared = shared_turns(*sides)
     for name, turns in zip(names, sides, strict=True):
         if not any(turn["role"] == "assistant" for turn in turns[shared:]):
             raise RecordError(f'"{name}" has no assistant turn of its own: chosen and rejected hold the same answers')
@@ -308,7 +308,7 @@ def _count_unused(holder: dict, used: set[str], what: str, unused: Counter) -> N
             unused[name] += 1
 
 
-def _shared_turns(chosen: list[dict], rejected: list[dict]) -> int:
+def shared_turns(chosen: list[dict], rejected: list[dict]) -> int:
     """Return the number of turns that both conversations begin with: the prompt of a preference."""
     shared = 0
     for ours, theirs in zip(chosen, rejected, strict=False):

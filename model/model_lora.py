@@ -155,13 +155,18 @@ def load_lora(model: nn.Module, path: str | Path, tokenizer_sha256: str | None =
                 "another --hidden_size"
             )
     remove_lora(model)
+    put_on(model, pairs)
+    return model
+
+
+@torch.no_grad()
+def put_on(model: nn.Module, pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Add adapters (A, B) to the layers of these names, which must have none and fit."""
     for name, (a, b) in pairs.items():
         layer = LoRALinear(model.get_submodule(name), rank=a.shape[0], scale=1.0)
-        with torch.no_grad():
-            layer.lora.A.weight.copy_(a)
-            layer.lora.B.weight.copy_(b)
+        layer.lora.A.weight.copy_(a)
+        layer.lora.B.weight.copy_(b)
         _replace(model, name, layer)
-    return model
 
 
 def _check_depth(model: nn.Module, layers: Iterable[str], sidecar: dict | None, path: str | Path) -> None:

@@ -19,14 +19,7 @@ import openai
 from model.flags import HISTORY, message_count, show_defaults, utf8
 from model.streams import note, set_up_streams
 from scripts.openai_client import explain, new_client
-from scripts.terminal import (
-    Display,
-    LineEditor,
-    TerminalChat,
-    is_typed,
-    piped_prompts,
-    run_main,
-)
+from scripts.terminal import Display, LineEditor, TerminalChat, is_typed, piped_prompts, run_main
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -49,7 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class ServerChat(TerminalChat):
-    """A chat with a server, which knows nothing of the conversation but what each request brings."""
+    """A chat with a server, which knows only what each request sends of the conversation."""
 
     settings = {"temperature": float, "top_p": float, "max_tokens": int, "history_cnt": message_count}
     errors = (ValueError, openai.OpenAIError)

@@ -30,7 +30,7 @@ from model.weights import find_weights, load_model
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--weight", default="pretrain", help="a stage, whose weights lie in --out_dir, or a .pth file (pretrain)")
+    add("--weight", default="pretrain", help="a stage, whose weights are in --out_dir, or a .pth file (pretrain)")
     add("--out_dir", default=str(ROOT / "out"))
     add("--hidden_size", type=int, default=512, help="chooses between the weights of a stage (512)")
     add("--use_moe", action="store_true", help="chooses between the weights of a stage")
@@ -47,7 +47,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def read_documents(path: str, tokenizer: ChatTokenizer) -> Iterator[list[int]]:
-    """Ids of each record's text between bos and eos."""
+    """Yield the ids of each record's text between bos and eos."""
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -58,7 +58,7 @@ def read_documents(path: str, tokenizer: ChatTokenizer) -> Iterator[list[int]]:
 
 
 def fill_rows(documents: Iterator[list[int]], length: int, count: int) -> tuple[list[list[int]], int]:
-    """(rows of `length` ids, how many of them are the beginning of one long document)."""
+    """Return (rows of `length` ids, how many of them are the beginning of one long document)."""
     single, joined, rest = [], [], []
     for ids in documents:
         if len(ids) >= length:
@@ -75,7 +75,7 @@ def fill_rows(documents: Iterator[list[int]], length: int, count: int) -> tuple[
 
 @torch.inference_mode()
 def losses(model: torch.nn.Module, rows: list[list[int]]) -> torch.Tensor:
-    """Nats per token, (rows, length - 1): of each token given all before it in the row."""
+    """Return nats (rows, length - 1) of each token given all before it in the row."""
     result = []
     for row in rows:
         ids = torch.tensor([row])
@@ -87,7 +87,7 @@ def losses(model: torch.nn.Module, rows: list[list[int]]) -> torch.Tensor:
 
 
 def position_ranges(trained: int, length: int) -> list[tuple[int, int]]:
-    """Halves of the trained length, then doublings up to the length."""
+    """Return ranges of positions: halves of the trained length, then doublings up to the length."""
     borders = {0, trained // 2, length}
     while trained < length:
         borders.add(trained)

@@ -1,4 +1,4 @@
-"""Weights into the formats of other runtimes, and back.
+"""Convert weights to the formats of other runtimes, and back.
 
     python scripts/convert_model.py                                    out/full_sft_512.pth -> MiniMind2-Small/
     python scripts/convert_model.py --model_mode 2 --hidden_size 768   another stage, another size
@@ -52,12 +52,12 @@ from model.loading import (
     unseen_fields,
 )
 from model.model_lora import (
-    LoRALinear,
     block_linears,
     find_lora,
     load_lora,
     lora_path,
     merge_lora,
+    put_on,
     read_lora,
     read_peft,
     remove_lora,
@@ -89,7 +89,7 @@ from model.weights import (
 
 HF_FORMATS = (*CLASSES, "minimind")
 FORMATS = (*HF_FORMATS, "gguf", "pth", "peft", "lora")
-# What the original calls its models, by hidden size, mixture and query/key norm.
+# The original's names for its models, by hidden size, mixture and query/key norm.
 NAMES = {(512, False, False): "MiniMind2-Small", (768, False, False): "MiniMind2", (640, True, False): "MiniMind2-MoE"}
 NAMES |= {(768, False, True): "MiniMind3", (768, True, True): "MiniMind3-MoE"}
 NO_TEMPLATE = "note: the tokenizer has no chat template, so runtimes cannot chat with these weights by themselves"
@@ -101,14 +101,14 @@ ROUNDING_TOLERANCE = 0.01
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    group = parser.add_argument_group("what is converted")
+    group = parser.add_argument_group("input")
     add = group.add_argument
     add("--input", help=".pth, .gguf, folder in Hugging Face or PEFT format (default: the stage's weights)")
     add_flags(group, "model_mode", "out_dir", "hidden_size", "num_hidden_layers", "use_moe", "lora_name")
     add_flags(group, "preset", "num_attention_heads", "tokenizer_path")
     add("--base", default=None, help="weights that an adapter is checked on: a .pth or a stage (random ones)")
     add("--rope_theta", type=float, default=None, help="of weights without a sidecar (1e6)")
-    group = parser.add_argument_group("what comes out")
+    group = parser.add_argument_group("output")
     add = group.add_argument
     add("--to", default="auto", choices=["auto", *FORMATS], help="format (auto: .pth -> llama, qwen2_moe, qwen3 or "
         "qwen3_moe, whichever computes the same; old .pth, folder and .gguf -> pth; adapter -> peft; PEFT folder -> "
@@ -126,7 +126,7 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-# --- what is converted -----------------------------------------------------------------------------------------------
+# --- input -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -138,7 +138,7 @@ class Source:
     kind: str  # pth, old, hf, gguf
     tokenizer: ChatTokenizer
     sidecar: dict
-    knows_tokenizer: bool  # else it is a guess that the tokenizer belongs to the weights
+    knows_tokenizer: bool  # if false, the tokenizer is a guess
     reference: torch.nn.Module | None = None  # the input in transformers' own class, if that is not ours
     adapter: str = ""  # merged in
     adapter_path: Path | None = None
@@ -171,7 +171,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        """Return what the converted model is called."""
+        """Return the name of the converted model."""
         size, moe, qk_norm = self.config.hidden_size, self.config.use_moe, self.config.qk_norm
         other = f"MiniMind{3 if qk_norm else 2}-{size}{'-MoE' if moe else ''}"
         return NAMES.get((size, moe, qk_norm), other) + self.adapter
@@ -266,16 +266,12 @@ def merge_adapter(source: Source, path: Path) -> None:
 
 
 def build(state: dict[str, torch.Tensor], config: MiniMindConfig, path: Path) -> MiniMindForCausalLM:
-    """Return the model of these tensors, in their dtype. Raises WeightsError if they do not fit; path: where from."""
+    """Return the model of these tensors, in their dtype. Raises WeightsError, naming `path`, if they do not fit."""
     with torch.random.fork_rng(devices=[]):
         model = MiniMindForCausalLM(config).to(state["model.embed_tokens.weight"].dtype)
     check_shapes(model, state, path)
     model.load_state_dict(state, strict=True)
     return model.eval()
-
-
-def stored_dtype(model: torch.nn.Module) -> torch.dtype:
-    return next(model.parameters()).dtype
 
 
 # --- the check -------------------------------------------------------------------------------------------------------
@@ -290,7 +286,7 @@ def logits_of(model: torch.nn.Module, seed: int = 0) -> torch.Tensor:
 
 
 def compare(before: torch.Tensor, after: torch.Tensor, rounding: str = "") -> None:
-    """Print how far the logits differ. Raises ValueError if that is beyond the tolerance."""
+    """Print how far the logits differ. Raises ValueError if they differ by more than the tolerance."""
     largest = float((after - before).abs().max())
     scale = max(float(before.abs().max()), 1.0)
     line = (
@@ -347,12 +343,14 @@ def staging(target: Path) -> Iterator[Path]:
 
 
 def publish(staged: Path, folder: Path) -> None:
-    """Rename the checked files into the folder, weights first. Other files there stay, except the shards of an older
-    export, which some runtimes would load as well."""
+    """Move the checked files into the folder, weights first.
+
+    Other files there stay, except the shards of an older export, which some runtimes would load as well.
+    """
     folder.mkdir(exist_ok=True)
     names = {file.name for file in staged.iterdir()}
     for name in sorted(names, key=lambda name: name.endswith(".json")):
-        os.chmod(staged / name, file_mode())  # save_pretrained lets nobody else read its weights
+        os.chmod(staged / name, file_mode())  # save_pretrained makes weights readable by their owner alone
         os.replace(staged / name, folder / name)
     if "model.safetensors" in names:
         for shard in [*folder.glob("model-*-of-*.safetensors"), *folder.glob("model.safetensors.index.json")]:
@@ -360,7 +358,7 @@ def publish(staged: Path, folder: Path) -> None:
 
 
 def check_not_read(target: Path, *read: Path | None) -> None:
-    """Raise ValueError if the target is what the conversion reads; not even --force replaces that."""
+    """Raise ValueError if the target is a file that the conversion reads; not even --force replaces that."""
     if target.exists() and any(path is not None and path.exists() and target.samefile(path) for path in read):
         raise ValueError("the target is what was read; name another with --output")
 
@@ -409,7 +407,7 @@ def write_hf(source: Source, target: Path, kind: str, args: argparse.Namespace) 
 
 
 def write_beside(source: Source, folder: Path, kind: str, dtype: torch.dtype, name: str) -> None:
-    """Write what a model folder holds besides configuration and weights."""
+    """Write the files of a model folder other than configuration and weights."""
     config = source.config
     generation = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_json(folder / "generation_config.json", {**generation, "do_sample": True, "temperature": 0.85, "top_p": 0.85})
@@ -586,7 +584,7 @@ def convert_adapter(path: Path, kind: str, args: argparse.Namespace) -> None:
         target = Path(args.output or lora_path(args.out_dir, name, *size))
         check_not_read(target, path, base)
         check_target(target, args.force, target, sidecar_path(target))
-        put_on(model, pairs)
+        put_on_fitting(model, pairs)
         about = {**sidecar, "config": model.config.to_diff_dict(), "converted_from": path.name}
         if args.tokenizer_path:
             about["tokenizer_sha256"] = ChatTokenizer(args.tokenizer_path).sha256
@@ -630,28 +628,25 @@ def base_path(args: argparse.Namespace) -> Path:
         raise WeightsError(f"--base {error}") from error
 
 
-def put_on(model: MiniMindForCausalLM, pairs: dict) -> None:
-    """Put the adapter on the model, as float32 layers."""
+def put_on_fitting(model: MiniMindForCausalLM, pairs: dict) -> None:
+    """Put the adapter on the model, as float32 layers. Raises ValueError if it does not fit."""
     layers = dict(block_linears(model))
     for name, (a, b) in pairs.items():
         if name not in layers or (b.shape[0], a.shape[1]) != tuple(layers[name].weight.shape):
             raise ValueError(f"the adapter's {name} does not fit the base model; name the right one with --base")
-        parent, _, attribute = name.rpartition(".")
-        layer = LoRALinear(layers[name], rank=a.shape[0], scale=1.0)
-        with torch.no_grad():
-            layer.lora.A.weight.copy_(a)
-            layer.lora.B.weight.copy_(b)
-        setattr(model.get_submodule(parent), attribute, layer)
+    put_on(model, pairs)
 
 
 def with_peft(model: MiniMindForCausalLM, folder: Path) -> torch.nn.Module:
-    """Return the base of `model` in transformers' class with the folder's adapter, read by the peft library, or if that
-    is not installed by our own code."""
+    """Return the base of `model` in transformers' class with the folder's adapter.
+
+    The peft library reads the adapter; if it is not installed, our own code does.
+    """
     base = copy.deepcopy(model)
     remove_lora(base)
     if importlib.util.find_spec("peft") is None:
         say("the peft library is not installed, so the adapter is read back by our own code")
-        put_on(base, read_peft(folder))
+        put_on_fitting(base, read_peft(folder))
         return base
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -665,10 +660,6 @@ def with_peft(model: MiniMindForCausalLM, folder: Path) -> torch.nn.Module:
 
 
 # --- main ------------------------------------------------------------------------------------------------------------
-
-
-def default_format(source_kind: str, config: MiniMindConfig) -> str:
-    return hf_format(config) if source_kind == "pth" else "pth"
 
 
 def default_output(source: Source, to: str, gguf_type: str, args: argparse.Namespace) -> Path:
@@ -693,7 +684,9 @@ def convert(args: argparse.Namespace) -> None:
     if args.to in ("peft", "lora"):
         raise ValueError(f"--to {args.to} is for adapters, and {path} holds the weights of a model")
     source = read_source(path, kind, args)
-    to = default_format(kind, source.config) if args.to == "auto" else args.to
+    to = args.to
+    if to == "auto":
+        to = hf_format(source.config) if kind == "pth" else "pth"
     if args.dtype is not None and to not in HF_FORMATS:
         raise ValueError(f"--dtype is for folders in Hugging Face format; a .{to} file has a type of its own")
     if to not in ("pth", "minimind") and source.config.rope_dtype != "float32":
@@ -714,7 +707,7 @@ def describe(source: Source) -> str:
     count = sum(parameter.numel() for parameter in source.model.parameters())
     kind = "mixture of experts" if source.config.use_moe else "dense"
     old = ", names from before April 2025" if source.kind == "old" else ""
-    return f"{count / 1e6:.2f}M parameters, {kind}, {dtype_name(stored_dtype(source.model))}{old}"
+    return f"{count / 1e6:.2f}M parameters, {kind}, {dtype_name(source.model.dtype)}{old}"
 
 
 def main(argv: list[str] | None = None) -> None:

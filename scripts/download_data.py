@@ -109,7 +109,7 @@ HUBS = {"huggingface": HuggingFace, "modelscope": ModelScope}
 
 
 def fault_of(path: Path, remote: Remote) -> str | None:
-    """What is wrong with a file on disk, None if it is the hub's."""
+    """Return what is wrong with a file on disk; None if it is identical to the hub's."""
     if path.stat().st_size != remote.size:
         return f"it has {path.stat().st_size:,} bytes, the hub's has {remote.size:,}"
     digest = (
@@ -136,7 +136,7 @@ def hub_errors(hub: HuggingFace, what: str) -> Iterator[None]:
 
 
 def download(hub: HuggingFace, wanted: list[str] | None, target: Path, overwrite: bool) -> None:
-    """Bring files of a hub into a folder. Raises ValueError if that is not possible."""
+    """Download files of a hub into a folder. Raises ValueError if that is not possible."""
     with hub_errors(hub, f"cannot list {hub.repo}"):
         files = {f.name: f for f in hub.files() if not f.name.startswith(".")}
     missing = [name for name in wanted or [] if name not in files]
@@ -154,7 +154,7 @@ def download(hub: HuggingFace, wanted: list[str] | None, target: Path, overwrite
         if fault:
             plan.append(remote)
         else:
-            print(f"{path}: there already, and whole")
+            print(f"{path}: already there and complete")
     staging = target / ".download"
     staging.mkdir(parents=True, exist_ok=True)
     arrived = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
@@ -171,7 +171,7 @@ def download(hub: HuggingFace, wanted: list[str] | None, target: Path, overwrite
 
 
 def fetch(hub: HuggingFace, remote: Remote, staging: Path, target: Path) -> None:
-    """One file: into staging from where it stopped, then checked, then under its name."""
+    """Download one file into staging, from where it stopped; check it, then give it its name."""
     print(f"{hub.url(remote.name)} ({remote.size / 1e6:,.1f} MB)", flush=True)
     part, path = staging / f"{remote.name}.part", target / remote.name
     for folder in (part.parent, path.parent):
@@ -184,9 +184,9 @@ def fetch(hub: HuggingFace, remote: Remote, staging: Path, target: Path) -> None
         http_get(hub.url(remote.name), file, resume_size=file.tell(), headers=headers, expected_size=remote.size)
     if fault := fault_of(part, remote):
         part.unlink()
-        raise ValueError(f"{remote.name} did not arrive whole: {fault}. Run the command again")
+        raise ValueError(f"{remote.name} did not arrive complete: {fault}. Run the command again")
     part.replace(path)
-    print(f"{path}: whole", flush=True)
+    print(f"{path}: complete", flush=True)
 
 
 def print_list(hub: HuggingFace) -> None:

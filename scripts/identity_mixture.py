@@ -43,8 +43,10 @@ def first_question(record: dict) -> str:
 
 
 def mixture(identity: list[dict], ordinary: list[dict], repeats: int, alike: int, others: int, seed: int) -> list[dict]:
-    """Mix identity `repeats` times, all parts to play, `alike` look-alikes (up to 200 characters) and `others` of the
-    rest (up to 120), or all if there are fewer."""
+    """Mix identity `repeats` times, all parts to play, `alike` look-alikes and `others` of the rest, as far as they go.
+
+    Questions of look-alikes are shorter than 200 characters, of the rest than 120.
+    """
     rng = random.Random(seed)
     questions = [(record, question) for record in ordinary if (question := first_question(record))]
     questions = [(record, question) for record, question in questions if not ABOUT_THE_MODEL.search(question)]

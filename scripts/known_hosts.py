@@ -1,4 +1,4 @@
-"""Refuse web pages of other names that point to this machine (DNS rebinding): used by the server and the web page."""
+"""Refuse requests from web pages whose own name points to this machine (DNS rebinding); for server and web page."""
 
 import ipaddress
 from collections.abc import Collection
@@ -11,7 +11,7 @@ from starlette.responses import PlainTextResponse
 class KnownHosts:
     """Let requests through whose Host is an address, localhost, or one of `names`.
 
-    A page at evil.example that makes its name point to 127.0.0.1 may talk to what listens here as if it were its own
+    A page at evil.example that makes its name point to 127.0.0.1 may talk to programs here as if they were its own
     server, but its requests still say Host: evil.example. An address cannot be made to point elsewhere.
     """
 
@@ -32,5 +32,5 @@ class KnownHosts:
         try:
             name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
             return name in self.names or name.endswith(".localhost") or bool(ipaddress.ip_address(name))
-        except ValueError:  # neither an address nor a name that is known
+        except ValueError:  # neither an address nor a known name
             return False

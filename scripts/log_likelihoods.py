@@ -24,7 +24,7 @@ Pair = tuple[Sequence[int], Sequence[int]]  # ids of a context (one at least) an
 
 
 class Row(NamedTuple):
-    """targets: (place of the token before, id, number of the pair) of every token that is scored."""
+    """A part of the tree. targets: (place of the token before, id, number of the pair) of every scored token."""
 
     ids: list[int]
     positions: list[int]

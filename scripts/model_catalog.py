@@ -1,6 +1,6 @@
-"""What there is to talk to (weights in an output folder, folders in Hugging Face format, adapters), and how to load it.
+"""Find models to talk to (weights in an output folder, folders in Hugging Face format, adapters), and load them.
 
-The server and the web page use this. Looking is cheap: sizes are read from the files without their tensors, and kept
+The server and the web page use this. Listing is cheap: sizes are read from the files without their tensors, and kept
 until a file changes.
 """
 
@@ -111,7 +111,7 @@ def load_entry(entry: Entry, lora_name: str | None = None, **flags) -> ReadyMode
 
 
 def stamp_of(entry: Entry, lora_name: str | None = None) -> tuple:
-    """Return what changes when the model's files do: names, times and sizes."""
+    """Return names, times and sizes of the model's files, which change when the files do."""
     files = [entry.path, entry.path.with_suffix(".json")]
     if entry.kind == "hf":
         files = [*_weight_files(entry.path), entry.path / "config.json"]
@@ -126,7 +126,7 @@ def stamp_of(entry: Entry, lora_name: str | None = None) -> tuple:
 
 
 def size_label(parameters: int, use_moe: bool) -> str:
-    """26M, 145M MoE, 4.5M, 0.05M"""
+    """Return 26M, 145M MoE, 4.5M or 0.05M."""
     millions = parameters / 1e6
     digits = 0 if millions >= 9.95 else 1 if millions >= 0.095 else 2
     return f"{millions:.{digits}f}M{' MoE' if use_moe else ''}"

@@ -1,5 +1,4 @@
-"""The models that the server offers by name: loaded when first asked for, at most a few at a time, and loaded again
-when their files change."""
+"""The models that the server offers by name: loaded on first use, a few at a time, and again if their files change."""
 
 import asyncio
 import contextlib
@@ -17,14 +16,14 @@ from scripts.openai_schema import ApiError
 
 
 class Offer(NamedTuple):
-    """What a name stands for: a model, alone or with an adapter (a name in out/lora/, or a .pth file)."""
+    """A model, alone or with an adapter (a name in out/lora/, or a .pth file)."""
 
     entry: Entry
     lora_name: str | None = None
 
     @property
     def key(self) -> tuple[Path, str | None]:
-        """What distinguishes it from all others; two folders may have one name."""
+        """Distinguishes it from all others; two folders may have the same name."""
         return self.entry.path, self.lora_name
 
     @property
@@ -44,10 +43,10 @@ class LoadedModel:
 
 
 class ModelPool:
-    """name: what the default is called; it is loaded first and stays. The others are in out_dir and folders.
+    """The default model, which is loaded first and stays, under `name`, and those in out_dir and folders.
 
-    load: makes an engine and a tokenizer of an offer; it runs in a thread. max_models: engines in memory; one more
-    replaces the least recently used. With 1 only the default is offered.
+    load: makes an engine and a tokenizer from an offer; it runs in a thread. max_models: engines in memory; the next
+    one replaces the least recently used. With 1 only the default is offered.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class ModelPool:
         self._tasks: set[asyncio.Task] = set()
 
     def offers(self) -> dict[str, Offer]:
-        """Return everything that can be asked for now; training may have written more since the start."""
+        """Return all models that can be asked for now; training may have written more since the start."""
         offers = {self.name: self.default}
         if self.max_models == 1:
             return offers
@@ -93,7 +92,7 @@ class ModelPool:
 
     @contextlib.asynccontextmanager
     async def use(self, name: str) -> AsyncIterator[LoadedModel]:
-        """Give the loaded model, which stays in memory while it is used. If its files have changed, load them first."""
+        """Yield the loaded model, which stays in memory while it is used. If its files have changed, load it again."""
         offer = self.default if name == self.name else await asyncio.to_thread(self.find, name)
         stamp = await asyncio.to_thread(stamp_of, offer.entry, offer.lora_name)
         if offer.key not in self._loaded or self._loaded[offer.key].stamp != stamp:
@@ -111,7 +110,7 @@ class ModelPool:
                 await asyncio.to_thread(model.engine.close)
 
     async def _bring(self, offer: Offer) -> None:
-        """Load what an offer stands for. The client may go meanwhile: loading continues, for the next one."""
+        """Load an offer's model. If the client goes meanwhile, loading continues for the next one."""
         task = asyncio.create_task(self._load(offer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -145,7 +144,7 @@ class ModelPool:
                     await asyncio.to_thread(old.engine.close)
 
     def add(self, offer: Offer, engine: Engine, tokenizer: ChatTokenizer, stamp: tuple | None = None) -> None:
-        """stamp: of the files as they were before they were loaded."""
+        """Keep a loaded model. stamp: of its files before they were loaded."""
         name, adapter = offer.root, f":{offer.lora_name}" if offer.lora_name else ""
         if any(model.name == name for key, model in self._loaded.items() if key != offer.key):
             name = f"{offer.entry.path}{adapter}"

@@ -29,7 +29,7 @@ LONGEST_ANSWER = 128  # tokens; the longest expected answer is about half of it
 
 
 def read_questions(path: Path) -> list[dict]:
-    """Return [{"category", "rule", "question", "answer"}]. Raises ValueError that names a wrong file and line."""
+    """Return [{"category", "rule", "question", "answer"}]. Raises ValueError that names the wrong file and line."""
     if not path.is_file():
         raise ValueError(f"{path} not found; run python dataset/sample/make_sample.py, or name a file with --questions")
     questions = []
@@ -59,7 +59,7 @@ def percent(right: int, asked: int) -> float:
 
 
 def score(questions: list[dict], answers: list[str]) -> dict:
-    """Return what the .score.json holds; percentages are rounded down, so that rounding reaches no threshold."""
+    """Return the content of .score.json; percentages are rounded down, so that rounding never reaches a threshold."""
     rows: dict[str, list[int]] = {}
     for question, answer in zip(questions, answers, strict=True):
         right = answer == question["answer"].strip()
@@ -100,7 +100,7 @@ def print_score(result: dict, examples: int) -> None:
 
 
 def printable(text: str, longest: int = 60) -> str:
-    """Return one short line: an untrained model answers with control characters and half characters."""
+    """Return one short line without control characters, which an untrained model may answer with."""
     line = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in text)
     return line if len(line) <= longest else line[:longest] + "…"
 

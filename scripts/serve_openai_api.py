@@ -69,8 +69,8 @@ from scripts.openai_http import EventStream, Metrics, TimedProtocol, WatchReques
 from scripts.openai_schema import ApiError, ChatRequest, CompletionRequest, parse
 
 Echo = tuple[str, list[Token]]  # a prompt's text and, if log-probs are asked for, its tokens
-LARGE = 2**16  # bytes; requests above this are read one at a time, so that they leave a core for everybody's answers
-SWITCH_SECONDS = 0.0005  # the decoding engine needs the interpreter hundreds of times a token, and soon
+LARGE = 2**16  # bytes; larger requests are read one at a time, so that they leave a core for everybody's answers
+SWITCH_SECONDS = 0.0005  # the decoding engine needs Python's lock hundreds of times a token, and quickly
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -113,7 +113,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def default_offer(args: argparse.Namespace) -> Offer:
-    """Return what the flags name. Raises ValueError if it is missing."""
+    """Return the model that the flags name. Raises ValueError if it is missing."""
     lora_name = None if args.lora_name.lower() == "none" else args.lora_name
     path = named_path(args).absolute()
     if args.load == 1:
@@ -147,7 +147,7 @@ def make_loader(args: argparse.Namespace, default: Offer) -> Callable[[Offer], t
 
 
 class Api:
-    """The endpoints. generations: what is being answered, so that a shutdown can end it."""
+    """The endpoints. generations: the answers under way, so that a shutdown can end them."""
 
     def __init__(self, pool: ModelPool, args: argparse.Namespace):
         self.pool, self.args, self.metrics = pool, args, Metrics(pool.stats)
@@ -183,7 +183,7 @@ class Api:
         app.exception_handler(QueueFull)(self.tell_full)
         app.exception_handler(ClientDisconnect)(self.tell_nobody)
         app.exception_handler(Exception)(self.tell_bug)
-        # around the whole app: what add_middleware adds does not see the answers of tell_bug
+        # around the whole app, because add_middleware's layers do not see the answers of tell_bug
         whole = app
         if self.args.cors_origin:
             origins = self.args.cors_origin
@@ -230,8 +230,10 @@ class Api:
             return about | {"created": 0}
 
     async def _read(self, request: Request, schema: type) -> tuple[ChatRequest | CompletionRequest, Callable]:
-        """Return the request, and what runs a function on it in a thread: parsing and encoding are work of the size of
-        the body, during which the event loop has tokens to send."""
+        """Return the request, and a function that runs others on it in a thread.
+
+        Parsing and encoding take time in proportion to the body, while the event loop has tokens to send.
+        """
         raw = await read_body(request, self.args.max_body_bytes)
         executor, loop = self.large if len(raw) > LARGE else None, asyncio.get_running_loop()
 
@@ -276,7 +278,7 @@ class Api:
             raise ApiError(400, message, "n", "too_many_answers")
 
     async def _echo(self, model: LoadedModel, body: CompletionRequest, prompts: list[list[int]]) -> list[Echo]:
-        """Return one for each prompt. Raises QueueFull if as many requests wait as may wait for the engine."""
+        """Return an echo of each prompt. Raises QueueFull if --max_queue requests are waiting already."""
         pairs = list(zip(body.prompt, prompts, strict=True))
         if body.logprobs is None:
             return await asyncio.to_thread(lambda: [make_echo(model, *pair) for pair in pairs])
@@ -284,7 +286,7 @@ class Api:
             raise QueueFull(self.readings - 1, 1.0)
         self.readings += 1
         try:
-            # one by one: requests take turns, and one whose client has gone is not read to its end
+            # one by one, so that requests take turns, and a request whose client has gone is not read to its end
             loop = asyncio.get_running_loop()
             return [await loop.run_in_executor(self.reader, make_echo, model, *pair, body.logprobs) for pair in pairs]
         finally:
@@ -415,7 +417,7 @@ class Api:
 
 
 def make_echo(model: LoadedModel, prompt: str | list[int], ids: list[int], logprobs: int | None = None) -> Echo:
-    """ids: the prompt's. logprobs: how many of the most likely tokens to give for each; None: no tokens."""
+    """Return a prompt's echo. ids: its tokens. logprobs: how many likely tokens to give for each; None: no tokens."""
     text = prompt if isinstance(prompt, str) else model.tokenizer.decode(ids, skip_control=False)
     tokens = [] if logprobs is None else prompt_log_probs(model.engine.model, ids, logprobs)
     if any(token.logprob is not None and math.isnan(token.logprob) for token in tokens):
@@ -429,7 +431,7 @@ def make_echo(model: LoadedModel, prompt: str | list[int], ids: list[int], logpr
 
 
 class Server(uvicorn.Server):
-    """Told to stop, it takes no new connections and lets running answers finish; told again, it ends them at once."""
+    """Asked to stop, it takes no new connections and lets running answers finish; asked again, it ends them at once."""
 
     def __init__(self, config: uvicorn.Config, api: Api):
         super().__init__(config)
@@ -450,11 +452,11 @@ class Server(uvicorn.Server):
         started = time.monotonic()
         while not self.hurried and time.monotonic() < started + self.api.args.shutdown_timeout:
             await asyncio.sleep(0.05)
-        for _ in range(40):  # clients hear of it, those that are still sending a request too
+        for _ in range(40):  # tell all clients, also those that are still sending a request
             self.api.end_answers()
             await asyncio.sleep(0.05)
         if self.stopped_by:
-            os._exit(self.status)  # what has not ended by now would end in tracebacks
+            os._exit(self.status)  # whatever still runs would end in tracebacks
 
     @property
     def status(self) -> int:
@@ -462,7 +464,7 @@ class Server(uvicorn.Server):
 
 
 def print_line(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # a terminal that was closed is no reason to fail a request
+    with contextlib.suppress(OSError, ValueError):  # a closed terminal must not fail a request
         print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
@@ -513,7 +515,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         server, listener = make_server(args)
         announce(args, server.api.pool, listener.getsockname()[1])
-        # a full collection of all that torch and transformers have loaded would stop every answer for a quarter second
+        # a full collection over everything torch and transformers loaded would pause all answers for a quarter second
         gc.collect()
         gc.freeze()
         gc.set_threshold(100_000, 20, 100)

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dataset.answers import is_well_formed, reasoned_parts
-from dataset.lm_dataset import RecordError, parse_record
+from dataset.lm_dataset import RecordError, parse_record, shared_turns
 from dataset.tokenization import ChatTokenizer
 from model.generation import SamplingParams, generate_batch
 from model.model_lora import find_lora, load_lora
@@ -113,14 +113,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def load(name: str, args: argparse.Namespace, tokenizer: ChatTokenizer) -> tuple[torch.nn.Module, Path]:
-    """(model in float32 and eval mode, its file)."""
+    """Return (the model in float32 and eval mode, its file)."""
     path = find_weights(name, args.out_dir, args.hidden_size, args.use_moe)
     model, _ = load_model(path, tokenizer.sha256)
     return model.to(args.device).float(), path
 
 
 def contenders(args: argparse.Namespace, tokenizer: ChatTokenizer) -> Iterator[tuple[str, torch.nn.Module]]:
-    """(title, model): the weights alone, then the same model with the adapter on, if one is named."""
+    """Yield (title, model): the weights alone, then, if an adapter is named, the same model with it."""
     model, path = load(args.weight, args, tokenizer)
     yield path.stem, model
     if args.lora_name:
@@ -143,12 +143,6 @@ def read_records(path: Path, kind: str) -> Iterator[tuple]:
 def first_prompt(turns: list[dict]) -> list[dict]:
     """Return the turns before the first answer of a conversation."""
     return list(itertools.takewhile(lambda turn: turn["role"] != "assistant", turns))
-
-
-def shared_prompt(pair: tuple[list[dict], list[dict]]) -> list[dict]:
-    """Return the turns that both sides of a preference begin with."""
-    same = itertools.takewhile(lambda turns: turns[0] == turns[1], zip(*pair, strict=False))
-    return [turn for turn, _ in same]
 
 
 def answers(
@@ -197,7 +191,7 @@ def read_questions(path: Path, train_path: Path) -> list[str]:
 
 
 def unrelated_questions(path: Path, name: str, count: int) -> list[str]:
-    """First questions of a file's conversations, those left out that are about the model or hold its name."""
+    """Return first questions of a file's conversations, except those about the model or with its name."""
     questions = []
     for turns in read_records(path, "conversation"):
         first = turns[0]["content"] if turns[0]["role"] == "user" else ""
@@ -207,7 +201,7 @@ def unrelated_questions(path: Path, name: str, count: int) -> list[str]:
         if len(questions) == count:
             break
     if not questions:
-        raise ValueError(f"{path} has no conversation that a user opens about something else than the model")
+        raise ValueError(f"{path} has no conversation that a user opens and that is not about the model")
     return questions
 
 
@@ -251,7 +245,7 @@ def loss(args: argparse.Namespace, tokenizer: ChatTokenizer) -> list[dict]:
 
 @torch.no_grad()
 def pair_log_probs(model: torch.nn.Module, data: PackedData, precision: Precision) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs of all answers of a file, summed over their tokens, and the tokens' number; each (pairs, 2)."""
+    """Return log-probs of all answers of a file, summed over tokens, and token counts; each (pairs, 2)."""
     log_probs = torch.zeros(data.plan.num_rows, 2, dtype=torch.float64)
     counts = torch.zeros(data.plan.num_rows, 2, dtype=torch.float64)
     for batch in data.once():
@@ -264,7 +258,7 @@ def pair_log_probs(model: torch.nn.Module, data: PackedData, precision: Precisio
 
 
 def answer_lengths(data: PackedData) -> torch.Tensor:
-    """Tokens of each pair's answers before they were cut to the row, (pairs, 2)."""
+    """Return the tokens of each pair's answers before they were cut to the row, (pairs, 2)."""
     offsets = np.asarray(data.cache.offsets)
     documents = np.searchsorted(offsets, np.asarray(data.plan.segment_start), "right") - 1
     before = np.concatenate(([0], np.cumsum(data.cache.mask, dtype=np.int64)))
@@ -272,8 +266,10 @@ def answer_lengths(data: PackedData) -> torch.Tensor:
 
 
 def accuracy(scores: torch.Tensor, group: torch.Tensor) -> float | None:
-    """Return the share of a group's pairs whose chosen answer scores higher, a tie counting half; None if the group is
-    empty. scores: (pairs, 2)."""
+    """Return the share of a group's pairs whose chosen answer scores higher; a tie counts half.
+
+    scores: (pairs, 2). Returns None if the group is empty.
+    """
     wins = (scores[:, 0] > scores[:, 1]).double() + 0.5 * (scores[:, 0] == scores[:, 1]).double()
     return float(wins[group].mean()) if group.any() else None
 
@@ -281,7 +277,7 @@ def accuracy(scores: torch.Tensor, group: torch.Tensor) -> float | None:
 def preference_rows(
     policy: torch.Tensor, reference: torch.Tensor, counts: torch.Tensor, full_lengths: torch.Tensor, beta: float
 ) -> list[dict]:
-    """Return one row for each way to tell which answer of a pair is the chosen one. All arguments are (pairs, 2)."""
+    """Return a row for each way to guess which answer of a pair is the chosen one. All arguments are (pairs, 2)."""
     longer = full_lengths[:, 0] > full_lengths[:, 1]
     shorter = full_lengths[:, 0] < full_lengths[:, 1]
     groups = {"all": torch.ones_like(longer), "chosen longer": longer, "chosen shorter": shorter}
@@ -315,7 +311,8 @@ def preferences(args: argparse.Namespace, tokenizer: ChatTokenizer) -> list[dict
         "reward margin": float(margin.mean()), "dpo loss": float(-torch.nn.functional.logsigmoid(margin).mean()),
         "log(pi / ref) per token, chosen": float(drift[0]), "rejected": float(drift[1]),
     })  # fmt: skip
-    prompts = [shared_prompt(p) for p in itertools.islice(read_records(args.data_path, "preference"), args.prompts)]
+    pairs = itertools.islice(read_records(args.data_path, "preference"), args.prompts)
+    prompts = [chosen[: shared_turns(chosen, rejected)] for chosen, rejected in pairs]
     prompts = [turns for turns in prompts if turns and turns[-1]["role"] == "user"]
     for temperature in TEMPERATURES if prompts else ():
         for name in dict.fromkeys((args.reference, args.weight)):

@@ -1,4 +1,4 @@
-"""Pictures of the web page: out/screenshots/web_light.png and web_dark.png; the README's are in images/.
+"""Take pictures of the web page: out/screenshots/web_light.png and web_dark.png; the README's are in images/.
 
     python scripts/take_screenshots.py                      the model that `make quickstart` made, on what it knows
     python scripts/take_screenshots.py --out_dir out --question "你好，你是谁？" "Why is the sky blue?"
@@ -52,7 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 @contextlib.contextmanager
 def served(*flags: str) -> Iterator[str]:
-    """Serve the page, with flags of its own; give its address. Raises ValueError if it fails."""
+    """Serve the page with these flags and yield its address. Raises ValueError if it fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

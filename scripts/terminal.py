@@ -1,7 +1,7 @@
-"""What the two chats in a terminal share (eval_model.py, chat_openai_api.py): typed and piped lines, commands, display.
+"""The shared part of both terminal chats (eval_model.py, chat_openai_api.py): typed and piped lines, commands, display.
 
-Answers go to stdout, everything else to stderr. A line that a person types comes from prompt_toolkit: history, pasting
-many lines at once, completion of commands, Chinese input. Pipes and files give one prompt a line.
+Answers go to stdout, everything else to stderr. prompt_toolkit reads typed lines: history, pasting many lines at once,
+completion of commands, Chinese input. Pipes and files give one prompt a line.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def is_typed() -> bool:
 
 
 class Display:
-    """Writes an answer to stdout as it comes; thoughts to stderr, dim on a terminal."""
+    """Writes an answer to stdout as it arrives; thoughts to stderr, dim on a terminal."""
 
     def __init__(self):
         self.started = self.thought_open = False
@@ -141,7 +141,7 @@ def piped_prompts() -> Iterator[str]:
 
 
 class TerminalChat:
-    """What was said, and the commands. A chat adds `answer` and, for /model and /lora, `switch_model`, `switch_lora`.
+    """History and commands. A chat adds `answer` and, for /model and /lora, `switch_model` and `switch_lora`.
 
     args: flags; `settings` names those that /set may change, with their types.
     """
@@ -251,11 +251,11 @@ class TerminalChat:
         self.commands[name][2](text)
 
 
-def run_main(chat: Callable[[], int], *errors: type[BaseException]) -> int:
+def run_main(chat: Callable[[], int]) -> int:
     """Run a chat; return its exit status, whatever ends it."""
     try:
         return chat()
-    except (ValueError, *errors) as error:  # type: ignore[misc]
+    except ValueError as error:
         note(f"error: {error}")
         return 1
     except KeyboardInterrupt:

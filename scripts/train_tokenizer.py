@@ -1,4 +1,4 @@
-"""Trains the tokenizer: byte-level BPE of 6,400 ids with the chat template, and reports how well it compresses.
+"""Train the tokenizer, byte-level BPE of 6,400 ids with the chat template, and report how well it compresses.
 
     python scripts/train_tokenizer.py                                       dataset/pretrain_hq.jsonl -> out/tokenizer/
     python scripts/train_tokenizer.py --data_path a.jsonl b.jsonl --valid_path c.jsonl
@@ -42,11 +42,11 @@ WORDS = (
     r"|\s*[\r\n]+"  # newlines
     r"|\s+(?!\S)|\s+"  # spaces; the last one before a word goes with the word
 )
-HELD_OUT_EVERY, HELD_OUT_MOST = 50, 2000  # records kept from training for the report where no --valid_path is given
+HELD_OUT_EVERY, HELD_OUT_MOST = 50, 2000  # records kept from training for the report if there is no --valid_path
 
 
 def texts_of(record: object) -> list[str]:
-    """The texts of one record: {"text"}, {"conversations"} or {"chosen", "rejected"}. ValueError for anything else."""
+    """Return the texts of one record: {"text"}, {"conversations"} or {"chosen", "rejected"}. Raises ValueError."""
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     try:
@@ -60,7 +60,7 @@ def texts_of(record: object) -> list[str]:
 
 
 def read_records(paths: list[Path], share: float = 1.0) -> Iterator[list[str]]:
-    """The texts of each record of jsonl files, or of an evenly spaced share of the records."""
+    """Yield the texts of each record of jsonl files, or of an evenly spaced share of the records."""
     number = 0
     for path in paths:
         with open(path, "rb") as lines:
@@ -77,7 +77,7 @@ def read_records(paths: list[Path], share: float = 1.0) -> Iterator[list[str]]:
 
 
 def train(texts: Iterator[str], vocab_size: int) -> str:
-    """tokenizer.json of a tokenizer with exactly vocab_size ids. ValueError if the texts do not yield as many."""
+    """Return tokenizer.json with exactly vocab_size ids. Raises ValueError if the texts do not yield so many."""
     tokenizer = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -89,7 +89,7 @@ def train(texts: Iterator[str], vocab_size: int) -> str:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
-    # Control strings and tags are single ids already: nothing is to be learned from their letters.
+    # Control strings and tags are single ids already, so their letters are left out.
     tokenizer.train_from_iterator((part for text in texts for part in SPLIT_AT.split(text) if part), trainer)
     if (size := tokenizer.get_vocab_size()) != vocab_size:
         raise ValueError(f"the data yields {size} ids; give more data, or --vocab_size {size} instead of {vocab_size}")
@@ -102,7 +102,7 @@ def train(texts: Iterator[str], vocab_size: int) -> str:
 
 
 def tokenizer_config() -> str:
-    """tokenizer_config.json: what transformers and the tools that read its folders need to know."""
+    """Return tokenizer_config.json, for transformers and the tools that read its folders."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **CONTROL_TOKENS,
@@ -132,7 +132,7 @@ CODE = re.compile(
 
 
 def split_by_kind(text: str) -> list[tuple[str, str]]:
-    """(kind, passage) pairs that join to the text; kind is a guess by line: "Chinese", "code" or "English" (the rest).
+    """Return (kind, passage) pairs that join to the text; kind is guessed by line: "Chinese", "code", else "English".
 
     Lines without letters belong to the passage before them.
     """
@@ -152,7 +152,7 @@ def split_by_kind(text: str) -> list[tuple[str, str]]:
 
 
 def report_compression(tokenizer: ChatTokenizer, texts: list[str]) -> None:
-    """Prints bytes per token of held-out text; control strings and tags count neither as bytes nor as tokens."""
+    """Print bytes per token of held-out text; control strings and tags count neither as bytes nor as tokens."""
     passages = [pair for text in texts for part in SPLIT_AT.split(text) for pair in split_by_kind(part)]
     num_bytes, num_tokens = Counter(), Counter()
     for (kind, passage), ids in zip(passages, tokenizer.encode_contents([p for _, p in passages]), strict=True):
@@ -169,7 +169,7 @@ def report_compression(tokenizer: ChatTokenizer, texts: list[str]) -> None:
 
 
 def round_trip_samples() -> list[tuple[str, str]]:
-    """(name, text) pairs: a spread of every Unicode plane, and random bytes read as Latin-1 and as broken UTF-8."""
+    """Return (name, text) pairs: samples of every Unicode plane, and random bytes as Latin-1 and as broken UTF-8."""
     samples = []
     for plane in range(17):
         points = [*range(plane << 16, (plane + 1) << 16, 7), (plane << 16) + 0xFFFF]
@@ -184,7 +184,7 @@ def round_trip_samples() -> list[tuple[str, str]]:
 
 
 def check_round_trip(tokenizer: ChatTokenizer) -> None:
-    """Prints whether text survives encode and decode, whole and streamed. ValueError naming the first that does not."""
+    """Check that text survives encode and decode, whole and streamed. Raises ValueError for the first that does not."""
     for name, text in round_trip_samples():
         ids = tokenizer.encode_contents([text])[0]
         stream = StreamDecoder(tokenizer)

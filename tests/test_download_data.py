@@ -165,7 +165,7 @@ def test_whole_files_are_not_sent_again_and_others_not_replaced_unasked(hub, tmp
     folder = bring(tmp_path, source)
     sent = hub.sent.total()
     bring(tmp_path, source)
-    assert hub.sent.total() == sent and capsys.readouterr().out.count("there already, and whole") == 2
+    assert hub.sent.total() == sent and capsys.readouterr().out.count("already there and complete") == 2
     (folder / "pretrain_hq.jsonl").write_bytes(b"mine")
     assert "--overwrite" in error_of(tmp_path, source)
     assert held(folder)["pretrain_hq.jsonl"] == b"mine"
