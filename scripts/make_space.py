@@ -27,6 +27,7 @@ from dataset.tokenization import ChatTokenizer
 from model.flags import show_defaults, utf8_path
 from model.generation import SamplingParams, stream
 from model.loading import add_flags, load_ready, tokenizer_folder
+from model.streams import set_up_streams
 from model.weights import find_weights, read_sidecar, sidecar_path
 from scripts.example_prompts import example_prompts
 from scripts.push_to_hub import MARK, SOURCE, HuggingFace, public, upload
@@ -114,6 +115,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    set_up_streams()
     args = parse(argv)
     try:
         weights = find_weights(args.weight, args.out_dir, args.hidden_size, args.use_moe)

@@ -27,6 +27,7 @@ from huggingface_hub.utils import RepositoryNotFoundError, validate_repo_id
 from safetensors import safe_open
 
 from model.flags import utf8_path
+from model.streams import set_up_streams
 from model.weights import STAGES, read_sidecar, read_state_dict, sidecar_path
 
 FOLDER_FILES = ("*.safetensors", "*.json", "*.py", "*.jinja", "Modelfile", "merges.txt", "*.model")
@@ -346,6 +347,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    set_up_streams()
     args = parse(argv)
     try:
         files = collect(args.paths)
