@@ -88,7 +88,7 @@ def milestones(runs: list[Run]) -> Table:
             for share in (0, 0.1, 0.5, 1):
                 wanted = max(share * run.total_steps, 1)
                 step, loss = min(zip(steps, losses, strict=True), key=lambda at: abs(at[0] - wanted), default=(0, 0))
-                near = abs(step - wanted) <= max(0.05 * run.total_steps, 1)
+                near = abs(step - wanted) <= max(0.1 * run.total_steps, 1)
                 cells.append(f"{loss:.3f} (step {step:,})" if step and near else "–")
             rows += [[run.label or run.name, what, *cells]] if steps else []
     return ["run", "loss", "start", "a tenth", "half", "end"], rows

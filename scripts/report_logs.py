@@ -41,6 +41,11 @@ class Run:
         return "/".join(parts[len(parts) - parts[::-1].index("logs") :]) if "logs" in parts else parts[-1]
 
     @property
+    def folder(self) -> str:
+        """The name of the output folder that the log is in."""
+        return self.path.absolute().parents[self.name.count("/") + ("logs" in self.path.parts)].name
+
+    @property
     def position(self) -> tuple[float, str]:
         """Sorts runs in the order of the stages; adapters come after the SFT that they start from."""
         found = WEIGHT_NAME.fullmatch(self.name)
@@ -185,10 +190,11 @@ def read_runs(paths: list[Path]) -> tuple[list[list[Run]], list[str]]:
         runs, problems = read_folder(path) if path.is_dir() else ([read_run(path)], [])
         found.append(runs)
         wrong += problems
-    names = [path.name if path.is_dir() else runs[0].name for path, runs in zip(paths, found, strict=True)]
-    for path, name, runs in zip(paths, names, found, strict=True):
+    choices = [runs[0].folder for runs in found], [runs[0].name for runs in found], [*map(str, paths)]
+    labels = next((names for names in choices if len(set(names)) == len(names)), choices[-1])
+    for label, runs in zip(labels, found, strict=True):
         for run in runs:
-            run.label = name if names.count(name) == 1 else str(path)
+            run.label = label
     if all(len(runs) == 1 for runs in found):
         return [[runs[0] for runs in found]], wrong
     by_name: dict[str, list[Run]] = {}
