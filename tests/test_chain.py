@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from conftest import (
     skip_measuring,
     tiny_flags,
     write_data,
+    write_jsonl,
 )
 
 from model.weights import read_sidecar
@@ -120,3 +122,42 @@ def test_the_whole_chain(start, tmp_path, tokenizer):
         assert f"{out / stage.name()}.pth: " in printed and "tokens/s" in printed
     printed = start(ROOT, "eval_model.py", "--model_mode", "1", "--lora_name", "lora_medical", *flags)
     assert f"{out / FULL_SFT.name()}.pth" in printed and "lora_medical_32.pth" in printed and "tokens/s" in printed
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_the_originals_minimind3_goes_through_the_stages(start, tmp_path, kind):
+    """A file without a sidecar: SFT with tools -> LoRA -> DPO -> chat, server with tools, export to Qwen3."""
+    out, names = tmp_path / "out", f"64{'_moe' if kind == 'moe' else ''}"
+    shutil.copy(Path(__file__).parent / "compat3" / f"{kind}.pth", tmp_path / "their.pth")
+    # a tokenizer of as many ids as the file has: the bytes, and tokens that no text becomes
+    vocabulary = json.loads((ROOT / "model" / "tokenizer.json").read_text("utf-8"))
+    tokens = sorted(vocabulary["model"]["vocab"], key=vocabulary["model"]["vocab"].get)[:640]
+    vocabulary["model"] |= {"vocab": {token: number for number, token in enumerate(tokens)}, "merges": []}
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps(vocabulary))
+    call = {"type": "function", "function": {"name": "calculator", "arguments": {"expression": "1+1"}}}
+    turns = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    turns += [{"role": "tool", "content": "2"}, {"role": "assistant", "content": "2"}]
+    tools = [{"type": "function", "function": {"name": "calculator"}}]
+    records = write_jsonl(tmp_path / "tools.jsonl", [{"conversations": turns, "tools": tools}] * 8)
+    pairs = write_data("preference", tmp_path / "pairs.jsonl", count=8)
+    where = ["--out_dir", str(out), "--tokenizer_path", str(tmp_path / "tokenizer"), "--device", "cpu"]
+    where += ["--hidden_size", "64", *["--use_moe"] * (kind == "moe")]
+    flags = [*where, "--max_seq_len", "768", "--batch_size", "2", "--max_steps", "2", "--dtype", "float32"]
+    for stage, data, more in (
+        (FULL_SFT, records, ("--base_weight", str(tmp_path / "their.pth"))),
+        (LORA, records, ("--lora_name", "tools")),
+        (DPO, pairs, ()),
+    ):
+        start(ROOT / "trainer", f"{stage.script}.py", *flags, "--data_path", str(data), *more)
+    config = read_sidecar(out / f"rlhf_{names}.pth")["config"]
+    assert config["qk_norm"] and config["rms_norm_eps"] == 1e-6 and config["n_shared_experts"] == 0
+    chat = ["--model_mode", "2", "--temperature", "0", "--max_new_tokens", "4", "--prompt", "hello"]
+    assert f"{out / f'rlhf_{names}.pth'}: " in start(ROOT, "eval_model.py", *where, *chat)
+    printed = start(ROOT, "scripts/eval_toolcall.py", *where, "--model_mode", "2", "--data_path", str(records))
+    assert "8 conversations" in printed and "right answer: " in printed
+    more = ["--input", str(out / f"rlhf_{names}.pth"), "--output", str(tmp_path / "hf"), *where[2:4]]
+    start(ROOT, "scripts/convert_model.py", *more)
+    exported = json.loads((tmp_path / "hf" / "config.json").read_text("utf-8"))
+    assert exported["model_type"] == ("qwen3" if kind == "dense" else "qwen3_moe")

@@ -15,6 +15,7 @@ from conftest import (
     read_log,
     read_resume,
     relative_error,
+    sharp_model,
     tiny_flags,
     write_jsonl,
     write_weights,
@@ -22,6 +23,7 @@ from conftest import (
 
 from dataset.text_stream import ToolCall
 from dataset.tools import TOOLS
+from model.model_lora import apply_lora, lora_layers
 from trainer import estimate, rollouts, train_grpo
 from trainer.rewards import build_rewards, score_answer
 
@@ -260,6 +262,22 @@ def test_a_run_that_stopped_in_its_answers_resumes_to_the_same_bits(train, launc
     assert not list(tmp_path.rglob("*.tmp"))
     # sampling and training agree about every token, whatever the temperature
     assert all(abs(record["rollout_kl"]) < 1e-6 for record in read_log(tmp_path / "whole", name))
+
+
+def test_an_adapter_and_its_reference_share_the_base():
+    model = sharp_model().eval()
+    ids = torch.arange(12).view(1, 12)
+    before = model(ids).logits
+    reference, other = rollouts.starting_point(model, share=True), rollouts.starting_point(model, share=False)
+    apply_lora(model, 2)
+    for _, layer in lora_layers(model):
+        torch.nn.init.normal_(layer.lora.B.weight)
+    assert not torch.allclose(model(ids).logits, before)
+    mine = {p.data_ptr() for p in model.parameters()}
+    assert {p.data_ptr() for p in reference.parameters()} <= mine
+    assert not {p.data_ptr() for p in other.parameters()} & mine
+    for same in (reference, other):
+        torch.testing.assert_close(same(ids).logits, before)
 
 
 def test_an_adapter_is_saved_merged(train, start, tmp_path):

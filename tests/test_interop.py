@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, write_weights
 
 from model.loading import stretch_context
+from model.model_minimind import MINIMIND3
 from model.weights import load_model
 from scripts import convert_model, quickstart
 
@@ -31,14 +32,17 @@ PROMPTS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A small model that has learned the bundled sample: the quickstart's recipe, an epoch of each stage."""
+@pytest.fixture(scope="module", params=[(), ("--preset", "minimind3"), ("--preset", "minimind3_moe")], ids="_".join)
+def trained(request, tmp_path_factory):
+    """A small model that has learned the bundled sample: the quickstart's recipe, an epoch of each stage.
+
+    In GGUF it is a llama, a qwen3 or a qwen3moe.
+    """
     out = tmp_path_factory.mktemp("trained")
     sample = ROOT / "dataset" / "sample"
     for script, data in (("train_pretrain", "pretrain"), ("train_full_sft", "sft")):
         command = [sys.executable, f"trainer/{script}.py", "--data_path", sample / f"{data}.jsonl", "--epochs", "1"]
-        command += [*quickstart.COMMON.split(), "--out_dir", out, "--device", "cpu"]
+        command += [*quickstart.COMMON.split(), "--out_dir", out, "--device", "cpu", *request.param]
         done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     return next(out.glob("full_sft_*.pth"))
@@ -166,11 +170,12 @@ def test_greedy_answers_of_a_trained_model_are_the_same_text(trained, tokenizer,
     assert len(answers) >= 10  # it has learned to tell questions apart, or equality would say little
 
 
+@pytest.mark.parametrize("fields", [{}, {**MINIMIND3, "num_key_value_heads": 2}], ids=["minimind2", "minimind3"])
 @pytest.mark.parametrize("use_moe", [False, True])
 @pytest.mark.parametrize("flags", [(), ("--rope_scaling", "4", "--trained_length", "100")])
-def test_logits_are_near_ours(use_moe, flags, tmp_path, tokenizer, in_llama_cpp):
+def test_logits_are_near_ours(fields, use_moe, flags, tmp_path, tokenizer, in_llama_cpp):
     """Wrong pairs in the rotation, a router that does not renormalise or a plain context differ by far more."""
-    path = write_weights(tmp_path / "full_sft_64.pth", tokenizer, use_moe=use_moe, hidden_size=64, scale=4.0)
+    path = write_weights(tmp_path / "full_sft_64.pth", tokenizer, use_moe=use_moe, hidden_size=64, scale=4.0, **fields)
     runtime = in_llama_cpp(path, *flags)
     model = load_model(path)[0].float()
     if flags:

@@ -11,6 +11,7 @@ of the last update; the layout costs about as much time as decoding a few tokens
 """
 
 import argparse
+import copy
 import functools
 import hashlib
 import json
@@ -68,6 +69,11 @@ class RolloutEngine(Engine):
 
     def _logprobs(self, requests, logits, ids):
         return super()._logprobs(requests, logits / (requests[0].params.temperature or 1.0), ids)
+
+
+def starting_point(model: nn.Module, share: bool) -> nn.Module:
+    """Return the model as it is now, in eval mode. share: with its own parameters, if they will not change (LoRA)."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()} if share else {}).eval()
 
 
 def draw_seed(*numbers: int) -> int:

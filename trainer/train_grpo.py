@@ -34,14 +34,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset.tokenization import ChatTokenizer
 from model.model_lora import apply_lora, save_merged
 from model.model_minimind import MiniMindForCausalLM
-from model.weights import find_weights, load_model, load_weights, save_weights
+from model.weights import find_weights, load_weights, save_weights
 from trainer.arguments import chat_command, from_root, model_config, parse_arguments, run_script, stage_parser
 from trainer.checkpoint import Checkpoint, file_sha256, output_path
 from trainer.distributed import start_process, stop_on_signal, stop_process, sum_over_ranks
 from trainer.logger import Logger
 from trainer.optimization import check_finite, learning_rate
 from trainer.rewards import REWARD_HELP, build_rewards
-from trainer.rollouts import Sampler
+from trainer.rollouts import Sampler, starting_point
 from trainer.token_losses import target_log_probs
 from trainer.training import start_training
 
@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     held_out = Sampler(args.valid_path, args, tokenizer, process) if args.valid_path else None
     model = MiniMindForCausalLM(config).to(process.device)
     load_weights(model, base, tokenizer.sha256)
-    reference = load_model(base, tokenizer.sha256)[0].to(process.device) if args.beta else None
+    reference = starting_point(model, share=args.lora_rank and args.zero_stage < 3) if args.beta else None
     if args.lora_rank:
         apply_lora(model, args.lora_rank)
     training = start_training(model, args, process)
