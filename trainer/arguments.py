@@ -29,7 +29,8 @@ LATER_SECONDS = 3  # the other processes wait this long before showing an error,
 MODEL_FLAGS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "use_moe", "qk_norm")
 # flags that may change on --resume; changing any other would change the result
 FREE_ON_RESUME = {
-    "resume", "log_interval", "save_interval", "eval_interval", "num_workers", "use_wandb", "wandb_project", "out_dir",
+    "resume", "log_interval", "save_interval", "eval_interval", "num_workers", "use_wandb", "use_swanlab",
+    "use_tensorboard", "wandb_project", "out_dir",
     "cache_dir", "device", "ddp", "local_rank", "valid_path", "sample_prompt", "compile", "overwrite", "batch_size",
     "accumulation_steps", "gradient_checkpointing", "save_peft", "base_weight", "reference_weight", "teacher_weight",
     "deepspeed_config", "estimate", "price_per_hour", "pass_seconds", "max_record_bytes",
@@ -145,7 +146,9 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
     add("--zero_stage", type=int, choices=(0, 1, 2, 3), default=0, help=zero)
     add("--deepspeed_config", type=utf8_path, metavar="FILE", help="DeepSpeed's own settings on top of ours, JSON")
     add_boolean(group, "--use_wandb", False, "log to Weights & Biases too")
-    add("--wandb_project", default="MiniMind", help="project there")
+    add_boolean(group, "--use_swanlab", False, "log to SwanLab too")
+    add_boolean(group, "--use_tensorboard", False, "write event files for TensorBoard too, in OUT_DIR/tensorboard/")
+    add("--wandb_project", default="MiniMind", help="project at Weights & Biases and SwanLab")
     add("--rank_timeout", type=float, default=600, help="seconds to wait for a process that hangs")
     add_boolean(group, "--ddp", None, "accepted because old commands pass it; torchrun alone decides")
     add("--local_rank", "--local-rank", type=int, default=-1, help="what a launcher passes; LOCAL_RANK decides")

@@ -28,12 +28,14 @@ from model.weights import write_json
 from trainer.cost import Memory, activation_bytes, attention_backward_bytes
 from trainer.distributed import LAUNCHED
 from trainer.loader import plural
+from trainer.tracking import SERVICES
 
 STEPS = {False: 5, True: 21}  # least steps of the short run without and with a GPU; the first one is not timed
 SECONDS = 10  # it also lasts at least this long; passes of a frozen model stop after this time
 # flags that change neither time nor memory of the steps
 IRRELEVANT = {
-    "resume", "log_interval", "save_interval", "eval_interval", "use_wandb", "wandb_project", "out_dir", "cache_dir",
+    "resume", "log_interval", "save_interval", "eval_interval", "use_wandb", "use_swanlab",
+    "use_tensorboard", "wandb_project", "out_dir", "cache_dir",
     "valid_path", "sample_prompt", "overwrite", "save_peft", "estimate", "price_per_hour", "local_rank", "ddp",
     "pass_seconds", "rank_timeout", "given", "changed",
 }  # fmt: skip
@@ -88,7 +90,8 @@ def short_run(folder: Path, main: Callable, args: argparse.Namespace, rest: list
     command = [sys.executable, sys.modules[main.__module__].__file__, *rest, f"--out_dir={folder}"]
     command += [f"--cache_dir={args.cache_dir or args.out_dir / 'token_cache'}", f"--pass_seconds={SECONDS}"]
     command += [f"--{name}_interval={sys.maxsize}" for name in ("save", "eval")]
-    command += ["--log_interval=1", "--use_wandb=false", "--resume=false"]
+    command += ["--log_interval=1", "--resume=false"]
+    command += [f"--{service.flag}=false" for service in SERVICES]
     print(f"a short run of at least {STEPS[False]} steps and {SECONDS} seconds; nothing of it is kept", flush=True)
     stopped, shown = False, 0
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {LAUNCHED: "1"}) as child:

@@ -1,4 +1,4 @@
-"""Log lines, a progress bar, the same numbers as JSON lines in out/logs/, and wandb.
+"""Log lines, a progress bar, the same numbers as JSON lines in out/logs/, and trackers.
 
 Only the main process prints and writes. Nothing in here ends a run: whatever cannot be shown or written is left out.
 """
@@ -30,7 +30,7 @@ from trainer.cost import (
 )
 from trainer.estimate import compared
 from trainer.loader import plural
-from trainer.tracking import JsonLines, Tracker, grouped
+from trainer.tracking import SERVICES, JsonLines, Tracker, grouped
 from trainer.training import Training
 
 
@@ -49,7 +49,7 @@ class Logger:
         """data: a PackedData, or train_grpo's Sampler. teacher: a frozen model that runs in every step, for MFU."""
         self.name, self.args, self.process, self.data = name, args, training.process, data
         self.progress, self.first_step, self.total_steps = progress, progress.step, data.total_steps
-        self.config, self.file, self.tracker = training.model.config, None, None
+        self.config, self.file, self.trackers = training.model.config, None, []
         parameters, frozen = count_parameters(training.model)
         self.flops_per_token = flops_per_token(self.config, parameters, frozen)
         parts = memory_parts(training.model, args, self.process.world_size)
@@ -81,9 +81,11 @@ class Logger:
             "flags": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
         }  # fmt: skip
         self.record(self.start)
-        if args.use_wandb:
-            title = f"MiniMind-{self.name}-Epoch-{args.epochs}-BatchSize-{args.batch_size}"
-            self.tracker = Tracker(args, f"{title}-LearningRate-{args.learning_rate}", self.start["flags"])
+        title = (
+            f"MiniMind-{self.name}-Epoch-{args.epochs}-BatchSize-{args.batch_size}-LearningRate-{args.learning_rate}"
+        )
+        asked = [service for service in SERVICES if getattr(args, service.flag)]
+        self.trackers = [Tracker(each, args, title, self.start["flags"], self.first_step) for each in asked]
 
     def _introduce(self, parameters: int, training: Training) -> None:
         """Say in a few lines what is about to happen."""
@@ -186,13 +188,14 @@ class Logger:
         self.process.say(text)
 
     def record(self, content: dict) -> None:
-        """Append one JSON line to out/logs/, and send its numbers to wandb."""
+        """Append one JSON line to out/logs/, and send its numbers to the trackers."""
         if self.file is None:
             return
         if trouble := self.file.write({"time": time.time(), **content}):
             self.say(trouble)
-        if self.tracker and content["event"] in ("step", "evaluation"):
-            self.tracker.log(grouped(content), content["step"])
+        if content["event"] in ("step", "evaluation"):
+            for tracker in self.trackers:
+                tracker.log(grouped(content), content["step"])
 
     def close(self, weights: Path, progress: Progress, next_command: str) -> None:
         """Say what the run left behind and what comes next."""
@@ -212,8 +215,8 @@ class Logger:
             self.say(f"{weights} is ready; next: {next_command}")
         else:
             self.say(f"stopped after step {progress.step}; saved {weights}. To go on: the same command with --resume")
-        if self.tracker:
-            self.tracker.finish(progress.complete, weights=str(weights), steps=progress.step, tokens=progress.tokens)
+        for tracker in self.trackers:
+            tracker.finish(progress.complete, weights=str(weights), steps=progress.step, tokens=progress.tokens)
 
 
 def _clocks() -> tuple[float, float]:

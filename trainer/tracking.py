@@ -1,6 +1,7 @@
-"""Where numbers go besides the terminal: JSON lines in out/logs/, and Weights & Biases on request, one run per job.
+"""Where numbers go besides the terminal: JSON lines in out/logs/ and, on request, Weights & Biases, SwanLab and
+TensorBoard, one run per job and under the same names.
 
-Whatever becomes of either, training goes on.
+Whatever becomes of them, training goes on.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import json
 import os
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FINISH_SECONDS = 60  # how long the end of a run may wait for uploads
@@ -30,23 +32,22 @@ def grouped(record: dict) -> dict:
 
 
 def tracking_mistakes(args: argparse.Namespace) -> list[str]:
-    """Return why --use_wandb cannot work here; on a terminal, ask for the login. Only the main process logs."""
-    if not args.use_wandb or int(os.environ.get("RANK", 0)):
-        return []
-    if importlib.util.find_spec("wandb") is None:
-        return ["--use_wandb: wandb is not installed; run: pip install wandb"]
-    import wandb
-
-    try:
-        if wandb.setup().settings.mode != "online":
-            return []
-        terminal = sys.stdin is not None and sys.stdin.isatty()
-        logged_in, reason = wandb.login(verify=False, prompt=terminal), "wandb is not logged in"
-        logged_in = logged_in or wandb.setup().settings.mode != "online"  # chosen at the prompt
-    except Exception as error:  # wandb raises many kinds here
-        logged_in, reason = False, f"{type(error).__name__}: {error}"
-    advice = "run `wandb login` once, or set WANDB_MODE=offline to keep the run on disk"
-    return [] if logged_in else [f"--use_wandb: {reason}; {advice}"]
+    """Return why the trackers asked for cannot work here. Only the main process logs."""
+    mistakes = []
+    for service in SERVICES:
+        if getattr(args, service.flag) and not int(os.environ.get("RANK", 0)):
+            if importlib.util.find_spec(service.package) is None:
+                mistakes.append(
+                    f"--{service.flag}: {service.package} is not installed; run: pip install {service.package}"
+                )
+                continue
+            try:
+                reason = service.login()
+            except Exception as error:  # each library has its own
+                reason = f"{type(error).__name__}: {error}"
+            if reason:
+                mistakes.append(f"--{service.flag}: {reason}; {service.advice}")
+    return mistakes
 
 
 def append(file: io.FileIO, line: bytes) -> int:
@@ -79,39 +80,117 @@ class JsonLines:
         return ""
 
 
-class Tracker:
-    """The job's wandb run. If wandb fails, it says so once and does nothing from then on."""
+class Wandb:
+    """A run of Weights & Biases: online, or on disk in out/wandb/."""
 
-    def __init__(self, args: argparse.Namespace, name: str, config: dict):
-        """Start the run; if the server cannot be reached, keep it on disk in out/wandb/."""
+    package, flag, sync = "wandb", "use_wandb", "wandb sync"
+    advice = "run `wandb login` once, or set WANDB_MODE=offline to keep the run on disk"
+
+    @staticmethod
+    def login() -> str:
+        """Return "" if runs can be kept; on a terminal, ask for the login."""
         import wandb
 
-        self.run = None
+        if wandb.setup().settings.mode != "online":
+            return ""
+        terminal = sys.stdin is not None and sys.stdin.isatty()
+        logged_in = wandb.login(verify=False, prompt=terminal)
+        logged_in = logged_in or wandb.setup().settings.mode != "online"  # chosen at the prompt
+        return "" if logged_in else "wandb is not logged in"
+
+    def __init__(self, args: argparse.Namespace, name: str, config: dict, step: int, mode: str | None):
+        import wandb
+
+        folder = os.environ.get("WANDB_DIR") or str(args.out_dir)
+        self.run = wandb.init(project=args.wandb_project, name=name, config=config, dir=folder, mode=mode)
+
+    def log(self, values: dict, step: int) -> None:
+        self.run.log(values, step=step)
+
+    def finish(self, complete: bool, summary: dict) -> None:
+        self.run.summary.update(summary)
+        self.run.finish(exit_code=0 if complete else 1)
+
+
+class SwanLab:
+    """A run of SwanLab: online, or on disk in out/swanlab/."""
+
+    package, flag, sync = "swanlab", "use_swanlab", "swanlab sync"
+    advice = "run `swanlab login` once, or set SWANLAB_MODE=offline to keep the run on disk"
+
+    @staticmethod
+    def login() -> str:
+        import swanlab
+
+        settings = swanlab.Settings()
+        return "" if settings.mode != "online" or settings.api_key else "swanlab is not logged in"
+
+    def __init__(self, args: argparse.Namespace, name: str, config: dict, step: int, mode: str | None):
+        import swanlab
+
+        self.text, folder = swanlab.Text, str(args.out_dir / "swanlab")
+        options = {"project": args.wandb_project, "name": name, "config": config, "log_dir": folder, "mode": mode}
+        with ThreadPoolExecutor(1) as thread:  # in the main thread it would take over Ctrl-C
+            self.run = thread.submit(swanlab.init, **options).result()
+
+    def log(self, values: dict, step: int) -> None:
+        self.run.log({k: self.text(v) if isinstance(v, str) else v for k, v in values.items()}, step=step)
+
+    def finish(self, complete: bool, summary: dict) -> None:
+        self.run.finish(*() if complete else ("aborted", "stopped before the end"))
+
+
+class TensorBoard:
+    """Event files in out/tensorboard/; a resumed run goes on in the same curves."""
+
+    package, flag, sync, advice = "tensorboard", "use_tensorboard", "tensorboard", ""
+
+    @staticmethod
+    def login() -> str:
+        return ""
+
+    def __init__(self, args: argparse.Namespace, name: str, config: dict, step: int, mode: str | None):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(args.out_dir / "tensorboard" / name, purge_step=step + 1)
+        self.writer.add_text("flags", "\n".join(f"    {key} {value}" for key, value in config.items()), step)
+
+    def log(self, values: dict, step: int) -> None:
+        for name, value in values.items():
+            (self.writer.add_text if isinstance(value, str) else self.writer.add_scalar)(name, value, step)
+
+    def finish(self, complete: bool, summary: dict) -> None:
+        self.writer.close()
+
+
+SERVICES = (Wandb, SwanLab, TensorBoard)
+
+
+class Tracker:
+    """The job's run at one of the services. If that fails, it says so once and does nothing from then on."""
+
+    def __init__(self, service: type, args: argparse.Namespace, name: str, config: dict, step: int):
+        """Start the run; if the server cannot be reached, keep it on disk. step: optimizer steps done before."""
+        self.service, self.run = service, None
         for mode in (None, "offline"):
             try:
                 args.out_dir.mkdir(parents=True, exist_ok=True)
-                self.run = wandb.init(
-                    project=args.wandb_project,
-                    name=name,
-                    config=config,
-                    dir=os.environ.get("WANDB_DIR") or str(args.out_dir),
-                    mode=mode,
-                )
+                self.run = service(args, name, config, step, mode)
                 return
-            except Exception as error:  # wandb raises many kinds here
-                advice = "; keeping the run on disk, for `wandb sync`" if mode is None else ""
+            except Exception as error:  # each library has its own
+                advice = f"; keeping the run on disk, for `{service.sync}`" if mode is None else ""
                 self._give_up(error, advice)
 
     def _give_up(self, error: object, advice: str = "") -> None:
         self.run = None
         reason = f"{type(error).__name__}: {error}" if isinstance(error, Exception) else error
         advice = advice or "; going on without it. All numbers are in out/logs/"
-        print(f"note: wandb failed ({reason}){advice}", flush=True)
+        print(f"note: {self.service.package} failed ({reason}){advice}", flush=True)
 
     def log(self, values: dict, step: int) -> None:
         if self.run is not None:
             try:
-                self.run.log(values, step=step)
+                self.run.log(values, step)
             except Exception as error:
                 self._give_up(error)
 
@@ -123,8 +202,7 @@ class Tracker:
 
         def finish() -> None:
             try:
-                self.run.summary.update(summary)
-                self.run.finish(exit_code=0 if complete else 1)
+                self.run.finish(complete, summary)
             except Exception as error:
                 failure.append(error)
 
@@ -132,6 +210,7 @@ class Tracker:
         thread.start()
         thread.join(FINISH_SECONDS)
         if thread.is_alive():
-            self._give_up(f"its uploads took longer than {FINISH_SECONDS} s", "; `wandb sync` sends them later")
+            sends = f"; `{self.service.sync}` sends them later"
+            self._give_up(f"its uploads took longer than {FINISH_SECONDS} s", sends)
         elif failure:
             self._give_up(failure[0])
