@@ -30,7 +30,7 @@ from trainer.cost import (
 )
 from trainer.estimate import compared
 from trainer.loader import plural
-from trainer.tracking import SERVICES, JsonLines, Tracker, grouped
+from trainer.tracking import JsonLines, Tracker, chosen, grouped
 from trainer.training import Training
 
 
@@ -84,8 +84,7 @@ class Logger:
         title = (
             f"MiniMind-{self.name}-Epoch-{args.epochs}-BatchSize-{args.batch_size}-LearningRate-{args.learning_rate}"
         )
-        asked = [service for service in SERVICES if getattr(args, service.flag)]
-        self.trackers = [Tracker(each, args, title, self.start["flags"], self.first_step) for each in asked]
+        self.trackers = [Tracker(each, args, title, self.start["flags"], self.first_step) for each in chosen(args)]
 
     def _introduce(self, parameters: int, training: Training) -> None:
         """Say in a few lines what is about to happen."""

@@ -34,19 +34,16 @@ def grouped(record: dict) -> dict:
 def tracking_mistakes(args: argparse.Namespace) -> list[str]:
     """Return why the trackers asked for cannot work here. Only the main process logs."""
     mistakes = []
-    for service in SERVICES:
-        if getattr(args, service.flag) and not int(os.environ.get("RANK", 0)):
-            if importlib.util.find_spec(service.package) is None:
-                mistakes.append(
-                    f"--{service.flag}: {service.package} is not installed; run: pip install {service.package}"
-                )
-                continue
-            try:
-                reason = service.login()
-            except Exception as error:  # each library has its own
-                reason = f"{type(error).__name__}: {error}"
-            if reason:
-                mistakes.append(f"--{service.flag}: {reason}; {service.advice}")
+    for service in chosen(args) if not int(os.environ.get("RANK", 0)) else ():
+        if importlib.util.find_spec(service.package) is None:
+            mistakes.append(f"--{service.flag}: {service.package} is not installed; run: pip install {service.package}")
+            continue
+        try:
+            reason = service.login()
+        except Exception as error:  # each library has its own
+            reason = f"{type(error).__name__}: {error}"
+        if reason:
+            mistakes.append(f"--{service.flag}: {reason}; {service.advice}")
     return mistakes
 
 
@@ -164,6 +161,12 @@ class TensorBoard:
 
 
 SERVICES = (Wandb, SwanLab, TensorBoard)
+
+
+def chosen(args: argparse.Namespace) -> list[type]:
+    """Return the services that the flags ask for."""
+    asked = (args.use_wandb, args.use_swanlab, args.use_tensorboard)
+    return [service for service, wanted in zip(SERVICES, asked, strict=True) if wanted]
 
 
 class Tracker:
