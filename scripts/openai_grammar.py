@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,10 @@ from scripts.openai_schema import ApiError, ChatRequest, Function, unsupported
 
 # as json.dumps writes it, which is how training data has it; free spaces would tempt small models to write only spaces
 JSON_STYLE = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+
+VALUES = ("const", "enum", "default", "examples")  # what these hold is no schema
+NAMED = ("properties", "$defs", "definitions")  # keys whose value maps names to schemas
+COMPOSED = {"anyOf", "oneOf", "not", "if", "$ref", "dependentSchemas", "patternProperties"}
 
 
 class Grammar:
@@ -45,7 +50,10 @@ def make_grammar(model: LoadedModel, body: ChatRequest) -> Callable[[], Grammar]
 
     Raises ApiError if the schema is wrong, or if llguidance is not installed.
     """
-    param, source = _source(body)
+    try:
+        param, source = _source(body)
+    except RecursionError as error:
+        raise ApiError(400, "the schema is nested too deeply", code="invalid_value") from error
     if source is None:
         return None
     try:
@@ -75,7 +83,7 @@ def _source(body: ChatRequest) -> tuple[str, str | None]:
     if body.response_format and body.response_format.type != "text":
         schema = {"type": "object"}
         if body.response_format.type == "json_schema":
-            schema = body.response_format.json_schema.definition
+            schema = closed(body.response_format.json_schema.definition)
         return "response_format", f"start: %json {json.dumps(schema | {'x-guidance': JSON_STYLE})}"
     return "", None
 
@@ -84,13 +92,37 @@ def _call_schema(functions: list[Function]) -> str:
     """The JSON schema of a call of one of these, as text."""
     kinds = []
     for number, function in enumerate(functions):
-        arguments = json.dumps(function.parameters or {"type": "object"})
+        arguments = json.dumps(closed(function.parameters or {"type": "object"}))
         # references count from the root of the whole schema
         arguments = re.sub(r'("\$ref": "#)', rf"\1/anyOf/{number}/properties/arguments", arguments)
         properties = {"name": {"const": function.name}, "arguments": json.loads(arguments)}
         kinds.append({"type": "object", "properties": properties, "required": list(properties)})
         kinds[-1]["additionalProperties"] = False
     return json.dumps({"anyOf": kinds, "x-guidance": JSON_STYLE})
+
+
+def closed(schema: dict) -> dict:
+    """Let objects hold the properties that the schema names and no others, unless it says otherwise.
+
+    A small model invents more and more of them. A schema that is put together by allOf stays as it is.
+    """
+    return schema if '"allOf"' in json.dumps(schema) else _closed(schema)
+
+
+def _closed(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_closed(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    result = {}
+    for key, value in schema.items():
+        if key in NAMED and isinstance(value, dict):
+            result[key] = {name: _closed(each) for name, each in value.items()}
+        else:
+            result[key] = value if key in VALUES else _closed(value)
+    if isinstance(schema.get("properties"), dict) and not schema.keys() & COMPOSED:
+        result.setdefault("additionalProperties", False)
+    return result
 
 
 @functools.lru_cache(maxsize=64)

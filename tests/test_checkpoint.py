@@ -211,7 +211,7 @@ def converts(module) -> None:
 @pytest.mark.full
 def test_a_conversion_killed_at_any_moment_leaves_nothing_half_written(launcher, tmp_path, tokenizer):
     weights = write_weights(tmp_path / "full_sft_32.pth", tokenizer)
-    for number, kind in enumerate(("hf", "gguf")):
+    for number, kind in enumerate(("llama", "gguf")):
         target = tmp_path / str(number) / (f"m.{kind}" if kind == "gguf" else "m")
         line = ["--input", str(weights), "--to", kind, "--output", str(target)]
         started = time.monotonic()
@@ -219,7 +219,7 @@ def test_a_conversion_killed_at_any_moment_leaves_nothing_half_written(launcher,
         seconds = time.monotonic() - started
         whole = {path.name: path.read_bytes() for path in target.parent.rglob("*") if path.is_file()}
         for _ in range(8):
-            shutil.rmtree(target.parent)
+            shutil.rmtree(target.parent, ignore_errors=True)
             kill_at_random(launcher, "train_pretrain", line, seconds, 1, tmp_path, [converts])
             left = {path.name: path.read_bytes() for path in target.rglob("*") if path.is_file()}
             left |= {target.name: target.read_bytes()} if target.is_file() else {}

@@ -35,7 +35,7 @@ from scripts.known_hosts import KnownHosts
 from scripts.model_catalog import entry_of_file
 from scripts.model_pool import ModelPool, Offer
 from scripts.openai_answers import Choice, encode_chat, prompt_log_probs
-from scripts.openai_grammar import make_grammar
+from scripts.openai_grammar import closed, make_grammar
 from scripts.openai_schema import ApiError, ChatRequest, CompletionRequest, parse
 
 QUESTION = [{"role": "user", "content": "the sky was grey 今天"}]
@@ -1073,6 +1073,22 @@ def function(name: str, parameters: dict, **more) -> dict:
 
 def json_schema(schema: dict) -> dict:
     return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+
+
+def test_objects_hold_only_what_the_schema_names():
+    city = {"type": "object", "properties": {"name": {"type": "string"}, "properties": {"enum": [{"properties": {}}]}}}
+    closed_city = city | {"additionalProperties": False}
+    assert closed(city) == closed_city
+    assert closed({"$defs": {"c": city}, "anyOf": [city, {"type": "null"}]}) == {
+        "$defs": {"c": closed_city}, "anyOf": [closed_city, {"type": "null"}],
+    }  # fmt: skip
+    for open_schema in (
+        {"type": "object"},
+        city | {"additionalProperties": {"type": "string"}},
+        city | {"anyOf": [{"required": ["name"]}]},
+        {"allOf": [city, city]},
+    ):
+        assert closed(open_schema) == open_schema
 
 
 @pytest.mark.parametrize("stream", [False, True])
