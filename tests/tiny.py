@@ -19,7 +19,6 @@ SIZES = {  # flags that a script is given in place of its own
     "train_distillation.py": f"{STAGE} --teacher_num_hidden_layers 1",
     "train_grpo.py": f"{STAGE} --prompts_per_step 2 --group_size 2 --max_new_tokens 4 --eval_samples 2",
     "eval_model.py": "--max_new_tokens 4 --device cpu",
-    "stage_rates.py": "--steps 2 --num_hidden_layers 1 --device cpu",
     "recipe.py": "--tokens 4096 --num_hidden_layers 1 --hidden_size 64 --device cpu",
     "stage_quality.py": "--device cpu",
     "evaluate.py": "--device cpu",
@@ -94,7 +93,7 @@ def with_sizes(words: list[str]) -> list[str]:
     name = Path(words[0]).name
     sizes = SIZES.get(name, STAGE if "trainer" in words[0] else "").split()
     sizes += MEASURES.get(words[1], "").split() if name == "stage_quality.py" else []
-    if name in ("stage_rates.py", "recipe.py") and words[-1] in ("report", "versus"):
+    if name == "recipe.py" and words[-1] in ("report", "versus"):
         sizes = []
     for flag, value in zip(sizes[::2], sizes[1::2], strict=True):
         if flag in words:
