@@ -40,7 +40,7 @@ SERVER_FLAGS = ("model_mode", "out_dir", "hidden_size", "use_moe", "tokenizer_pa
 
 
 def read_conversations(path: Path) -> list[list[dict]]:
-    """Return the turns of each record. Raises ValueError that names a wrong file or line."""
+    """Return the turns of each record. Raises ValueError that names the wrong file or line."""
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -63,7 +63,7 @@ def read_conversations(path: Path) -> list[list[dict]]:
 
 
 def calls_of(turns: list[dict]) -> list[tuple[str, dict]]:
-    """(name, arguments) of every call, in order."""
+    """Return (name, arguments) of every call, in order."""
     calls = [call["function"] for turn in turns for call in turn.get("tool_calls", ())]
     return [(call["name"], as_object(call["arguments"])) for call in calls]
 
@@ -94,7 +94,7 @@ def play(client: openai.OpenAI, turns: list[dict], model: str) -> list[dict]:
 
 
 def judge(played: list[dict], gold: list[dict]) -> dict[str, bool]:
-    """Whether the calls, their arguments and the final answer are right."""
+    """Tell whether the calls, their arguments and the final answer are right."""
     calls, expected = calls_of(played), calls_of(gold)
     answer, wanted = played[-1].get("content") or "", gold[-1]["content"]
     if played[-1]["role"] != "assistant" or "tool_calls" in played[-1]:
@@ -109,7 +109,7 @@ def judge(played: list[dict], gold: list[dict]) -> dict[str, bool]:
 
 @contextlib.contextmanager
 def own_server(args: argparse.Namespace) -> Iterator[str]:
-    """The base URL of a server for these weights. Raises ValueError if it does not start."""
+    """Yield the base URL of a server for these weights. Raises ValueError if it does not start."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -77,7 +77,7 @@ ONLY_LETTER = ("\nAnswer with the letter alone.", "\n只回答选项的字母。
 
 
 class Candidate(NamedTuple):
-    """What is scored. score: (context ids, option ids) pairs -> log-likelihoods. write: prompts -> answers as text."""
+    """Weights to score. score: (context ids, option ids) pairs -> log-likelihoods. write: prompts -> answers."""
 
     name: str
     tokenizer: ChatTokenizer
@@ -287,7 +287,7 @@ def kind_of(gold: str) -> str:
 
 
 def vote(answer: str, match: str) -> str:
-    """Return what answers that mean the same have in common."""
+    """Return a key that is equal for answers with the same meaning."""
     return str(number(answer)) if match == "number" else " ".join(answer_part(answer).casefold().split())
 
 

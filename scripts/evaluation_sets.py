@@ -85,7 +85,7 @@ def download(name: str, folder: Path) -> None:
 
 
 def find_set(name: str, folder: Path) -> Path:
-    """Return the path of a set: what `name` is, or folder/name, or a file of that name in or one level below folder."""
+    """Return the path of a set: `name` itself, or folder/name, or a file of that name in folder or one level below."""
     inside = (
         path for pattern in (f"{Path(name).name}.*", f"*/{Path(name).name}.*") for path in sorted(folder.glob(pattern))
     )
@@ -119,7 +119,7 @@ def read_set(name: str, folder: Path, limit: int | None = None) -> QuestionSet:
 
 
 def _has_answers(split: Path) -> bool:
-    """Tell whether a split can be scored: C-Eval keeps the answers of its test split to itself."""
+    """Tell whether a split can be scored: C-Eval does not publish the answers of its test split."""
     row = next(_rows(find_files([split])[0]), (0, {}))[1]
     return any(name in row for name in ("answer", "gold", "answerkey"))
 

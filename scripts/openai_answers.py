@@ -1,4 +1,4 @@
-"""From a request to prompts of token ids, and from an engine's tokens to answers in OpenAI's format."""
+"""Turn requests into prompts of token ids, and an engine's tokens into answers in OpenAI's format."""
 
 import asyncio
 import secrets
@@ -20,7 +20,7 @@ MOST_NESTING = 100  # of tools: writing them is recursive
 
 
 def refuse_too_long(param: str, tokens: int, context_length: int, bound: str = "") -> None:
-    """Raise ApiError if so many tokens leave no room for an answer."""
+    """Raise ApiError if a prompt of this many tokens leaves no room for an answer."""
     if tokens >= context_length:
         # the first sentence is OpenAI's, by which client libraries recognise this error
         message = f"Input tokens exceed the configured limit of {context_length} tokens. Your {param} resulted in "
@@ -29,7 +29,7 @@ def refuse_too_long(param: str, tokens: int, context_length: int, bound: str = "
 
 
 def refuse_endless(tokenizer: ChatTokenizer, text: str, context_length: int, param: str) -> None:
-    """Refuse a text that cannot fit however it is divided, before encoding it takes seconds and 100 MB."""
+    """Refuse a text that cannot fit however it is tokenized, before encoding it takes seconds and 100 MB."""
     refuse_too_long(param, len(text) // tokenizer.longest_token, context_length, "at least ")
 
 
@@ -115,7 +115,7 @@ class Choice:
 
 
 class NoAnswer:
-    """A request for no tokens: it has ended from the start."""
+    """A request for no tokens, which has ended from the start."""
 
     finish_reason, error, cached_tokens = "length", None, 0
 
@@ -130,7 +130,7 @@ class NoAnswer:
 
 
 class Generation:
-    """All answers to one HTTP request. `close` cancels what is not done; the slots are free at once."""
+    """All answers to one HTTP request. `close` cancels those not done and frees their slots at once."""
 
     def __init__(
         self,
@@ -317,7 +317,7 @@ class ChatFormat:
         return {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish_reason}
 
     def logprobs(self, choice: Choice) -> dict | None:
-        """Return those of the tokens since the last call, or None if there are none. Stop ids are not content."""
+        """Return log-probs of the tokens since the last call, or None if there are none. Stop ids are not content."""
         tokens = [token for token in choice.new_tokens if token.id not in choice.request.params.stop_ids]
         choice.new_tokens = []
         return chat_logprobs(self.tokenizer, tokens) if self.wants_logprobs and tokens else None

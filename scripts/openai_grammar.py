@@ -27,7 +27,7 @@ COMPOSED = {"anyOf", "oneOf", "not", "if", "$ref", "dependentSchemas", "patternP
 
 
 class Grammar:
-    """Where one answer has got to in its grammar; the engine asks for the tokens that may come next."""
+    """One answer's position in its grammar; the engine asks it for the tokens that may come next."""
 
     def __init__(self, matcher):
         self._matcher = matcher
@@ -89,7 +89,7 @@ def _source(body: ChatRequest) -> tuple[str, str | None]:
 
 
 def _call_schema(functions: list[Function]) -> str:
-    """The JSON schema of a call of one of these, as text."""
+    """Return the JSON schema of a call of one of these, as text."""
     kinds = []
     for number, function in enumerate(functions):
         arguments = json.dumps(closed(function.parameters or {"type": "object"}))

@@ -1,4 +1,4 @@
-"""What the server needs of HTTP: metrics and a line for every request, bodies, event streams, and time limits."""
+"""The server's HTTP parts: metrics and a log line for every request, bodies, event streams, and time limits."""
 
 import asyncio
 import contextlib
@@ -94,7 +94,7 @@ class WatchRequests:
 
 
 class TimedProtocol(H11Protocol):
-    """Closes a connection whose request headers have not arrived in time; uvicorn itself would wait for ever."""
+    """Closes a connection whose request headers have not arrived in time; uvicorn itself would wait forever."""
 
     header_timer: asyncio.TimerHandle | None = None
 
@@ -138,7 +138,7 @@ async def read_body(request: Request, longest: int) -> bytes:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events. What `held` holds is freed when the last was sent, and when the client has gone."""
+    """Server-sent events. `held` is closed after the last one, or when the client has gone."""
 
     def __init__(self, events: AsyncIterator[str], held: contextlib.AsyncExitStack):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

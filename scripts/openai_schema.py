@@ -1,4 +1,4 @@
-"""What clients may send to the server, in OpenAI's words, and how they are told that something is wrong.
+"""The requests that clients may send to the server, in OpenAI's words, and the errors for all others.
 
 Unknown fields are ignored, as OpenAI-compatible servers do. Fields that would change the answer and are not supported
 are refused by name. Lists stop at their first error: a body of half a million errors would take seconds to describe.
@@ -50,7 +50,7 @@ def unsupported(param: str, message: str) -> ApiError:
 
 
 def whole_number(value: Any) -> Any:
-    """3.0 is 3, as some clients write it."""
+    """Turn 3.0, as some clients write it, into 3."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -155,7 +155,7 @@ class StreamOptions(Part):
 
 
 class Sampling(Part):
-    """What both endpoints take. None: the server's default."""
+    """Fields that both endpoints take. None: the server's default."""
 
     model: Annotated[str, Field(max_length=1000)]
     stream: bool | None = False
@@ -225,7 +225,7 @@ class ChatRequest(Sampling):
 
     @property
     def enforced_tools(self) -> list[Function]:
-        """The functions of which the answer must call one; [] if it need not call any."""
+        """Return the functions of which the answer must call one; [] if it need not call any."""
         functions = [tool.function for tool in self.tools or ()]
         if isinstance(self.tool_choice, NamedTool):
             return [function for function in functions if function.name == self.tool_choice.function.name]

@@ -1,4 +1,4 @@
-"""Records of this project from the layouts that people publish: ShareGPT, messages, Alpaca, pairs, preferences, R1."""
+"""Turn the layouts that people publish into our records: ShareGPT, messages, Alpaca, pairs, preferences, R1."""
 
 import itertools
 import json
@@ -61,7 +61,7 @@ class Convert(Step):
 
 
 def guess_kind(inputs: list[Path], encoding: str) -> str:
-    """The kind that most of the first rows can become. Raises ValueError if none can become any."""
+    """Return the kind that most of the first rows can become. Raises ValueError if none can become any."""
     path = find_files(inputs)[0]
     rows = [row for _, _, row in itertools.islice(rows_of(next(read_blocks(path, encoding))), 100)]
     kinds = [kind for row in rows if isinstance(row, dict) and (kind := _kind_of(row))]
@@ -102,7 +102,7 @@ def _reason(row: dict) -> dict:
 
 
 def _problem(row: dict) -> dict:
-    """A question and what its answer must be, for rewards and scores: GSM8K, or any prompt with an answer."""
+    """Return a question and its gold answer, for rewards and scores: GSM8K, or any prompt with an answer."""
     answer = str(row.get("answer") or "")
     turns = _turns_of(row | {"answer": answer})
     answer = answer or str(turns[-1].get("content"))
@@ -134,7 +134,7 @@ KEYS = {"pretrain": ("text",), "conversation": ("conversations",), "preference":
 
 
 def _whole(prompt: list[dict], answer: object) -> list[dict]:
-    """The conversation that ends with an answer: a text, a turn, or turns that may hold the prompt already."""
+    """Return the conversation that ends with an answer: a text, a turn, or turns that may hold the prompt already."""
     if isinstance(answer, str):
         parts = HH_TURN.split(answer)
         if len(parts) > 2 and not parts[0].strip():  # Anthropic's HH: the whole dialogue in one text
@@ -146,7 +146,7 @@ def _whole(prompt: list[dict], answer: object) -> list[dict]:
 
 
 def _turns_of(row: dict) -> list[dict]:
-    """The turns of a row, with the names of roles that it has. Raises Dropped if we do not know its layout."""
+    """Return the turns of a row under its own names of roles. Raises Dropped if its layout is unknown."""
     items = _first(row, TURNS, list)
     if items:
         if all(isinstance(item, str) for item in items):
@@ -171,7 +171,7 @@ def _turns_of_item(item: object) -> list[dict]:
 
 
 def _question(row: dict) -> list[dict]:
-    """The turns before the answer: the history and the question."""
+    """Return the turns before the answer: the history and the question."""
     key, history = _first_key(row, PROMPTS), row.get("history") or []
     if key is None:
         return []
@@ -198,7 +198,7 @@ def _turn(role: str, content: object) -> dict:
 
 
 def _first_key(row: dict, keys, kind: type = object) -> str | None:
-    """The first of the keys under which a row has something that is not blank."""
+    """Return the first of the keys under which a row has something that is not blank."""
     found = (key for key in keys if row.get(key) is not None and isinstance(row[key], kind))
     return next((key for key in found if (row[key].strip() if isinstance(row[key], str) else row[key] != [])), None)
 

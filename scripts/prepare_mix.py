@@ -88,7 +88,7 @@ class Mix(Step):
                     yield report.rows_in, block.path, line, row
 
     def _plan(self, inputs: list[Path], args) -> tuple[dict[Path, float], int]:
-        """How many times each input is taken, and the largest hash of the rows that are held out."""
+        """Return how many times each input is taken, and the largest hash of the rows that are held out."""
         given = self.weights or self.epochs or [1.0] * len(inputs)
         if len(given) != len(inputs) or min(given) < 0 or not sum(given):
             raise ValueError(f"--epochs and --weights need a number from 0 up for each of the {len(inputs)} inputs")
@@ -112,7 +112,7 @@ class Mix(Step):
         return hash_of(f"{self.seed} {what}") / 2**64
 
     def _key(self, row: dict, copy: str) -> str:
-        """KEY_CHARACTERS whose order is that of the output."""
+        """Return KEY_CHARACTERS whose order is that of the output."""
         value = 0.0
         if self.order == "length":
             value = sum(map(len, strings_of(row)))
@@ -125,7 +125,7 @@ class Mix(Step):
         return f"{rank:016x}{hash_of(f'{self.seed} place {copy}'):016x}"
 
     def _varied(self, row: dict, copy: str, changed: Counter) -> str | None:
-        """The record with a random system turn, or without its empty thoughts; None if it stays as it is."""
+        """Return the record with a random system turn, or without empty thoughts; None if it stays as it is."""
         turns = row.get("conversations")
         if not turns or not (self.random_system or self.drop_empty_think):
             return None
@@ -146,7 +146,7 @@ class Mix(Step):
 
 @dataclass
 class Join(Step):
-    """Make pretraining texts of conversations as pretrain_hq has them, several to a text."""
+    """Make pretraining texts from conversations, several to a text, as in pretrain_hq."""
 
     max_chars: int = flag(512, "longest text, in characters without marks (default: %(default)s)")
     plain: bool = flag(False, "lines without <|im_start|> and <|im_end|>")

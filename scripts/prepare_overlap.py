@@ -31,7 +31,7 @@ NOT_ALNUM = re.compile(r"[\W_]+")
 
 
 def strings_of(value: object) -> Iterator[str]:
-    """All texts in a row, at any depth, but for roles."""
+    """Return all texts in a row, at any depth, except roles."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
@@ -42,12 +42,12 @@ def strings_of(value: object) -> Iterator[str]:
 
 
 def normal(text: str) -> str:
-    """Letters and digits alone, in one width and case: what is equal here counts as equal."""
+    """Return only letters and digits, in one width and case: texts that are equal then count as equal."""
     return NOT_ALNUM.sub("", unicodedata.normalize("NFKC", text).casefold())
 
 
 def minima_of(text: str) -> np.ndarray | None:
-    """The MinHash of a normal text, (MINIMA,) uint32; None if it is shorter than a shingle."""
+    """Return the MinHash of a normal text, (MINIMA,) uint32; None if it is shorter than a shingle."""
     runs = rolling_hashes(code_points(text), SHINGLE).astype(np.uint64)
     if not len(runs):
         return None
@@ -57,7 +57,7 @@ def minima_of(text: str) -> np.ndarray | None:
 
 
 def sign_block(near: float, block: Block) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(rows,) keys of equal texts, (BANDS, rows) keys of near ones, (rows, MINIMA) low bytes. Key 0: not comparable."""
+    """Return (rows,) keys of equal texts, (BANDS, rows) keys of near ones, (rows, MINIMA) low bytes; key 0: none."""
     texts = [None if isinstance(row, Dropped) else normal("".join(strings_of(row))) for _, _, row in rows_of(block)]
     exact = np.array([hash_of(text) if text else 0 for text in texts], np.uint64)
     minima = [minima_of(text) if text and near else None for text in texts]
@@ -187,7 +187,7 @@ class Decontaminate(Step):
         print(f"{len(self.items):,} evaluation rows; {short:,} are too short to be found")
 
     def runs_of(self, text: str) -> Iterator[tuple[np.ndarray, list[str] | str]]:
-        """(hashes, what they are runs of): of the characters of a Chinese text, and of the words of any."""
+        """Return (hashes, what they are runs of): characters of a Chinese text, words of any text."""
         letters = normal(text)
         codes = code_points(letters)
         hashes = rolling_hashes(codes, self.characters)

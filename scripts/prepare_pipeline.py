@@ -1,4 +1,4 @@
-"""Rows of data files through worker processes into one file, with a report of what was left out and why.
+"""Send rows of data files through worker processes into one file, and report what was left out and why.
 
 A step is a dataclass whose fields are the command's flags. Workers call it with each row: it returns the records that
 come out, None to keep the line as it is, or raises Dropped. Blocks are cut by size alone and written in order, so the
@@ -29,7 +29,7 @@ EXAMPLE_CHARACTERS = 300
 
 
 class Dropped(Exception):
-    """Why a row is left out: reason is one of few and is counted, detail is about this row."""
+    """A row is left out: reason is one of few and is counted, detail is about this row."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason)
@@ -38,7 +38,7 @@ class Dropped(Exception):
 
 @dataclass
 class Report:
-    """What came in, what went and why: of one block, or of a whole run."""
+    """Counts of rows in and out, and the reasons, of one block or of a whole run."""
 
     rows_in: int = 0
     rows_out: int = 0
@@ -80,7 +80,7 @@ def dumped(record: object, **options) -> str:
 
 
 def rows_of(block: Block, passage: int = 512) -> Iterator[tuple[int, str, object]]:
-    """(number, source text, decoded row or Dropped) of each row of a block."""
+    """Yield (number, source text, decoded row or Dropped) of each row of a block."""
     if isinstance(block.rows, list):
         for number, row in enumerate(block.rows, block.first):
             yield number, dumped(row), row if isinstance(row, dict) else Dropped("not a JSON object")
@@ -114,7 +114,7 @@ def _is_utf8(text: str) -> bool:
 
 
 def filter_block(step: "Step", block: Block) -> tuple[bytes, Report]:
-    """The lines that a step makes of a block, and the report on it."""
+    """Return the lines that a step makes from a block, and the report on it."""
     report, records = Report(), []
     for index, (number, source, row) in enumerate(rows_of(block, getattr(step, "passage", 512))):
         report.rows_in += 1
@@ -136,13 +136,13 @@ def filter_block(step: "Step", block: Block) -> tuple[bytes, Report]:
 
 
 def in_order(function: Callable, argument: object, blocks: Iterable[Block], args) -> Iterator:
-    """function(argument, block) for each block, in order, by worker processes; few blocks are in memory."""
+    """Yield function(argument, block) for each block, in order, from worker processes; few blocks are in memory."""
     tasks = ((block,) for block in blocks)
     return results_in_order(functools.partial(function, argument), tasks, args.workers or usable_cores())
 
 
 def all_blocks(paths: list[Path], title: str, args) -> Iterator[Block]:
-    """The blocks of several files, with a progress bar over their bytes."""
+    """Yield the blocks of several files, with a progress bar over their bytes."""
     with ProgressBar(title, sum(path.stat().st_size for path in paths), "B", show=not args.quiet) as bar:
         for path in paths:
             for block in read_blocks(path, args.encoding):
@@ -160,7 +160,7 @@ def check_output(args, inputs: list[Path]) -> None:
 
 @contextmanager
 def new_output(args, inputs: list[Path]):
-    """(file to write bytes to, folder for scratch files); the file takes the name args.output when all went well."""
+    """Yield (file to write bytes to, folder for scratch files); the file becomes args.output if all went well."""
     check_output(args, inputs)
     path = args.output
     unfinished = path.with_name(path.name + ".unfinished")
@@ -194,10 +194,10 @@ class Step:
     """One command: rows of args.inputs to args.output."""
 
     def __call__(self, row: dict, changes: list[str]) -> list[dict] | None:
-        """The records that a row becomes, None if it stays as it is. Append to changes what was changed."""
+        """Return the records that a row becomes, None if it stays as it is. Append to changes what was changed."""
 
     def finish(self, records: list) -> list:
-        """The records of a block, once all its rows are done."""
+        """Return the records of a block, once all its rows are done."""
         return records
 
     def settings(self) -> dict:

@@ -1,4 +1,4 @@
-"""The rules of `prepare_data.py clean`: what makes a row unfit to learn from, and what is masked in the others."""
+"""The rules of `prepare_data.py clean`: which rows are unfit to learn from, and what is masked in the others."""
 
 import functools
 import re
@@ -73,7 +73,7 @@ OTHER_NAME = re.compile(
 
 @dataclass
 class Clean(Step):
-    """Leave out rows that are no good to learn from, and mask personal data."""
+    """Leave out rows that are unfit to learn from, and mask personal data."""
 
     min_chars: int = flag(10, "drop shorter rows (default: %(default)s)")
     max_chars: int = flag(0, "drop rows of as many characters (default: 512; of preferences, sides of 3000)")
@@ -163,7 +163,7 @@ def character_classes() -> np.ndarray:
 
 
 def repeated_lines(text: str) -> float:
-    """The share of characters that are in lines seen before."""
+    """Return the share of characters that are in lines seen before."""
     lines = [line.strip() for line in text.split("\n")]
     if len(lines) < 2:
         return 0.0
@@ -172,7 +172,7 @@ def repeated_lines(text: str) -> float:
 
 
 def repeated_ngrams(codes: np.ndarray) -> float:
-    """The share of n-grams that were seen before."""
+    """Return the share of n-grams that were seen before."""
     if len(codes) < 4 * REPEAT:
         return 0.0
     hashes = np.sort(rolling_hashes(codes, REPEAT))
@@ -180,12 +180,12 @@ def repeated_ngrams(codes: np.ndarray) -> float:
 
 
 def rolling_hashes(codes: np.ndarray, size: int) -> np.ndarray:
-    """A hash of each run of so many codes (below 2^18, 24 at most), float64 (runs,): whole numbers below 2^53."""
+    """Hash each run of so many codes (below 2^18, at most 24): float64 (runs,), whole numbers below 2^53."""
     return np.correlate(codes.astype(np.float64), WEIGHTS[:size], "valid") if len(codes) >= size else np.empty(0)
 
 
 def check_turns(turns: list[dict], changes: list[str]) -> None:
-    """Take questions off the end that nobody answers. Raises Dropped if a turn is empty, or somebody never speaks."""
+    """Remove unanswered questions from the end. Raises Dropped if a turn is empty, or one side never speaks."""
     while turns and turns[-1]["role"] in ("user", "system"):
         turns.pop()
         changes.append("question without answer at the end")

@@ -74,7 +74,7 @@ def read_blocks(path: Path, encoding: str = "utf-8") -> Iterator[Block]:
 
 
 def passages(text: str, longest: int) -> Iterator[str]:
-    """Cut a plain text into passages of at most so many characters, between paragraphs, sentences or characters."""
+    """Cut a plain text into passages of limited length, between paragraphs, sentences or characters."""
     waiting = ""
     for paragraph in map(str.rstrip, text.split("\n")):
         pieces = [paragraph] if len(paragraph) <= longest else re.split(r"(?<=[。！？!?；;])|(?<=\. )", paragraph)

@@ -1,4 +1,4 @@
-"""Where the web page's answers come from: a model in this process, or an OpenAI-compatible server.
+"""Sources of the web page's answers: a model in this process, or an OpenAI-compatible server.
 
 `start` returns at once; the Run is a thread that fills in the Answer, whatever the page does meanwhile: a visitor may
 reload it or close it. `cancel` ends the answer and keeps what there is.
@@ -37,7 +37,7 @@ class Settings:
 
 
 class Run(threading.Thread):
-    """Fills in an answer. Only this thread writes to it; ended is called, from here, when it has an ending."""
+    """Fills in an answer. Only this thread writes to it, and it calls `ended` at the end."""
 
     def __init__(self, answer: Answer, ended: Callable[[], None]):
         super().__init__(name="answer", daemon=True)
@@ -62,7 +62,7 @@ class Run(threading.Thread):
         return FAILED, f"The model failed: {failure}"
 
     def _count(self, tokens: int) -> None:
-        """Tokens so far; their rate counts from the first, because queue and prompt are not the model's pace."""
+        """Count tokens; the rate starts at the first one, because waiting and reading the prompt are not generation."""
         now = time.perf_counter()
         self._first_token = self._first_token or now
         seconds = now - self._first_token
@@ -128,7 +128,7 @@ class LocalModel:
     def start(
         self, answer: Answer, messages: list[dict], settings: Settings, ended: Callable[[], None] = lambda: None
     ) -> "LocalRun":
-        """Raises ValueError if the question is too long or the engine is busy."""
+        """Start an answer. Raises ValueError if the question is too long or the engine is busy."""
         answer.model, answer.continues = self.name, self.continues
         ids = self._encode(answer, messages, settings.max_tokens)
         params = SamplingParams(
@@ -147,7 +147,7 @@ class LocalModel:
         return LocalRun(answer, ended, request, TextStream(self.tokenizer, split_thoughts=self.split_thoughts))
 
     def _encode(self, answer: Answer, messages: list[dict], max_tokens: int) -> list[int]:
-        """Ids to continue; the oldest turns are left out if they would leave an answer too little room."""
+        """Return the ids to continue, without the oldest turns if these would leave an answer too little room."""
         if self.continues:
             return self.tokenizer.encode_beginning(messages[-1]["content"])
         context = self.engine.context_length
@@ -212,7 +212,7 @@ class ApiRun(Run):
         self.start()
 
     def cancel(self) -> None:
-        """Drop the connection, which is how a server learns of it."""
+        """Drop the connection, which tells the server to stop."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: the answer has ended
             self._loop.call_soon_threadsafe(self._task.cancel)
 

@@ -1,4 +1,4 @@
-"""A conversation as the web page keeps it: what was said, what can be done to it, and the file that holds it."""
+"""The web page's conversations: questions and answers, edits and undo, and the files that hold them."""
 
 import contextlib
 import copy
@@ -19,7 +19,7 @@ SAFE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 @dataclass
 class Answer:
-    """What a model said. `ending` is "" while it still speaks.
+    """One answer of a model. `ending` is "" while it is still being made.
 
     continues: pretrained weights wrote it; it goes on with the question's text. calls: tool calls, each with "name" and
     "arguments". left_out: earlier turns that the context had no room for.
@@ -37,7 +37,7 @@ class Answer:
     calls: list[dict] = field(default_factory=list)
 
     def pace(self) -> str:
-        """128 tokens · 43.2 tokens/s"""
+        """Return 128 tokens · 43.2 tokens/s."""
         parts = [f"{self.tokens} token{'s' * (self.tokens != 1)}"] if self.tokens else []
         if self.tokens_per_second:
             parts.append(f"{self.tokens_per_second:.1f} tokens/s")
@@ -46,7 +46,7 @@ class Answer:
 
 @dataclass
 class Turn:
-    """A question with every answer to it; `chosen` is the one that is shown and that later answers are told of."""
+    """A question with every answer to it; `chosen` is the one that is shown and that later answers see."""
 
     question: str
     answers: list[Answer] = field(default_factory=lambda: [Answer()])
@@ -61,7 +61,7 @@ class Conversation:
     """Questions with their answers. Editing, deleting and clearing can be undone once, until the next question."""
 
     def __init__(self, path: Path | None = None):
-        """path: the file that keeps it; None: it is not kept."""
+        """path: the file that keeps it, or None."""
         self.path, self.turns = path, []
         self.run = None  # the thread that makes an answer (web_answers.Run), if one does
         self.undo_label = ""  # what can be undone, or ""
@@ -103,7 +103,7 @@ class Conversation:
             self.turns, self.undo_label = self._before, ""
 
     def answered(self) -> None:
-        """Called by the thread that makes an answer, at its end."""
+        """Save the conversation; the thread that makes an answer calls this at its end."""
         self.run = None
         with contextlib.suppress(OSError):  # the page says so at the next question
             self.save()
@@ -148,7 +148,7 @@ class Conversation:
         return "\n\n".join(parts) + "\n"
 
     def save(self) -> None:
-        """Write the file, or remove it if nothing was said. Raises OSError."""
+        """Write the file, or remove it if the conversation is empty. Raises OSError."""
         if self.path is None:
             return
         if not self.turns:
@@ -206,7 +206,7 @@ class Chats:
 
 @functools.lru_cache(maxsize=10_000)
 def _title(path: Path, modified: int) -> str:
-    """The first question; "" if the file cannot be read. `modified` is there for the cache."""
+    """Return the first question; "" if the file cannot be read. `modified` is there for the cache."""
     try:
         return json.loads(path.read_text("utf-8"))["turns"][0]["question"]
     except (OSError, ValueError, TypeError, KeyError, IndexError):

@@ -38,7 +38,7 @@ FLAGS_VARIABLE = "MINIMIND_WEB_FLAGS"  # how the flags reach web_page.py, which 
 
 
 def content_security_policy() -> str:
-    """Whatever a model writes, the browser loads nothing from other hosts and runs only Streamlit's own scripts.
+    """Return a policy under which the browser loads nothing from other hosts and runs only Streamlit's own scripts.
 
     These are its files, the lines in its index.html (by their hash), and the copy button, which Streamlit hands over as
     a blob. Its styles are made while it runs, hence unsafe-inline.
@@ -93,7 +93,7 @@ class SecurityHeaders:
 
 @contextlib.asynccontextmanager
 async def end_quietly(_) -> AsyncIterator[None]:
-    """Stop the server at Ctrl-C; uvicorn would hand the signal on when it has stopped, and click print "Aborted!"."""
+    """Stop the server at Ctrl-C; uvicorn would pass the signal on after stopping, and click print "Aborted!"."""
     server = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
     if server is not None:
         signal.signal(signal.SIGINT, lambda *_: vars(server).update(force_exit=server.should_exit, should_exit=True))

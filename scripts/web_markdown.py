@@ -1,4 +1,4 @@
-"""A model's Markdown, changed so that Streamlit shows text, code, tables and maths as they were meant.
+"""Change a model's Markdown so that Streamlit shows text, code, tables and maths as they were meant.
 
 Safety is not this file's job: Streamlit shows HTML as text and refuses javascript: links, and the page's
 Content-Security-Policy (web_demo.py) stops every script and every request to another host. Here images become text,

@@ -38,7 +38,7 @@ VISITOR_COOKIE = "minimind_visitor"  # set by web_demo.py
 
 @dataclass
 class Page:
-    """What one tab knows between two runs of this file."""
+    """The state of one tab between two runs of this file."""
 
     visitor: str
     conversation: Conversation
@@ -104,7 +104,7 @@ def show_other(index: int) -> None:
 
 
 def stop() -> None:
-    """End the answer that is being made or about to be; keep what there is of it."""
+    """End the answer that is being made or about to be; keep the part that is there."""
     state = page()
     if state.pending is not None:  # its model is still being loaded
         state.conversation.turns[state.pending].answer.ending = STOPPED
@@ -159,14 +159,14 @@ api_models = st.cache_data(ttl=20, show_spinner=False)(list_api_models)
 
 
 def label_of(entry: Entry) -> str:
-    """full_sft · 26M dense · quickstart"""
+    """Return full_sft · 26M dense · quickstart."""
     size = entry.size if entry.use_moe or not entry.size else f"{entry.size} dense"
     place = "quickstart" if entry.out_dir.name == "quickstart" else ""
     return " · ".join(filter(None, (entry.stage or entry.name, size, place)))
 
 
 def stamp_of(entry: Entry, adapter: str | None) -> tuple:
-    """Return what changes with the files, so that weights that were trained again are loaded again."""
+    """Return a stamp that changes with the files, so that weights trained again are loaded again."""
     files = [entry.path, *(entry.path.glob("*.safetensors") if entry.path.is_dir() else ())]
     files += (entry.out_dir / "lora").glob(f"{adapter}_*.pth") if adapter else ()
     return tuple((str(file), file.stat().st_mtime_ns) for file in sorted(files) if file.exists())
@@ -245,7 +245,7 @@ def reload_models() -> None:
 
 
 def sidebar(flags: argparse.Namespace, chats: Chats) -> tuple[LocalModel | ApiModel | None, str, Settings]:
-    """Draw it; return the model, what is wrong if there is none, and the settings."""
+    """Draw the sidebar; return the model, what is wrong if there is none, and the settings."""
     with st.container(horizontal=True, vertical_alignment="center", key="head"):
         st.markdown("### MiniMind")
         new = ":material/edit_square:"
@@ -313,7 +313,7 @@ def draw_question(index: int, turn: Turn) -> None:
 
 
 class AnswerPlaces:
-    """The places of one answer. What stays empty wipes out what was there, which would be seen while this run lasts."""
+    """The places of one answer. A place that stays empty clears its old content, which would show during this run."""
 
     def __init__(self, index: int, turn: Turn):
         self.index, self.turn = index, turn
@@ -323,7 +323,7 @@ class AnswerPlaces:
                 self.summary, self.copy, self.again, self.other = st.empty(), st.empty(), st.empty(), st.empty()
 
     def grow(self, thought_place=None):
-        """Draw the answer while it is made; returns where its thought goes."""
+        """Draw the answer while it is made; return the place of its thought."""
         answer = self.turn.answer
         if answer.thought:
             if thought_place is None:
@@ -379,14 +379,14 @@ def copy_button():
 
 
 def summary(answer: Answer) -> str:
-    """The line under an answer: 128 tokens · 43.2 tokens/s · full_sft · 26M dense · stopped"""
+    """Return the line under an answer: 128 tokens · 43.2 tokens/s · full_sft · 26M dense · stopped."""
     ending = {STOPPED: words("stopped"), CUT: words("cut")}.get(answer.ending, "")
     left_out = words("left_out").format(answer.left_out) if answer.left_out else ""
     return " · ".join(filter(None, (answer.pace(), answer.model, ending, left_out)))
 
 
 def draw_turns() -> AnswerPlaces | None:
-    """Draw all that was said; return the places of the answer that is being made."""
+    """Draw the conversation; return the places of the answer that is being made."""
     state, growing = page(), None
     turns = state.conversation.turns
     with st.container(key="turns"):

@@ -1,10 +1,10 @@
-"""Answers that the model samples itself: drawn with the training weights, scored, and packed into rows to learn from.
+"""GRPO's answers: sampled with the training weights, scored, and packed into rows to learn from.
 
 The answers to one prompt form a group. Draws depend on (seed, step, prompt, sample) alone: neither the number of
 processes nor what else is being decoded changes them, and a step that a crash cut off is sampled again to the same ids.
 
-With tools, an answer has several segments, as in a chat: one that calls tools of dataset/tools.py is followed by their
-results, which are not learned, and the next one. Only what the clock says differs from run to run.
+With tools, an answer has several segments, as in a chat: after one that calls tools of dataset/tools.py come their
+results, which are not learned, and the next segment. Only the clock's result differs from run to run.
 
 The decoder lays out the weights again for every step (a copy for fast products), so it always samples from the weights
 of the last update; the layout costs about as much time as decoding a few tokens.
@@ -37,9 +37,9 @@ from trainer.logger import Logger
 from trainer.rewards import build_rewards, score_answer
 from trainer.training import Training
 
-SLOTS = 64  # answers decoded together: more of them share each read of the weights, and each takes room in the cache
+SLOTS = 64  # answers decoded together: they share each read of the weights, but each takes room in the cache
 MOST_CALLING_TURNS = 8  # of an answer
-HELD_OUT = 1 << 40  # the step that evaluation draws as: its draws are the same at every step
+HELD_OUT = 1 << 40  # evaluation draws as if at this step, so its draws never change
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Rollout:
 
 
 class RolloutEngine(Engine):
-    """Its log-probs are of the distribution that is sampled, which is also the one that learns."""
+    """An engine whose log-probs are those of the sampled distribution, which is also the one that learns."""
 
     def _logprobs(self, requests, logits, ids):
         return super()._logprobs(requests, logits / (requests[0].params.temperature or 1.0), ids)
@@ -77,7 +77,7 @@ def starting_point(model: nn.Module, share: bool) -> nn.Module:
 
 
 def draw_seed(*numbers: int) -> int:
-    """A 64-bit seed that depends on all of the numbers."""
+    """Return a 64-bit seed that depends on all of the numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
@@ -110,12 +110,12 @@ class Sampler:
         )
 
     def fingerprint(self) -> dict:
-        """What must be equal when a run is resumed."""
+        """Return what must not change when a run is resumed."""
         text = json.dumps(self.records, ensure_ascii=False, sort_keys=True)
         return {"prompts": len(self.records), "contents": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
     def facts(self) -> dict:
-        """Return what the log says of the data; no pass over it comes before the first step."""
+        """Return what the log says about the data; no pass over it comes before the first step."""
         return {"kind": "rollouts", "passes": self.passes, "stores": {}}
 
     def describe(self) -> str:
@@ -127,7 +127,7 @@ class Sampler:
 
     @torch.no_grad()
     def sample_step(self, training: Training, step: int) -> list[Rollout]:
-        """The scored answers of this process in a step, group by group: its share of the step's prompts."""
+        """Return this process's scored answers of a step, group by group, for its share of the step's prompts."""
         args, process = self.args, self.process
         jobs = []
         for position in range(args.prompts_per_step)[process.rank :: process.world_size]:
@@ -172,11 +172,11 @@ class Sampler:
     def micro_batches(
         self, rollouts: list[Rollout], advantages: Callable, token_weight: Callable
     ) -> tuple[list[dict], dict[str, int], dict[str, float]]:
-        """Micro-batches of the groups that teach something, the step's counts, and its means to log.
+        """Return micro-batches of the groups that teach something, the step's counts, and its means to log.
 
         A batch is as `pack` makes it, with the counts, and advantages, weights and sampled (log-probs) of each learned
-        token, float32 (tokens,). Every process gets as many batches as the one with the most; none at all if no process
-        has a group that teaches.
+        token, float32 (tokens,). Every process gets as many batches as the one with the most; there are none if no
+        process has a group that teaches.
 
         advantages, token_weight: as train_grpo.py defines them.
         """
@@ -230,7 +230,7 @@ class Sampler:
         return {"tool_calls": sum(r.calls for r in rollouts)} if self.with_tools else {}
 
     def _answers(self, model: nn.Module, jobs: list[tuple[int, int]], params: SamplingParams) -> list[Rollout]:
-        """Scored answers to jobs, (number of the prompt, seed of the draws), in their order."""
+        """Return scored answers to jobs, (number of the prompt, seed of the draws), in their order."""
         if not jobs:
             return []
         longest = max(len(self.prompt_ids[number]) for number, _ in jobs) + params.max_new_tokens
@@ -264,7 +264,7 @@ class Sampler:
         return rollouts
 
     def _answer_calls(self, rollout: Rollout, longest: int) -> bool:
-        """Run the calls that the last segment made and append their results; whether the answer goes on.
+        """Run the calls of the last segment and append their results. Return whether the answer goes on.
 
         longest: tokens that a text may have. An answer that has no room to go on is not finished.
         """
@@ -280,7 +280,7 @@ class Sampler:
         said = [{"type": "function", "function": {"name": c.name, "arguments": json.loads(c.arguments)}} for c in calls]
         results = [{"role": "tool", "content": call_tool(c.name, json.loads(c.arguments), offered)} for c in calls]
         turns = [*rollout.turns, {"role": "assistant", "content": rollout.text, "tool_calls": said}, *results]
-        # what the template writes behind the assistant's eos; no content can hold an eos
+        # `behind`: what the template writes after the assistant's eos; no content can hold an eos
         written = self.tokenizer.encode_prompt(turns)
         ends = [place for place, token_id in enumerate(written) if token_id == self.tokenizer.eos_id]
         behind = written[ends[rollout.ids.count(self.tokenizer.eos_id) - 1] + 1 :]
@@ -294,7 +294,7 @@ class Sampler:
 
 
 def read_prompts(path: Path, skip_bad_lines: bool) -> list[dict]:
-    """The records of a prompt file: conversations, answer, and whatever else a reward of the user's own reads."""
+    """Return the records of a prompt file: conversations, answer, and other keys that a user's own reward may read."""
     records, bad = [], []
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -312,7 +312,7 @@ def read_prompts(path: Path, skip_bad_lines: bool) -> list[dict]:
     if bad and not skip_bad_lines:
         raise ValueError(
             f"{path}: {len(bad)} of {len(bad) + len(records)} lines are not prompts with an answer; {bad[0]}. "
-            "Mend them, or give --skip_bad_lines"
+            "Correct them, or give --skip_bad_lines"
         )
     if not records:
         raise ValueError(f'{path} holds no prompt; a line is {{"conversations": [turns], "answer": "…"}}')
@@ -320,7 +320,7 @@ def read_prompts(path: Path, skip_bad_lines: bool) -> list[dict]:
 
 
 def pack(rollouts: list[Rollout], args: argparse.Namespace, pad_id: int) -> list[dict]:
-    """Micro-batches of --batch_size rows that hold all answers, each a document of its own; at least one micro-batch.
+    """Return micro-batches, at least one, of --batch_size rows that hold all answers, each a document of its own.
 
     They are as dataset/packing.py makes them, with the rollouts in the order of their targets in the flattened rows.
     """
@@ -351,7 +351,7 @@ def _lay_out(rows: list[list[Rollout]], args: argparse.Namespace, pad_id: int) -
         position_ids[row, at:] = np.arange(seq - at)
         if at < seq:  # padding is a document of its own
             borders.append((row + 1) * seq)
-    # as many borders as a step can need: a compiled model sees one shape
+    # as many borders as a step can need, so that a compiled model sees one shape
     cu_seqlens = np.full(args.prompts_per_step * args.group_size + batch_size + 1, batch_size * seq, np.int32)
     cu_seqlens[: len(borders)] = borders
     arrays = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, "document_ids": document_ids}

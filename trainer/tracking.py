@@ -1,7 +1,6 @@
-"""Where numbers go besides the terminal: JSON lines in out/logs/ and, on request, Weights & Biases, SwanLab and
-TensorBoard, one run per job and under the same names.
+"""JSON lines in out/logs/ and, on request, Weights & Biases, SwanLab and TensorBoard: one run per job, the same names.
 
-Whatever becomes of them, training goes on.
+If any of them fails, training goes on.
 """
 
 import argparse
@@ -64,7 +63,7 @@ class JsonLines:
             raise ValueError(f"cannot write {path}: {error}; choose another --out_dir") from error
 
     def write(self, content: dict) -> str:
-        """Append a line. Return what went wrong, the first time that something does; else ""."""
+        """Append a line. Return a notice the first time that this fails, else ""."""
         line = b"\n" * self.broken + json.dumps(content, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
         self.broken = True
         try:
@@ -198,7 +197,7 @@ class Tracker:
                 self._give_up(error)
 
     def finish(self, complete: bool, **summary) -> None:
-        """Wait for uploads, but not for ever."""
+        """Wait for uploads, but not longer than FINISH_SECONDS."""
         if self.run is None:
             return
         failure = []

@@ -85,19 +85,19 @@ def parse(argv: list[str] | None):
         temperature=(lambda t: 0 < t < float("inf"), "above 0: equal answers teach nothing"),
         accumulation_steps=(lambda n: n == 1, "1: a step takes as many micro-batches as its answers need"),
     )
-    build_rewards(args.reward)  # a mistake is told now
+    build_rewards(args.reward)  # report a mistake before anything is loaded
     args.reward = " ".join(args.reward)
     return args
 
 
 def advantages(totals: np.ndarray, loss: str) -> np.ndarray:
-    """How much better each answer is than its group, (prompts, group). totals, the same shape: sums of rewards."""
+    """Return how much better each answer is than its group, (prompts, group). totals: sums of rewards, same shape."""
     centred = totals - totals.mean(axis=1, keepdims=True)
     return centred if loss == "dr_grpo" else centred / (totals.std(axis=1, ddof=1, keepdims=True) + 1e-4)
 
 
 def token_weight(length: int, answers: float, tokens: float, args) -> float:
-    """The share of one token in the step's loss, in an answer of `length` tokens.
+    """Return the weight of one token in the step's loss, in an answer of `length` tokens.
 
     answers, tokens: of the whole step, all processes together.
     """
@@ -109,10 +109,11 @@ def token_weight(length: int, answers: float, tokens: float, args) -> float:
 
 
 def policy_loss(log_probs: torch.Tensor, batch: dict, args) -> tuple[torch.Tensor, torch.Tensor]:
-    """This micro-batch's share of the step's loss, and of METRICS, which have no gradient.
+    """Return this micro-batch's share of the step's loss, and of METRICS, which have no gradient.
 
-    log_probs (tokens,): of the learned tokens under the model, in nats. batch holds, of the same shape: advantages;
-    weights, see token_weight; log-probs when sampled; before the first update (else it is now); under the reference.
+    log_probs (tokens,): of the learned tokens under the model, in nats. batch holds in the same shape: advantages;
+    weights, see token_weight; log-probs when sampled, before the step's first update (set by this call if it is the
+    first), and under the reference.
     """
     before = batch.setdefault("before", log_probs.detach())
     ratio, advantage = (log_probs - before).exp(), batch["advantages"]
@@ -130,7 +131,7 @@ def policy_loss(log_probs: torch.Tensor, batch: dict, args) -> tuple[torch.Tenso
 
 
 def k3(log_probs: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """KL(pi || other) of each token, estimated from samples of pi: unbiased, never negative, in nats."""
+    """Estimate KL(pi || other) of each token from samples of pi: unbiased, never negative, in nats."""
     return (other - log_probs).exp() - (other - log_probs) - 1
 
 
