@@ -112,8 +112,7 @@ def policy_loss(log_probs: torch.Tensor, batch: dict, args) -> tuple[torch.Tenso
     """Return this micro-batch's share of the step's loss, and of METRICS, which have no gradient.
 
     log_probs (tokens,): of the learned tokens under the model, in nats. batch holds in the same shape: advantages;
-    weights, see token_weight; log-probs when sampled, before the step's first update (set by this call if it is the
-    first), and under the reference.
+    weights, see token_weight; log-probs when sampled, before the first update (set here if missing), under a reference.
     """
     before = batch.setdefault("before", log_probs.detach())
     ratio, advantage = (log_probs - before).exp(), batch["advantages"]
