@@ -168,7 +168,7 @@ def test_one_process_needs_no_group():
 # --- signals ---------------------------------------------------------------------------------------------------------
 
 
-def test_handlers_are_put_back_and_a_second_interrupt_is_at_once():
+def test_handlers_are_put_back_and_a_second_interrupt_is_at_once(capfd):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with stop_on_signal() as stop:
         assert not stop.agreed(ALONE)
@@ -177,6 +177,7 @@ def test_handlers_are_put_back_and_a_second_interrupt_is_at_once():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             signal.pause()
+    assert capfd.readouterr().err.count("Ctrl-C again stops at once, without saving") == 1
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 

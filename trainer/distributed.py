@@ -161,6 +161,9 @@ class StopRequest:
     def _handle(self, number: int, frame) -> None:
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt  # a second Ctrl-C stops at once
+        if not self.signal and not int(os.environ.get("RANK", 0)):
+            with contextlib.suppress(OSError):  # not print: the signal may have come in the middle of one
+                os.write(2, b"\nstopping after this step, which is saved; Ctrl-C again stops at once, without saving\n")
         self.signal = number
 
     def agreed(self, process: Process) -> bool:
