@@ -9,7 +9,7 @@
 
 Published data is downloaded into the volume on first use; a --data_path that exists here is uploaded. The stage's own
 estimate of time and cost comes first, unless --skip_estimate is given. A run that is preempted, killed or timed out
-goes on with --resume by itself, and so does the same command given again; --overwrite starts anew. With `modal run
+goes on with --resume by itself, and so does the same command given again; --overwrite starts over. With `modal run
 --detach` you can close the laptop.
 """
 
@@ -37,7 +37,7 @@ DAY = 24 * 3600  # the longest that Modal lets a function run; a retry goes on f
 POLL_SECONDS, GRACE_SECONDS = 1, 25  # a preempted container has 30 seconds to save
 STOPPED = (130, 143)  # status of a stage that a signal ended, after saving
 
-# what the container gets; all else (data, weights, .env) stays at home
+# files for the container; all else (data, weights, .env) stays at home
 FILES = modal.FilePatternMatcher(
     "*.py", "*/*.py", "model/*.json", "dataset/sample/*.jsonl", "scripts/*.txt", "scripts/web_*", "requirements.txt"
 )

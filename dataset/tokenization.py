@@ -86,17 +86,13 @@ class ChatTokenizer:
         """Return the ids of what people and models say. Control strings are text, so no content can forge a turn."""
         return [e.ids for e in self._contents.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def encode_conversations(self, conversations: list[list[dict]]) -> list[tuple[list[int], list[int]]]:
-        """Return (ids, mask) of each conversation, as the chat template writes it.
+    def encode_conversation(self, turns: list[dict]) -> tuple[list[int], list[int]]:
+        """Return (ids, mask) of a conversation, as the chat template writes it.
 
         A turn is {"role", "content"} and, if it has them, "tools" (system), "tool_calls" and "reasoning_content"
         (assistant). The mask is 1 on what an assistant says and the eos that ends it, 0 elsewhere.
         """
-        return self.encode_rendered([self.render(turns) for turns in conversations])
-
-    def encode_conversation(self, turns: list[dict]) -> tuple[list[int], list[int]]:
-        """Return (ids, mask) of one conversation, as encode_conversations."""
-        return self.encode_conversations([turns])[0]
+        return self.encode_rendered([self.render(turns)])[0]
 
     def encode_prompt(self, turns: list[dict], tools: list[dict] | None = None, **options) -> list[int]:
         """Return the ids of the conversation so far and the opening of the assistant's next turn.

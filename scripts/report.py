@@ -31,7 +31,7 @@ WAYS = ("letters", "sum", "per_token", "per_byte")
 Table = tuple[list[str], list[list[str]]]  # header, rows
 
 
-# --- what is told of runs --------------------------------------------------------------------------------------------
+# --- facts about runs ------------------------------------------------------------------------------------------------
 
 
 def tiles(run: Run, price: float | None) -> list[tuple[str, str]]:

@@ -19,7 +19,7 @@ UNSEEN_FLAGS = {"given", "changed", "out_dir", "cache_dir", "resume", "overwrite
 
 @dataclass
 class Run:
-    """What one log tells of its latest run."""
+    """The latest run of one log."""
 
     path: Path
     start: dict = field(default_factory=dict)  # the line of the latest part
@@ -30,19 +30,19 @@ class Run:
     replaced: int = 0  # earlier runs of this name that were started again from the beginning
     skipped: int = 0  # broken lines
     wall_seconds: float = 0.0  # of all parts, with evaluations, saving and lost steps
-    seconds: float = 0.0  # the same without evaluations and saving: what --estimate foretells
+    seconds: float = 0.0  # the same without evaluations and saving: what --estimate predicts
     ended: bool = False
     label: str = ""
 
     @property
     def name(self) -> str:
-        """pretrain_512, lora/lora_medical_512"""
+        """Return pretrain_512 or lora/lora_medical_512."""
         parts = self.path.with_suffix("").parts
         return "/".join(parts[len(parts) - parts[::-1].index("logs") :]) if "logs" in parts else parts[-1]
 
     @property
     def folder(self) -> str:
-        """The name of the output folder that the log is in."""
+        """Return the name of the output folder that the log is in."""
         return self.path.absolute().parents[self.name.count("/") + ("logs" in self.path.parts)].name
 
     @property
@@ -68,13 +68,13 @@ class Run:
 
     @property
     def changed_flags(self) -> dict:
-        """The flags that differ from the stage's defaults; all of them in logs that do not tell."""
+        """Return the flags that are not the stage's defaults; all flags if the log does not tell."""
         changed = self.start.get("flags", {}).get("changed")
         return self.flags if changed is None else {key: self.flags[key] for key in changed if key in self.flags}
 
     @property
     def estimate(self) -> dict:
-        """What --estimate said of a run with these flags; {} if it was not asked."""
+        """Return what --estimate said of a run with these flags; {} if there was none."""
         return read_json(self.path.with_suffix(".estimate.json"))
 
     def cost(self, price_per_hour: float | None) -> float | None:

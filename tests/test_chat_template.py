@@ -220,7 +220,7 @@ def test_plain_conversations_are_the_template_s_without_running_it(folders, tmp_
         assert fast.encode_conversation(turns) == slow.encode_conversation(turns)
         assert fast.encode_prompt(turns[:1]) == slow.encode_prompt(turns[:1])
     monkeypatch.setattr(type(fast.template), "split", None)
-    fast.encode_conversations(plain)
+    fast.encode_rendered([fast.render(turns) for turns in plain])
 
 
 def test_no_part_of_a_conversation_forges_a_turn(folder):

@@ -156,8 +156,9 @@ def test_a_prompt_is_exactly_what_precedes_the_answer_in_training(tokenizer, ans
 
 def test_a_batch_of_conversations_is_the_conversations_one_by_one(tokenizer):
     batch = [TURNS, [], TURNS[:2], [{"role": "system", "content": ""}], TURNS[3:]]
-    assert tokenizer.encode_conversations(batch) == [tokenizer.encode_conversation(turns) for turns in batch]
-    assert tokenizer.encode_conversations([]) == []
+    rendered = [tokenizer.render(turns) for turns in batch]
+    assert tokenizer.encode_rendered(rendered) == [tokenizer.encode_conversation(turns) for turns in batch]
+    assert tokenizer.encode_rendered([]) == []
 
 
 def test_a_text_to_continue_begins_with_one_bos(tokenizer):
