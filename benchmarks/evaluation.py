@@ -61,8 +61,8 @@ def timed(function: Callable, *arguments) -> tuple[object, float, float]:
 def ours(candidate: evaluate.Candidate, questions: list[Question], worked: dict, letters: bool, shots: int) -> tuple:
     """Return how each question is asked, and the log-likelihoods of its options, (questions, options)."""
     asked = [evaluate.ask(candidate, q, worked.get(q.subject, [])[:shots], letters) for q in questions]
-    scores = iter(candidate.score([(form.context, option) for form in asked for option in form.options]))
-    return asked, [[next(scores) for _ in form.options] for form in asked]
+    scores = iter(candidate.score([pair for form in asked for pair in form.pairs]))
+    return asked, [[next(scores) for _ in form.pairs] for form in asked]
 
 
 def theirs(lm, tokenizer, questions: list[Question], asked: list[evaluate.Asked], folder: Path) -> tuple:
@@ -73,7 +73,8 @@ def theirs(lm, tokenizer, questions: list[Question], asked: list[evaluate.Asked]
 
     with open(folder / "task.jsonl", "w", encoding="utf-8") as file:
         for question, form in zip(questions, asked, strict=True):
-            row = {"ctx": text(form.context), "choices": [text(ids) for ids in form.options], "gold": question.gold}
+            choices = [text(option) for _, option in form.pairs]
+            row = {"ctx": text(form.pairs[0][0]), "choices": choices, "gold": question.gold}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     task = {
         "task": f"local_{time.time_ns()}", "dataset_path": "json", "test_split": "test",

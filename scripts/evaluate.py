@@ -63,7 +63,7 @@ from model.loading import CONTEXT, READY_FLAGS, add_flags, load_ready, ready_fla
 from model.streams import set_up_streams
 from model.weights import find_weights, write_atomically, write_json
 from scripts.evaluation_sets import LETTERS, PUBLIC, Question, QuestionSet, download, read_set
-from scripts.log_likelihoods import log_likelihoods, log_likelihoods_of_server
+from scripts.log_likelihoods import Pair, log_likelihoods, log_likelihoods_of_server
 from scripts.openai_client import explain, new_client
 from scripts.prepare_overlap import Decontaminate
 from scripts.prepare_pipeline import all_blocks, filter_block, in_order
@@ -106,25 +106,26 @@ def load_candidate(spec: str, args: argparse.Namespace) -> tuple[Candidate, dict
         "tokenizer_sha256": ready.tokenizer.sha256,
     }
     name = (path.absolute().name if is_folder else path.stem) + (f"+{Path(adapter).stem}" if adapter else "")
-    chat = args.format == "chat" or (args.format == "auto" and not name.startswith("pretrain"))
+    params = SamplingParams(
+        args.temperature, max_new_tokens=args.max_new_tokens, stop_ids=(ready.tokenizer.eos_id,), seed=args.seed
+    )
 
     def write(prompts: list[list[int]]) -> list[str]:
-        params = sampling(args, (ready.tokenizer.eos_id,))
         return [ready.tokenizer.decode(ids) for ids in generate_batch(ready.model, prompts, params)]
 
     score = partial(log_likelihoods, ready.model)
+    chat = is_chat(name, args)
     return Candidate(name, ready.tokenizer, ready.context_length, chat, facts, score, write), sidecar
 
 
-def sampling(args: argparse.Namespace, stop_ids: tuple[int, ...]) -> SamplingParams:
-    return SamplingParams(args.temperature, max_new_tokens=args.max_new_tokens, stop_ids=stop_ids, seed=args.seed)
+def is_chat(name: str, args: argparse.Namespace) -> bool:
+    return args.format == "chat" or (args.format == "auto" and not name.startswith("pretrain"))
 
 
 def reach_candidate(name: str, args: argparse.Namespace) -> tuple[Candidate, dict]:
     """Return a model of the server at --base_url; its tokenizer is the one at --tokenizer_path."""
     client = new_client(openai.OpenAI, args.base_url, api_key=args.api_key)
     tokenizer = ChatTokenizer(tokenizer_folder(Path(name), args.tokenizer_path))
-    chat = args.format == "chat" or (args.format == "auto" and not name.startswith("pretrain"))
 
     def write(prompts: list[list[int]]) -> list[str]:
         options = dict(model=name, max_tokens=args.max_new_tokens, temperature=args.temperature)
@@ -134,8 +135,8 @@ def reach_candidate(name: str, args: argparse.Namespace) -> tuple[Candidate, dic
     facts = dict.fromkeys(("stage", "parameters", "trained_tokens")) | {"source": args.base_url}
     facts["tokenizer_sha256"] = tokenizer.sha256
     score = partial(log_likelihoods_of_server, client, name)
-    context_length = args.max_seq_len or CONTEXT
-    return Candidate(re.sub(r"[^\w.+-]", "_", name), tokenizer, context_length, chat, facts, score, write), {}
+    file_name, context_length = re.sub(r"[^\w.+-]", "_", name), args.max_seq_len or CONTEXT
+    return Candidate(file_name, tokenizer, context_length, is_chat(name, args), facts, score, write), {}
 
 
 def print_overlap(sidecar: dict, sets: list[QuestionSet]) -> None:
@@ -190,23 +191,24 @@ def context_of(candidate: Candidate, shown: list[tuple[str, str]], answers: list
     return "\n\n".join([*worked, parts[-1]])
 
 
-def encode(candidate: Candidate, context: str | list[dict], options: list[str], cue: str) -> tuple[list, list]:
-    """Return the ids of a context and of each option after it."""
+def encode(candidate: Candidate, context: str | list[dict], options: list[str], cue: str) -> list[Pair]:
+    """Return (ids of the context, ids of the option after it) for each option."""
     tokenizer = candidate.tokenizer
     if candidate.chat:
-        return tokenizer.encode_prompt(context), tokenizer.encode_contents(options)
-    # a plain text is encoded as a whole and divided where the context ends, as other harnesses do
+        ids = tokenizer.encode_prompt(context)
+        return [(ids, option) for option in tokenizer.encode_contents(options)]
+    # as other harnesses do: a plain text is encoded as a whole, then divided after as many ids as the context alone has
     joint = "" if cue == "答案：" else " "
-    ids = tokenizer.encode_beginning(context)
-    return ids, [tokenizer.encode_beginning(context + joint + option)[len(ids) :] for option in options]
+    wholes = [tokenizer.encode_beginning(context + joint + option) for option in options]
+    border = len(tokenizer.encode_beginning(context))
+    return [(whole[:at], whole[at:]) for whole in wholes for at in [min(border, len(whole) - 1)]]
 
 
 class Asked(NamedTuple):
-    """One question in one form. prior: the context without the question."""
+    """One question in one form. priors: the same options without the question."""
 
-    context: list[int]
-    prior: list[int]
-    options: list[list[int]]
+    pairs: list[Pair]
+    priors: list[Pair]
     shots: int
     cut: bool
 
@@ -216,46 +218,42 @@ def ask(candidate: Candidate, question: Question, worked: list[Question], letter
     order = rotated(question, shift)
     asked = wording(question, letters, order, candidate.chat)
     options = list(LETTERS[: len(order)]) if letters else question.options
+    limit = candidate.context_length
     for shots in range(len(worked), -1, -1):
         examples = worked[:shots]
         shown = [wording(each, letters, rotated(each, 0), candidate.chat) for each in examples]
         answers = [LETTERS[each.gold] if letters else each.options[each.gold] for each in examples]
-        context, ids = encode(candidate, context_of(candidate, [*shown, asked], answers), options, asked[1])
-        room = candidate.context_length - max(map(len, ids))
-        if len(context) <= room:
+        pairs = encode(candidate, context_of(candidate, [*shown, asked], answers), options, asked[1])
+        cut = max(len(context) + len(option) for context, option in pairs) > limit
+        if not cut:
             break
-    prior, _ = encode(candidate, context_of(candidate, [("", asked[1])], []), [], asked[1])
-    cut = len(context) > room
-    room = max(room, 1)
-    ids = [option[: candidate.context_length - 1] for option in ids]
-    return Asked(context[-room:], prior[-room:], ids, shots, cut)
+    pairs = [(context[-max(limit - len(option), 1) :], option[: limit - 1]) for context, option in pairs]
+    priors = encode(candidate, context_of(candidate, [("", asked[1])], []), options, asked[1])
+    return Asked(pairs, priors, shots, cut)
 
 
 def score_options(
     candidate: Candidate, questions: list[Question], examples: dict, args: argparse.Namespace
 ) -> list[dict]:
     """Return a record for each question: log-likelihoods of its options in every form, and sizes to divide them by."""
-    pairs, asked = [], []
+    asked = []
     for question in questions:
         worked = examples.get(question.subject, [])[: args.shots]
         shifts = range(min(args.permutations, len(question.options) - 1) + 1)
         forms = [ask(candidate, question, worked, True, shift) for shift in shifts]
-        forms.append(ask(candidate, question, worked, False))
-        asked.append(forms)
-        contexts = [form.context for form in forms] + [forms[0].prior, forms[-1].prior]
-        for context, form in zip(contexts, [*forms, forms[0], forms[-1]], strict=True):
-            pairs += [(context, option) for option in form.options]
-    scores = iter(candidate.score(pairs))
+        asked.append([*forms, ask(candidate, question, worked, False)])
+    lists = [pairs for forms in asked for pairs in [*(f.pairs for f in forms), forms[0].priors, forms[-1].priors]]
+    scores = iter(candidate.score([pair for pairs in lists for pair in pairs]))
     records = []
     for question, forms in zip(questions, asked, strict=True):
-        found = [[next(scores) for _ in question.options] for _ in range(len(forms) + 2)]
-        letters = [  # of each order, by option
-            [row[place] for place in np.argsort(rotated(question, shift))] for shift, row in enumerate(found[:-3])
-        ]
-        text = forms[-1]
+        *letters, text, letters_prior, text_prior = (
+            [next(scores) for _ in question.options] for _ in range(len(forms) + 2)
+        )
         records.append({
-            "letters": letters, "letters_prior": found[-2], "text": found[-3], "text_prior": found[-1],
-            "tokens": [len(option) for option in text.options],
+            # of each order, by option
+            "letters": [[row[n] for n in np.argsort(rotated(question, shift))] for shift, row in enumerate(letters)],
+            "letters_prior": letters_prior, "text": text, "text_prior": text_prior,
+            "tokens": [len(option) for _, option in forms[-1].pairs],
             "bytes": [len(option.encode()) for option in question.options],
             "shots": forms[0].shots, "cut": any(form.cut for form in forms),
         })  # fmt: skip
@@ -270,15 +268,15 @@ def write_answers(candidate: Candidate, questions: list[Question], args: argpars
         else candidate.tokenizer.encode_beginning("\n\n".join(turn["content"] for turn in q.text) + "\n")
         for q in questions
     ]
-    answers = candidate.write([ids for ids in prompts for _ in range(args.samples)])
+    answers = iter(candidate.write([ids for ids in prompts for _ in range(args.samples)]))
     records = []
-    for number_, question in enumerate(questions):
-        own = answers[number_ * args.samples : (number_ + 1) * args.samples]
+    for question in questions:
+        own = [next(answers) for _ in range(args.samples)]
         match = args.match if args.match != "auto" else kind_of(question.gold)
         right = [MATCHES[match](answer, question.gold) for answer in own]
-        votes = Counter(vote(answer, match) for answer in own)
-        first = [vote(answer, match) for answer in own].index(votes.most_common(1)[0][0])
-        records.append({"answers": own, "right": right, "majority": right[first]})
+        votes = [vote(answer, match) for answer in own]
+        majority = votes.index(Counter(votes).most_common(1)[0][0])
+        records.append({"answers": own, "right": right, "majority": right[majority]})
     return records
 
 
@@ -314,6 +312,8 @@ def run(candidate: Candidate, sets: list[QuestionSet], output: Path, args: argpa
     settings = [candidate.facts, candidate.chat, candidate.context_length, args.shots, args.permutations, args.samples]
     settings += [args.match, args.temperature, args.max_new_tokens, args.seed, args.dtype, args.limit]
     settings += [[each.name, *map(str, each.files)] for each in sets]
+    source = Path(candidate.facts["source"])
+    settings += [source.stat().st_mtime_ns if source.exists() else 0]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     if not args.resume and rank == 0:
         for part in output.parent.glob(f"{output.stem}.*.part"):
@@ -544,6 +544,8 @@ def main(argv: list[str] | None = None) -> None:
         results = evaluate(args)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command with --resume goes on")
     except openai.OpenAIError as error:
         sys.exit(f"error: {explain(error, args.base_url)}")
     if results:

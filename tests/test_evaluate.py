@@ -236,8 +236,19 @@ def test_examples_and_then_the_beginning_give_way_in_a_short_context(tokenizer):
     )
     assert roomy.shots == 5 and 0 < short.shots < 5 and tight.shots == 0
     assert (roomy.cut, short.cut, tight.cut) == (False, False, True)
-    assert len(tight.context) + len(tight.options[0]) <= 16
-    assert tight.context == roomy.context[-len(tight.context) :]
+    context, option = tight.pairs[0]
+    assert len(context) + len(option) <= 16
+    assert roomy.pairs[0][0][-len(context) :] == context
+
+
+def test_ids_that_join_context_and_option_are_kept(tokenizer):
+    """No text is lost if the tokenizer merges the end of the context with the beginning of an option."""
+    question = Question("s", "哪一个？", ["：甲", "乙"], 0)
+    for letters in (False, True):
+        asked = evaluate.ask(Candidate("m", tokenizer, 512, False, {}, None, None), question, [], letters)
+        options = ["A", "B"] if letters else question.options
+        for (context, option), text in zip(asked.pairs, options, strict=True):
+            assert option and tokenizer.decode([*context, *option]).endswith(f"答案：{text}")
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
