@@ -347,6 +347,13 @@ class Attention(nn.Module):
             # flash attention supports neither, and the memory-efficient kernel, which does, supports no groups
             key, value = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (key, value))
             grouped = False
+        if plan.kind == "parts":
+            queries = query.split([len(mask) for _, mask in plan.tiles], dim=2)
+            out = [
+                F.scaled_dot_product_attention(part, key[:, :, keys], value[:, :, keys], mask, enable_gqa=grouped)
+                for part, (keys, mask) in zip(queries, plan.tiles, strict=True)
+            ]
+            return torch.cat(out, dim=2).transpose(1, 2)
         causal = plan.kind == "causal"
         out = F.scaled_dot_product_attention(query, key, value, plan.mask, is_causal=causal, enable_gqa=grouped)
         return out.transpose(1, 2)
@@ -356,6 +363,7 @@ class AttentionPlan:
     """How one forward computes attention, chosen once for all layers.
 
     kind "causal": plain rows. "mask": a boolean mask (batch, 1, queries, keys), True = may attend, None = to all.
+    "parts" (CPU): one row with such a mask, its queries in parts that leave out the keys that none of them sees.
     "tiles" (CPU) and "varlen" (FlashAttention): packed documents.
     """
 
@@ -393,6 +401,10 @@ class AttentionPlan:
         """Plan rows that may be padded (attention_mask (batch, keys), 0 = padding) and may continue `past` tokens."""
         batch, queries = shape
         if attention_mask is not None and attention_mask.dim() == 4:  # the caller's own mask
+            if attention_mask.shape[:2] == (1, 1) and attention_mask.dtype == torch.bool and device.type == "cpu":
+                parts = attention_mask[0, 0].split(128)
+                seen = [part.any(dim=0).nonzero().squeeze(1) for part in parts]
+                return cls("parts", tiles=[(keys, part[:, keys]) for keys, part in zip(seen, parts, strict=True)])
             return cls("mask", mask=attention_mask)
         if attention_mask is not None and attention_mask.shape[1] > keys:
             attention_mask = attention_mask[:, :keys]

@@ -147,7 +147,11 @@ def print_overlap(sidecar: dict, sets: list[QuestionSet]) -> None:
         return
     finder = Decontaminate(tuple(file for each in sets for file in each.files))
     options = argparse.Namespace(encoding="utf-8", workers=None, quiet=False)
-    finder.read_evaluation(options.encoding)
+    try:
+        finder.read_evaluation(options.encoding)
+    except ValueError as error:
+        print(f"overlap with training data: not looked for, {error}")
+        return
     rows = found = 0
     examples: list[dict] = []
     for _, report in in_order(filter_block, finder, all_blocks([path], "overlap", options), options):

@@ -61,11 +61,11 @@ def _close(row: Row, places: Sequence[int]) -> None:
 
 
 @torch.inference_mode()
-def log_likelihoods(model: nn.Module, pairs: Sequence[Pair], longest: int = 512) -> list[float]:
+def log_likelihoods(model: nn.Module, pairs: Sequence[Pair], longest: int = 1024) -> list[float]:
     """Return the log-probability of each continuation after its context, summed over its tokens, in nats."""
     sums = torch.zeros(len(pairs), dtype=torch.float64)
     device = next(model.parameters()).device
-    for row in lay_out(pairs, max(longest, 2 * max((len(c) + len(o) for c, o in pairs), default=0))):
+    for row in lay_out(pairs, max(longest, 6 * max((len(c) + len(o) for c, o in pairs), default=0))):
         ids, positions, ends = (torch.tensor(values, device=device) for values in row[:3])
         place = torch.arange(len(row.ids), device=device)
         mask = (place <= place.unsqueeze(1)) & (ends > place.unsqueeze(1))  # (queries, keys)
