@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="the pages' commands are for a POSIX shell"),
 ]
 PROGRAMS = "python python3 torchrun deepspeed streamlit make pip git ssh tmux rsync nvidia-smi pre-commit".split()
-PROGRAMS += ["llama-cli", "ollama", "vllm"]
+PROGRAMS += ["llama-cli", "ollama", "vllm", "modal", "hf", "docker"]
 # files that the commands read, by the kind of their records
 DATA = {
     write_texts: ["pretrain_hq"],

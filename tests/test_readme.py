@@ -26,7 +26,9 @@ ALL_PAGES = [*PAGES, *CHINESE.values()]
 STAGES_PAGE, SCALING_PAGE, HOUSE_PAGE = "docs/stages.md", "docs/scaling.md", "CONTRIBUTING.md"
 STAGE_SCRIPTS = sorted(ROOT.glob("trainer/train_*.py"))
 # used in command lines, and no business of this test
-OTHER_PROGRAMS = set("source head tail git ssh tmux rsync nvidia-smi pre-commit llama-cli ollama vllm".split())
+OTHER_PROGRAMS = set(
+    "source head tail git ssh tmux rsync nvidia-smi pre-commit llama-cli ollama vllm hf docker".split()
+)
 LAUNCHERS = {"python", "python3", "torchrun", "deepspeed", "streamlit"}
 
 
@@ -209,6 +211,9 @@ def check_command(command: Command) -> None:
         assert targets and targets <= makefile_targets(), f"Makefile has no {rest}"
     elif program == "pip" and rest[:2] == ["install", "pre-commit"]:
         assert (ROOT / ".pre-commit-config.yaml").is_file()
+    elif program == "modal":
+        entry = rest[1].partition("modal_train.py::")[2] if rest[:1] == ["run"] else ""
+        assert rest == ["setup"] or f"def {entry}(" in text_of("modal_train.py"), f"modal_train.py has no {entry}"
     elif program == "pip":
         rest = [word for word in rest if word not in ("-i", "ADDRESS")]
         assert rest[:2] == ["install", "-r"] and (folder / rest[2]).is_file()
@@ -301,7 +306,8 @@ def test_flags_in_running_text_exist(name):
     scripts = [path for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")) if path.parent.name != "tests"]
     runnable = [path for path in scripts if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")]
     declared = set().union(*map(declared_flags, runnable))
-    others = {"--server", "--served-model-name", "--nproc_per_node"}  # of streamlit, of vLLM, of torchrun
+    modal = flags_in(text_of("modal_train.py")) | {"--detach"}  # `modal run` reads these
+    others = modal | {"--server", "--served-model-name", "--nproc_per_node"}  # of streamlit, of vLLM, of torchrun
     unknown = set().union(*map(flags_in, inline_code(name))) - declared - others
     assert not unknown
 

@@ -73,6 +73,8 @@ def python(words: list[str]) -> int:
     name = Path(words[0]).name
     if words[0] == "-m" or name == "download_data.py":  # pytest; the data is there
         return 0
+    if name in ("push_to_hub.py", "make_space.py"):
+        words.append("--dry_run")
     if name == "quickstart.py":
         return subprocess.run([sys.executable, "-c", QUICKSTART]).returncode
     if name == "serve_openai_api.py":
