@@ -63,7 +63,7 @@ def train(words: list[str], volume: str, gpus: int, price: float, run_id: str, e
     """Run a stage, its estimate first, and return its exit status: a user's mistake is not tried again.
 
     words: its script and flags. price: dollars an hour. Raises RuntimeError if it was interrupted, so that Modal starts
-    it again. run_id: of this call and its retries; with --overwrite only the first attempt starts anew.
+    it again. run_id: of this call and its retries; with --overwrite only the first attempt starts over.
     """
     enter(volume)
     command = [*launcher(gpus), *words]

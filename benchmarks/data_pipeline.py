@@ -156,7 +156,7 @@ def run_child(args: argparse.Namespace, child: str, kind: str, path: Path, cache
 
 
 def peer_seconds(args: argparse.Namespace, kind: str, path: Path, workers: int) -> tuple[float, float]:
-    """(wall, CPU) seconds that the library's encode_batch takes for the same texts with as many threads."""
+    """Return (wall, CPU) seconds that the library's encode_batch takes for the same texts with as many threads."""
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path; from tokenizers import Tokenizer\n"

@@ -42,7 +42,7 @@ from model.weights import load_model
 
 
 def random_model(use_moe: bool) -> MiniMindForCausalLM:
-    """A preset with random weights, rounded to float16 as a .pth holds them."""
+    """Return a preset with random weights, rounded to float16 as a .pth holds them."""
     model = MiniMindForCausalLM(MiniMindConfig(hidden_size=640 if use_moe else 512, use_moe=use_moe))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -121,7 +121,7 @@ def timed(run, device: torch.device) -> float:
 
 
 def table(title: str, unit: str, values: dict[str, list[float]], more_is_better: bool = True) -> None:
-    """Medians, and the median over rounds of the ratio within a round."""
+    """Return medians, and the median over rounds of the ratio within a round."""
     print(f"\n{title:28}{unit:>10}   ours is better by (median and range over rounds)")
     for name, rounds in values.items():
         pairs = zip(values["ours"], rounds, strict=True)

@@ -116,7 +116,7 @@ def mask_attention() -> Iterator[None]:
 
 
 def whole_loss(model: nn.Module, batch: dict) -> torch.Tensor:
-    """The loss of our model from the float32 logits of all tokens at once."""
+    """Return the loss of our model from the float32 logits of all tokens at once."""
     output = model(**model_inputs(batch))
     total = F.cross_entropy(output.logits.float().flatten(0, 1), batch["labels"].flatten(), reduction="sum")
     return total / batch["step_targets"] + output.aux_loss
@@ -152,7 +152,7 @@ class Rows:
         self.tokens_per_document = self.data.plan.stats["positions"] / self.data.plan.stats["documents"]
 
     def packed(self) -> Iterator[dict]:
-        """Yield full batches for ever from one loader, as a long file would."""
+        """Yield full batches forever from one loader, as a long file would."""
         batches = self.data._batches(0, shuffle=False)
         yield from self.data._load(batches, itertools.cycle(range(max(len(batches) - 1, 1))))
 

@@ -60,7 +60,7 @@ def conversation(rng: random.Random) -> list[dict]:
 
 
 async def ask(client: openai.AsyncOpenAI, model: str, rng: random.Random, max_tokens: int, load: Load) -> None:
-    """One answer, whole, streamed or left."""
+    """Ask for one answer: whole, streamed or left."""
     options = {"model": model, "messages": conversation(rng), "max_tokens": rng.randint(max_tokens // 4, max_tokens)}
     started = time.perf_counter()
     if rng.random() < WHOLE_ANSWERS:

@@ -88,7 +88,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def settings(args: argparse.Namespace, folder: Path, data_path: Path, what: str) -> argparse.Namespace:
-    """The flags that the trainer's helpers read, as a stage script would have them."""
+    """Return the flags that the trainer's helpers read, as a stage script would have them."""
     flags = vars(stage_parser("").parse_args([])) | vars(args)
     flags |= {
         "batch_size": args.batch_size or {"dpo": 4, "lora": 8}[what], "folder": folder, "data_path": data_path,
@@ -153,7 +153,7 @@ def dpo_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: Ste
 
 
 def reference_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: StepDone) -> None:
-    """What train_dpo.py does once before it trains: the reference's log-probs of a batch."""
+    """Do what train_dpo.py does once before it trains: the reference's log-probs of a batch."""
     process, precision = process_of(args), Precision(args.dtype, torch.device(args.device))
     data = PackedData(args, "preference", tokenizer, process)
     model = ours(args, tokenizer).eval()
@@ -312,7 +312,7 @@ CONTENDERS = {
 
 
 def contend(connection, name: str, args: argparse.Namespace) -> None:
-    """A process: two steps to warm up, then rounds as the other side asks for them."""
+    """Run a process: two steps to warm up, then rounds as the other side asks for them."""
     torch.set_num_threads(args.threads)
     os.environ["HF_HOME"] = str(args.folder / "hf")
     try:
@@ -325,7 +325,7 @@ def contend(connection, name: str, args: argparse.Namespace) -> None:
 
 
 def measure_rounds(names: list[str], args: argparse.Namespace) -> dict[str, list[float]]:
-    """What each contender does per second, a number for each round."""
+    """Return what each contender does per second, a number for each round."""
     context = multiprocessing.get_context("spawn")
     connections, children = {}, []
     for name in names:
@@ -376,7 +376,7 @@ def sample_pairs(path: Path, source: Path, count: int = 2000) -> Path:
 
 
 def shuffled_copy(path: Path, source: Path, kind: str, args: argparse.Namespace) -> Path:
-    """The records in a random order, so that a few steps see what is typical.
+    """Return the records in a random order, so that a few steps see what is typical.
 
     Of pairs only as many as are trained on, for TRL asks the reference about all; and such as every contender takes.
     """

@@ -122,7 +122,7 @@ class Contender:
 
 
 def over_processes(value: float) -> float:
-    """The sum over the processes of the job."""
+    """Return the sum over the processes of the job."""
     if dist.is_initialized():
         tensor = torch.tensor(value, dtype=torch.float64)
         dist.all_reduce(tensor)

@@ -259,7 +259,7 @@ def _joined_parts(parts: list, name: str) -> str:
     for number, part in enumerate(parts, 1):
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, dict) else _type_name(part)
-            raise RecordError(f"{name}: part {number} is no text but {kind!r}; the model reads text only")
+            raise RecordError(f"{name}: part {number} is not text but {kind!r}; the model reads text only")
     return "\n".join(part["text"] for part in parts)
 
 

@@ -83,7 +83,7 @@ def log_likelihoods(model: nn.Module, pairs: Sequence[Pair], longest: int = 1024
 
 
 def log_likelihoods_of_server(client, model: str, pairs: Sequence[Pair], batch: int = 32) -> list[float]:
-    """The same from an OpenAI-compatible server that echoes prompts of token ids with log-probs."""
+    """Return the same from an OpenAI-compatible server that echoes prompts of token ids with log-probs."""
     sums = []
     for start in range(0, len(pairs), batch):
         part = pairs[start : start + batch]

@@ -21,7 +21,7 @@ from scripts.openai_schema import ApiError, ChatRequest, Function, unsupported
 # as json.dumps writes it, which is how training data has it; free spaces would tempt small models to write only spaces
 JSON_STYLE = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 
-VALUES = ("const", "enum", "default", "examples")  # what these hold is no schema
+VALUES = ("const", "enum", "default", "examples")  # their values are not schemas
 NAMED = ("properties", "$defs", "definitions")  # keys whose value maps names to schemas
 COMPOSED = {"anyOf", "oneOf", "not", "if", "$ref", "dependentSchemas", "patternProperties"}
 

@@ -99,7 +99,7 @@ def new_parser() -> argparse.ArgumentParser:
 
 
 def options_of(field: dataclasses.Field) -> dict:
-    """What argparse must know of a step's field."""
+    """Return argparse's options for a step's field."""
     options, kind = dict(field.metadata), type(field.default)
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction

@@ -185,7 +185,7 @@ def new_output(args, inputs: list[Path]):
 
 
 def flag(default, text: str, **options):
-    """A field of a step that is a flag of its command, with options of argparse."""
+    """Return a field of a step that is a flag of its command, with options of argparse."""
     return field(default=default, metadata={"help": text} | options)
 
 

@@ -409,7 +409,7 @@ class Api:
         return await self.tell(request, ApiError(429, str(error), code="queue_full", headers=seconds))
 
     async def tell_nobody(self, *_) -> Response:
-        """The client has gone; only metrics and log hear of it."""
+        """Answer a client that has gone; only metrics and log see it."""
         return Response(status_code=499)
 
     async def tell_bug(self, request: Request, error: Exception) -> JSONResponse:

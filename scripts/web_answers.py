@@ -23,7 +23,7 @@ from scripts.web_conversation import CUT, FAILED, STOPPED, Answer
 
 PUT_AWAY = "This model was put away to make room for another. Ask again."
 API_TIMEOUT = 300.0  # seconds without a sign of life
-LONGEST = 400_000  # characters of an answer; a server may go on for ever
+LONGEST = 400_000  # characters of an answer; a server may go on forever
 SHOWN_EVERY = 0.05  # seconds; joining the text for every token would take the square of its length
 
 

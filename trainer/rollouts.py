@@ -88,7 +88,10 @@ class Sampler:
     """
 
     def __init__(self, path: Path, args: argparse.Namespace, tokenizer: ChatTokenizer, process: Process):
-        """Raises ValueError if a line is not a prompt with an answer (unless --skip_bad_lines), or is too long."""
+        """Read the prompts.
+
+        Raises ValueError if a line is not a prompt with an answer (unless --skip_bad_lines), or is too long.
+        """
         self.path, self.args, self.process, self.tokenizer = path, args, process, tokenizer
         self.rewards = build_rewards(args.reward.split())
         self.records = read_prompts(path, args.skip_bad_lines)

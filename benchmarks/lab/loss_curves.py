@@ -73,7 +73,7 @@ def write_data(folder: Path) -> None:
 
 
 def curve(state: Path, stage: str, flags: list[str], folder: Path, nudge: float = 0.0, seed: int = 0) -> list[tuple]:
-    """What a run logs of each step: loss, learning rate, gradient norm."""
+    """Return what a run logs of each step: loss, learning rate, gradient norm."""
     with tempfile.TemporaryDirectory() as out:
         for base, suffix in itertools.product(("pretrain", "full_sft"), ("", "_moe")):
             os.link(folder / f"base{suffix}.pth", Path(out) / f"{base}_{SIZES['hidden_size']}{suffix}.pth")

@@ -55,7 +55,7 @@ class Setup:
 
     @property
     def link(self) -> str:
-        """The slowest link that the gradients cross."""
+        """Return the slowest link that the gradients cross."""
         return WIRING[self.card][self.cards > CARDS_PER_MACHINE]
 
     def rate(self, config: MiniMindConfig) -> float:
@@ -135,7 +135,7 @@ def step_of(
 
 
 def hiding_rows(config: MiniMindConfig, work: Work, setup: Setup) -> int:
-    """The fewest rows in a micro-batch whose backward pass lasts as long as the all-reduce."""
+    """Return the fewest rows in a micro-batch whose backward pass lasts as long as the all-reduce."""
     row = SEQ_LEN * work.token_flops / setup.rate(config)
     return math.ceil(setup.all_reduce(work.parameters) * 3 / 2 / row)
 

@@ -57,7 +57,7 @@ SETTING = ("recipe", "tokens", "learning_rate", "rows", "seed", "hidden_size", "
 
 
 def add_commands(parser: argparse.ArgumentParser, results: Path) -> tuple[argparse.ArgumentParser, object]:
-    """(parser of the `run` command with the flags that every search has, all commands)."""
+    """Return (parser of the `run` command with the flags that every search has, all commands)."""
     parser.add_argument("--results", type=Path, default=results, help="jsonl file of runs (default: %(default)s)")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", allow_abbrev=False)
@@ -76,7 +76,7 @@ def add_commands(parser: argparse.ArgumentParser, results: Path) -> tuple[argpar
 
 
 def parse_with_more(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """The flags before `--`; those after it, for the stage's script, as `more`."""
+    """Return the flags before `--`, and those after it, for the stage's script, as `more`."""
     argv = list(sys.argv[1:] if argv is None else argv)
     border = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:border])
@@ -123,7 +123,7 @@ def key_of(run: dict, names: tuple[str, ...] = SETTING) -> str:
 
 
 def train(stage: str, flags: dict, more: list[str], threads: int) -> list[dict]:
-    """The log of trainer/train_{stage}.py, run to its end in a process and a folder of its own."""
+    """Return the log of trainer/train_{stage}.py, run to its end in a process and a folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
         flags = {"out_dir": folder, "accumulation_steps": 1, "epochs": 1000, "save_interval": 10**6} | flags
         command = [sys.executable, str(ROOT / "trainer" / f"train_{stage}.py"), "--eval_interval=1000000"]
@@ -159,7 +159,7 @@ def run_ours(run: dict, args: argparse.Namespace) -> dict:
 
 
 def run_original(run: dict, args: argparse.Namespace) -> dict:
-    """The loop of the original scripts, written from its behaviour: padded rows, means over micro-batches."""
+    """Run the loop of the original scripts, written from its behaviour: padded rows, means over micro-batches."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(run["seed"])
     tokenizer, device = ChatTokenizer(ROOT / "model"), torch.device(args.device)
@@ -269,7 +269,7 @@ def share(part: float, whole: float) -> str:
 
 
 def versus(runs: list[dict], ours: str = "default") -> str:
-    """What the default recipe needs to reach where others end: shares of their tokens and seconds.
+    """Tell which shares of their tokens and seconds the default recipe needs to reach the end of others.
 
     The others are AdamW and the original, each at its best setting of its largest budget, and the original as it was
     shipped. Ours is the smallest budget whose mean is as good.

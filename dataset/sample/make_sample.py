@@ -834,7 +834,7 @@ def texts(facts: list[Fact], dice: Dice) -> list[str]:
 
 
 def choices(questions: list[dict], dice: Dice) -> list[dict]:
-    """The same questions, each with three answers to others of its category, and the place of its own among them."""
+    """Return the same questions, each with three answers to others of its category, and the place of its own among them."""
     made = []
     for question in questions:
         answers = {q["answer"] for q in questions if q["category"] == question["category"]} - {question["answer"]}
