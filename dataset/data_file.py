@@ -10,7 +10,7 @@ SAMPLE_BYTES, SAMPLES = 64 << 10, 64  # hashed: samples from head to tail; a sma
 CONVERT = "python scripts/prepare_data.py convert"
 SAMPLE = Path(__file__).resolve().parent / "sample"
 PUBLISHED = re.compile(r"(pretrain_hq|sft_(mini_)?\d+|dpo|r1_mix_\d+|lora_(identity|medical))\.jsonl")
-COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip", b"PAR1": "parquet"}
+COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "parquet"}
 
 
 def data_identity(path: Path) -> dict:
@@ -54,21 +54,31 @@ def data_identity(path: Path) -> dict:
     }
 
 
-def _fault(head: bytes, path: Path) -> str | None:
-    """Return what is wrong with a file that begins like this, and the cure."""
-    if not head:
-        return "is empty; download or make it again"
-    if not head.strip(b"\0"):
-        return "holds zero bytes only; its transfer broke off: download it again"
-    new = path.with_name(path.name.split(".")[0] + "_utf8.jsonl")
-    for magic, name in COMPRESSED.items():
-        if head.startswith(magic):
-            return f"is a {name} file; unpack it, or: {CONVERT} {path} --output {new}"
+def disguise(head: bytes) -> str | None:
+    """Return what a file that begins like this is instead of data, and the cure."""
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n")[:100].lower()
+    if head and not head.strip(b"\0"):
+        return "holds zero bytes only; its transfer broke off: download it again"
+    if head.startswith(b"PK\x03\x04"):
+        return "is a zip file; unpack it"
     if start.startswith(b"version https://git-lfs"):
         return "is a pointer of Git LFS, not the data; fetch it with: git lfs pull"
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "is a web page, not data; download the file itself"
+    return None
+
+
+def _fault(head: bytes, path: Path) -> str | None:
+    """Return what is wrong with a file that begins like this, and the cure."""
+    if not head:
+        return "is empty; download or make it again"
+    if fault := disguise(head):
+        return fault
+    new = path.with_name(path.name.split(".")[0] + "_utf8.jsonl")
+    for magic, name in COMPRESSED.items():
+        if head.startswith(magic):
+            return f"is a {name} file; unpack it, or: {CONVERT} {path} --output {new}"
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     if start.startswith(b"["):
         return f"is a JSON array, not one object a line. To convert it: {CONVERT} {path} --output {new}"
     if encoding := guess_encoding(head):

@@ -50,7 +50,7 @@ class Convert(Step):
             if self.to == "problem":
                 return [parse_prompt(line)]
             kind = "conversation" if self.to == "reason" else self.to
-            unused = Counter({f'"{key}" of records': 1 for key in row.keys() - USED})
+            unused = Counter({f'"{key}" of records': 1 for key in row.keys() - USED if row[key] is not None})
             parsed = parse_record(kind, line, unused)
             changes += [f"{name} left out" for name in sorted(unused)]
             return [dict(zip(KEYS[kind], parsed if kind == "preference" else [parsed], strict=True))]
@@ -66,7 +66,10 @@ def guess_kind(inputs: list[Path], encoding: str) -> str:
     rows = [row for _, _, row in itertools.islice(rows_of(next(read_blocks(path, encoding))), 100)]
     kinds = [kind for row in rows if isinstance(row, dict) and (kind := _kind_of(row))]
     if not kinds:
-        keys = ", ".join(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row)) or "none"
+        keys = ", ".join(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row))
+        if not keys:
+            faults = ", ".join({str(row): 0 for row in rows if isinstance(row, Dropped)}) or "blank"
+            raise ValueError(f"{path} holds no JSON object, one a line; its first lines are: {faults}")
         raise ValueError(f"{path} has no layout that we know (keys: {keys[:200]}); rename its columns")
     return max(sorted(set(kinds)), key=kinds.count)
 

@@ -143,9 +143,7 @@ def _judged(
     for block, count in zip(all_blocks(inputs, "dedup: writing", args), counts, strict=True):
         found = zip(repeats[start : start + count].tolist(), near[start : start + count].tolist(), strict=True)
         reasons = ("exact duplicate", "near duplicate")
-        verdicts = [
-            Dropped(reasons[is_near], f"of row {twin:,} of all files") if twin else None for twin, is_near in found
-        ]
+        verdicts = [(reasons[is_near], f"of row {twin:,} of all files") if twin else None for twin, is_near in found]
         yield block._replace(verdicts=verdicts)
         start += count
 

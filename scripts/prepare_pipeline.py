@@ -120,9 +120,10 @@ def filter_block(step: "Step", block: Block) -> tuple[bytes, Report]:
         report.rows_in += 1
         where, changes = f"{block.path}:{number}", []
         try:
-            dropped = block.verdicts[index] if block.verdicts else None
-            if dropped or isinstance(row, Dropped):
-                raise dropped or row
+            if block.verdicts and block.verdicts[index]:
+                raise Dropped(*block.verdicts[index])
+            if isinstance(row, Dropped):
+                raise Dropped(row.reason, row.detail)  # a raised row would hold this frame, and so the block
             made = step(row, changes)
         except Dropped as dropped:
             report.count(report.dropped, dropped.reason, where, source, dropped.detail)

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from dataset.data_file import guess_encoding
+from dataset.data_file import COMPRESSED, disguise, guess_encoding
 
 BLOCK_CHARACTERS = 1 << 20
 BLOCK_ROWS = 1000  # of csv, parquet and JSON arrays
@@ -28,7 +28,7 @@ class Block(NamedTuple):
     """Some rows of one file: whole lines as one string, or decoded rows as a list.
 
     first: number of its first row (line) from 1. size: bytes of the file that it takes, for a progress bar.
-    verdicts: why each row is left out, None if it stays; empty if nothing is decided yet.
+    verdicts: (reason, detail) of each row that is left out, None if it stays; empty if nothing is decided yet.
     """
 
     path: Path
@@ -69,7 +69,8 @@ def read_blocks(path: Path, encoding: str = "utf-8") -> Iterator[Block]:
                 yield Block(path, number, rows, size)
                 number += rows.count("\n") if isinstance(rows, str) else len(rows)
     except Exception as error:  # each library has its own
-        cure = "" if "--" in str(error) else "; download it again, or rename it to what it is"
+        cure = "; make it readable" if isinstance(error, PermissionError) else "; download it again"
+        cure = "" if str(error).startswith("it ") else cure
         raise ValueError(f"cannot read {path}: {error}{cure}") from error
 
 
@@ -91,20 +92,24 @@ def passages(text: str, longest: int) -> Iterator[str]:
 
 
 def _batches(path: Path, raw: io.BufferedReader, encoding: str) -> Iterator[str | list]:
-    if layout(path) == "parquet":
+    head = raw.peek(8)
+    kind = next((name for magic, name in COMPRESSED.items() if head.startswith(magic)), "")  # whatever it is called
+    if kind == "parquet" or layout(path) == "parquet":
         from pyarrow import parquet
 
         for batch in parquet.ParquetFile(raw).iter_batches(BLOCK_ROWS, use_threads=False):
             yield batch.to_pylist()
         return
     binary = raw
-    if path.suffix == ".gz":
+    if kind == "gzip" or path.suffix == ".gz":
         binary = gzip.open(raw)
-    elif path.suffix == ".zst":
+    elif kind == "zstd" or path.suffix == ".zst":
         import pyarrow
 
         binary = io.BufferedReader(pyarrow.input_stream(raw, compression="zstd"), BLOCK_CHARACTERS)
     head = binary.peek(BLOCK_CHARACTERS)
+    if fault := disguise(head):
+        raise ValueError(f"it {fault}")
     if is_utf8 := codecs.lookup(encoding).name == "utf-8":
         if guess := guess_encoding(head):
             raise ValueError(f"it is not UTF-8 but looks like {guess}; say so with --encoding {guess}")
@@ -113,7 +118,8 @@ def _batches(path: Path, raw: io.BufferedReader, encoding: str) -> Iterator[str 
     text = io.TextIOWrapper(binary, encoding, "surrogateescape" if is_utf8 else "strict", newline="\n")
     if layout(path) == "csv":
         csv.field_size_limit(1 << 30)
-        rows = csv.DictReader(text, delimiter="\t" if ".tsv" in path.suffixes else ",")
+        lines = (line.removeprefix("\ufeff") for line in text)  # of files put together
+        rows = csv.DictReader(lines, delimiter="\t" if ".tsv" in path.suffixes else ",")
     elif layout(path) == "lines" and head.lstrip(b"\xef\xbb\xbf\xff\xfe\0 \t\r\n").startswith(b"["):
         rows = _array_items(iter(partial(text.read, BLOCK_CHARACTERS), ""))
     else:

@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT, write_conversations, write_jsonl, write_preferences, write_texts
 from filelock import FileLock
 
+from dataset.lm_dataset import parse_record, tokenize_records
 from scripts import prepare_data
 from scripts.prepare_rules import is_cut
 
@@ -173,6 +174,78 @@ def test_preferences_of_every_layout(tmp_path, row):
     assert converted(tmp_path, [row]) == [preference("好", "坏")]
 
 
+TOOL = {
+    "name": "weather",
+    "description": "天气",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+}
+CALL = {"name": "weather", "arguments": {"city": "北京"}}
+# our own form of one conversation with everything that a turn may hold
+WITH_TOOLS = [
+    {"role": "system", "content": "", "tools": [TOOL]},
+    {"role": "user", "content": "北京天气如何？"},
+    {"role": "assistant", "content": "", "reasoning_content": "要查天气", "tool_calls": [CALL]},
+    {"role": "tool", "content": '{"degrees": 21}'},
+    {"role": "assistant", "content": "北京二十一度。"},
+]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": WITH_TOOLS},
+        {"messages": WITH_TOOLS[1:], "tools": [TOOL]},
+        {"messages": WITH_TOOLS[1:], "tools": json.dumps([TOOL])},
+        {"messages": [WITH_TOOLS[0] | {"role": "developer"}, *WITH_TOOLS[1:]]},
+        {
+            "messages": [
+                *WITH_TOOLS[:2],
+                WITH_TOOLS[2]
+                | {
+                    "content": None,
+                    "tool_calls": [
+                        {
+                            "type": "function",
+                            "function": CALL | {"arguments": json.dumps(CALL["arguments"], ensure_ascii=False)},
+                        }
+                    ],
+                },
+                WITH_TOOLS[3] | {"content": [{"type": "text", "text": '{"degrees": 21}'}]},
+                WITH_TOOLS[4],
+            ]
+        },
+        {
+            "system": "",
+            "tools": json.dumps([TOOL]),
+            "conversations": [
+                {"from": "human", "value": "北京天气如何？"},
+                {"from": "function_call", "value": json.dumps(CALL), "reasoning_content": "要查天气"},
+                {"from": "observation", "value": '{"degrees": 21}'},
+                {"from": "gpt", "value": "北京二十一度。"},
+            ],
+        },
+    ],
+)
+def test_tools_calls_thoughts_and_results_survive_converting(tmp_path, tokenizer, row):
+    """The model reads the same ids as of our own form, and learns the same ones."""
+    [record] = converted(tmp_path, [row], "--to", "conversation")
+    made, expected = (
+        tokenize_records("conversation", [parse_record("conversation", json.dumps(r))], tokenizer)
+        for r in (record, {"conversations": WITH_TOOLS})
+    )
+    assert made == expected
+    text = tokenizer.decode(made[0][0], skip_control=False)
+    learned = tokenizer.decode([i for i, kept in zip(*made[0], strict=True) if kept])
+    assert '"city"' in text and "<think>" in learned and '"北京"' in learned and "degrees" not in learned
+
+
+def test_what_convert_leaves_out_is_counted(tmp_path):
+    turns = [CHAT[0], CHAT[1] | {"weight": 0}]
+    converted(tmp_path, [{"messages": turns, "source": "x", "score": None}, {"messages": CHAT}])
+    changed = {name: entry["rows"] for name, entry in report(tmp_path / "made.jsonl")["changed"].items()}
+    assert changed == {'"source" of records left out': 1, '"weight" of turns left out': 1}
+
+
 def test_what_cannot_be_converted_is_counted_by_reason(tmp_path):
     rows = [
         {"conversations": CHAT},
@@ -229,6 +302,13 @@ def test_every_file_layout_gives_the_same_records(tmp_path, name):
     prepare("convert", write_as(tmp_path / name, PAIRS), "-o", output)
     made = read(output)
     assert [[t["content"] for t in r["conversations"]] for r in made] == [[p["question"], p["answer"]] for p in PAIRS]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_a_file_is_what_it_holds_whatever_its_name(tmp_path, name):
+    write_as(tmp_path / name, PAIRS[:50]).rename(tmp_path / "b.jsonl")
+    prepare("convert", tmp_path / "b.jsonl", "-o", tmp_path / "made.jsonl")
+    assert len(read(tmp_path / "made.jsonl")) == 50
 
 
 def test_a_folder_of_plain_text_becomes_passages(tmp_path):
@@ -310,6 +390,11 @@ def test_bad_lines_are_counted_by_reason_with_file_and_line(tmp_path):
         ("a.json", b'[{"text": "one"}, {"text": ', "broken after item 1"),
         ("a.json", b'[{"text": "one"} oops]', "broken after item 1"),
         ("a.jsonl", b"", "is empty"),
+        ("a.jsonl", b"PK\x03\x04" + bytes(range(250)), "is a zip file; unpack it"),
+        ("a.jsonl", b"<!DOCTYPE html><p>log in", "is a web page"),
+        ("a.jsonl", bytes(5000), "zero bytes only"),
+        ("a.jsonl", b"\n \n", "holds no JSON object"),
+        ("a.jsonl", b"{cut\n", "its first lines are: broken JSON"),
         ("a.jsonl", b'{"x": 1}\n', "no layout that we know (keys: x)"),
     ],
 )
