@@ -104,7 +104,7 @@ def test_ctrl_c_waits_until_the_script_has_saved(tmp_path, monkeypatch):
 @pytest.mark.full
 def test_a_killed_stage_goes_on_by_itself(tmp_path):
     """For real: SIGKILL in the middle of pretraining, and one command that ends with the report."""
-    flags = [*write_data(tmp_path), "--epochs=40", "--save_interval=5", "--price_per_hour=2"]
+    flags = [*write_data(tmp_path), "--epochs=12", "--save_interval=5", "--price_per_hour=2"]
     script = [sys.executable, str(ROOT / "scripts" / "speedrun.py"), *flags]
     with (tmp_path / "printed.txt").open("w") as printed, subprocess.Popen(script, stdout=printed) as run:
         log = tmp_path / "out" / "logs" / "pretrain_32.jsonl"
