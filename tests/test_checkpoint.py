@@ -497,7 +497,7 @@ def test_a_state_that_cannot_be_read_is_not_replaced_unasked(train, tmp_path, te
     state = tmp_path / "resume" / "pretrain_32.resume"
     state.parent.mkdir()
     state.write_bytes(b"half a state")
-    with pytest.raises(ValueError, match="pretrain_32.resume holds what cannot be read: .*--overwrite"):
+    with pytest.raises(ValueError, match="pretrain_32.resume cannot be read: .*--overwrite"):
         train("train_pretrain", tiny_flags(tmp_path, texts))
     assert state.read_bytes() == b"half a state"
 

@@ -115,10 +115,10 @@ def _unfinished(state: Path) -> str:
         progress = torch.load(state, map_location="cpu", weights_only=True, mmap=True)["progress"]
         if progress["complete"]:
             return ""
-        step = f"step {progress['step']} of an unfinished run"
+        found = f"holds step {progress['step']} of an unfinished run"
     except Exception:  # torch raises many kinds here
-        step = "what cannot be read"
-    return f"{state} holds {step}: give --resume to go on with it, or --overwrite to start again and replace it"
+        found = "cannot be read"
+    return f"{state} {found}: give --resume to go on with it, or --overwrite to start again and replace it"
 
 
 def refuse_other_weights(path: Path, config: MiniMindConfig, args: argparse.Namespace) -> None:
