@@ -25,8 +25,7 @@ from model.flags import utf8_path
 from model.weights import WeightsError, write_atomically
 
 MANIFEST = "manifest.json"
-CACHES = ("token_cache", "frozen_outputs")
-LAST = ".resume"  # comes after the weights that it belongs to
+STATE = ".resume"  # unpacked after the weights that it belongs to
 
 
 def chosen(out_dir: Path, runs: list[str], token_cache: bool) -> list[Path]:
@@ -37,9 +36,8 @@ def chosen(out_dir: Path, runs: list[str], token_cache: bool) -> list[Path]:
         name = next((run for run in runs if any(part.split(".")[0] == run for part in parts)), "")
         if not path.is_file() or path.is_symlink() or any(part.startswith(".") for part in parts):
             continue
-        if parts[0] in CACHES:
-            if token_cache:
-                found.append(path)
+        if parts[0] == "token_cache":
+            found += [path] * token_cache
         elif name or not runs:
             found.append(path)
             seen.add(name)
@@ -92,7 +90,7 @@ def unpack(args: argparse.Namespace) -> None:
                 f"{args.out_dir} holds other {', '.join(differing[:5])}; move them, replace them with --overwrite, or "
                 "name another --out_dir"
             )
-        for name in sorted(manifest, key=lambda name: PurePosixPath(name).suffix == LAST):
+        for name in sorted(manifest, key=lambda name: PurePosixPath(name).suffix == STATE):
             (args.out_dir / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(staging / name, args.out_dir / name)
             print(args.out_dir / name, flush=True)

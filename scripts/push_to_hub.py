@@ -13,6 +13,7 @@ ModelScope, MODELSCOPE_API_TOKEN. Interrupted, the same command goes on.
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -102,7 +103,7 @@ def facts(path: Path) -> dict[str, str]:
         if path.suffix == ".pth":
             state = {tensor.data_ptr(): tensor for tensor in read_state_dict(path).values()}
             shapes = [tensor.shape for tensor in state.values()]
-    count = sum(1 for _ in shapes) and sum(_product(shape) for shape in shapes)
+    count = sum(math.prod(shape) for shape in shapes)
     stage, flags = sidecar.get("stage", ""), sidecar.get("flags", {})
     metrics, progress = sidecar.get("metrics", {}), sidecar.get("progress", {})
     shown = {
@@ -119,13 +120,6 @@ def facts(path: Path) -> dict[str, str]:
     }
     shown |= {name.replace("_", " "): f"{value:.4f}" for name, value in metrics.items() if isinstance(value, float)}
     return {name: str(value) for name, value in shown.items() if value not in ("", None)}
-
-
-def _product(shape) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result
 
 
 def model_card(args: argparse.Namespace, files: dict[str, Path | bytes]) -> str:
