@@ -16,7 +16,6 @@ goes on with --resume by itself, and so does the same command given again; --ove
 import argparse
 import contextlib
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -313,13 +312,17 @@ def fetch(*words: str):
             continue
         if there and not args.overwrite:
             sys.exit(f"error: {path} is there and differs from the volume's; move it, or replace it with --overwrite")
-        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.part")
-        with open(partial, "wb") as file:
-            for piece in volume.read_file(entry.path):
-                file.write(piece)
-        if partial.stat().st_size != entry.size:
-            sys.exit(f"error: {path.name} did not arrive whole; run the command again")
-        os.utime(partial, (entry.mtime, entry.mtime))
-        shutil.move(partial, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(partial, "wb") as file:
+                for piece in volume.read_file(entry.path):
+                    file.write(piece)
+            if partial.stat().st_size != entry.size:
+                raise OSError("it did not arrive whole; run the command again")
+            os.utime(partial, (entry.mtime, entry.mtime))
+            os.replace(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            sys.exit(f"error: {path}: {error}")
         print(path, flush=True)

@@ -1,5 +1,6 @@
 """The Space: its folder runs without the repository, answers in a real browser and asks no other host."""
 
+import errno
 import importlib.util
 import os
 import shutil
@@ -76,14 +77,24 @@ def test_uploaded_it_is_a_space_with_the_same_files(folder, tmp_path, monkeypatc
     hub.server_close()
 
 
-def test_wrong_weights_and_folders_of_others_are_told(tmp_path, capsys):
+def test_wrong_weights_and_folders_of_others_are_told(tmp_path, tokenizer):
     with pytest.raises(SystemExit, match="train_dpo.py first"):
         make_space.main(["--weight", "rlhf", "--out_dir", str(tmp_path)])
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
-    with pytest.raises(SystemExit) as stopped:
+    write_endless_weights(tmp_path / "full_sft_32.pth", tokenizer)
+    with pytest.raises(SystemExit, match="holds other files") as stopped:
         make_space.main(["--out_dir", str(tmp_path), "--output", str(tmp_path / "full")])
     assert str(stopped.value).startswith("error: ") and (tmp_path / "full" / "mine.txt").is_file()
+
+
+def test_a_full_disk_is_told(folder, tmp_path, monkeypatch):
+    def full_disk(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(make_space.shutil, "copyfile", full_disk)
+    with pytest.raises(SystemExit, match="error: .*No space left"):
+        make_space.main(["--out_dir", str(folder.parent), "--output", str(tmp_path / "space")])
 
 
 @needs_gradio

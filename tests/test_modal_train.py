@@ -1,5 +1,6 @@
 """modal_train.py with the real modal package: what is asked of Modal; its functions run here, killed and resumed."""
 
+import errno
 import os
 import queue
 import shutil
@@ -332,7 +333,11 @@ def test_fetch_brings_weights_sidecars_and_logs_of_a_stage(volume, tmp_path):
     assert not any("resume" in name or "token_cache" in name for name in fetched(home))
 
 
-def test_fetch_replaces_nothing_unasked_and_keeps_no_half_file(volume, tmp_path):
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_fetch_replaces_nothing_unasked_and_keeps_no_half_file(volume, tmp_path, monkeypatch):
     home = tmp_path / "home"
     home.mkdir()
     (home / "full_sft_32.pth").write_bytes(b"trained at home")
@@ -343,6 +348,10 @@ def test_fetch_replaces_nothing_unasked_and_keeps_no_half_file(volume, tmp_path)
     volume.cut = True
     with pytest.raises(SystemExit, match="did not arrive whole"):
         modal_train.fetch(*words, "--overwrite")
+    monkeypatch.setattr(volume, "read_file", full_disk)
+    with pytest.raises(SystemExit, match="full_sft_32.*No space left"):
+        modal_train.fetch(*words, "--overwrite")
+    assert not list(home.rglob(".*"))
     assert (home / "full_sft_32.pth").read_bytes() == b"trained at home"
     with pytest.raises(SystemExit, match="has no rlhf yet; train first. It holds: out/full_sft_32.pth"):
         modal_train.fetch("--stage", "rlhf")
