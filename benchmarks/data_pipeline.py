@@ -29,9 +29,7 @@ from dataset.workers import usable_cores
 
 SAMPLES = {"pretrain": "pretrain.jsonl", "conversation": "sft.jsonl"}
 PEER_BATCH = 1000  # texts per call of encode_batch; all at once would hold gigabytes of offsets
-ROUNDS = (
-    2  # ours and the peer take turns and the better time of each counts, because other work on the machine hits both
-)
+ROUNDS = 2  # ours and the peer take turns; the better time counts, because other work on the machine hits both
 
 
 def main(argv: list[str] | None = None) -> None:
