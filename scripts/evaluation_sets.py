@@ -61,8 +61,8 @@ def download(name: str, folder: Path) -> None:
     if name not in PUBLIC:
         raise ValueError(f"--download knows {', '.join(PUBLIC)}, not {name}")
     repo, revision, files = PUBLIC[name]
-    target, unfinished = folder / name, folder / f"{name}.unfinished"
-    if target.exists():
+    target, unfinished = folder / name, folder / f".{name}.unfinished"
+    if find_set(name, folder):
         return
     shutil.rmtree(unfinished, ignore_errors=True)
     for file in files:
@@ -84,22 +84,20 @@ def download(name: str, folder: Path) -> None:
     print(f"{name}: {target}, from {repo} at {revision}; its own licence applies")
 
 
-def find_set(name: str, folder: Path) -> Path:
-    """Return the path of a set: `name` itself, or folder/name, or a file of that name in folder or one level below."""
-    inside = (
-        path for pattern in (f"{Path(name).name}.*", f"*/{Path(name).name}.*") for path in sorted(folder.glob(pattern))
-    )
-    found = next((p for p in (Path(name), folder / name, *inside) if p.exists() and (p.is_dir() or layout(p))), None)
-    if found is None:
-        cure = f"; fetch it with --download {name}" if name in PUBLIC else ""
-        there = ", ".join(sorted(path.stem for path in folder.glob("*"))) or "nothing"
-        raise ValueError(f"--tasks {name}: neither a file or folder nor a set in {folder}{cure}. There is: {there}")
-    return found
+def find_set(name: str, folder: Path) -> Path | None:
+    """Return the path of a set: what `name` is, or folder/name, or a file of that name in or one level below folder."""
+    pattern = f"{Path(name).name}.*"
+    inside = [*sorted(folder.glob(pattern)), *sorted(folder.glob(f"*/{pattern}"))]
+    return next((p for p in (Path(name), folder / name, *inside) if p.exists() and (p.is_dir() or layout(p))), None)
 
 
 def read_set(name: str, folder: Path, limit: int | None = None) -> QuestionSet:
     """Read a set. limit: questions of each subject. Raises ValueError that names the file and row that is wrong."""
     path = find_set(name, folder)
+    if path is None:
+        cure = "; fetch it with --download" if name in PUBLIC else ""
+        there = ", ".join(sorted(path.stem for path in folder.glob("*"))) or "nothing"
+        raise ValueError(f"--tasks {name}: neither a file or folder nor a set in {folder}{cure}. There is: {there}")
     split = next((path / split for split in SPLITS if (path / split).is_dir() and _has_answers(path / split)), path)
     files = find_files([split])
     questions = [question for file in files for question in read_questions(file)]

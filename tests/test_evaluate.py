@@ -132,7 +132,7 @@ def test_a_wrong_row_is_named(tmp_path, rows, message):
 
 
 def test_a_set_that_is_not_there_is_named_with_its_download(sets):
-    with pytest.raises(ValueError, match="--download arc_easy.*There is: .*ceval"):
+    with pytest.raises(ValueError, match="--tasks arc_easy: .*--download. There is: .*ceval"):
         read_set("arc_easy", sets)
     (sets / "wrong.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="wrong.csv: columns a, b; expected question"):
