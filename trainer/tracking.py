@@ -13,6 +13,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 FINISH_SECONDS = 60  # how long the end of a run may wait for uploads
 # numbers of speed and memory, shown apart from those of learning
@@ -94,7 +95,7 @@ class Wandb:
         logged_in = logged_in or wandb.setup().settings.mode != "online"  # chosen at the prompt
         return "" if logged_in else "wandb is not logged in"
 
-    def __init__(self, args: argparse.Namespace, name: str, config: dict, step: int, mode: str | None):
+    def __init__(self, args: argparse.Namespace, name: str, config: dict, step: int, mode: Any):
         import wandb
 
         folder = os.environ.get("WANDB_DIR") or str(args.out_dir)
@@ -159,10 +160,11 @@ class TensorBoard:
         self.writer.close()
 
 
-SERVICES = (Wandb, SwanLab, TensorBoard)
+Service = type[Wandb] | type[SwanLab] | type[TensorBoard]
+SERVICES: tuple[Service, ...] = (Wandb, SwanLab, TensorBoard)
 
 
-def chosen(args: argparse.Namespace) -> list[type]:
+def chosen(args: argparse.Namespace) -> list[Service]:
     """Return the services that the flags ask for."""
     asked = (args.use_wandb, args.use_swanlab, args.use_tensorboard)
     return [service for service, wanted in zip(SERVICES, asked, strict=True) if wanted]
@@ -171,7 +173,7 @@ def chosen(args: argparse.Namespace) -> list[type]:
 class Tracker:
     """The job's run at one of the services. If that fails, it says so once and does nothing from then on."""
 
-    def __init__(self, service: type, args: argparse.Namespace, name: str, config: dict, step: int):
+    def __init__(self, service: Service, args: argparse.Namespace, name: str, config: dict, step: int):
         """Start the run; if the server cannot be reached, keep it on disk. step: optimizer steps done before."""
         self.service, self.run = service, None
         for mode in (None, "offline"):
