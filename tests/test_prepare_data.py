@@ -875,7 +875,7 @@ def written(path: Path) -> int:
         return 0
 
 
-KILLS = [pytest.param(command, 3, id=command, marks=pytest.mark.full) for command in ("clean", "mix", "recipe")]
+KILLS = [pytest.param(command, 4, id=command, marks=pytest.mark.full) for command in ("clean", "mix", "recipe")]
 
 
 @pytest.mark.parametrize(("command", "kills"), [pytest.param("dedup", 1, id="dedup"), *KILLS])
