@@ -17,6 +17,8 @@ import openai
 from dataset.text_stream import TextStream, ThoughtSplitter, ToolCall, ToolCallSplitter
 from dataset.tokenization import ChatTokenizer
 from model.batching import Engine, QueueFull
+from model.flags import HISTORY_MESSAGES
+from model.loading import SHARED_FLAGS
 from model.sampling import SamplingParams
 from scripts.openai_client import explain, new_client
 from scripts.web_conversation import CUT, FAILED, STOPPED, Answer
@@ -29,10 +31,10 @@ SHOWN_EVERY = 0.05  # seconds; joining the text for every token would take the s
 
 @dataclass(frozen=True)
 class Settings:
-    temperature: float = 0.7
-    top_p: float = 0.9
-    max_tokens: int = 512
-    history_turns: int = 3
+    temperature: float = SHARED_FLAGS["temperature"]["default"]
+    top_p: float = SHARED_FLAGS["top_p"]["default"]
+    max_tokens: int = SHARED_FLAGS["max_new_tokens"]["default"]
+    history_turns: int = HISTORY_MESSAGES // 2
     system: str = ""
 
 

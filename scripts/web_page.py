@@ -265,7 +265,7 @@ def sidebar(flags: argparse.Namespace, chats: Chats) -> tuple[LocalModel | ApiMo
             temperature=slider("temperature", 0.0, 2.0, flags.temperature, 0.05),
             top_p=slider("top_p", 0.05, 1.0, flags.top_p, 0.05),
             max_tokens=slider("max_tokens", 16, max(4096, flags.max_new_tokens), flags.max_new_tokens, 16),
-            history_turns=slider("history_turns", 0, 20, 3),
+            history_turns=slider("history_turns", 0, 20, Settings.history_turns),
             system=st.text_area(words("system"), DEFAULT_SYSTEM, key="system", height=80, help=words("system_help")),
         )
     conversation = page().conversation

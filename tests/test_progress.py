@@ -1,12 +1,15 @@
 """The progress bar: what it shows on a terminal and elsewhere, and that no stream can make it end a run."""
 
 import io
+import os
+import shutil
 import sys
 
 import pytest
 
 from dataset import progress
 from dataset.progress import ProgressBar
+from trainer.logger import fitted
 
 
 class Terminal(io.StringIO):
@@ -94,3 +97,12 @@ def test_no_stream_ends_a_run(monkeypatch):
     closed.close()
     for stream in (None, closed, Broken()):
         shown(monkeypatch, stream)
+
+
+def test_lines_fit_a_terminal_without_breaking_words_and_stay_whole_in_a_file(monkeypatch):
+    line = " ".join(["a-long/path.jsonl:", *["1,778 tokens in rows"] * 9])
+    assert fitted(line) == line
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((120, 40)))
+    lines = fitted(line).split("\n")
+    assert len(lines) == 2 and max(map(len, lines)) <= 120 and " ".join(lines).split() == line.split()

@@ -9,9 +9,12 @@ from conftest import ROOT, sharp_model, write_endless_weights
 from fake_openai import KEY, MODELS, fake_openai
 from streamlit.testing.v1 import AppTest
 
+import eval_model
 from dataset.tokenization import DEFAULT_SYSTEM
 from model.batching import Engine
+from model.flags import HISTORY_MESSAGES
 from model.model_lora import apply_lora, save_lora
+from scripts import chat_openai_api, serve_openai_api
 from scripts.web_answers import LONGEST, ApiModel, LocalModel, Settings, list_api_models
 from scripts.web_conversation import CUT, FAILED, STOPPED, Answer, Chats
 
@@ -560,3 +563,11 @@ def test_pretrained_weights_continue_the_text_itself(tokenizer):
     request = model.start(Answer(), QUESTION, Settings(max_tokens=1))._request
     assert request.prompt_tokens == 1 + len(tokenizer.encode_documents(["the sky"])[0])
     model.close()
+
+
+def test_chat_page_and_server_have_the_same_defaults():
+    chat, server = eval_model.parse_args([]), serve_openai_api.parse_args([])
+    for name in ("temperature", "top_p", "max_new_tokens"):
+        page = getattr(Settings(), {"max_new_tokens": "max_tokens"}.get(name, name))
+        assert getattr(chat, name) == getattr(server, name) == page, name
+    assert chat_openai_api.parse_args([]).history_cnt == 2 * Settings().history_turns == HISTORY_MESSAGES

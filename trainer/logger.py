@@ -91,7 +91,7 @@ class Logger:
         kind = "mixture of experts" if self.config.use_moe else "dense"
         size = f"{plural(self.config.num_hidden_layers, 'layer')} of {self.config.hidden_size}"
         self.process.say(f"{parameters / 1e6:.2f}M parameters, {kind}, {size}")
-        self.process.say(self.data.describe())
+        self.process.say(fitted(self.data.describe()))
         self.process.say(f"{self.data.describe_steps()} on {self.process.device} in {training.precision.name}")
         notices = [self.data.notice, training.precision.notice]
         if self.args.warmup_iters >= self.total_steps:
@@ -100,7 +100,7 @@ class Logger:
                 "before the learning rate comes down"
             )
         for notice in filter(None, notices):
-            self.process.say(f"note: {notice}")
+            self.process.say(fitted(f"note: {notice}"))
 
     def _start_interval(self) -> None:
         self.sums = Counter()
@@ -169,10 +169,7 @@ class Logger:
                 f"{hours(metrics['seconds'])} gone, {hours(left)} left",
             ]
         )
-        if not sys.stdout.isatty():
-            return line
-        width = max(shutil.get_terminal_size().columns, 40)
-        return textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        return fitted(line)
 
     def evaluation(self, step: int, metrics: dict, sample: str = "") -> None:
         numbers = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())
@@ -216,6 +213,14 @@ class Logger:
             self.say(f"stopped after step {progress.step}; saved {weights}. To go on: the same command with --resume")
         for tracker in self.trackers:
             tracker.finish(progress.complete, weights=str(weights), steps=progress.step, tokens=progress.tokens)
+
+
+def fitted(line: str) -> str:
+    """Return a line as a terminal shows it without breaking words. A file keeps it whole."""
+    if not sys.stdout.isatty():
+        return line
+    width = max(shutil.get_terminal_size().columns, 40)
+    return textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _clocks() -> tuple[float, float]:
