@@ -104,9 +104,9 @@ class Conversation:
 
     def answered(self) -> None:
         """Save the conversation; the thread that makes an answer calls this at its end."""
-        self.run = None
         with contextlib.suppress(OSError):  # the page says so at the next question
             self.save()
+        self.run = None
 
     def _remember(self, label: str) -> None:
         self._before, self.undo_label = copy.deepcopy(self.turns), label

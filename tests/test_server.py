@@ -1648,7 +1648,7 @@ def start_in_vain(capsys, *flags) -> str:
 
 def test_what_keeps_it_from_starting_is_one_clear_line(out_dir, tmp_path, tokenizer, capsys, monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(serve_openai_api.warnings, "showwarning", None)
+    monkeypatch.setattr(warnings, "showwarning", None)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         message = start_in_vain(capsys, "--out_dir", out_dir, "--port", port)
