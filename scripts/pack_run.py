@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from model.flags import utf8_path
+from model.streams import set_up_streams
 from model.weights import WeightsError, write_atomically
 
 MANIFEST = "manifest.json"
@@ -124,6 +125,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    set_up_streams()
     args = parse(argv)
     try:
         args.function(args)
