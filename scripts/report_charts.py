@@ -66,7 +66,7 @@ def overview(groups: list[list[Run]]) -> Figure:
         columns = min(len(groups), 3)
         figure = Figure(figsize=(max(3.6 * columns, 5.2), 2.8 * rows), layout="constrained")
         for axes, runs in zip(figure.subplots(rows, columns, squeeze=False).flat, groups, strict=False):
-            _draw(axes, runs, "loss", "valid_loss")
+            _draw(axes, runs, "loss", runs[0].metrics().get("loss", ""))
             axes.set_title(runs[0].name if len({run.name for run in runs}) == 1 else "loss, nats a token")
         for axes in figure.axes[len(groups) :]:
             axes.set_axis_off()
@@ -99,8 +99,8 @@ def _draw(axes, runs: list[Run], name: str, held_out: str) -> None:
     elif name == "tokens_per_second":
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.set_ylim(bottom=0)
-    if name == "loss" and tops and axes.get_ylim()[1] > 1.5 * max(tops):
-        axes.set_ylim(top=1.5 * max(tops))  # a run that blew up must not flatten the others
+    if name == "loss" and tops and axes.get_ylim()[1] > 2 * max(tops):
+        axes.set_ylim(top=2 * max(tops))  # a run that blew up must not flatten the others
     axes.set_xlim(left=0)
     if len(axes.get_legend_handles_labels()[0]) > 1:
         axes.legend()

@@ -93,7 +93,9 @@ class Run:
         trained, held_out = (dict.fromkeys(k for k in keys if k not in BOOKKEEPING) for keys in (trained, held_out))
         pairs = {}
         for name in trained:
-            own = [key for key in (f"valid_{name}", name) if key in held_out]
+            # the held-out loss of distillation is its cross-entropy, while its training loss is mostly the divergence
+            other = {"ce": "loss", "loss": "" if "ce" in trained else "loss"}.get(name, name)
+            own = [key for key in (f"valid_{other}", other) if key in held_out]
             pairs[name] = own[0] if own else ""
         return pairs | {f"held out {name}": name for name in held_out if name not in pairs.values()}
 

@@ -129,6 +129,12 @@ def test_the_page_needs_nothing_else_and_shows_no_markup_of_a_sample(tmp_path):
     assert "| a | sums | 9 | – | – | – | – | – | 100.0% ± 0.0% |" in text
 
 
+def test_the_held_out_loss_of_distillation_is_its_cross_entropy(tmp_path):
+    lines = [start(), step(1) | {"ce": 6.5, "kl": 0.3}, evaluation(1)]
+    metrics = read_run(write_log(tmp_path, lines, "full_dist_256")).metrics()
+    assert (metrics["loss"], metrics["ce"], metrics["kl"]) == ("", "valid_loss", "")
+
+
 def test_comparing_two_rates_names_what_differs(tmp_path):
     folders = [tmp_path / "slow", tmp_path / "fast"]
     for folder, rate, loss in zip(folders, (1e-4, 5e-4), (8.0, 7.0), strict=True):
