@@ -125,6 +125,7 @@ def test_muon_takes_the_matrices_inside_the_blocks_and_adamw_the_rest():
 def test_muon_in_groups_is_torchs_muon(elements, monkeypatch):
     """Up to roundings of bfloat16: batched products may add in another order (here they do not)."""
     monkeypatch.setattr(muon, "STACK_ELEMENTS", elements)
+    monkeypatch.setattr(muon, "product_dtype", lambda device: torch.bfloat16)  # torch's, also where it is emulated
     before, *matrices = ([p for p in tiny_model(use_moe=True).parameters() if p.dim() == 2] for _ in range(3))
     assert len({tuple(sorted(p.shape)) for p in matrices[0]}) < len({p.shape for p in matrices[0]}), "some transposed"
     theirs = torch.optim.Muon(matrices[0], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")

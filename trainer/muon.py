@@ -1,4 +1,4 @@
-"""Muon for GPUs: matrices of one shape are orthogonalised together."""
+"""Muon for GPUs, and CPUs without bfloat16: matrices of one shape are orthogonalised together."""
 
 import math
 from collections import defaultdict
@@ -6,12 +6,14 @@ from itertools import islice
 
 import torch
 
-from model.device import cuda_has_bfloat16
+from model.device import cpu_has_bfloat16, cuda_has_bfloat16
 
 STACK_ELEMENTS = 2**25  # largest stack; peak memory is about five times this
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
+    if device.type == "cpu" and not cpu_has_bfloat16():
+        return torch.float32  # emulated bfloat16 takes several times as long
     return torch.float16 if device.type == "cuda" and not cuda_has_bfloat16() else torch.bfloat16
 
 
@@ -20,7 +22,8 @@ def orthogonalise(
 ) -> torch.Tensor:
     """Bring all singular values of each matrix of a stack (n, rows, columns), rows <= columns, close to 1.
 
-    Newton-Schulz iterations (arXiv:2502.16982, eq. 2) in bfloat16; in float16 on GPUs that only emulate bfloat16.
+    Newton-Schulz iterations (arXiv:2502.16982, eq. 2) in bfloat16; where that is only emulated, in float16 on a GPU and
+    in float32 on a CPU.
     """
     a, b, c = coefficients
     x = stack.bfloat16()
@@ -36,8 +39,8 @@ class GroupedMuon(torch.optim.Muon):
     """torch.optim.Muon with the same state and result, up to the order of additions in a product.
 
     Torch steps matrix by matrix. The 56 matrices of the 26M model are three stacks here (down_proj is a transposed
-    gate_proj), 45 products instead of 840, most of which are too small to fill a GPU. On a CPU, where a batched product
-    is slower than its parts (RESULTS.md), torch's own is used: see build_optimizer.
+    gate_proj), 45 products instead of 840, most of which are too small to fill a GPU. On a CPU with bfloat16, where a
+    batched product is slower than its parts (RESULTS.md), torch's own is used: see build_optimizer.
     """
 
     def __init__(self, params, lr: float, weight_decay: float):

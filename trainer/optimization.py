@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from model.device import usable_dtype
-from trainer.muon import GroupedMuon
+from trainer.muon import GroupedMuon, product_dtype
 
 
 def learning_rate(step: int, total_steps: int, args: argparse.Namespace) -> float:
@@ -82,13 +82,14 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.O
     groups = [group for group in groups if group["params"]]
     if args.optimizer == "sgd":
         return torch.optim.SGD([dict(group, weight_decay=0.0) for group in groups], lr=args.learning_rate)
-    parts, device = [], named[0][1].device.type
+    parts, device = [], named[0][1].device
     if inside:
-        muon = GroupedMuon if device == "cuda" else functools.partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
+        grouped = device.type == "cuda" or product_dtype(device) != torch.bfloat16
+        muon = GroupedMuon if grouped else functools.partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
         parts.append(muon(inside, lr=args.learning_rate, weight_decay=args.weight_decay))
     if groups:  # empty for adapters: all of them are inside the blocks
         options = {"betas": (args.beta1, args.beta2), "eps": 1e-8}
-        fused = device in ("cpu", "cuda")
+        fused = device.type in ("cpu", "cuda")
         parts.append(torch.optim.AdamW(groups, lr=args.learning_rate, fused=fused, **options))
     return parts[0] if len(parts) == 1 else OptimizerPair(*parts)
 
