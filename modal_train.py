@@ -24,7 +24,8 @@ from pathlib import Path, PurePosixPath
 
 import modal
 
-# GPU -> US dollars an hour, as modal.com listed them in May 2026; CPU and memory come on top
+# GPU -> US dollars an hour; CPU and memory come on top. T4, L4, L40S, A100-80GB and H100 as modal.com listed them in
+# May 2026, the others as far as known
 PRICES = {
     "T4": 0.59, "L4": 0.80, "A10G": 1.10, "L40S": 1.95, "A100": 2.10, "A100-40GB": 2.10, "A100-80GB": 2.50,
     "H100": 3.95, "H200": 4.54, "B200": 6.25,
