@@ -1507,8 +1507,9 @@ def read_metrics(server) -> dict[str, float]:
 
 def test_metrics_count_what_went_through(out_dir):
     with running_server(out_dir) as server:
-        usages = [chat(server, max_tokens=5).usage for _ in range(2)]
-        list(chat(server, max_tokens=4, stream=True))
+        whole = {"ignore_eos": True}
+        usages = [chat(server, max_tokens=5, extra_body=whole).usage for _ in range(2)]
+        list(chat(server, max_tokens=4, stream=True, extra_body=whole))
         post(server, "/v1/chat/completions", b"{")
         post(server, "/anything/else", b"{")
         found = read_metrics(server)

@@ -750,7 +750,7 @@ def test_a_console_that_lacks_characters(tmp_path):
     """What it cannot show is replaced: of a path, a sample, and our own lines."""
     data = write_texts(tmp_path / "天气.jsonl", 8)
     flags = tiny_flags(tmp_path / "输出", data, max_steps=1, sample_prompt="花", valid_path=data)
-    done = run_python("trainer/train_pretrain.py", *flags, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    done = run_python("trainer/train_pretrain.py", *flags, PYTHONIOENCODING="cp437", PYTHONUTF8="0")
     assert done.returncode == 0, done.stderr
     assert "1 step of 4 rows (4 ? 1" in done.stdout and "??.jsonl" in done.stdout and "sample: " in done.stdout
     assert (tmp_path / "输出" / "pretrain_32.pth").exists()
