@@ -31,8 +31,8 @@ PRICES = {
     "H100": 3.95, "H200": 4.54, "B200": 6.25,
 }  # fmt: skip
 KEYS = ("WANDB_API_KEY", "SWANLAB_API_KEY", "HF_TOKEN")  # go along as a secret if they are set here
-CODE = Path(__file__).resolve().parent if modal.is_local() else Path("/root/minimind")
-VOLUME = Path("/vol")
+IN_CONTAINER, VOLUME = Path("/minimind"), Path("/vol")
+CODE = Path(__file__).resolve().parent if modal.is_local() else IN_CONTAINER
 DAY = 24 * 3600  # the longest that Modal lets a function run; a retry goes on from there
 POLL_SECONDS, GRACE_SECONDS = 1, 25  # a preempted container has 30 seconds to save
 STOPPED = (130, 143)  # status of a stage that a signal ended, after saving
@@ -45,7 +45,7 @@ image = (
     modal.Image.debian_slim("3.11")
     .apt_install("build-essential")  # torch.compile needs a compiler
     .pip_install_from_requirements(str(CODE / "requirements.txt"))
-    .add_local_dir(CODE, "/root/minimind", ignore=~FILES)
+    .add_local_dir(CODE, str(IN_CONTAINER), ignore=~FILES)
 )
 app = modal.App("minimind")
 defaults = {

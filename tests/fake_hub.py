@@ -13,33 +13,42 @@ TOKEN = "hf_secretsecretsecretsecretsecretsecr"
 LARGE = 50_000  # bytes from which a file goes by LFS
 
 
-class FakeHub(http.server.ThreadingHTTPServer):
+class LoopbackServer(http.server.ThreadingHTTPServer):
+    """Serves on a free port of this machine from the start."""
+
+    daemon_threads = True
+
+    def __init__(self, handler: type[http.server.BaseHTTPRequestHandler]):
+        super().__init__(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class QuietHandler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+class FakeHub(LoopbackServer):
     """repos: "models/OWNER/NAME" -> {file name: bytes}.
 
     faults: a part of an address -> what goes wrong with the next requests for it: a status, or "cut" (the connection
     ends in the middle of what is sent).
     """
 
-    daemon_threads = True
-
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
         self.repos: dict[str, dict[str, bytes]] = {}
         self.blobs: dict[str, bytes] = {}
         self.branches: dict[str, set[str]] = defaultdict(set)
         self.faults: dict[str, list] = {}
         self.asked: list[str] = []
         self.sent, self.created, self.private, self.sdks = Counter(), [], set(), []
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        super().__init__(Handler)
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_) -> None:
-        pass
-
+class Handler(QuietHandler):
     def do_HEAD(self) -> None:
         self._handle()
 

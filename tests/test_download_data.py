@@ -1,15 +1,14 @@
 """Downloads through the real client libraries from a hub on this machine that breaks, lies and refuses."""
 
 import hashlib
-import http.server
 import json
-import threading
 from collections import Counter
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
 from conftest import ROOT, run_python
+from fake_hub import LoopbackServer, QuietHandler
 
 from scripts import download_data
 
@@ -21,28 +20,19 @@ FILES = {
 }
 
 
-class FakeHub(http.server.ThreadingHTTPServer):
+class FakeHub(LoopbackServer):
     """The addresses of Hugging Face and of ModelScope that the client libraries ask for.
 
     faults: file name to what goes wrong with its next transfers, one after another: a status code, "break" (half the
     bytes, then nothing), "bytes" (as many others), "short" (fewer than were announced by the hub), "redirect".
     """
 
-    daemon_threads = True
-
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.faults, self.sent, self.asked = dict(FILES), {}, Counter(), []
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        super().__init__(Handler)
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_) -> None:
-        pass
-
+class Handler(QuietHandler):
     def do_HEAD(self) -> None:
         self.do_GET()
 
