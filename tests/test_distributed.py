@@ -186,6 +186,7 @@ def test_a_run_whose_launcher_was_killed_stops(monkeypatch):
         monkeypatch.delenv("LOCAL_RANK", raising=False)
         if launched:
             monkeypatch.setenv("LOCAL_RANK", "0")
+        monkeypatch.setattr(os, "getppid", lambda: 1000)  # the tests may themselves be a child of process 1
         stop = StopRequest()
         assert not stop.agreed(ALONE)
         monkeypatch.setattr(os, "getppid", lambda: 1)
