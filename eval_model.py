@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import model.threads  # isort: skip  # noqa: F401  how torch's threads wait: decided before torch loads
 import torch
 
 from dataset.text_stream import TextStream

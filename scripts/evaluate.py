@@ -45,14 +45,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import model.threads  # isort: skip  # noqa: F401  how torch's threads wait: decided before torch loads
 import numpy as np
 import openai
 import torch
 import torch.distributed as dist
 import transformers
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 from dataset.answers import answer_part, choice_matches, exact_matches, number, number_matches
 from dataset.progress import ProgressBar

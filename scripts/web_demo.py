@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+import model.threads  # isort: skip  # noqa: F401  how torch's threads wait: decided before torch loads
 from model.flags import show_defaults
 from model.loading import add_flags
 from scripts.known_hosts import KnownHosts

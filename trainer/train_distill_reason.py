@@ -19,10 +19,10 @@ import functools
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import model.threads  # isort: skip  # noqa: F401  how torch's threads wait: decided before torch loads
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.tokenization import ChatTokenizer
 from model.model_minimind import MiniMindForCausalLM

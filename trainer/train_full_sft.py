@@ -21,9 +21,9 @@ import functools
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import model.threads  # isort: skip  # noqa: F401  how torch's threads wait: decided before torch loads
+import torch
 
 from dataset.tokenization import ChatTokenizer
 from model.model_minimind import MiniMindForCausalLM

@@ -26,10 +26,10 @@ Writes  out/grpo_{hidden_size}{_moe}.pth and a .json next to it, out/resume/, ou
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import model.threads  # isort: skip  # noqa: F401  how torch's threads wait: decided before torch loads
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.tokenization import ChatTokenizer
 from model.model_lora import apply_lora, save_merged
