@@ -1,4 +1,4 @@
-"""Score weights on multiple-choice sets and on questions with a known answer, and print a table.
+"""Score weights on multiple-choice sets, questions with a known answer and held-out data, and print a table.
 
     python scripts/evaluate.py --weight full_sft --tasks ceval arc_easy --download
     python scripts/evaluate.py --weight pretrain full_sft full_sft+lora_medical ./MiniMind2 --tasks ceval
@@ -12,6 +12,11 @@ in scripts/evaluation_sets.py.
 Each question with options is asked in two ways. "letters": the options are listed, and the letter with the highest
 probability is the answer. Otherwise the text of each option is scored after the question, by the sum of its
 log-probs, or their mean over its tokens or UTF-8 bytes. Questions without options are answered in words.
+
+Held-out training data is read: texts and answers give the loss, by position too, and pairs tell how often the chosen
+answer is the more likely one, or gains more than the rejected one against --reference. With --match, conversations are
+answered instead: "form" counts the answers with both a thought and an answer in their tags, "name" those that hold
+--name exactly if the gold answer does.
 
 Writes OUT_DIR/scores/{weights}.json, and the table as .md next to it:
 
@@ -28,19 +33,23 @@ Writes OUT_DIR/scores/{weights}.json, and the table as .md next to it:
             (share of questions answered with the same option in every order)
         subjects: {name: {questions, chance, letters, sum, per_token, per_byte: {accuracy, stderr}}}}}
     tasks without options: questions, samples, pass@1, stderr, majority, subjects: {name: the same but samples}
+    texts and answers: questions, tokens, loss (nats per token), bits_per_byte, subjects: {positions: the same}
+    pairs: questions, sum, per_token, reward (with --reference): {accuracy, stderr}, subjects: {name: the same}
 All shares are between 0 and 1.
 """
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
 import sys
 import time
+import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,7 +64,8 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from dataset.answers import answer_part, choice_matches, exact_matches, number, number_matches
+from dataset.answers import answer_part, choice_matches, exact_matches, is_well_formed, number, number_matches
+from dataset.lm_dataset import tokenize_records
 from dataset.progress import ProgressBar
 from dataset.tokenization import ChatTokenizer
 from model.flags import BOOL, at_least, show_defaults
@@ -73,6 +83,9 @@ UNIT = 64  # questions that are scored together, and lost together when a run is
 TEXT_WAYS = ("sum", "per_token", "per_byte")
 WAYS = ("letters", *TEXT_WAYS)
 MATCHES = {"number": number_matches, "exact": exact_matches, "choice": choice_matches}
+MATCHES["form"] = lambda answer, gold: is_well_formed(answer)
+FIRST_POSITIONS = 8  # losses of the first 2^8 positions are one figure, then a figure for each doubling
+MOST_SUBJECTS = 16  # of a set whose subjects the table shows
 HAN = re.compile(r"[\u4e00-\u9fff]")
 ONLY_LETTER = ("\nAnswer with the letter alone.", "\n只回答选项的字母。")
 
@@ -267,6 +280,8 @@ def score_options(
 
 def write_answers(candidate: Candidate, questions: list[Question], args: argparse.Namespace) -> list[dict]:
     """Return a record for each question: its answers and which of them are right."""
+    names = args.name.casefold()
+    matches = MATCHES | {"name": lambda answer, gold: (names in answer.casefold()) == (names in gold.casefold())}
     prompts = [
         candidate.tokenizer.encode_prompt(q.text)
         if candidate.chat
@@ -278,7 +293,7 @@ def write_answers(candidate: Candidate, questions: list[Question], args: argpars
     for question in questions:
         own = [next(answers) for _ in range(args.samples)]
         match = args.match if args.match != "auto" else kind_of(question.gold)
-        right = [MATCHES[match](answer, question.gold) for answer in own]
+        right = [matches[match](answer, question.gold) for answer in own]
         votes = [vote(answer, match) for answer in own]
         majority = votes.index(Counter(votes).most_common(1)[0][0])
         records.append({"answers": own, "right": right, "majority": right[majority]})
@@ -292,6 +307,39 @@ def kind_of(gold: str) -> str:
 def vote(answer: str, match: str) -> str:
     """Return a key that is equal for answers with the same meaning."""
     return str(number(answer)) if match == "number" else " ".join(answer_part(answer).casefold().split())
+
+
+def pieces_of(ids: list[int], mask: list[int] | None, limit: int) -> Iterator[tuple[str, Pair]]:
+    """Yield (positions, (ids before, learned ids)) of a document: a piece for each run of them in each range."""
+
+    def place(at: int) -> tuple[bool, int]:
+        return mask is None or bool(mask[at]), max(at.bit_length(), FIRST_POSITIONS)
+
+    for (learned, bits), run in itertools.groupby(range(1, min(len(ids), limit)), place):
+        if learned:
+            places = list(run)
+            name = f"{1 << bits - 1 if bits > FIRST_POSITIONS else 0}-{1 << bits}"
+            yield name, (ids[: places[0]], ids[places[0] : places[-1] + 1])
+
+
+def read_records(candidate: Candidate, questions: list[Question]) -> list[dict]:
+    """Return a record for each one of held-out data: [positions, nats, tokens, bytes] of the pieces of its documents.
+
+    Documents are one, or the chosen and the rejected conversation.
+    """
+    tokenizer = candidate.tokenizer
+    documents = [tokenize_records(kind, [record], tokenizer) for kind, record in (q.record for q in questions)]
+    limit = candidate.context_length
+    pieces = [[list(pieces_of(ids, mask, limit)) for ids, mask in each] for each in documents]
+    scores = iter(candidate.score([pair for each in pieces for document in each for _, pair in document]))
+
+    def measured(positions: str, learned: list[int]) -> list:
+        return [positions, -next(scores), len(learned), sum(len(tokenizer.token_bytes(i)) for i in learned)]
+
+    return [
+        {"documents": [[measured(name, learned) for name, (_, learned) in document] for document in each]}
+        for each in pieces
+    ]
 
 
 # --- running ---------------------------------------------------------------------------------------------------------
@@ -315,7 +363,7 @@ def run(candidate: Candidate, sets: list[QuestionSet], output: Path, args: argpa
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     by_name = {each.name: each for each in sets}
     settings = [candidate.facts, candidate.chat, candidate.context_length, args.shots, args.permutations, args.samples]
-    settings += [args.match, args.temperature, args.max_new_tokens, args.seed, args.dtype, args.limit]
+    settings += [args.match, args.name, args.temperature, args.max_new_tokens, args.seed, args.dtype, args.limit]
     settings += [[each.name, *map(str, each.files)] for each in sets]
     source = Path(candidate.facts["source"])
     settings += [source.stat().st_mtime_ns if source.exists() else 0]
@@ -336,6 +384,8 @@ def run(candidate: Candidate, sets: list[QuestionSet], output: Path, args: argpa
             questions = by_name[name].questions[start:end]
             if questions[0].options:
                 records = score_options(candidate, questions, by_name[name].examples, args)
+            elif is_read(questions[0], args):
+                records = read_records(candidate, questions)
             else:
                 records = write_answers(candidate, questions, args)
             part.write(json.dumps({"unit": [name, start, end], "records": records}, ensure_ascii=False) + "\n")
@@ -344,6 +394,15 @@ def run(candidate: Candidate, sets: list[QuestionSet], output: Path, args: argpa
     wait(world)
     done = read_parts(output, key) if rank == 0 else {}
     return {name: [r for unit in units_of([each]) for r in done.get(unit, [])] for name, each in by_name.items()}
+
+
+def is_read(question: Question, args: argparse.Namespace) -> bool:
+    """Tell whether a question is held-out data to read. Raises ValueError if --match cannot be applied to it."""
+    if question.record and args.match != "auto" and question.record[0] != "conversation":
+        raise ValueError(
+            f"--match {args.match} is for conversations, and a set of --tasks holds {question.record[0]} data"
+        )
+    return question.record is not None and args.match == "auto"
 
 
 def wait(world: int) -> None:
@@ -382,11 +441,16 @@ def scores_of(record: dict, way: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array(record["text"]) / size, np.array(record["text_prior"]) / size
 
 
-def summary(questions: list[Question], records: list[dict]) -> dict:
-    """Return the scores of a set, as the module's docstring describes them."""
+def summary(questions: list[Question], records: list[dict], reference: list[dict] | None = None) -> dict:
+    """Return the scores of a set, as the module's docstring describes them. reference: records of --reference."""
     golds = np.array([question.gold for question in questions])
     subjects = sorted({question.subject for question in questions})
     members = {s: [n for n, question in enumerate(questions) if question.subject == s] for s in subjects}
+    if "documents" in records[0]:
+        if questions[0].record[0] != "preference":
+            return losses(records)
+        result = preferred(records, range(len(records)), reference)
+        return result | {"subjects": {s: preferred(records, m, reference) for s, m in members.items()}}
     if not questions[0].options:
         result = {"questions": len(questions), "samples": len(records[0]["right"])} | passed(records)
         result["subjects"] = {s: {"questions": len(m)} | passed([records[n] for n in m]) for s, m in members.items()}
@@ -411,6 +475,35 @@ def summary(questions: list[Question], records: list[dict]) -> dict:
         }
     result["letters"] |= letter_bias(records, golds)
     return result | {"subjects": by_subject}
+
+
+def losses(records: list[dict]) -> dict:
+    """Return the loss and bits per byte of texts and answers, and of each range of positions."""
+    pieces = [piece for record in records for piece in record["documents"][0]]
+
+    def rates(pieces: list[list]) -> dict:
+        nats, tokens, size = (sum(piece[n] for piece in pieces) for n in (1, 2, 3))
+        return {"tokens": tokens, "loss": nats / tokens, "bits_per_byte": nats / math.log(2) / max(size, 1)}
+
+    if not pieces:
+        raise ValueError("held-out data without anything to learn in the context; see --max_seq_len")
+    ranges = sorted({piece[0] for piece in pieces}, key=lambda name: int(name.split("-")[1]))
+    by_range = {name: rates([piece for piece in pieces if piece[0] == name]) for name in ranges}
+    return {"questions": len(records)} | rates(pieces) | {"subjects": by_range}
+
+
+def preferred(records: list[dict], rows: Sequence[int], reference: list[dict] | None) -> dict:
+    """Return how often the chosen answer of a pair scores higher than the rejected one; a tie counts as a miss."""
+
+    def totals(records: list[dict], at: int) -> np.ndarray:
+        """Return nats or tokens (pairs, 2)."""
+        return np.array([[sum(piece[at] for piece in side) for side in records[n]["documents"]] for n in rows])
+
+    nats = totals(records, 1)
+    scores = {"sum": -nats, "per_token": -nats / np.maximum(totals(records, 2), 1)}
+    if reference is not None:
+        scores = {"reward": totals(reference, 1) - nats} | scores
+    return {"questions": len(rows)} | {way: share(score[:, 0] > score[:, 1]) for way, score in scores.items()}
 
 
 def letter_bias(records: list[dict], golds: np.ndarray) -> dict:
@@ -438,27 +531,58 @@ def passed(records: list[dict]) -> dict[str, float]:
     }
 
 
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def figures(task: dict) -> dict[str, tuple[str, str, str]]:
+    """Return what the table shows of a set: title -> (questions, chance, figure)."""
+    counts = str(task.get("questions", "")), percent(task["chance"]) if "chance" in task else ""
+    shown = {}
+    if "loss" in task:
+        shown = {"loss": f"{task['loss']:.4f}", "bits per byte": f"{task['bits_per_byte']:.4f}"}
+    if "pass@1" in task:
+        shown["pass@1"] = f"{percent(task['pass@1'])} ± {percent(task['stderr'])}"
+    if task.get("samples", 1) > 1:
+        shown["majority"] = percent(task["majority"])
+    for way in ("reward", *WAYS):
+        if way in task:
+            shown[way] = f"{percent(task[way]['accuracy'])} ± {percent(task[way]['stderr'])}"
+    rows = {title: (*counts, figure) for title, figure in shown.items()}
+    for title in ("calibrated", "without_question", "permuted", "same_option", "explained"):
+        if "calibrated" in task.get("letters", {}):
+            rows[f"letters: {title}"] = "", "", percent(task["letters"][title])
+    subjects = task.get("subjects", {})
+    for subject, entry in subjects.items() if 1 < len(subjects) <= MOST_SUBJECTS else ():
+        title, figure = next(iter(figures(entry).items()))
+        rows[f"{title}: {subject}"] = figure
+    return rows
+
+
+def print_wrong(questions: list[Question], records: list[dict], most: int) -> None:
+    """Print questions whose first answer is wrong."""
+
+    def line(text: str, longest: int = 60) -> str:
+        text = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in text)
+        return text if len(text) <= longest else text[:longest] + "…"
+
+    pairs = zip(questions, records, strict=True) if "right" in records[0] else ()
+    wrong = [(question, record["answers"][0]) for question, record in pairs if not record["right"][0]]
+    if wrong and most:
+        print(f"{min(most, len(wrong))} of {len(wrong)} wrong answers:")
+    for question, answer in wrong[:most]:
+        print(f"  {line(question.text[-1]['content'])}  ->  {line(answer)}   (expected {line(question.gold)})")
+
+
 def table_of(results: list[dict]) -> str:
     """Return a Markdown table: a line for each task and way of asking, a column for each of the weights."""
     rows = [["task", "questions", "chance", *(result["weights"] for result in results)]]
-
-    def percent(value: float | None) -> str:
-        return "–" if value is None else f"{100 * value:.1f}"
-
-    for name, first in results[0]["tasks"].items():
-        found = [result["tasks"][name] for result in results]
-        if "samples" in first:
-            for title in ("pass@1", "majority"):
-                error = [f" ± {percent(task['stderr'])}" if title == "pass@1" else "" for task in found]
-                cells = [percent(task[title]) + e for task, e in zip(found, error, strict=True)]
-                rows.append([f"{name}, {title}", str(first["questions"]), "", *cells])
-            continue
-        for way in WAYS:
-            cells = [f"{percent(task[way]['accuracy'])} ± {percent(task[way]['stderr'])}" for task in found]
-            rows.append([f"{name}, {way}", str(first["questions"]), percent(first["chance"]), *cells])
-        for title in ("calibrated", "without_question", "permuted", "same_option", "explained"):
-            cells = [percent(task["letters"][title]) for task in found]
-            rows.append([f"{name}, letters: {title}", "", "", *cells])
+    for name in results[0]["tasks"]:
+        found = [figures(result["tasks"][name]) for result in results]
+        titles = dict.fromkeys(title for each in found for title in each)
+        for title in titles:
+            count = next(each[title][:2] for each in found if title in each)
+            rows.append([f"{name}, {title}", *count, *(each[title][2] if title in each else "–" for each in found)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]) + "\n"
@@ -480,7 +604,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--shots", type=at_least(0), default=5, help="worked examples, as far as the set has them and they fit")
     add("--permutations", type=at_least(0), default=1, help="other orders of the options to ask in")
     add("--samples", type=at_least(1), default=1, help="answers to each question without options")
-    add("--match", choices=("auto", *MATCHES), default="auto", help="when such an answer is right")
+    add("--match", choices=("auto", *MATCHES, "name"), default="auto", help="when such an answer is right")
+    add("--name", default="MiniMind", help="for --match name")
+    add("--examples", type=at_least(0), default=5, help="wrong answers to print")
+    add("--reference", help="weights that training began with, for the reward of pairs")
     add("--temperature", type=float, help="of these answers (default: 0, with several samples 0.7)")
     add("--max_new_tokens", type=at_least(1), default=256, help="longest answer in tokens")
     add("--seed", type=int, default=0, help="of these answers")
@@ -513,8 +640,8 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
     sets = [read_set(name, args.eval_dir, args.limit) for name in args.tasks]
     if len({each.name for each in sets}) < len(sets):
         raise ValueError(f"--tasks {' '.join(args.tasks)}: two of them have one name; rename a file or folder")
-    results = []
-    for spec in args.weight:
+    results, reference = [], None
+    for spec in dict.fromkeys([args.reference, *args.weight] if args.reference else args.weight):
         start = time.monotonic()
         candidate, sidecar = (reach_candidate if args.base_url else load_candidate)(spec, args)
         folder = args.output or Path(args.out_dir) / "scores"
@@ -530,8 +657,15 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
             "shots": args.shots, "permutations": args.permutations, "date": time.strftime("%Y-%m-%d"),
             "seconds": None if args.resume else round(time.monotonic() - start, 1),
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-            "tasks": {each.name: summary(each.questions, records[each.name]) for each in sets},
+            "tasks": {
+                each.name: summary(each.questions, records[each.name], reference and reference[each.name])
+                for each in sets
+            },
         }  # fmt: skip
+        if args.reference:
+            reference = reference or records
+        for each in sets:
+            print_wrong(each.questions, records[each.name], args.examples)
         write_json(output, result)
         write_atomically(output.with_suffix(".md"), lambda file, made=result: file.write(table_of([made]).encode()))
         for part in output.parent.glob(f"{output.stem}.*.part"):

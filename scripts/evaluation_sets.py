@@ -7,18 +7,21 @@ examples, test or val the questions. Layouts of a row, in csv, jsonl or parquet:
     CORE-type bundles              query, choices, gold (index): ARC, OpenBookQA, PIQA, HellaSwag ...
     ARC, OpenBookQA, MMLU on hubs  question or question_stem, choices, answerKey or answer (index)
     with an answer to write        conversations (the user's turn last) or question, answer: GSM8K, sums
+    held-out training data         text, conversations with their answers, or chosen and rejected
 """
 
 import csv
+import json
 import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from huggingface_hub import hf_hub_download
 
 from dataset.answers import answer_part
+from dataset.lm_dataset import parse_record
 from scripts.prepare_pipeline import Dropped, rows_of
 from scripts.prepare_sources import find_files, layout, read_blocks
 
@@ -39,12 +42,13 @@ PUBLIC = {
 
 class Question(NamedTuple):
     """text: of the question, or the turns of a conversation. options: empty if an answer is to be written. gold: the
-    index of the right option, or the answer as text."""
+    index of the right option, or the answer as text. record: (kind, record) of held-out training data."""
 
     subject: str
     text: str | list[dict]
     options: list[str]
     gold: int | str
+    record: tuple[str, Any] | None = None
 
 
 class QuestionSet(NamedTuple):
@@ -111,8 +115,10 @@ def read_set(name: str, folder: Path, limit: int | None = None) -> QuestionSet:
     kept = [question for subject in sorted(by_subject) for question in by_subject[subject][:limit]]
     if not kept:
         raise ValueError(f"{path} holds no question")
-    if len({isinstance(question.gold, str) for question in kept}) > 1:
-        raise ValueError(f"{path}: some rows have options and some have none; make two sets of them")
+    if len({(isinstance(question.gold, str), (question.record or ("",))[0]) for question in kept}) > 1:
+        raise ValueError(
+            f"{path}: some rows have options and some have none, or rows are of several kinds; make two sets"
+        )
     return QuestionSet(path.stem, kept, examples, files)
 
 
@@ -159,8 +165,11 @@ def _rows(path: Path) -> Iterator[tuple[int, dict]]:
 def _question(subject: str, row: dict) -> Question:
     names = [name for name in ("query", "question", "question_stem", "conversations") if row.get(name)]
     gold = next((row[name] for name in ("gold", "answerkey", "answer") if row.get(name) not in (None, "")), None)
+    if "chosen" in row or (gold is None and ("text" in row or names == ["conversations"])):
+        return _held_out(subject, row)
     if not names or gold is None:
         raise ValueError(f"a question or its answer is missing among the columns {', '.join(row)}")
+    subject = row.get("subject") or row.get("category") or subject
     text, choices = row[names[0]], row.get("choices")
     labels = list(LETTERS)
     if isinstance(choices, dict):
@@ -180,8 +189,20 @@ def _question(subject: str, row: dict) -> Question:
     if not 0 <= index < len(options) or len(options) < 2:
         raise ValueError(f"the answer {gold!r} is none of {len(options)} options")
     return Question(
-        row.get("subject") or row.get("category") or subject,
+        subject,
         text.strip(),
         [option.strip() for option in options],
         index,
     )
+
+
+def _held_out(subject: str, row: dict) -> Question:
+    """Return a record of training data. Pairs are sorted by which answer is longer, which a model may go by."""
+    kind = "preference" if "chosen" in row else "pretrain" if "text" in row else "conversation"
+    record = parse_record(kind, json.dumps(row))
+    if kind == "preference":
+        chosen, rejected = (sum(len(turn["content"]) for turn in side) for side in record)
+        subject = "same length" if chosen == rejected else f"chosen {'longer' if chosen > rejected else 'shorter'}"
+    turns = record if kind == "conversation" else []
+    first = next((n for n, turn in enumerate(turns) if turn["role"] == "assistant"), 0)
+    return Question(subject, turns[:first], [], turns[first]["content"] if turns else "", (kind, record))

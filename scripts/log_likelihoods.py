@@ -20,6 +20,7 @@ from torch import nn
 
 from model.batching import common_prefix
 
+LONGEST_ROW = 8192  # tokens, unless one sequence has more: attention takes their square
 Pair = tuple[Sequence[int], Sequence[int]]  # ids of a context (one at least) and of its continuation
 
 
@@ -65,7 +66,8 @@ def log_likelihoods(model: nn.Module, pairs: Sequence[Pair], longest: int = 1024
     """Return the log-probability of each continuation after its context, summed over its tokens, in nats."""
     sums = torch.zeros(len(pairs), dtype=torch.float64)
     device = next(model.parameters()).device
-    for row in lay_out(pairs, max(longest, 6 * max((len(c) + len(o) for c, o in pairs), default=0))):
+    whole = max((len(c) + len(o) for c, o in pairs), default=0)
+    for row in lay_out(pairs, max(longest, min(6 * whole, LONGEST_ROW))):
         ids, positions, ends = (torch.tensor(values, device=device) for values in row[:3])
         place = torch.arange(len(row.ids), device=device)
         mask = (place <= place.unsqueeze(1)) & (ends > place.unsqueeze(1))  # (queries, keys)

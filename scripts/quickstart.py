@@ -1,7 +1,7 @@
 """From nothing to a chat on a laptop: train a tiny model on dataset/sample/, score it and talk to it.
 
 Run the real scripts one after the other, with settings for two CPU cores: trainer/train_pretrain.py,
-trainer/train_full_sft.py, scripts/score_sample.py, eval_model.py, scripts/report.py. Weights and logs go to
+trainer/train_full_sft.py, scripts/evaluate.py, eval_model.py, scripts/report.py. Weights and logs go to
 out/quickstart/.
 
     python scripts/quickstart.py
@@ -58,7 +58,8 @@ def main(argv: list[str] | None = None) -> None:
         *("--epochs", SFT_EPOCHS, *COMMON.split()),
         *afresh,
     )
-    must_run("3. Questions it was never asked before", "scripts/score_sample.py", *out)
+    questions = ("--tasks", SAMPLE / "questions.jsonl", "--match", "exact", "--overlap", "false")
+    must_run("3. Questions it was never asked before", "scripts/evaluate.py", *questions, *out)
     converse("4. A conversation", args.out_dir, DIALOGUE, "--model_mode", 1)
     run("5. Pictures of all this", "scripts/report.py", args.out_dir)
     print(f"\nDone in {(time.monotonic() - start) / 60:.1f} minutes. Talk to it yourself:")

@@ -9,12 +9,10 @@ and curves.svg and curves.png, the losses of all stages. Logs are only read, als
 """
 
 import argparse
-import contextlib
 import html
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,7 +25,6 @@ from scripts.report_logs import Run, differences, read_folder, read_json, read_r
 from trainer.estimate import duration, gigabytes
 from trainer.loader import plural
 
-WAYS = ("letters", "sum", "per_token", "per_byte")
 Table = tuple[list[str], list[list[str]]]  # header, rows
 
 
@@ -123,35 +120,11 @@ def settings(run: Run) -> Table:
     return ["setting that is not the default", "value"], rows
 
 
-def scores(content: dict) -> Table:
-    """Return what scripts/evaluate.py found for weights."""
-    rows = []
-    for task, entry in content["tasks"].items():
-        cells = [share(entry[way]) if way in entry else "–" for way in WAYS]
-        cells += [share(entry | {"accuracy": entry["pass@1"]}) if "pass@1" in entry else "–"]
-        chance = f"{entry['chance']:.1%}" if "chance" in entry else "–"
-        rows.append([str(content["weights"]), task, f"{entry['questions']:,}", chance, *cells])
-    return ["weights", "set", "questions", "chance", *(way.replace("_", " ") for way in WAYS), "pass@1"], rows
-
-
-def share(entry: dict) -> str:
-    return f"{entry['accuracy']:.1%} ± {entry['stderr']:.1%}"
-
-
-def exact_matches(content: dict) -> Table:
-    """Return what scripts/score_sample.py found."""
-    entries = [("all", content["all"]), *content["categories"].items()]
-    rows = [[name, f"{entry['right']} / {entry['asked']}", f"{entry['percent']} %"] for name, entry in entries]
-    return [f"questions to {content['weights']}", "right", "exact match"], rows
-
-
-def tables_of(paths: Iterable[Path], read: Callable[[dict], Table]) -> list[Table]:
-    """Return the table of each file, except for files that are something else."""
-    found = []
-    for path in sorted(paths):
-        with contextlib.suppress(KeyError, TypeError, AttributeError, ValueError):
-            found.append(read(read_json(path)))
-    return found
+def scores(path: Path) -> Table:
+    """Return the table that scripts/evaluate.py wrote about weights."""
+    lines = [line for line in path.read_text("utf-8", "replace").splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return (rows[0], rows[2:]) if rows else ([], [])
 
 
 # --- the page and the Markdown ---------------------------------------------------------------------------------------
@@ -236,12 +209,10 @@ def report_folder(out_dir: Path, output: Path, price: float | None) -> Path:
     if turns := read_json(out_dir / "report" / "dialogue.json").get("turns"):  # see scripts/speedrun.py
         report.heading("A conversation")
         report.said(turns)
-    found = tables_of((out_dir / "scores").glob("*.json"), scores)
-    found += tables_of(out_dir.glob("*.score.json"), exact_matches)
-    if found:
+    if found := sorted((out_dir / "scores").glob("*.md")):
         report.heading("Scores")
-    for table in found:
-        report.table(table)
+    for path in found:
+        report.table(scores(path))
     for run in runs:
         report.heading(run.name)
         report.lines(notes(run))

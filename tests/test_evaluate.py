@@ -2,21 +2,25 @@
 model that knows from one that does not and from one that likes a letter."""
 
 import json
+import math
 import random
 import re
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import sharp_model, write_jsonl, write_weights
+from conftest import sentence, sharp_model, write_conversations, write_jsonl, write_weights
 from served import running_server, write_models
 
+from dataset.lm_dataset import parse_record
+from model.weights import load_model
 from scripts import evaluate, evaluation_sets
 from scripts.evaluate import Candidate, main, score_options, summary
 from scripts.evaluation_sets import Question, read_set
 from scripts.log_likelihoods import lay_out, log_likelihoods, log_likelihoods_of_server
 
-ASKED = Namespace(shots=2, permutations=3, samples=3, match="auto")
+ASKED = Namespace(shots=2, permutations=3, samples=3, match="auto", name="MiniMind")
 
 
 def random_pairs(count: int = 24, vocab: int = 600) -> list[tuple[list[int], list[int]]]:
@@ -120,7 +124,7 @@ def test_a_set_is_read_in_its_published_layout(sets, name, subjects, first):
     [
         ([{"query": "q", "choices": ["a", "b"], "gold": 2}], "none of 2 options"),
         ([{"question": "q", "A": "a", "B": "b", "answer": "E"}], "row 1: the answer 'E' is none of 2 options"),
-        ([{"text": "q"}], "missing among the columns text"),
+        ([{"prompt": "q"}], "missing among the columns prompt"),
         ([{"question": "q", "A": "a", "answer": "A"}], "none of 1 options"),
         ([{"question": "q", "answer": "####"}], "the answer is empty"),
     ],
@@ -249,6 +253,149 @@ def test_ids_that_join_context_and_option_are_kept(tokenizer):
         options = ["A", "B"] if letters else question.options
         for (context, option), text in zip(asked.pairs, options, strict=True):
             assert option and tokenizer.decode([*context, *option]).endswith(f"答案：{text}")
+
+
+# --- held-out data ---------------------------------------------------------------------------------------------------
+
+
+def one_by_one(model, tokenizer, turns: list[dict]) -> tuple[float, int]:
+    """Log-prob of the last answer and its tokens, eos included: no shared beginnings, no pieces."""
+    prompt = tokenizer.encode_prompt(turns[:-1])
+    ids, _ = tokenizer.encode_conversation(turns)
+    with torch.no_grad():
+        log_probs = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(dim=-1)
+    ids = ids[:-1]  # without the newline after eos
+    return sum(float(log_probs[i - 1, ids[i]]) for i in range(len(prompt), len(ids))), len(ids) - len(prompt)
+
+
+def evaluated(out: Path, data: Path, *flags) -> dict[str, dict]:
+    """What evaluate.py writes about a file, for each of the weights."""
+    flags = ["--device", "cpu", "--out_dir", out, "--output", out / "scores", "--tasks", data, *flags]
+    main([str(flag) for flag in flags])
+    written = [json.loads(path.read_text("utf-8")) for path in (out / "scores").glob("*.json")]
+    return {result["weights"]: result["tasks"][data.stem] for result in written}
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    rng = random.Random(3)
+    records = []
+    for number in range(7):
+        question = {"role": "user", "content": sentence(rng, 6)}
+        lengths = (40, 4) if number % 3 else (4, 40)
+        answers = [{"role": "assistant", "content": f"{number} " + sentence(rng, longest)} for longest in lengths]
+        records.append({"chosen": [question, answers[0]], "rejected": [question, answers[1]]})
+    return write_jsonl(tmp_path / "pairs.jsonl", records)
+
+
+def test_the_loss_is_that_of_the_answers_one_by_one_and_positions_add_up(tmp_path, tokenizer):
+    data = write_conversations(tmp_path / "data.jsonl", 6, exchanges=1)
+    long = [{"role": "user", "content": "go on"}, {"role": "assistant", "content": "one two three four " * 90}]
+    with data.open("a") as file:
+        file.write(json.dumps({"conversations": long}) + "\n")
+    path = write_weights(tmp_path / "full_sft_32.pth", tokenizer, scale=3.0)
+    found = evaluated(tmp_path, data, "--max_seq_len", 1024)["full_sft_32"]
+    model = load_model(path)[0].float()
+    talks = [parse_record("conversation", line) for line in data.read_text("utf-8").splitlines()]
+    sums = [one_by_one(model, tokenizer, turns) for turns in talks]
+    nats, tokens = -sum(s for s, _ in sums), sum(n for _, n in sums)
+    size = sum(len(turns[-1]["content"].encode()) for turns in talks)
+    assert (found["questions"], found["tokens"]) == (7, tokens)
+    assert found["loss"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    ranges = found["subjects"]
+    assert list(ranges)[:2] == ["0-256", "256-512"]
+    assert sum(part["tokens"] * part["loss"] for part in ranges.values()) == pytest.approx(nats, rel=1e-5)
+
+
+def test_losses_by_position_are_cross_entropy_by_hand_and_feel_yarn(tmp_path, tokenizer):
+    path = write_weights(tmp_path / "pretrain_32.pth", tokenizer, scale=3.0)
+    text = " ".join(f"word {n}" for n in range(150))
+    data = write_jsonl(tmp_path / "long.jsonl", [{"text": text}])
+    flags = ["--weight", "pretrain", "--max_seq_len", 512]
+    plain = evaluated(tmp_path, data, *flags)["pretrain_32"]["subjects"]["256-512"]
+    stretched = evaluated(tmp_path, data, *flags, "--rope_scaling", 4, "--trained_length", 64)["pretrain_32"]
+    ids = [tokenizer.bos_id, *tokenizer.encode_documents([text])[0], tokenizer.eos_id][:512]
+    with torch.inference_mode():
+        log_probs = load_model(path)[0].float()(torch.tensor([ids])).logits[0].log_softmax(-1)
+    nats = [-float(log_probs[i - 1, ids[i]]) for i in range(256, len(ids))]
+    assert plain["tokens"] == len(nats) > 50
+    assert plain["loss"] == pytest.approx(sum(nats) / len(nats), rel=1e-4)
+    octets = sum(len(tokenizer.token_bytes(i)) for i in ids[256:])
+    assert plain["bits_per_byte"] == pytest.approx(sum(nats) / math.log(2) / octets, rel=1e-4)
+    assert stretched["subjects"]["256-512"]["loss"] != pytest.approx(plain["loss"], rel=1e-5)
+
+
+def test_preferences_are_those_of_the_answers_one_by_one(tmp_path, tokenizer, pairs):
+    paths = {name: write_weights(tmp_path / f"{name}_32.pth", tokenizer, seed=seed, scale=3.0)
+             for seed, name in enumerate(("full_sft", "rlhf"))}  # fmt: skip
+    found = evaluated(tmp_path, pairs, "--weight", "rlhf", "--reference", "full_sft", "--max_seq_len", 256)
+    records = [parse_record("preference", line) for line in pairs.read_text("utf-8").splitlines()]
+    models = {name: load_model(path)[0].float() for name, path in paths.items()}
+    sums, lengths = {}, None
+    for name, model in models.items():
+        both = torch.tensor([[one_by_one(model, tokenizer, turns) for turns in pair] for pair in records])
+        sums[name], lengths = both[..., 0], both[..., 1]
+    policy = found["rlhf_32"]
+    scores = {"sum": sums["rlhf"], "per_token": sums["rlhf"] / lengths, "reward": sums["rlhf"] - sums["full_sft"]}
+    for way, score in scores.items():
+        assert policy[way]["accuracy"] == pytest.approx(float((score[:, 0] > score[:, 1]).double().mean())), way
+    assert policy["questions"] == 7
+    assert {name: part["questions"] for name, part in policy["subjects"].items()} == {
+        "chosen longer": 4, "chosen shorter": 3,
+    }  # fmt: skip
+    assert "reward" not in found["full_sft_32"] and found["full_sft_32"]["sum"]["accuracy"] != 0.5
+
+
+def test_accuracies_of_pairs_by_hand():
+    def record(*sides: tuple[float, int]) -> dict:  # nats and tokens, in two pieces
+        return {"documents": [[["0-256", nats - 1, tokens - 1, 0], ["256-512", 1, 1, 0]] for nats, tokens in sides]}
+
+    policy = [record((10, 10), (12, 4)), record((9, 9), (3, 3)), record((5, 5), (5, 5)), record((8, 2), (20, 4))]
+    reference = [record((11, 10), (12, 4)), record((9, 9), (2, 3)), record((6, 5), (6, 5)), record((8, 2), (23, 4))]
+    found = evaluate.preferred(policy, range(4), reference)
+    # margins of the rewards: 1, 1, 0 (a tie is a miss), -3; of log-probs per token: 2, 0, 0, 1
+    assert found["reward"]["accuracy"] == 0.5
+    assert found["sum"]["accuracy"] == 0.5
+    assert found["per_token"]["accuracy"] == 0.5
+    assert evaluate.preferred(policy, [0, 3], None)["per_token"]["accuracy"] == 1
+
+
+def test_answers_are_judged_by_their_form_or_by_the_name_in_them(tokenizer):
+    said = ["<think>a</think><answer>b</answer>", "<think>a</think><answer>b", "I am minimind.", "no"]
+    questions = [Question("s", [{"role": "user", "content": "who?"}], [], gold) for gold in ("MiniMind", "x")]
+
+    def rights(match: str) -> list[bool]:
+        answers = iter(said)
+        candidate = Candidate("fake", tokenizer, 512, True, {}, None, lambda prompts: [next(answers) for _ in prompts])
+        args = Namespace(**vars(ASKED) | {"match": match, "samples": 2})
+        return [right for record in evaluate.write_answers(candidate, questions, args) for right in record["right"]]
+
+    assert rights("form") == [True, False, False, False]
+    assert rights("name") == [False, False, False, True]  # the second is not asked for its name, and names itself once
+
+
+def test_held_out_conversations_are_answered_with_match_and_wrong_answers_shown(tmp_path, tokenizer, capsys):
+    data = write_conversations(tmp_path / "data.jsonl", 3)
+    write_weights(tmp_path / "full_sft_32.pth", tokenizer)
+    found = evaluated(tmp_path, data, "--match", "form", "--max_new_tokens", 4, "--examples", 2)["full_sft_32"]
+    assert (found["questions"], found["pass@1"]) == (3, 0)
+    printed = capsys.readouterr().out
+    assert "2 of 3 wrong answers:" in printed and printed.count("(expected ") == 2
+    texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "one two"}])
+    with pytest.raises(SystemExit, match="--match form is for conversations"):
+        evaluated(tmp_path, texts, "--match", "form")
+
+
+def test_the_identity_questions_are_not_in_the_sample():
+    def core(question: str) -> str:
+        return re.sub(r"[\W_]", "", question).lower()
+
+    root = Path(evaluate.__file__).parents[1]
+    asked = {core(q.text[0]["content"]) for q in read_set(str(root / "scripts" / "identity_questions.jsonl"), root)[1]}
+    lines = (root / "dataset" / "sample" / "sft.jsonl").read_text("utf-8").splitlines()
+    trained = {core(turn["content"]) for line in lines for turn in parse_record("conversation", line)}
+    assert len(asked) == 40 and not asked & trained
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 from conftest import tiny_flags, write_texts
 
 from scripts import report
+from scripts.evaluate import table_of
 from scripts.report_logs import differences, read_folder, read_run, read_runs
 from trainer import train_pretrain
 
@@ -108,13 +109,13 @@ def test_the_page_needs_nothing_else_and_shows_no_markup_of_a_sample(tmp_path):
     folder.mkdir()
     (folder / "dialogue.json").write_text(json.dumps({"turns": [{"you": "7+8?", "model": "<b>15"}]}))
     (tmp_path / "scores").mkdir()
-    found = {"accuracy": 0.25, "stderr": 0.012}
     tasks = {
-        "ceval": {"questions": 1346, "chance": 0.25, "letters": found},
+        "ceval": {"questions": 1346, "chance": 0.25, "letters": {"accuracy": 0.25, "stderr": 0.012}},
         "sums": {"questions": 9, "pass@1": 1, "stderr": 0},
     }
-    (tmp_path / "scores" / "a.json").write_text(json.dumps({"weights": "a", "tasks": tasks}))
-    (tmp_path / "scores" / "broken.json").write_text(json.dumps({"tasks": [3]}))
+    table = table_of([{"weights": "a", "tasks": tasks}])
+    (tmp_path / "scores" / "a.md").write_text(table, encoding="utf-8")
+    (tmp_path / "scores" / "broken.md").write_text("no table")
     report.main([str(tmp_path), "--price_per_hour", "3600"])
     page = (folder / "report.html").read_text("utf-8")
     assert "<script" not in page and "&lt;script&gt;alert(1)" in page and "&lt;b&gt;15" in page
@@ -125,8 +126,8 @@ def test_the_page_needs_nothing_else_and_shows_no_markup_of_a_sample(tmp_path):
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "prefers-color-scheme:dark" in (folder / "curves.svg").read_text("utf-8")
     text = (folder / "report.md").read_text("utf-8")
-    assert r"\| 你好" in text and "| a | ceval | 1,346 | 25.0% | 25.0% ± 1.2% | – | – | – | – |" in text
-    assert "| a | sums | 9 | – | – | – | – | – | 100.0% ± 0.0% |" in text
+    assert r"\| 你好" in text and "| ceval, letters | 1346 | 25.0 | 25.0 ± 1.2 |" in text
+    assert "| sums, pass@1 | 9 |  | 100.0 ± 0.0 |" in text
 
 
 def test_the_held_out_loss_of_distillation_is_its_cross_entropy(tmp_path):

@@ -1,12 +1,11 @@
 """YaRN (arXiv:2309.00071): equal to transformers' Llama, off by default, carried by configs, reached by flags."""
 
 import copy
-import json
 import math
 
 import pytest
 import torch
-from conftest import sharp_model, write_texts, write_weights
+from conftest import sharp_model, write_weights
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -15,7 +14,7 @@ from model.export import hf_config
 from model.loading import stretch_context, trained_length
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, rotary_frequencies, rotary_tables
 from model.weights import save_weights
-from scripts import context_length, convert_model
+from scripts import convert_model
 from scripts.model_catalog import entry_of_folder, load_entry
 
 SHAPES = [(64, 1e6, 512, 4.0), (32, 1e4, 256, 8.0), (96, 1e6, 2048, 2.5), (8, 1e6, 64, 4.0)]
@@ -151,32 +150,3 @@ def test_a_converted_folder_knows_its_trained_length(tmp_path, tokenizer):
     flags[3] = str(tmp_path / "MiniMind3")
     with pytest.raises(ValueError, match=r"MiniMind3/config.json not found.*; there are: MiniMind2$"):
         eval_model.load(eval_model.parse_args(flags))
-
-
-def test_perplexity_by_position_is_measured(tmp_path, tokenizer, capsys):
-    """The figures of the table against cross-entropy by hand, on a row that is one document and one that is joined."""
-    path = write_weights(tmp_path / "pretrain_32.pth", tokenizer, scale=3.0)
-    data = tmp_path / "long.jsonl"
-    write_texts(data, 30)
-    short = [line for line in data.read_text("utf-8").splitlines() if len(line) < 80]
-    long = {"text": " ".join(f"word {n}" for n in range(60))}
-    data.write_text("\n".join([json.dumps(long), *short]), encoding="utf-8")
-    record = tmp_path / "figures.jsonl"
-    flags = ["--weight", str(path), "--data_path", str(data), "--trained_length", "16", "--length", "64"]
-    context_length.main([*flags, "--factors", "1,4", "--rows", "2", "--json", str(record)])
-    printed = capsys.readouterr().out
-    assert "2 rows of 64 tokens, 1 of them one document each" in printed and "YaRN x4" in printed
-    figures = json.loads(record.read_text())
-    rows, single = context_length.fill_rows(context_length.read_documents(data, tokenizer), 64, 2)
-    assert single == 1 and [len(row) for row in rows] == [64, 64]
-    model = sharp_model(scale=3.0).half().float().eval()
-    for factor in (1, 4):
-        if factor > 1:
-            stretch_context(model, factor, 16)
-        with torch.inference_mode():
-            log_probs = model(torch.tensor(rows)).logits.log_softmax(-1)
-        nats = [-log_probs[r, i - 1, rows[r][i]].item() for r in range(2) for i in range(32, 64)]
-        octets = sum(len(tokenizer.token_bytes(rows[r][i])) for r in range(2) for i in range(32, 64))
-        perplexity, bits = figures["perplexity and bits per byte by factor and position"][str(factor)]["32"]
-        assert perplexity == pytest.approx(math.exp(sum(nats) / len(nats)), rel=1e-4)
-        assert bits == pytest.approx(sum(nats) / math.log(2) / octets, rel=1e-4)

@@ -14,7 +14,7 @@ import torch
 from dataset.tokenization import ChatTokenizer
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import save_weights
-from scripts import score_sample
+from scripts import evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ROOT / "dataset" / "sample"
@@ -200,58 +200,25 @@ def save_tiny(folder: Path, hidden_size: int = 32) -> Path:
     return path
 
 
-def test_untrained_weights_score_near_zero(tmp_path, capsys):
-    path = save_tiny(tmp_path)
-    score_sample.main(["--out_dir", str(tmp_path), "--device", "cpu", "--examples", "2"])
+def test_untrained_weights_score_near_zero_in_every_category(tmp_path, capsys, questions):
+    save_tiny(tmp_path)
+    flags = ["--tasks", str(SAMPLE / "questions.jsonl"), "--match", "exact", "--max_new_tokens", "32"]
+    evaluate.main([*flags, "--out_dir", str(tmp_path), "--device", "cpu", "--examples", "2"])
     printed = capsys.readouterr().out
-    line = re.search(r"^exact match: (\d+\.\d) %$", printed, re.MULTILINE)
+    line = re.search(r"^\| questions, pass@1 +\| 382 +\| +\| (\d+\.\d) ", printed, re.MULTILINE)
     assert line and float(line[1]) < 5
-    written = json.loads(path.with_name("full_sft_32.score.json").read_text(encoding="utf-8"))
-    assert written["exact_match"] == float(line[1]) and written["all"]["asked"] == len(records("questions.jsonl"))
-    assert written["facts"]["asked"] + written["rules"]["asked"] == written["all"]["asked"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "full_sft_32.json",
-        "full_sft_32.pth",
-        "full_sft_32.score.json",
-    ]
-
-
-def test_score_counts_whole_answers(monkeypatch):
-    asked = [
-        {"category": "sums", "rule": True, "question": "a", "answer": "7"},
-        {"category": "sums", "rule": True, "question": "b", "answer": "8"},
-        {"category": "capitals", "rule": False, "question": "c", "answer": "巴黎。"},
-    ]
-    result = score_sample.score(asked, ["7", "8。", "巴黎。"])
-    assert result["exact_match"] == 66.6
-    assert result["categories"]["sums"] == {"rule": True, "right": 1, "asked": 2, "percent": 50.0}
-    assert result["facts"] == {"right": 1, "asked": 1, "percent": 100.0}
-    assert [a["right"] for a in result["answers"]] == [True, False, True]
+    assert "2 of 382 wrong answers:" in printed
+    found = json.loads((tmp_path / "scores" / "full_sft_32.json").read_text("utf-8"))["tasks"]["questions"]
+    assert {name: entry["questions"] for name, entry in found["subjects"].items()} == Counter(
+        question["category"] for question in questions
+    )
 
 
 def test_missing_and_ambiguous_weights_are_named(tmp_path):
+    flags = ["--tasks", str(SAMPLE / "questions.jsonl"), "--out_dir", str(tmp_path)]
     with pytest.raises(SystemExit, match="run trainer/train_full_sft.py first"):
-        score_sample.main(["--out_dir", str(tmp_path)])
+        evaluate.main(flags)
     save_tiny(tmp_path, 32)
     save_tiny(tmp_path, 48)
     with pytest.raises(SystemExit, match="several .* full_sft_32.pth, full_sft_48.pth. Choose by --hidden_size"):
-        score_sample.main(["--out_dir", str(tmp_path)])
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, "not found"),
-        ("", "holds no question"),
-        ('{"category": "sums"}\n', ":1: not a question"),
-        ("{broken\n", ":1: not a question"),
-        ('{"category": "sums", "rule": 1, "question": "1+1=", "answer": "2"}\n', "rule true or false"),
-    ],
-)
-def test_a_bad_questions_file_is_named(tmp_path, text, message):
-    path = tmp_path / "questions.jsonl"
-    if text is not None:
-        path.write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=message) as error:
-        score_sample.read_questions(path)
-    assert str(path) in str(error.value)
+        evaluate.main(flags)

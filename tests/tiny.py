@@ -20,9 +20,7 @@ SIZES = {  # flags that a script is given in place of its own
     "train_grpo.py": f"{STAGE} --prompts_per_step 2 --group_size 2 --max_new_tokens 4 --eval_samples 2",
     "eval_model.py": "--max_new_tokens 4 --device cpu",
     "recipe.py": "--tokens 4096 --num_hidden_layers 1 --hidden_size 64 --device cpu",
-    "stage_quality.py": "--device cpu",
-    "evaluate.py": "--device cpu",
-    "context_length.py": "--length 256 --rows 2",
+    "evaluate.py": "--device cpu --limit 2 --max_new_tokens 4",
     "decoding.py": "--prompt_tokens 8 --new_tokens 4 --long_prompt 16 --concurrent 2 --rounds 1",
     "gpu.py": "--models 26M --rows 1 --max_seq_len 64 --seconds 0.1 --batches 1 --new_tokens 4 "
     "--num_hidden_layers 1 --device cpu",
@@ -33,7 +31,6 @@ quickstart.COMMON += " --num_hidden_layers 1 --max_steps 2 --optimizer adamw"
 quickstart.DIALOGUE = quickstart.DIALOGUE[:1]
 quickstart.main()
 """
-MEASURES = {"identity": "--prompts 2 --max_new_tokens 4", "reasoning": "--prompts 2 --max_new_tokens 4"}
 HEALTH = {
     "serve_openai_api.py": "http://127.0.0.1:8998/health",
     "web_demo.py": "http://127.0.0.1:{port}/_stcore/health",
@@ -94,7 +91,6 @@ def launch(launcher: list[str], words: list[str]) -> int:
 def with_sizes(words: list[str]) -> list[str]:
     name = Path(words[0]).name
     sizes = SIZES.get(name, STAGE if "trainer" in words[0] else "").split()
-    sizes += MEASURES.get(words[1], "").split() if name == "stage_quality.py" else []
     if name == "recipe.py" and words[-1] in ("report", "versus"):
         sizes = []
     for flag, value in zip(sizes[::2], sizes[1::2], strict=True):

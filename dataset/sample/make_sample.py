@@ -5,7 +5,7 @@
     pretrain.jsonl   {"text"}                               short texts that state the facts of the world
     sft.jsonl        {"conversations"}                      questions and answers, one to four exchanges
     valid.jsonl      {"text"}                               more such texts, for the validation loss
-    questions.jsonl  {"category", "rule", "question", "answer"}  what scripts/score_sample.py asks
+    questions.jsonl  {"category", "rule", "question", "answer"}  what scripts/evaluate.py asks
     choices.jsonl    {"query", "choices", "gold", "subject"}     the same with four answers to choose from
 
 The world is made of facts. A fact has one answer, several wordings (questions that it answers) and several statements
