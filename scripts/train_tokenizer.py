@@ -16,6 +16,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -27,7 +28,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dataset.chat_template import CHAT_TEMPLATE
+from dataset.data_file import data_identity
 from dataset.tokenization import CONTROL_TOKENS, ChatTokenizer, StreamDecoder
+from model.flags import add_boolean
 from model.streams import set_up_streams
 
 CONTROLS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -59,9 +62,9 @@ def texts_of(record: object) -> list[str]:
     return list(dict.fromkeys(texts))  # a preference record holds its prompt twice
 
 
-def read_records(paths: list[Path], share: float = 1.0) -> Iterator[list[str]]:
+def read_records(paths: list[Path], share: float = 1.0, skip_bad_lines: bool = False) -> Iterator[list[str]]:
     """Yield the texts of each record of jsonl files, or of an evenly spaced share of the records."""
-    number = 0
+    number, bad = 0, []
     for path in paths:
         with open(path, "rb") as lines:
             for line_number, line in enumerate(lines, start=1):
@@ -69,11 +72,16 @@ def read_records(paths: list[Path], share: float = 1.0) -> Iterator[list[str]]:
                 if not line.strip() or int(number * share) == int((number - 1) * share):
                     continue
                 try:
-                    texts = texts_of(json.loads(line.decode()))
+                    texts = texts_of(json.loads(line.decode("utf-8-sig")))
                     "".join(texts).encode()  # raises for half of a surrogate pair
-                except ValueError as error:
-                    raise ValueError(f"{path}:{line_number}: {error}") from error
+                except (ValueError, RecursionError) as error:  # also thousands of brackets
+                    bad.append(f"{path}:{line_number}: {error}")
+                    if not skip_bad_lines:
+                        raise ValueError(f"{bad[0]}. Correct it, or drop bad lines with --skip_bad_lines") from error
+                    continue
                 yield texts
+    if bad:
+        print(f"note: {len(bad):,} bad lines were dropped, the first: {bad[0]}", flush=True)
 
 
 def train(texts: Iterator[str], vocab_size: int) -> str:
@@ -113,6 +121,18 @@ def tokenizer_config() -> str:
         "chat_template": CHAT_TEMPLATE,
     }
     return json.dumps(config, ensure_ascii=False, indent=2) + "\n"
+
+
+def check_writable(folder: Path) -> None:
+    """Raise ValueError if no file can be written there: before training, not after it."""
+    missing = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        if missing:
+            folder.rmdir()
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror}; choose another --output_dir") from error
 
 
 def write_beside_then_rename(folder: Path, files: dict[str, str]) -> None:
@@ -224,11 +244,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="allow --output_dir to be model/, whose tokenizer all weights trained so far depend on",
     )
+    add_boolean(parser, "--skip_bad_lines", False, "drop and count lines that are not valid records")
     args = parser.parse_args(argv)
     mistakes = []
     for path in [*args.data_path, *([args.valid_path] if args.valid_path else [])]:
-        if not path.is_file():
-            mistakes.append(f"{path} is not a file; see --data_path and --valid_path")
+        try:
+            data_identity(path)
+        except ValueError as error:
+            mistakes.append(str(error))
     smallest = len(CONTROLS + TAGS) + 256
     if not smallest <= args.vocab_size <= 65536:
         mistakes.append(f"--vocab_size {args.vocab_size}: {smallest} ids are fixed, and token files hold up to 65536")
@@ -244,13 +267,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     set_up_streams()
     args = parse_arguments(argv)
+    check_writable(args.output_dir)
     size_mb = sum(path.stat().st_size for path in args.data_path) / 1e6
     share = min(1.0, args.max_train_mb / size_mb) if size_mb else 1.0
     held_out = []
 
     def training_texts() -> Iterator[str]:
         num_records, started = 0, time.time()
-        for texts in read_records(args.data_path, share):
+        for texts in read_records(args.data_path, share, args.skip_bad_lines):
             num_records += 1
             if num_records % 20_000 == 0:
                 print(f"{num_records:,} records read in {time.time() - started:.0f} s", flush=True)
@@ -271,7 +295,7 @@ def main(argv: list[str] | None = None) -> None:
 
     tokenizer = ChatTokenizer(args.output_dir)
     if args.valid_path:
-        held_out = ["\n".join(texts) for texts in read_records([args.valid_path])]
+        held_out = ["\n".join(texts) for texts in read_records([args.valid_path], skip_bad_lines=args.skip_bad_lines)]
     report_compression(tokenizer, held_out)
     check_round_trip(tokenizer)
     print("ids:", ", ".join(f"{token} {tokenizer.encode_documents([token])[0]}" for token in CONTROLS + TAGS))

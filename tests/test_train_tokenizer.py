@@ -81,7 +81,7 @@ def test_force_allows_it_and_the_default_is_another_folder(corpus):
 def test_mistakes_are_reported_together_and_as_a_line(tmp_path):
     done = run("--data_path", tmp_path / "none.jsonl", "--vocab_size", 100, "--max_train_mb", 0)
     assert done.returncode != 0 and "Traceback" not in done.stderr
-    for expected in ("none.jsonl is not a file", "--data_path", "--vocab_size 100", "--max_train_mb 0"):
+    for expected in ("none.jsonl not found", "--data_path", "--vocab_size 100", "--max_train_mb 0"):
         assert expected in done.stderr
 
 
@@ -100,6 +100,28 @@ def test_bad_lines_are_named(tmp_path, line):
     path.write_text('{"text": "fine"}\n\n' + line, "utf-8")
     with pytest.raises(ValueError, match=r"bad\.jsonl:3: "):
         list(train_tokenizer.read_records([path]))
+
+
+def test_bad_lines_can_be_dropped_and_a_byte_order_mark_is_no_text(tmp_path, capsys):
+    path = tmp_path / "bad.jsonl"
+    deep = '{"text": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    path.write_text("\ufeff" + "\n".join(['{"text": "a"}', deep, "{", '\ufeff{"text": "b"}']), "utf-8")
+    with pytest.raises(ValueError, match=r"bad\.jsonl:2: .*--skip_bad_lines"):
+        list(train_tokenizer.read_records([path]))
+    assert list(train_tokenizer.read_records([path], skip_bad_lines=True)) == [["a"], ["b"]]
+    assert "2 bad lines were dropped, the first: " in capsys.readouterr().out
+
+
+def test_other_encodings_and_an_output_dir_that_cannot_be_written_are_told_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_tokenizer, "train", lambda *_: pytest.fail("trained"))
+    text = json.dumps({"text": SENTENCES[0] * 9}, ensure_ascii=False)
+    (tmp_path / "gbk.jsonl").write_text(text, "gbk")
+    with pytest.raises(ValueError, match="gbk.jsonl is not UTF-8; it looks like gb18030"):
+        train_tokenizer.main(["--data_path", str(tmp_path / "gbk.jsonl")])
+    (tmp_path / "a.jsonl").write_text(text, "utf-8")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot write to .*file.*--output_dir"):
+        train_tokenizer.main(["--data_path", str(tmp_path / "a.jsonl"), "--output_dir", str(tmp_path / "file" / "x")])
 
 
 def test_larger_data_is_thinned_out_evenly(corpus):
