@@ -21,7 +21,6 @@ import copy
 import glob
 import importlib.util
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -86,6 +85,7 @@ from model.weights import (
     write_atomically,
     write_json,
 )
+from scripts.push_to_hub import model_card, without_paths
 
 HF_FORMATS = (*CLASSES, "minimind")
 FORMATS = (*HF_FORMATS, "gguf", "pth", "peft", "lora")
@@ -161,10 +161,7 @@ class Source:
     def new_sidecar(self) -> dict:
         """Return the sidecar of what is written, without the configuration."""
         sidecar = {key: value for key, value in self.sidecar.items() if key not in ("config", "tokenizer_sha256")}
-        sidecar["converted_from"] = self.path.name
-        if "flags" in sidecar:  # folders are published, and the paths of this machine are private
-            flags = sidecar["flags"].items()
-            sidecar["flags"] = {name: v for name, v in flags if not (isinstance(v, str) and re.search(r"[/\\]", v))}
+        sidecar = without_paths(sidecar) | {"converted_from": self.path.name}
         if self.knows_tokenizer:
             sidecar["tokenizer_sha256"] = self.tokenizer.sha256
         return sidecar
@@ -398,7 +395,7 @@ def write_hf(source: Source, target: Path, kind: str, args: argparse.Namespace) 
             data = save(to_hf(state, source.config), metadata={"format": "pt"})
             write_atomically(folder / "model.safetensors", lambda file: file.write(data))
             write_json(folder / "config.json", hf_config(source.config, dtype))
-        write_beside(source, folder, kind, dtype, target.name)
+        write_beside(source, folder, target.name)
         after = load_folder(folder, trust_remote_code=kind == "minimind", dtype=torch.float32)
         compare(before, logits_of(after))
         check_chat(source.tokenizer, folder, kind == "minimind")
@@ -406,7 +403,7 @@ def write_hf(source: Source, target: Path, kind: str, args: argparse.Namespace) 
     say(f"wrote {target} ({kind} format, {dtype_name(dtype)})")
 
 
-def write_beside(source: Source, folder: Path, kind: str, dtype: torch.dtype, name: str) -> None:
+def write_beside(source: Source, folder: Path, name: str) -> None:
     """Write the files of a model folder other than configuration and weights."""
     config = source.config
     generation = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -415,7 +412,7 @@ def write_beside(source: Source, folder: Path, kind: str, dtype: torch.dtype, na
         if (source.tokenizer.path / file).is_file():
             shutil.copyfile(source.tokenizer.path / file, folder / file)
     write_json(sidecar_path(folder), source.new_sidecar)
-    card = model_card(source, kind, dtype, name)
+    card = model_card(name, {"Weights": folder}, [file.name for file in folder.iterdir()])
     write_atomically(folder / "README.md", lambda file: file.write(card.encode()))
 
 
@@ -432,64 +429,6 @@ def check_chat(tokenizer: ChatTokenizer, folder: Path, own_code: bool) -> None:
     say(f"check: a chat prompt of {len(ids)} ids through the written tokenizer: {'the same' if same else 'DIFFERENT'}")
     if not same and tokenizer.path == ROOT / "model":
         raise ValueError("the written tokenizer gives other ids, so nothing was written to the target")
-
-
-def model_card(source: Source, kind: str, dtype: torch.dtype, name: str) -> str:
-    config, sidecar = source.config, source.sidecar
-    count = sum(parameter.numel() for parameter in source.model.parameters())
-    shape = f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}, {config.num_attention_heads} heads "
-    shape += f"({config.num_key_value_heads} for keys and values)"
-    shape += ", query/key norm" * config.qk_norm
-    if config.use_moe:
-        shape += f", {config.n_routed_experts} experts of which {config.num_experts_per_tok} are used"
-    rows = sidecar.get("flags", {}).get("max_seq_len")
-    about = {"minimind": "own architecture, needs `trust_remote_code=True`"}
-    if kind == "qwen2_moe":
-        about[kind] = "`qwen2_moe`; not for mlx-lm, which never renormalises the weights of the chosen experts"
-    facts = {
-        "Parameters": f"{count / 1e6:.2f}M in {dtype_name(dtype)}: {shape}, vocabulary {config.vocab_size}",
-        "Format": about.get(kind, f"`{kind}`"),
-        "Made from": f"`{source.path.name}`",
-        "Stage": sidecar.get("stage"),
-        "Adapter merged in": sidecar.get("merged_adapter"),
-        "Trained on": rows and f"rows of {rows} tokens",
-        "Context": None,
-        "Tokenizer SHA-256": f"`{source.tokenizer.sha256}`",
-    }
-    if config.rope_scaling is not None:
-        facts["Context"] = f"stretched by YaRN, factor {config.rope_scaling['factor']:g}"
-    progress = sidecar.get("progress", {})
-    tokens, steps = progress.get("tokens"), progress.get("step")
-    if isinstance(tokens, int) and isinstance(steps, int):
-        facts["Training"] = f"{tokens:,} tokens in the last stage, {steps:,} steps"
-    metrics = {key: value for key, value in sidecar.get("metrics", {}).items() if isinstance(value, int | float)}
-    if metrics:
-        facts["Metrics"] = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items())
-    listed = "\n".join(f"- {key}: {value}" for key, value in facts.items() if value is not None)
-    code = ", trust_remote_code=True" if kind == "minimind" else ""
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-language: [zh, en]
----
-
-# {name}
-
-A small language model trained with MiniMind.
-
-{listed}
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}"{code})
-tokenizer = AutoTokenizer.from_pretrained("{name}"{code})
-messages = [{{"role": "user", "content": "你好，你是谁？"}}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-output = model.generate(**inputs, max_new_tokens=200)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
-```
-"""
 
 
 def write_gguf_folder(source: Source, target: Path, gguf_type: str, args: argparse.Namespace) -> None:

@@ -145,11 +145,6 @@ class ResponseFormat(Part):
         return self
 
 
-class NamedTool(Part):
-    type: Literal["function"]
-    function: Function
-
-
 class StreamOptions(Part):
     include_usage: bool | None = False
 
@@ -205,7 +200,7 @@ class ChatRequest(Sampling):
     logprobs: bool | None = False
     top_logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MOST_TOOLS)] | None = None
-    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
+    tool_choice: Literal["auto", "none", "required"] | Tool | None = None
     response_format: ResponseFormat | None = None
     functions: Any = None
     function_call: Any = None
@@ -227,7 +222,7 @@ class ChatRequest(Sampling):
     def enforced_tools(self) -> list[Function]:
         """Return the functions of which the answer must call one; [] if it need not call any."""
         functions = [tool.function for tool in self.tools or ()]
-        if isinstance(self.tool_choice, NamedTool):
+        if isinstance(self.tool_choice, Tool):
             return [function for function in functions if function.name == self.tool_choice.function.name]
         return functions if self.tool_choice == "required" else []
 

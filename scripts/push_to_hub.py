@@ -18,6 +18,7 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +36,7 @@ FOLDER_FILES = ("*.safetensors", "*.json", "*.py", "*.jinja", "Modelfile", "merg
 FORMATS = {".pth", ".gguf", ".resume", ".jsonl", ".parquet"}
 MARK = "<!-- written by push_to_hub.py; without this line the card is kept as it is -->"
 SOURCE = "https://github.com/jingyaogong/minimind"
+NOTES = {"qwen2_moe": "; not for mlx-lm, which never renormalises the weights of the chosen experts"}
 # status -> what to do about it
 CURES = {
     401: "the token is not accepted; run `hf auth login` again, or set HF_TOKEN",
@@ -79,11 +81,14 @@ def collect(paths: list[Path]) -> dict[str, Path | bytes]:
 
 
 def public(sidecar: Path) -> bytes:
-    """Return a sidecar without the paths of this machine."""
-    content = json.loads(sidecar.read_text("utf-8"))
-    flags = content.get("flags", {})
-    content["flags"] = {k: v for k, v in flags.items() if not (isinstance(v, str) and re.search(r"[/\\]", v))}
+    content = without_paths(json.loads(sidecar.read_text("utf-8")))
     return json.dumps(content, ensure_ascii=False, indent=2).encode()
+
+
+def without_paths(sidecar: dict) -> dict:
+    """Return a sidecar without the paths of this machine, which are private."""
+    flags = sidecar.get("flags", {}).items()
+    return sidecar | {"flags": {k: v for k, v in flags if not (isinstance(v, str) and re.search(r"[/\\]", v))}}
 
 
 # --- the card --------------------------------------------------------------------------------------------------------
@@ -106,11 +111,20 @@ def facts(path: Path) -> dict[str, str]:
     count = sum(math.prod(shape) for shape in shapes)
     stage, flags = sidecar.get("stage", ""), sidecar.get("flags", {})
     metrics, progress = sidecar.get("metrics", {}), sidecar.get("progress", {})
+    heads, kind = config.get("num_attention_heads"), config.get("model_type", "")
+    experts = config.get("num_experts") or config.get("n_routed_experts") if kind.endswith("moe") else None
+    factor = (config.get("rope_parameters") or config.get("rope_scaling") or {}).get("factor")
     shown = {
         "stage": stage + (f" ({STAGES[stage].script})" if stage in STAGES else ""),
         "parameters": f"{count / 1e6:.2f}M" if count else "",
+        "architecture": kind + NOTES.get(kind, ""),
         "hidden size": config.get("hidden_size"),
         "layers": config.get("num_hidden_layers"),
+        "attention heads": heads and f"{heads}, {config.get('num_key_value_heads', heads)} for keys and values",
+        "experts": experts and f"{experts}, {config.get('num_experts_per_tok')} for each token",
+        "context": factor and f"stretched by YaRN, factor {factor:g}",
+        "made from": sidecar.get("converted_from"),
+        "adapter merged in": sidecar.get("merged_adapter"),
         "trained on": Path(re.sub(r"\\", "/", flags.get("data_path", ""))).name,
         "length of rows": flags.get("max_seq_len"),
         "tokens seen": f"{progress['tokens']:,}" if "tokens" in progress else "",
@@ -119,54 +133,66 @@ def facts(path: Path) -> dict[str, str]:
         "learning rate": flags.get("learning_rate"),
     }
     shown |= {name.replace("_", " "): f"{value:.4f}" for name, value in metrics.items() if isinstance(value, float)}
+    shown["tokenizer SHA-256"] = sidecar.get("tokenizer_sha256")
     return {name: str(value) for name, value in shown.items() if value not in ("", None)}
 
 
-def model_card(args: argparse.Namespace, files: dict[str, Path | bytes]) -> str:
-    adapter = "adapter_config.json" in files or any("lora" in str(path) for path in args.paths)
+def model_card(
+    repo_id: str,
+    paths: dict[str, Path],
+    files: Collection[str],
+    scores: Iterable[Path] = (),
+    base_model: str | None = None,
+    language: Sequence[str] = ("zh", "en"),
+    license: str | None = None,
+) -> str:
+    """Return the README.md of weights.
+
+    repo_id: on a hub, or the name of a folder. paths: title -> folder or file. files: names of what lies next to it.
+    """
+    adapter = "adapter_config.json" in files or any(p.suffix == ".pth" and "lora" in str(p) for p in paths.values())
     loads = "config.json" in files  # in transformers
     custom = any(name.endswith(".py") for name in files)
     gguf, pth = (next((n for n in sorted(files) if n.endswith(end)), "") for end in (".gguf", ".pth"))
     data = ModelCardData(
-        language=args.language,
-        license=args.license,
+        language=list(language),
+        license=license,
         library_name="peft" if "adapter_config.json" in files else "transformers" if loads else "pytorch",
         pipeline_tag="text-generation",
         tags=["pytorch", "gpt", "transformers", "text-generation-inference"] + ["custom_code"] * custom,
-        base_model=args.base_model,
+        base_model=base_model,
         inference={"parameters": {"temperature": 0.85, "top_p": 0.85}} if loads and not custom else False,
     )
-    name = args.repo_id.split("/")[-1]
+    name = repo_id.split("/")[-1]
     parts = [f"# {name}", f"A small language model trained from zero with [MiniMind]({SOURCE})."]
     if adapter:
-        parts[1] = f"A LoRA adapter for {args.base_model or 'MiniMind'}, trained with [MiniMind]({SOURCE})."
-    for path in args.paths:
+        parts[1] = f"A LoRA adapter for {base_model or 'MiniMind'}, trained with [MiniMind]({SOURCE})."
+    for title, path in paths.items():
         if path.suffix not in FORMATS - {".pth", ".gguf"} and (known := facts(path)):
-            title = path.name + "/" * path.is_dir()
             parts += [f"## {title}", "| | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in known.items())]
-    for scores in args.scores if args.scores is not None else found_scores(args.paths):
-        parts += [f"## Scores of {scores.stem}", scores.with_suffix(".md").read_text("utf-8").strip()]
+    for path in scores:
+        parts += [f"## Scores of {path.stem}", path.with_suffix(".md").read_text("utf-8").strip()]
     parts.append("## Use")
     if loads:
         trust = ", trust_remote_code=True" * custom
         parts.append(
             "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f'tokenizer = AutoTokenizer.from_pretrained("{args.repo_id}")\n'
-            f'model = AutoModelForCausalLM.from_pretrained("{args.repo_id}"{trust})\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}"{trust})\n'
+            f'model = AutoModelForCausalLM.from_pretrained("{repo_id}"{trust})\n'
             'turns = [{"role": "user", "content": "你好"}]\n'
             'inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")\n'
             "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=256)[0]))\n```"
         )
-    commands = [f"vllm serve {args.repo_id}"] * (loads and not custom)
+    commands = [f"vllm serve {repo_id}"] * (loads and not custom)
     if gguf:
-        commands += [f"llama-cli -hf {args.repo_id}", f"ollama run hf.co/{args.repo_id}"]
-    local = f"hf download {args.repo_id} --local-dir"
+        commands += [f"llama-cli -hf {repo_id}", f"ollama run hf.co/{repo_id}"]
+    local = [f"hf download {repo_id} --local-dir "] if "/" in repo_id else []
     if pth:
         stage, where = pth.rsplit("_", 1)[0], "out/lora" if adapter else "out"
         mode = f"--model_mode {STAGES[stage].mode}" if stage in STAGES else f"--lora_name {stage}"
-        commands += [f"{local} {where}", f"python eval_model.py {mode}"]
+        commands += [*(command + where for command in local), f"python eval_model.py {mode}"]
     elif loads:
-        commands += [f"{local} {name}", f"python eval_model.py --load 1 --hf_path {name}"]
+        commands += [*(command + name for command in local), f"python eval_model.py --load 1 --hf_path {name}"]
     parts.append("```bash\n" + "\n".join(commands) + "\n```")
     return f"---\n{data.to_yaml()}\n---\n\n{MARK}\n\n" + "\n\n".join(parts) + "\n"
 
@@ -345,7 +371,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     try:
         files = collect(args.paths)
-        files["README.md"] = (dataset_card if args.dataset else model_card)(args, files).encode()
+        if args.dataset:
+            card = dataset_card(args, files)
+        else:
+            titles = {path.name + "/" * path.is_dir(): path for path in args.paths}
+            scores = found_scores(args.paths) if args.scores is None else args.scores
+            card = model_card(args.repo_id, titles, files, scores, args.base_model, args.language, args.license)
+        files["README.md"] = card.encode()
         hub = HUBS[args.to](args, "dataset" if args.dataset else "model")
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -23,7 +23,7 @@ from dataset.tokenization import DEFAULT_SYSTEM
 from model.batching import Engine
 from model.loading import READY_FLAGS
 from scripts.example_prompts import example_prompts
-from scripts.model_catalog import Entry, find_models, load_entry, printable
+from scripts.model_catalog import Entry, find_models, load_entry, printable, stamp_of
 from scripts.web_answers import ApiModel, LocalModel, Settings, list_api_models
 from scripts.web_conversation import CUT, FAILED, STOPPED, Answer, Chats, Conversation, Turn
 from scripts.web_markdown import literal, safe_markdown
@@ -165,15 +165,9 @@ def label_of(entry: Entry) -> str:
     return " · ".join(filter(None, (entry.stage or entry.name, size, place)))
 
 
-def stamp_of(entry: Entry, adapter: str | None) -> tuple:
-    """Return a stamp that changes with the files, so that weights trained again are loaded again."""
-    files = [entry.path, *(entry.path.glob("*.safetensors") if entry.path.is_dir() else ())]
-    files += (entry.out_dir / "lora").glob(f"{adapter}_*.pth") if adapter else ()
-    return tuple((str(file), file.stat().st_mtime_ns) for file in sorted(files) if file.exists())
-
-
 @st.cache_resource(max_entries=LOADED_AT_ONCE, on_release=LocalModel.close, show_spinner=False)
 def load_local(_entry: Entry, label: str, adapter: str | None, stamp: tuple, flags: dict) -> LocalModel:
+    """stamp: changes with the files, so that weights trained again are loaded again."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         flags = {name: value for name, value in flags.items() if name in READY_FLAGS}

@@ -215,7 +215,7 @@ def test_the_folder_is_complete(dense, tmp_path, tokenizer, convert):
     generation = json.loads((folder / "generation_config.json").read_text())
     assert (generation["bos_token_id"], generation["eos_token_id"], generation["pad_token_id"]) == (1, 2, 0)
     card = (folder / "README.md").read_text("utf-8")
-    for fact in ("# My Model", "0.51M", "full_sft", "1,234,567", "bits_per_byte 1.25", "512 tokens", tokenizer.sha256):
+    for fact in ("# My Model", "0.51M", "full_sft", "1,234,567", "byte | 1.2500", "rows | 512", tokenizer.sha256):
         assert fact in card, fact
 
 

@@ -16,10 +16,10 @@ import pytest
 from conftest import ROOT, write_endless_weights
 from fake_hub import TOKEN, FakeHub
 from huggingface_hub import SpaceCard, constants
+from take_screenshots import BROWSER_FLAGS, BROWSERS
 
 from model.weights import read_sidecar, write_json
 from scripts import make_space
-from scripts.take_screenshots import BROWSER_FLAGS, BROWSERS
 
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 needs_gradio = pytest.mark.skipif(

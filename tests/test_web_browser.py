@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import ROOT, sharp_model
 from fake_openai import fake_openai
+from take_screenshots import BROWSER_FLAGS, BROWSERS, served
 
 from model.weights import save_weights
-from scripts.take_screenshots import BROWSER_FLAGS, BROWSERS, served
 
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 QUIET = "--disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"

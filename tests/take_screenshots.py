@@ -1,7 +1,7 @@
 """Take pictures of the web page: out/screenshots/web_light.png and web_dark.png; the README's are in images/.
 
-    python scripts/take_screenshots.py                      the model that `make quickstart` made, on what it knows
-    python scripts/take_screenshots.py --out_dir out --question "你好，你是谁？" "Why is the sky blue?"
+    python tests/take_screenshots.py                      the model that `make quickstart` made, on what it knows
+    python tests/take_screenshots.py --out_dir out --question "你好，你是谁？" "Why is the sky blue?"
 
 Needs Chromium (apt-get install chromium fonts-noto-cjk) and the packages of requirements-dev.txt. The answers are the
 model's own.
@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from model.streams import set_up_streams
+from model.streams import set_up_streams  # noqa: E402
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER_FLAGS = ("--no-sandbox", "--disable-gpu")
