@@ -524,6 +524,18 @@ def test_an_output_folder_that_cannot_be_made(train, tmp_path, texts, out_dir):
         train("train_pretrain", tiny_flags(tmp_path / out_dir, texts))
 
 
+def test_a_flag_newer_than_the_state_counts_as_its_default(train, tmp_path, texts, unfinished):
+    path = tmp_path / "resume" / "pretrain_32.resume"
+    state = torch.load(path, weights_only=True)
+    assert state["flags"].pop("lr_schedule") == "cosine" and state["flags"].pop("decay_ratio") == 0.2
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="would not be the run.*: --lr_schedule was None, is wsd. Give"):
+        train("train_pretrain", [*unfinished, "--resume", "--lr_schedule=wsd"])
+    train("train_pretrain", [*unfinished, "--resume"])
+    train("train_pretrain", tiny_flags(tmp_path / "whole", texts, save_interval=2))
+    assert_same_end(tmp_path, tmp_path / "whole")
+
+
 def test_flags_that_change_the_result_are_listed_all(train, tmp_path, finished):
     before = contents(tmp_path)
     with pytest.raises(ValueError) as caught:

@@ -18,6 +18,7 @@ from conftest import (
     REASON,
     ROOT,
     SPEEDS,
+    assert_identical,
     each_stage,
     read_log,
     read_resume,
@@ -29,6 +30,7 @@ from conftest import (
 
 from trainer import distributed
 from trainer.distributed import Process, StopRequest, gather_objects, stop_on_signal, sum_over_ranks
+from trainer.training import Training
 
 # batch_size, accumulation_steps, processes: always eight rows per optimizer step
 WHOLE, ACCUMULATED, RANKS = (8, 1, 1), (2, 4, 1), (2, 2, 2)
@@ -241,6 +243,58 @@ def test_a_signal_saves_and_says_how_to_go_on(launcher, tmp_path, texts, number,
     step = read_resume(tmp_path)["progress"]["step"]
     assert f"stopped after step {step};" in child.output and read_log(tmp_path)[-1]["step"] == step
     assert (tmp_path / "pretrain_32.pth").exists()
+
+
+def asked_in_the_middle_of_the_second_step(module) -> None:
+    """The last process gets SIGTERM in the third of eight micro-batches. Prints every micro-batch."""
+    from trainer import training
+
+    backward, micro_batches = training.Training.backward, []
+
+    def counted(self, share):
+        micro_batches.append(print("micro-batch", flush=True))
+        backward(self, share)
+        if len(micro_batches) == 8 + 3 and self.process.rank == self.process.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    training.Training.backward = counted
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@each_stage(PRETRAIN, DPO)
+def test_a_signal_in_the_middle_of_a_step_ends_it_and_the_run_resumes_to_the_same_bits(
+    launcher, tmp_path, inputs, stage, world_size
+):
+    flags = inputs(stage) | {"batch_size": 1, "accumulation_steps": 8, "max_steps": 3, "epochs": 9}
+    line = tiny_flags(tmp_path / "parts", **flags)
+    patches = [asked_in_the_middle_of_the_second_step]
+    children = launcher.start_ranks(world_size, stage.script, line, patches=patches)
+    assert [child.wait() for child in children] == [128 + signal.SIGTERM] * world_size, children[0].output
+    assert "stopped after step 1; saved" in children[0].output
+    # the one that was asked goes to the step's last micro-batch at once
+    assert [child.output.count("micro-batch\n") for child in children] == [16] * (world_size - 1) + [12]
+    launcher.run(stage.script, [*line, "--resume"], world_size)
+    launcher.run(stage.script, tiny_flags(tmp_path / "whole", **flags), world_size)
+    ours, theirs = (read_resume(tmp_path / name, stage.name()) for name in ("parts", "whole"))
+    assert_identical(ours, theirs)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_signal_before_a_step_is_done_saves_nothing_again(train, tmp_path, texts, monkeypatch, capsys, step):
+    """In the first step there is nothing to save, and later nothing new."""
+    flags = tiny_flags(tmp_path, texts, save_interval=1)
+    backward, calls = Training.backward, []
+    monkeypatch.setattr(
+        Training,
+        "backward",
+        lambda *args: calls.append(backward(*args)) or len(calls) > step and os.kill(os.getpid(), signal.SIGTERM),
+    )
+    with pytest.raises(SystemExit) as stopped:
+        train("train_pretrain", flags)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert (tmp_path / "pretrain_32.pth").exists() == bool(step)
+    said = "stopped after step 1; saved" if step else "stopped in the first step, so there is nothing to save"
+    assert said in capsys.readouterr().out
 
 
 def test_all_processes_stop_after_the_same_step(launcher, tmp_path, texts):

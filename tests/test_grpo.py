@@ -3,7 +3,9 @@
 import argparse
 import json
 import math
+import os
 import re
+import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -262,6 +264,28 @@ def test_a_run_that_stopped_in_its_answers_resumes_to_the_same_bits(train, launc
     assert not list(tmp_path.rglob("*.tmp"))
     # sampling and training agree about every token, whatever the temperature
     assert all(abs(record["rollout_kl"]) < 1e-6 for record in read_log(tmp_path / "whole", name))
+
+
+def asked_while_the_third_steps_answers_are_sampled(module) -> None:
+    submit, requests = rollouts.RolloutEngine.submit, []
+
+    def counted(self, *arguments):
+        requests.append(submit(self, *arguments))
+        if len(requests) == 2 * 8 + 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return requests[-1]
+
+    rollouts.RolloutEngine.submit = counted
+
+
+def test_a_signal_ends_the_sampling_and_the_run_resumes_to_the_same_bits(train, launcher, start, tmp_path):
+    flags = grpo_flags(start, tmp_path / "parts")
+    child = launcher.start("train_grpo", flags, patches=[asked_while_the_third_steps_answers_are_sampled])
+    assert child.wait() == 128 + signal.SIGTERM and "stopped after step 2; saved" in child.output
+    train("train_grpo", [*flags, "--resume"])
+    train("train_grpo", grpo_flags(start, tmp_path / "whole"))
+    ours, theirs = (read_resume(tmp_path / name, "grpo_32") for name in ("parts", "whole"))
+    assert_identical(ours, theirs)
 
 
 def test_an_adapter_and_its_reference_share_the_base():

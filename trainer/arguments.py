@@ -64,17 +64,15 @@ RANGES = {
 }
 
 
-def from_root(path: str | Path) -> Path:
-    """Anchor a path default on the repository root, so that a script does the same from any folder."""
-    return ROOT / path
-
-
 def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
     """Make the parser of the flags that all stages share. defaults: what differs between stages (data_path, ...).
 
-    A default may be given for each optimizer; the first in learning_rate is the stage's own optimizer.
+    Paths are anchored on the repository root, so that a script does the same from any folder. A default may be given
+    for each optimizer; the first in learning_rate is the stage's own optimizer.
     """
     defaults = {"learning_rate": {"adamw": 5e-4}} | defaults
+    if "data_path" in defaults:
+        defaults["data_path"] = ROOT / defaults["data_path"]
     defaults = {name: PerOptimizer(value) if isinstance(value, dict) else value for name, value in defaults.items()}
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -84,8 +82,8 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
     add = group.add_argument
     add("--data_path", type=utf8_path, help="training data, jsonl")
     add("--valid_path", type=utf8_path, help="held-out data of the same kind, evaluated every --eval_interval")
-    add("--tokenizer_path", type=utf8_path, default=from_root("model"), help="folder with tokenizer.json")
-    add("--out_dir", type=utf8_path, default=from_root("out"), help="weights, logs and resume states")
+    add("--tokenizer_path", type=utf8_path, default=ROOT / "model", help="folder with tokenizer.json")
+    add("--out_dir", type=utf8_path, default=ROOT / "out", help="weights, logs and resume states")
     add("--cache_dir", type=utf8_path, help="tokenised data (default: OUT_DIR/token_cache)")
     add_boolean(group, "--skip_bad_lines", False, "drop and count lines that are not valid records")
     add("--max_record_bytes", type=int, default=MAX_RECORD_BYTES, help="longer lines are bad (default: 16 MiB)")
@@ -238,9 +236,9 @@ def model_config(args: argparse.Namespace, vocab_size: int, base: Path | None = 
 def chat_command(args: argparse.Namespace, stage: str, *more: str) -> str:
     """Return the command that talks to the weights of a stage, ready to paste."""
     command = ["python", os.path.relpath(ROOT / "eval_model.py"), "--model_mode", str(STAGES[stage].mode)]
-    if args.out_dir != from_root("out"):
+    if args.out_dir != ROOT / "out":
         command += ["--out_dir", str(args.out_dir)]
-    if args.tokenizer_path != from_root("model"):
+    if args.tokenizer_path != ROOT / "model":
         command += ["--tokenizer_path", str(args.tokenizer_path)]
     command += ["--hidden_size", str(args.hidden_size)] + ["--use_moe"] * args.use_moe
     return shlex.join([*command, *more])

@@ -185,6 +185,7 @@ class Checkpoint:
         self.path = resume_path(weights, args)
         self.shards = self.path.with_suffix(".shards")
         self.args, self.process, self.tokenizer, self.data = args, process, tokenizer, data
+        self.saved_step = 0
         self.identity = {"tokenizer": tokenizer.sha256, **data.fingerprint(), **identity}
 
     def restore(self, training: Training, fresh: str = "") -> Progress:
@@ -206,6 +207,7 @@ class Checkpoint:
         if len(state["rng"]) == self.process.world_size:
             _set_rng_state(state["rng"][self.process.rank])
         progress = Progress(**state["progress"])
+        self.saved_step = progress.step
         done = "the run is complete; nothing to do" if progress.complete else "going on"
         self.process.say(f"--resume: {self.path} is at step {progress.step}; {done}")
         return progress
@@ -231,16 +233,12 @@ class Checkpoint:
                 f"{self.path} is not a resume state ({reason}); delete it to start from the beginning"
             ) from error
         flags = result_flags(self.args)
-        changed = [
-            f"--{name} was {saved_flags.get(name)}, is {flags.get(name)}"
-            for name in sorted(saved_flags.keys() | flags.keys())
-            if saved_flags.get(name) != flags.get(name)
-        ]
-        changed += [
-            f"{name} was {saved_identity.get(name)}, is {self.identity.get(name)}"
-            for name in sorted(saved_identity.keys() | self.identity.keys())
-            if saved_identity.get(name) != self.identity.get(name)
-        ]
+        # a flag that the saved run did not know yet had its default
+        saved_flags = {name: flags[name] for name in flags.keys() - set(self.args.changed)} | saved_flags
+        was = {f"--{name}": value for name, value in saved_flags.items()} | saved_identity
+        now = {f"--{name}": value for name, value in flags.items()} | self.identity
+        differing = [name for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name)]
+        changed = [f"{name} was {was.get(name)}, is {now.get(name)}" for name in differing]
         if changed:
             raise ValueError(
                 f"--resume: this would not be the run that was saved in {self.path}: {'; '.join(changed)}. "
@@ -272,10 +270,12 @@ class Checkpoint:
         )
 
     def save(self, training: Training, progress: Progress, metrics: dict) -> None:
-        """Write weights, sidecar and resume state.
+        """Write weights, sidecar and resume state, unless they are on disk already.
 
         Every process calls it. The main one writes; under ZeRO each writes its shard. metrics: for the sidecar.
         """
+        if progress.step == self.saved_step:
+            return
         rng = gather_objects(_rng_state(), self.process)
         # the tag is unique: shards of an earlier run that stopped at this step must not be overwritten
         tag = gather_objects(f"step-{progress.step}-{secrets.token_hex(4)}", self.process)[0]
@@ -294,6 +294,7 @@ class Checkpoint:
                     "ranks": self.process.world_size,
                 }
                 write_atomically(self.path, lambda file: torch.save(state, file))
+        self.saved_step = progress.step
         if self.process.is_main and self.shards.exists():
             for folder in self.shards.iterdir():
                 if folder.name != shards:

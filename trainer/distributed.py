@@ -147,7 +147,7 @@ def barrier(process: Process) -> None:
 
 
 class StopRequest:
-    """Remembers SIGINT and SIGTERM. The training loop asks after each step, saves, and ends.
+    """Remembers SIGINT and SIGTERM. The training loop asks before each update, then saves the last step and ends.
 
     A killed launcher counts as SIGTERM; otherwise its processes would go on training unnoticed. A process that waits
     long for another one says so.
@@ -163,14 +163,18 @@ class StopRequest:
             raise KeyboardInterrupt  # a second Ctrl-C stops at once
         if not self.signal and not int(os.environ.get("RANK", 0)):
             with contextlib.suppress(OSError):  # not print: the signal may have come in the middle of one
-                os.write(2, b"\nstopping after this step, which is saved; Ctrl-C again stops at once, without saving\n")
+                os.write(2, b"\nstopping: finished steps are saved; Ctrl-C again stops at once, without saving\n")
         self.signal = number
 
-    def agreed(self, process: Process) -> bool:
-        """Tell whether any process was asked to stop: all must leave the loop after the same step."""
+    def heard(self) -> bool:
+        """Tell whether this process was asked to stop."""
         if self.launcher not in (None, os.getppid()):
             self.signal = self.signal or signal.SIGTERM
-        stop = sum_over_ranks([float(self.signal)], process)[0] > 0
+        return self.signal > 0
+
+    def agreed(self, process: Process) -> bool:
+        """Tell whether any process was asked to stop: all must leave the loop in the same step."""
+        stop = sum_over_ranks([float(self.heard())], process)[0] > 0
         self.longest, self.last = max(self.longest, time.monotonic() - self.last), time.monotonic()
         if process.world_size > 1 and not self.watching:
             self.watching = True

@@ -79,12 +79,14 @@ class Evaluator:
         measure: the function that computes them, with evaluate's arguments.
         """
         metrics, sample, precision = {}, "", training.precision
-        if self.data is not None:
-            metrics = measure(training.model, self.data, precision, self.process, self.tokenizer)
-        if self.prompt_ids:
-            with training.whole_weights() as model:
-                if self.process.is_main:
-                    sample = f"{self.prompt!r} -> {sample_text(model, self.tokenizer, precision, self.prompt_ids)!r}"
+        with logger.paused("evaluating"):
+            if self.data is not None:
+                metrics = measure(training.model, self.data, precision, self.process, self.tokenizer)
+            if self.prompt_ids:
+                with training.whole_weights() as model:
+                    if self.process.is_main:
+                        text = sample_text(model, self.tokenizer, precision, self.prompt_ids)
+                        sample = f"{self.prompt!r} -> {text!r}"
         if metrics or sample:
             logger.evaluation(step, metrics, sample)
         return metrics

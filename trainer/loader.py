@@ -16,7 +16,7 @@ from dataset.packing import PackedBatches, PreferenceBatches, build_plan
 from dataset.progress import ProgressBar
 from dataset.token_cache import open_token_cache
 from dataset.tokenization import ChatTokenizer
-from trainer.distributed import Process
+from trainer.distributed import Process, StopRequest
 
 # These index arrays on disk; copying them back would wait for all queued GPU work.
 STAY_ON_CPU = ("row_ids", "pair_ids")
@@ -140,16 +140,24 @@ class PackedData:
         """Whether --max_steps ends the run within its first epoch."""
         return not self.held_out and self.total_steps < self.steps_per_epoch
 
-    def steps(self, start: int = 0) -> Iterator[tuple[int, Iterator[dict]]]:
+    def steps(self, start: int = 0, stop: StopRequest | None = None) -> Iterator[tuple[int, Iterator[dict]]]:
         """Yield (step, its micro-batches on the device) for every optimizer step from `start` on, over all epochs.
+
+        After a signal the next micro-batch is the step's last, because other processes wait for this one's gradient.
+        The step is not to be taken then. Not so under ZeRO, whose processes exchange something in every micro-batch.
 
         A step's micro-batches can be iterated once. Taking one also fetches one of the next step: meanwhile a GPU is
         busy with the work queued for it, and the transfer queues behind that.
         """
         per_epoch, total, accumulation = self.steps_per_epoch, self.total_steps, self.args.accumulation_steps
+        if self.args.zero_stage and self.process.world_size > 1:
+            stop = None
 
         def micro_batches() -> Iterator[dict]:
             for _ in range(accumulation):
+                if stop and stop.heard():
+                    yield fetched.popleft() | {"last": True}
+                    return
                 yield fetched.popleft()
                 fetched.extend(islice(loader, 1))
 

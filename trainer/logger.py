@@ -209,6 +209,8 @@ class Logger:
                 self.say(off)
         if progress.complete:
             self.say(f"{weights} is ready; next: {next_command}")
+        elif not progress.step:
+            self.say("stopped in the first step, so there is nothing to save")
         else:
             self.say(f"stopped after step {progress.step}; saved {weights}. To go on: the same command with --resume")
         for tracker in self.trackers:

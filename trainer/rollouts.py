@@ -31,7 +31,7 @@ from dataset.tokenization import ChatTokenizer
 from dataset.tools import call_tool, offered_tools, unknown_tools
 from model.batching import Engine
 from model.sampling import SamplingParams
-from trainer.distributed import Process, gather_objects, sum_over_ranks
+from trainer.distributed import Process, StopRequest, gather_objects, sum_over_ranks
 from trainer.loader import plural
 from trainer.logger import Logger
 from trainer.rewards import build_rewards, score_answer
@@ -129,8 +129,11 @@ class Sampler:
         return f"{plural(self.total_steps, 'step')} of {plural(prompts, 'prompt')} with {plural(group, 'answer')} each"
 
     @torch.no_grad()
-    def sample_step(self, training: Training, step: int) -> list[Rollout]:
-        """Return this process's scored answers of a step, group by group, for its share of the step's prompts."""
+    def sample_step(self, training: Training, step: int, stop: StopRequest) -> list[Rollout]:
+        """Return this process's scored answers of a step, group by group, for its share of the step's prompts.
+
+        After a signal there are none: the step will not be taken.
+        """
         args, process = self.args, self.process
         jobs = []
         for position in range(args.prompts_per_step)[process.rank :: process.world_size]:
@@ -138,7 +141,7 @@ class Sampler:
             number = int(self._order(epoch)[place])
             jobs += [(number, draw_seed(args.seed, step, position, sample)) for sample in range(args.group_size)]
         with training.whole_weights() as model:
-            return self._answers(model, jobs, self.params)
+            return self._answers(model, jobs, self.params, stop)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019
     def _order(self, epoch: int) -> np.ndarray:
@@ -155,7 +158,7 @@ class Sampler:
         args, process, name = self.args, self.process, self.rewards[0].name
         numbers = range(len(self.records))[process.rank :: process.world_size]
         jobs = [(n, draw_seed(args.seed, HELD_OUT, n, sample)) for n in numbers for sample in range(args.eval_samples)]
-        with training.whole_weights() as model:
+        with logger.paused("evaluating"), training.whole_weights() as model:
             greedy = self._answers(model, [(n, 0) for n in numbers], replace(self.params, temperature=0.0))
             right = np.array([r.rewards[name] > 0.5 for r in self._answers(model, jobs, self.params)])
         sums = {
@@ -232,7 +235,9 @@ class Sampler:
     def _call_count(self, rollouts: list[Rollout]) -> dict[str, int]:
         return {"tool_calls": sum(r.calls for r in rollouts)} if self.with_tools else {}
 
-    def _answers(self, model: nn.Module, jobs: list[tuple[int, int]], params: SamplingParams) -> list[Rollout]:
+    def _answers(
+        self, model: nn.Module, jobs: list[tuple[int, int]], params: SamplingParams, stop: StopRequest | None = None
+    ) -> list[Rollout]:
         """Return scored answers to jobs, (number of the prompt, seed of the draws), in their order."""
         if not jobs:
             return []
@@ -251,6 +256,8 @@ class Sampler:
             rollouts.append(Rollout(number, ids, [0] * len(ids), turns=self.records[number]["conversations"]))
             submit(rollouts[-1], seed)
         while pending:
+            if stop and stop.heard():
+                return []
             rollout, seed, request = pending.popleft()
             tokens = list(request)  # steps the engine, and with it all other answers
             rollout.ids += [token.id for token in tokens]

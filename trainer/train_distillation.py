@@ -30,15 +30,7 @@ import torch.nn.functional as F
 from dataset.tokenization import ChatTokenizer
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import find_weights, load_weights
-from trainer.arguments import (
-    add_boolean,
-    chat_command,
-    from_root,
-    model_config,
-    parse_arguments,
-    run_script,
-    stage_parser,
-)
+from trainer.arguments import add_boolean, chat_command, model_config, parse_arguments, run_script, stage_parser
 from trainer.checkpoint import Checkpoint, file_sha256, output_path
 from trainer.distributed import start_process, stop_on_signal, stop_process, sum_over_ranks
 from trainer.evaluation import Evaluator
@@ -55,7 +47,7 @@ CACHE_HELP = "keep the teacher's K most likely tokens on disk, 4 K bytes a targe
 def parse(argv: list[str] | None):
     parser = stage_parser(
         __doc__,
-        data_path=from_root("dataset/sft_512.jsonl"),
+        data_path="dataset/sft_512.jsonl",
         epochs=6,
         batch_size=32,
         accumulation_steps=1,
@@ -148,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     metrics = {}
 
     with stop_on_signal() as stop:
-        for step, micro_batches in data.steps(progress.step):
+        for step, micro_batches in data.steps(progress.step, stop):
             # ---- one optimizer step ----
             sums = torch.zeros(4, device=process.device)
             for batch in micro_batches:
@@ -162,6 +154,9 @@ def main(argv: list[str] | None = None) -> None:
                         aux_loss = output.aux_loss * batch["num_documents"] / batch["step_documents"]
                     training.backward(losses[0] + aux_loss)
                 sums += torch.cat((losses, aux_loss.view(1))).detach()
+            if stop.agreed(process):  # in the middle of this step: the last one is saved
+                checkpoint.save(training, progress, metrics)
+                break
             loss, cross_entropy, divergence, aux_loss = sum_over_ranks(sums.tolist(), process)
             check_finite(loss + aux_loss, step)
             lr = learning_rate(step, data.total_steps, args)
@@ -170,16 +165,13 @@ def main(argv: list[str] | None = None) -> None:
             counts = progress.advance(batch, data.total_steps)
             more = {"ce": cross_entropy, "kl": divergence, "aux_loss": aux_loss}
             logger.step(step, loss, lr, grad_norm, counts, **more)
+            metrics["loss"] = loss
 
             if progress.due(args.eval_interval):
-                with logger.paused("evaluating"):
-                    metrics |= evaluator.run(training, logger, progress.step)
-            stopping = stop.agreed(process)
-            if stopping or progress.due(args.save_interval):
+                metrics |= evaluator.run(training, logger, progress.step)
+            if progress.due(args.save_interval):
                 with logger.paused("saving"):
-                    checkpoint.save(training, progress, {"loss": loss, **metrics})
-            if stopping:
-                break
+                    checkpoint.save(training, progress, metrics)
     logger.close(weights, progress, chat_command(args, "full_dist"))
     stop_process(stop, progress.complete)
 

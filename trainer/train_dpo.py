@@ -32,7 +32,7 @@ from dataset.tokenization import ChatTokenizer
 from model.device import to_device
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import find_weights, load_weights
-from trainer.arguments import chat_command, from_root, model_config, parse_arguments, run_script, stage_parser
+from trainer.arguments import chat_command, model_config, parse_arguments, run_script, stage_parser
 from trainer.checkpoint import Checkpoint, file_sha256, output_path
 from trainer.distributed import start_process, stop_on_signal, stop_process, sum_over_ranks
 from trainer.evaluation import Evaluator
@@ -49,7 +49,7 @@ METRICS = ("loss", "reward_margin", "reward_accuracy", "logp_chosen", "logp_reje
 def parse(argv: list[str] | None):
     parser = stage_parser(
         __doc__,
-        data_path=from_root("dataset/dpo.jsonl"),
+        data_path="dataset/dpo.jsonl",
         epochs=2,
         batch_size=4,
         accumulation_steps=1,
@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     metrics = {}
 
     with stop_on_signal() as stop:
-        for step, micro_batches in data.steps(progress.step):
+        for step, micro_batches in data.steps(progress.step, stop):
             # ---- one optimizer step ----
             sums = torch.zeros(len(METRICS) + 1, device=process.device)
             for batch in micro_batches:
@@ -153,6 +153,9 @@ def main(argv: list[str] | None = None) -> None:
                         aux_loss = output.aux_loss * batch["num_documents"] / batch["step_documents"]
                     training.backward(loss + aux_loss)
                 sums += torch.cat((shown / batch["step_pairs"], aux_loss.detach().view(1)))
+            if stop.agreed(process):  # in the middle of this step: the last one is saved
+                checkpoint.save(training, progress, metrics)
+                break
             loss, *shown, aux_loss = sum_over_ranks(sums.tolist(), process)
             check_finite(loss + aux_loss, step)
             lr = learning_rate(step, data.total_steps, args)
@@ -161,16 +164,13 @@ def main(argv: list[str] | None = None) -> None:
             counts = progress.advance(batch, data.total_steps)
             more = dict(zip(METRICS[1:], shown, strict=True))
             logger.step(step, loss, lr, grad_norm, counts, **more, aux_loss=aux_loss)
+            metrics["loss"] = loss
 
             if progress.due(args.eval_interval):
-                with logger.paused("evaluating"):
-                    metrics |= evaluator.run(training, logger, progress.step, measure)
-            stopping = stop.agreed(process)
-            if stopping or progress.due(args.save_interval):
+                metrics |= evaluator.run(training, logger, progress.step, measure)
+            if progress.due(args.save_interval):
                 with logger.paused("saving"):
-                    checkpoint.save(training, progress, {"loss": loss, **metrics})
-            if stopping:
-                break
+                    checkpoint.save(training, progress, metrics)
     logger.close(weights, progress, chat_command(args, "rlhf"))
     stop_process(stop, progress.complete)
 

@@ -35,7 +35,7 @@ from dataset.tokenization import ChatTokenizer
 from model.model_lora import apply_lora, save_merged
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import find_weights, load_weights, save_weights
-from trainer.arguments import chat_command, from_root, model_config, parse_arguments, run_script, stage_parser
+from trainer.arguments import chat_command, model_config, parse_arguments, run_script, stage_parser
 from trainer.checkpoint import Checkpoint, file_sha256, output_path
 from trainer.distributed import start_process, stop_on_signal, stop_process, sum_over_ranks
 from trainer.logger import Logger
@@ -51,7 +51,7 @@ METRICS = ("loss", "kl", "clipped", "rollout_kl")
 def parse(argv: list[str] | None):
     parser = stage_parser(
         __doc__,
-        data_path=from_root("dataset/grpo.jsonl"),
+        data_path="dataset/grpo.jsonl",
         batch_size=8,
         learning_rate={"adamw": 1e-4},
         max_seq_len=512,
@@ -154,10 +154,14 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = Checkpoint(weights, "grpo", args, process, tokenizer, sampler, write, base=file_sha256(base))
     progress = checkpoint.restore(training, fresh=f"starting from {base}")
     logger = Logger(checkpoint.name, args, training, sampler, progress)
+    metrics = {}
 
     with stop_on_signal() as stop:
         for step in range(progress.step, sampler.total_steps):
-            rollouts = sampler.sample_step(training, step)
+            rollouts = sampler.sample_step(training, step, stop)
+            if stop.agreed(process):  # in the middle of this step: the last one is saved
+                checkpoint.save(training, progress, metrics)
+                break
             micro_batches, counts, metrics = sampler.micro_batches(rollouts, advantages, token_weight)
             lr = learning_rate(step, sampler.total_steps, args)
             means, grad_norm = [0.0] * len(METRICS), 0.0  # if no group teaches anything
@@ -184,14 +188,10 @@ def main(argv: list[str] | None = None) -> None:
             logger.step(step, means[0], lr, grad_norm, taught, **metrics)
 
             if held_out and progress.due(args.eval_interval):
-                with logger.paused("evaluating"):
-                    metrics |= held_out.evaluate(training, logger, progress.step)
-            stopping = stop.agreed(process)
-            if stopping or progress.due(args.save_interval):
+                metrics |= held_out.evaluate(training, logger, progress.step)
+            if progress.due(args.save_interval):
                 with logger.paused("saving"):
                     checkpoint.save(training, progress, metrics)
-            if stopping:
-                break
     logger.close(weights, progress, chat_command(args, "grpo"))
     stop_process(stop, progress.complete)
 

@@ -26,15 +26,7 @@ from dataset.tokenization import ChatTokenizer
 from model.model_lora import TARGETS, apply_lora, lora_path, save_lora, save_peft
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import find_weights, load_weights
-from trainer.arguments import (
-    add_boolean,
-    chat_command,
-    from_root,
-    model_config,
-    parse_arguments,
-    run_script,
-    stage_parser,
-)
+from trainer.arguments import add_boolean, chat_command, model_config, parse_arguments, run_script, stage_parser
 from trainer.checkpoint import Checkpoint, claim, file_sha256, refuse_other_adapter
 from trainer.distributed import start_process, stop_on_signal, stop_process, sum_over_ranks
 from trainer.evaluation import Evaluator
@@ -50,7 +42,7 @@ PLAIN_NAME = 'a plain, short name, without / or ., and not "none", which stands 
 def parse(argv: list[str] | None):
     parser = stage_parser(
         __doc__,
-        data_path=from_root("dataset/lora_medical.jsonl"),
+        data_path="dataset/lora_medical.jsonl",
         epochs=10,
         batch_size=32,
         accumulation_steps=1,
@@ -110,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     metrics = {}
 
     with stop_on_signal() as stop:
-        for step, micro_batches in data.steps(progress.step):
+        for step, micro_batches in data.steps(progress.step, stop):
             # ---- one optimizer step ----
             losses = torch.zeros(2, device=process.device)
             for batch in micro_batches:
@@ -121,6 +113,9 @@ def main(argv: list[str] | None = None) -> None:
                         cross_entropy, aux_loss = lora_loss(output.head_output, output.aux_loss, batch)
                     training.backward(cross_entropy + aux_loss)
                 losses += torch.stack((cross_entropy, aux_loss)).detach()
+            if stop.agreed(process):  # in the middle of this step: the last one is saved
+                checkpoint.save(training, progress, metrics)
+                break
             cross_entropy, aux_loss = sum_over_ranks(losses.tolist(), process)
             check_finite(cross_entropy + aux_loss, step)
             lr = learning_rate(step, data.total_steps, args)
@@ -128,16 +123,13 @@ def main(argv: list[str] | None = None) -> None:
             # ----------------------------
             counts = progress.advance(batch, data.total_steps)
             logger.step(step, cross_entropy, lr, grad_norm, counts, aux_loss=aux_loss)
+            metrics["loss"] = cross_entropy
 
             if progress.due(args.eval_interval):
-                with logger.paused("evaluating"):
-                    metrics |= evaluator.run(training, logger, progress.step)
-            stopping = stop.agreed(process)
-            if stopping or progress.due(args.save_interval):
+                metrics |= evaluator.run(training, logger, progress.step)
+            if progress.due(args.save_interval):
                 with logger.paused("saving"):
-                    checkpoint.save(training, progress, {"loss": cross_entropy, **metrics})
-            if stopping:
-                break
+                    checkpoint.save(training, progress, metrics)
     if args.save_peft:
         with training.whole_weights() as model:
             if process.is_main:

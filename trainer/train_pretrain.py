@@ -24,15 +24,7 @@ import torch
 from dataset.tokenization import ChatTokenizer
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import load_weights
-from trainer.arguments import (
-    chat_command,
-    find_base,
-    from_root,
-    model_config,
-    parse_arguments,
-    run_script,
-    stage_parser,
-)
+from trainer.arguments import chat_command, find_base, model_config, parse_arguments, run_script, stage_parser
 from trainer.checkpoint import Checkpoint, output_path
 from trainer.distributed import start_process, stop_on_signal, stop_process, sum_over_ranks
 from trainer.evaluation import Evaluator
@@ -46,7 +38,7 @@ from trainer.training import start_training
 def parse(argv: list[str] | None):
     parser = stage_parser(
         __doc__,
-        data_path=from_root("dataset/pretrain_hq.jsonl"),
+        data_path="dataset/pretrain_hq.jsonl",
         epochs=1,
         batch_size=32,
         accumulation_steps=8,
@@ -89,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     metrics = {}
 
     with stop_on_signal() as stop:
-        for step, micro_batches in data.steps(progress.step):
+        for step, micro_batches in data.steps(progress.step, stop):
             # ---- one optimizer step ----
             losses = torch.zeros(2, device=process.device)
             for batch in micro_batches:
@@ -100,6 +92,9 @@ def main(argv: list[str] | None = None) -> None:
                         cross_entropy, aux_loss = pretrain_loss(output.head_output, output.aux_loss, batch)
                     training.backward(cross_entropy + aux_loss)
                 losses += torch.stack((cross_entropy, aux_loss)).detach()
+            if stop.agreed(process):  # in the middle of this step: the last one is saved
+                checkpoint.save(training, progress, metrics)
+                break
             cross_entropy, aux_loss = sum_over_ranks(losses.tolist(), process)
             check_finite(cross_entropy + aux_loss, step)
             lr = learning_rate(step, data.total_steps, args)
@@ -107,16 +102,13 @@ def main(argv: list[str] | None = None) -> None:
             # ----------------------------
             counts = progress.advance(batch, data.total_steps)
             logger.step(step, cross_entropy, lr, grad_norm, counts, aux_loss=aux_loss)
+            metrics["loss"] = cross_entropy
 
             if progress.due(args.eval_interval):
-                with logger.paused("evaluating"):
-                    metrics |= evaluator.run(training, logger, progress.step)
-            stopping = stop.agreed(process)
-            if stopping or progress.due(args.save_interval):
+                metrics |= evaluator.run(training, logger, progress.step)
+            if progress.due(args.save_interval):
                 with logger.paused("saving"):
-                    checkpoint.save(training, progress, {"loss": cross_entropy, **metrics})
-            if stopping:
-                break
+                    checkpoint.save(training, progress, metrics)
     logger.close(weights, progress, chat_command(args, "pretrain"))
     stop_process(stop, progress.complete)
 
