@@ -8,7 +8,8 @@ The openai client asks for chats of one to six turns; three in four answers are 
 in its middle. Printed: time to first token of streams (from sending, queue included; refused tries apart), time between
 the tokens of a stream, tokens of answers per second, refusals (429, tried again after Retry-After) and errors by kind,
 and what the server still holds a second after the last client has gone. The hostile client sends megabytes of errors,
-of text and of brackets, schemas that explode, names that do not exist, and requests that it does not finish.
+of text and of brackets, schemas that explode, names that do not exist, and requests that it does not finish or does not
+wait for.
 """
 
 import argparse
@@ -118,7 +119,7 @@ def hostile_bodies(model: str) -> list[tuple[str, bytes]]:
         return {"messages": hello, "max_tokens": 8, "response_format": json_schema}
 
     chats = [
-        {"messages": [1] * 300_000},
+        {"messages": [1] * 500_000},
         {"messages": [{"role": "user", "content": [1] * 300_000}]},
         {"messages": hello, "stop": ["a" * 1000] * 500},
         {"messages": hello, "tools": [tool] * 10_000},
@@ -134,8 +135,8 @@ def hostile_bodies(model: str) -> list[tuple[str, bytes]]:
     ]
     prompts = [{"prompt": [1] * 300_000 + ["a"]}, {"prompt": ["a"] * 200_000}, {"prompt": "word " * 1500, "echo": True,
                 "logprobs": 20, "max_tokens": 0}]  # fmt: skip
-    bodies = [("chat/completions", json.dumps({"model": model} | chat).encode()) for chat in chats]
-    bodies += [("completions", json.dumps({"model": model} | prompt).encode()) for prompt in prompts]
+    kinds = [("chat/completions", chat) for chat in chats] + [("completions", prompt) for prompt in prompts]
+    bodies = [(path, json.dumps({"model": model} | body, separators=(",", ":")).encode()) for path, body in kinds]
     return [*bodies, ("chat/completions", b"[" * 900_000), ("completions", b'{"a":' * 180_000)]
 
 
@@ -150,6 +151,9 @@ async def hostile_loop(base_url: str, model: str, end: float, load: Load) -> Non
                 _, writer = await asyncio.open_connection(url.host, url.port)
                 writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Le")
                 half_sent.append(writer)
+            abandoned = {"model": model, "prompt": "the sky", "stream": True, "max_tokens": 400}
+            async with client.stream("POST", f"{base_url}/completions", json=abandoned) as stream:
+                load.hostile[stream.status_code] += 1
             answer = await client.post(f"{base_url}/{path}", content=body, headers={"Content-Type": "application/json"})
             load.hostile[answer.status_code] += 1
     for writer in half_sent:
