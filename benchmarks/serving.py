@@ -140,13 +140,11 @@ def hostile_bodies(model: str) -> list[tuple[str, bytes]]:
     return [*bodies, ("chat/completions", b"[" * 900_000), ("completions", b'{"a":' * 180_000)]
 
 
-async def hostile_loop(base_url: str, model: str, end: float, load: Load) -> None:
-    """Send hostile bodies one after the other, and leave requests half sent on the way."""
+async def hostile_loop(base_url: str, model: str, bodies: list[tuple[str, bytes]], end: float, load: Load) -> None:
+    """Send the bodies one after the other, at least one, and leave requests half sent on the way."""
     url, half_sent = httpx.URL(base_url), []
     async with httpx.AsyncClient(trust_env=False, timeout=120) as client:
-        for path, body in itertools.cycle(hostile_bodies(model)):
-            if time.perf_counter() > end:
-                break
+        for path, body in itertools.cycle(bodies):
             if len(half_sent) < 200:
                 _, writer = await asyncio.open_connection(url.host, url.port)
                 writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Le")
@@ -156,6 +154,8 @@ async def hostile_loop(base_url: str, model: str, end: float, load: Load) -> Non
                 load.hostile[stream.status_code] += 1
             answer = await client.post(f"{base_url}/{path}", content=body, headers={"Content-Type": "application/json"})
             load.hostile[answer.status_code] += 1
+            if time.perf_counter() > end:
+                break
     for writer in half_sent:
         writer.close()
 
@@ -168,9 +168,10 @@ async def run_load(base_url: str, clients: int, seconds: float, max_tokens: int,
         base_url=base_url, api_key="none", max_retries=0, timeout=300, http_client=http_client
     ) as client:
         model = [model.id async for model in client.models.list()][0]
+        bodies = hostile_bodies(model) if hostile else []  # made before the clock starts: they take a while
         load, started = Load(), time.perf_counter()
         loops = (client_loop(client, model, n, started + seconds, max_tokens, load) for n in range(clients))
-        attacks = [hostile_loop(base_url, model, started + seconds, load)] if hostile else []
+        attacks = [hostile_loop(base_url, model, bodies, started + seconds, load)] if hostile else []
         await asyncio.gather(*loops, *attacks)
         load.seconds = time.perf_counter() - started
     return load
