@@ -10,12 +10,19 @@ import warnings
 def set_up_streams() -> None:
     """Make stdin, stdout and stderr show what they can, in UTF-8 unless PYTHONIOENCODING names another encoding.
 
-    Warnings become lines on stderr, too.
+    Warnings become lines on stderr, too, and Ctrl-C ends the program without a traceback.
     """
+    sys.excepthook = show_unless_interrupted
     warnings.showwarning = lambda message, *_: note(f"warning: {message}")
     for file in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(file, "reconfigure"):
             file.reconfigure(encoding=stream_encoding(), errors="replace")
+
+
+def show_unless_interrupted(kind: type[BaseException], error: BaseException, traceback) -> None:
+    """Do as sys.excepthook does, but show nothing for Ctrl-C."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, traceback)
 
 
 def stream_encoding() -> str:

@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+from model.streams import show_unless_interrupted
+
 
 def yield_when_busy(seconds: float = 0.2) -> None:
     """Let waiting threads sleep if other programs keep our cores busy now.
@@ -36,4 +38,5 @@ def _idle_ticks() -> int:
     return sum(int(words[4]) + int(words[5]) for words in lines if words and words[0] in ours)  # idle and iowait
 
 
+sys.excepthook = show_unless_interrupted  # a script that is stopped while torch loads
 yield_when_busy()

@@ -232,6 +232,15 @@ def test_every_script_sets_up_its_streams():
             assert re.search(r"\n    set_up_streams\(\)|\n    run_script\(main", text), path
 
 
+@pytest.mark.parametrize("beginning", ["import model.threads", "from model.streams import *; set_up_streams()"])
+def test_ctrl_c_leaves_no_traceback_and_a_mistake_does(beginning):
+    """Also while a script still loads its packages."""
+    for error, shown in (("KeyboardInterrupt", ""), ("RuntimeError('a mistake')", "RuntimeError: a mistake\n")):
+        code = [sys.executable, "-c", f"{beginning}\nraise {error}"]
+        child = subprocess.run(code, cwd=ROOT, capture_output=True, text=True)
+        assert child.returncode != 0 and child.stderr.endswith(shown) and ("Traceback" in child.stderr) == bool(shown)
+
+
 # --- a person at a terminal ------------------------------------------------------------------------------------------
 
 
