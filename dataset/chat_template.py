@@ -79,12 +79,19 @@ class ChatTemplate:
             text = self.file.read_text("utf-8")
         else:
             self.file, text = folder / "tokenizer_config.json", config.get("chat_template")
+        self._found = text
         if isinstance(text, list):  # several, by name
             text = {each["name"]: each["template"] for each in text}.get("default")
         self.given = bool(text)
         self.is_ours = text in (None, CHAT_TEMPLATE)
         self.text = text or CHAT_TEMPLATE.replace("<|im_start|>", bos).replace("<|im_end|>", eos)
         self.sha256 = hashlib.sha256(self.text.encode()).hexdigest()
+
+    def without_marks(self) -> str | list[dict] | None:
+        """Return the folder's template, or its named ones, for runtimes that do not know the generation marks."""
+        if isinstance(self._found, list):
+            return [{**each, "template": without_marks(each["template"])} for each in self._found]
+        return without_marks(self._found or "") or None
 
     @cached_property
     def _compiled(self):
@@ -104,9 +111,7 @@ class ChatTemplate:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.filters["tojson"] = tojson
         environment.globals |= {"raise_exception": raise_exception, "strftime_now": datetime.now().strftime}
-        # transformers reads which text is learned from generation marks; here it is what the assistant says.
-        text = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", self.text)
-        return environment.from_string(re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", text))
+        return environment.from_string(without_marks(self.text))
 
     def split(self, turns: list[dict], tools: list[dict], prompt: bool, options: dict) -> list[str]:
         """Return what the template writes, divided at control strings: text, control, text, …, text.
@@ -138,3 +143,12 @@ class ChatTemplate:
         for control, spelling in spelled.items():
             parts = [part.replace(spelling, control) for part in parts]
         return parts
+
+
+def without_marks(template: str) -> str:
+    """Return a template without the marks from which transformers reads which text is learned.
+
+    A block that is always taken replaces them, so that spaces around them are trimmed as before.
+    """
+    opened = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", template)
+    return re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", opened)

@@ -188,24 +188,27 @@ def to_hf(state: State, config: MiniMindConfig) -> State:
     return result
 
 
+# gate and up (width, hidden) of shared experts are stacked, down (hidden, width) are put side by side
+SHARED_DIMS = {"gate": 0, "up": 0, "down": 1}
+
+
 def shared_expert(state: State, layer: int, count: int) -> State:
     """Return the shared experts of a layer as one: their sum is a single expert of their joint width."""
     prefix = f"model.layers.{layer}.mlp.shared_experts."
-    joined = {}
-    # gate and up (width, hidden) are stacked, down (hidden, width) side by side
-    for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
-        joined[name] = torch.cat([state[f"{prefix}{s}.{name}.weight"] for s in range(count)], dim=dim)
-    return joined
+    return {
+        f"{name}_proj": torch.cat([state[f"{prefix}{number}.{name}_proj.weight"] for number in range(count)], dim=dim)
+        for name, dim in SHARED_DIMS.items()
+    }
 
 
 def split_shared_expert(tensors: State, layer: int, width: int) -> State:
     """Undo shared_expert: return one wide expert as shared experts of `width`."""
     prefix = f"model.layers.{layer}.mlp.shared_experts."
-    parts = {}
-    for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
-        for number, part in enumerate(tensors[name].split(width, dim=dim)):
-            parts[f"{prefix}{number}.{name}.weight"] = part.contiguous()
-    return parts
+    return {
+        f"{prefix}{number}.{name}_proj.weight": part.contiguous()
+        for name, dim in SHARED_DIMS.items()
+        for number, part in enumerate(tensors[f"{name}_proj"].split(width, dim=dim))
+    }
 
 
 def from_hf(state: State, hf: Any) -> tuple[State, MiniMindConfig]:

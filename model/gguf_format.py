@@ -12,40 +12,42 @@ neighbouring pairs, so the rows of q and k are interleaved; "qwen3" and "qwen3mo
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from model.export import (
-    State,
-    interleave_rows,
-    renormalises,
-    shared_expert,
-    split_rows,
-    split_shared_expert,
-    stretched_length,
-)
-from model.model_minimind import MINIMIND3, MiniMindConfig, yarn_parameters
+from model.export import SHARED_DIMS, State, interleave_rows, renormalises, split_rows, stretched_length
+from model.model_minimind import MINIMIND3, MiniMindConfig, MiniMindForCausalLM, yarn_parameters
 
 GGUF_TYPES = ("F16", "Q8_0")
 ARCHITECTURES = {(False, False): "llama", (True, False): "bailingmoe"}  # by use_moe and qk_norm
 ARCHITECTURES |= {(False, True): "qwen3", (True, True): "qwen3moe"}
-INTERLEAVED = ("self_attn.q_proj", "self_attn.k_proj")  # where neighbouring pairs are rotated
-LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "mlp.gate": "ffn_gate_inp",
+INTERLEAVED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")  # where neighbouring pairs are rotated
+# Fields of our configuration and of its rope_scaling -> their keys in the file, after the architecture's name.
+WHOLE_NUMBERS = {
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "context_length",
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "original_max_position_embeddings": "rope.scaling.original_context_length",
+    "n_routed_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "n_shared_experts": "expert_shared_count",
 }
+REAL_NUMBERS = {
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+    "factor": "rope.scaling.factor",
+    "beta_fast": "rope.scaling.yarn_beta_fast",
+    "beta_slow": "rope.scaling.yarn_beta_slow",
+}
+YARN_FIELDS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
 # llama.cpp's name for how a tokenizer cuts text before it merges bytes, by the pattern that does it
 PRE_TOKENIZERS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -64,6 +66,26 @@ def check_gguf_type(name: str) -> str:
     return name.upper()
 
 
+def gguf_names(config: MiniMindConfig) -> list[tuple[str, str, int | None]]:
+    """Return (our name, GGUF's name, number of the expert in it) of every tensor but the head, which is the embedding.
+
+    The experts of a layer share one GGUF tensor, and so do its shared experts.
+    """
+    import gguf
+
+    kind = ARCHITECTURES[config.use_moe, config.qk_norm]
+    (number,) = (number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
+    theirs = gguf.get_tensor_name_map(number, config.num_hidden_layers)
+    with torch.device("meta"):
+        keys = [key for key in MiniMindForCausalLM(config).state_dict() if key != "lm_head.weight"]
+    names = []
+    for key in keys:
+        expert = re.search(r"experts\.(\d+)\.", key)
+        name = theirs.get_name(key.replace(expert[0], "experts.") if expert else key, try_suffixes=(".weight",))
+        names.append((key, name, int(expert[1]) if expert else None))
+    return names
+
+
 def to_gguf(state: State, config: MiniMindConfig) -> State:
     """Return our tensors under GGUF's names, experts stacked into (experts, out, in).
 
@@ -76,61 +98,43 @@ def to_gguf(state: State, config: MiniMindConfig) -> State:
         )
     if moe and not config.qk_norm and config.n_shared_experts < 1:
         raise ValueError("GGUF's bailingmoe always has a shared expert, and this model has none; use --to minimind")
-    result = {
-        "token_embd.weight": state["model.embed_tokens.weight"],
-        "output_norm.weight": state["model.norm.weight"],
-    }
+    parts: dict[str, list[torch.Tensor]] = {}
+    for key, name, _ in gguf_names(config):
+        tensor = interleave_rows(state[key], config.head_dim) if key.endswith(interleaved) else state[key]
+        parts.setdefault(name, []).append(tensor)
+    result = {}
+    for name, tensors in parts.items():
+        if name.endswith("_shexp.weight"):
+            result[name] = torch.cat(tensors, dim=SHARED_DIMS[name.split("_")[1]])
+        else:
+            result[name] = torch.stack(tensors) if name.endswith("_exps.weight") else tensors[0]
     if moe and not config.qk_norm:  # elsewhere llama.cpp uses the embedding if there is no head
         result["output.weight"] = state["model.embed_tokens.weight"]
-    for layer in range(config.num_hidden_layers):
-        ours, theirs = f"model.layers.{layer}.", f"blk.{layer}."
-        for name, gguf_name in LAYER_NAMES.items():
-            tensor = state.get(f"{ours}{name}.weight")
-            if tensor is not None:
-                if name in interleaved:
-                    tensor = interleave_rows(tensor, config.head_dim)
-                result[f"{theirs}{gguf_name}.weight"] = tensor
-        if moe:
-            shared = shared_expert(state, layer, config.n_shared_experts) if config.n_shared_experts else {}
-            for name in ("gate", "up", "down"):
-                experts = [state[f"{ours}mlp.experts.{e}.{name}_proj.weight"] for e in range(config.n_routed_experts)]
-                result[f"{theirs}ffn_{name}_exps.weight"] = torch.stack(experts)
-                if shared:
-                    result[f"{theirs}ffn_{name}_shexp.weight"] = shared[f"{name}_proj"]
     return result
 
 
 def from_gguf(tensors: State, config: MiniMindConfig) -> State:
     """Undo to_gguf."""
     interleaved = () if config.qk_norm else INTERLEAVED
-    embedding = tensors["token_embd.weight"]
-    state = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding}
-    state["model.norm.weight"] = tensors["output_norm.weight"]
-    for layer in range(config.num_hidden_layers):
-        ours, theirs = f"model.layers.{layer}.", f"blk.{layer}."
-        for name, gguf_name in LAYER_NAMES.items():
-            tensor = tensors.get(f"{theirs}{gguf_name}.weight")
-            if tensor is not None:
-                if name in interleaved:
-                    tensor = split_rows(tensor, config.head_dim)
-                state[f"{ours}{name}.weight"] = tensor
-        if config.use_moe:
-            for name in ("gate", "up", "down"):
-                for number, part in enumerate(tensors[f"{theirs}ffn_{name}_exps.weight"]):
-                    state[f"{ours}mlp.experts.{number}.{name}_proj.weight"] = part
-            if config.n_shared_experts:
-                names = ("gate", "up", "down")
-                shared = {f"{name}_proj": tensors[f"{theirs}ffn_{name}_shexp.weight"] for name in names}
-                state |= split_shared_expert(shared, layer, config.intermediate_size)
+    state = {"lm_head.weight": tensors["token_embd.weight"]}
+    for key, name, expert in gguf_names(config):
+        tensor = tensors[name]
+        if name.endswith("_shexp.weight"):
+            dim = SHARED_DIMS[name.split("_")[1]]
+            tensor = tensor.split(config.intermediate_size, dim)[expert].contiguous()
+        elif expert is not None:
+            tensor = tensor[expert]
+        state[key] = split_rows(tensor, config.head_dim) if key.endswith(interleaved) else tensor
     return state
 
 
 def write_gguf(
-    path: str | Path, state: State, config: MiniMindConfig, tokenizer_folder: str | Path, gguf_type: str, name: str
+    path: str | Path, state: State, config: MiniMindConfig, tokenizer: Any, gguf_type: str, name: str
 ) -> list[str]:
     """Write the file; return the tensors that stay F16 because their rows do not fill whole blocks of the type.
 
-    Raises ValueError if llama.cpp has no such tokenizer or mixture, or if the file cannot be written.
+    tokenizer: a dataset.tokenization.ChatTokenizer, which this folder may not import. Raises ValueError if llama.cpp
+    has no such tokenizer or mixture, or if the file cannot be written.
     """
     import gguf
 
@@ -139,7 +143,7 @@ def write_gguf(
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if gguf_type == "F16" else gguf.LlamaFileType.MOSTLY_Q8_0)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_sizes(writer, config)
-    _add_tokenizer(writer, Path(tokenizer_folder), config.vocab_size)
+    _add_tokenizer(writer, tokenizer, config.vocab_size)
     kept = []
     for key, tensor in to_gguf(state, config).items():
         kind = tensor_type(key, tensor, gguf_type)
@@ -188,46 +192,36 @@ def round_to_gguf(state: State, gguf_type: str) -> State:
 
 
 def _add_sizes(writer: Any, config: MiniMindConfig) -> None:
-    scaling = config.rope_scaling
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings if scaling is None else stretched_length(config))
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
+    values, scaling, kind = config.to_dict(), config.rope_scaling, writer.arch
     if scaling is not None:
         from gguf import RopeScalingType
 
         if scaling != yarn_parameters({**scaling, "attention_factor": None}):
             raise ValueError("rope_scaling: GGUF takes YaRN's own attention_factor only; leave it out of the config")
         writer.add_rope_scaling_type(RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(scaling["factor"])
-        writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
-        writer.add_rope_scaling_yarn_beta_fast(scaling["beta_fast"])
-        writer.add_rope_scaling_yarn_beta_slow(scaling["beta_slow"])
+        values |= {**scaling, "max_position_embeddings": stretched_length(config)}
     if config.use_moe:
-        writer.add_expert_count(config.n_routed_experts)
-        writer.add_expert_used_count(config.num_experts_per_tok)
         writer.add_expert_feed_forward_length(config.intermediate_size)
-    if config.use_moe and not config.qk_norm:
-        writer.add_expert_shared_count(config.n_shared_experts)
+    if kind == "bailingmoe":
         writer.add_expert_weights_norm(renormalises(config))
         writer.add_expert_weights_scale(1.0)
         writer.add_leading_dense_block_count(0)
+    if not config.use_moe:
+        values = {name: value for name, value in values.items() if "expert" not in name}
+    elif kind != "bailingmoe":
+        del values["n_shared_experts"]
+    for keys, add in ((WHOLE_NUMBERS, writer.add_uint32), (REAL_NUMBERS, writer.add_float32)):
+        for name, key in keys.items():
+            if name in values:
+                add(f"{kind}.{key}", values[name])
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
 
 
-def _add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
+def _add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
     from gguf import TokenType
 
-    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    config_file = folder / "tokenizer_config.json"
-    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    content = json.loads((tokenizer.path / "tokenizer.json").read_text(encoding="utf-8"))
     tokens = {number: token for token, number in content["model"]["vocab"].items()}
     types = dict.fromkeys(tokens, TokenType.NORMAL)
     for token in content["added_tokens"]:
@@ -235,67 +229,40 @@ def _add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
         types[token["id"]] = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
     numbers = range(vocab_size)  # ids that the model has and the tokenizer lacks should never be produced
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre_tokenizer(content, folder))
+    writer.add_tokenizer_pre(pre_tokenizer(content, tokenizer.path))
     writer.add_token_list([tokens.get(number, f"[unused{number}]") for number in numbers])
     writer.add_token_types([types.get(number, TokenType.UNUSED) for number in numbers])
     merges = content["model"]["merges"]
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
-    numbers_of = {token: number for number, token in tokens.items()}
-    for kind, default in (("bos", "<|im_start|>"), ("eos", "<|im_end|>"), ("pad", "<|endoftext|>")):
-        token = config.get(f"{kind}_token") or default
-        getattr(writer, f"add_{kind}_token_id")(numbers_of[token["content"] if isinstance(token, dict) else token])
+    writer.add_bos_token_id(tokenizer.bos_id)
+    writer.add_eos_token_id(tokenizer.eos_id)
+    writer.add_pad_token_id(tokenizer.pad_id)
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
-    template = chat_template(folder)
-    if isinstance(template, str):
-        writer.add_chat_template(without_marks(template))
-    elif template:
-        writer.add_chat_template([{**part, "template": without_marks(part["template"])} for part in template])
+    if template := tokenizer.template.without_marks():
+        writer.add_chat_template(template)
 
 
-def chat_template(folder: str | Path) -> str | list[dict] | None:
-    """Return the chat template of a tokenizer's folder, or its named ones, or None if there is none.
+def go_template(template: Any) -> str | None:
+    """Return a tokenizer's chat template in Go's language, as ollama's Modelfile wants it; None if it has none.
 
-    transformers knows two places; a file of its own has precedence.
+    It is pieced together from the output of the template, a dataset.chat_template.ChatTemplate, for turns that hold
+    marks.
     """
-    file, config_file = Path(folder) / "chat_template.jinja", Path(folder) / "tokenizer_config.json"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-    return config.get("chat_template")
-
-
-def without_marks(template: str) -> str:
-    """Return a template without the marks of transformers' assistant mask, which llama.cpp does not know.
-
-    A block that is always taken replaces them, so that spaces around them are trimmed as before.
-    """
-    opened = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", template)
-    return re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", opened)
-
-
-def go_template(folder: str | Path) -> str | None:
-    """Return the folder's chat template in Go's language, as ollama's Modelfile wants it; None if there is none.
-
-    It is pieced together from the template's output for turns that hold marks.
-    """
-    from transformers import AutoTokenizer
-
-    if not chat_template(folder):
+    if not template.given:
         return None
-    render = AutoTokenizer.from_pretrained(folder, local_files_only=True).apply_chat_template
     marks = {role: f"@{role}@" for role in ("system", "user", "assistant", "tool")}
     turns = {role: {"role": role, "content": mark} for role, mark in marks.items()}
     call = {"type": "function", "function": {"name": "@name@", "arguments": {}}}
     calls: list[dict] = [turns["user"], {**turns["assistant"], "tool_calls": [call]}]
     tool = {"type": "function", "function": {"name": "@offered@"}}
 
-    def text(*history: dict, **options) -> str:
-        return render(list(history), tokenize=False, **options)
+    def text(*history: dict, tools: Sequence[dict] = (), prompt: bool = False) -> str:
+        return "".join(template.split(list(history), list(tools), prompt, {}))
 
-    def around(role: str, *history: dict, **options) -> tuple[str, str]:
-        added = text(*history, turns[role], **options).removeprefix(text(*history, **options))
+    def around(role: str, *history: dict, tools: Sequence[dict] = ()) -> tuple[str, str]:
+        added = text(*history, turns[role], tools=tools).removeprefix(text(*history, tools=tools))
         before, _, after = added.partition(marks[role])
         return before, after
 
@@ -303,14 +270,14 @@ def go_template(folder: str | Path) -> str | None:
     result = around("tool", *calls, tools=[tool])
     asked = marks["user"].join(user)  # the text of the user's turn
     openings = {}  # what precedes it, (with tools, with a system turn) -> text
-    for tools in (None, [tool]):
+    for tools in ([], [tool]):
         for system in ((), (turns["system"],)):
             opening = text(*system, turns["user"], tools=tools).removesuffix(asked)
             opening = opening.replace(marks["system"], "{{ .System }}")
             openings[bool(tools), bool(system)] = opening.replace(
                 "\n" + json.dumps(tool), "{{ range .Tools }}\n{{ . }}{{ end }}"
             )
-    prompt = text(turns["user"], add_generation_prompt=True).removeprefix(text(turns["user"]))
+    prompt = text(turns["user"], prompt=True).removeprefix(text(turns["user"]))
     return (
         f"{{{{ if .Tools }}}}{{{{ if .System }}}}{openings[True, True]}{{{{ else }}}}{openings[True, False]}"
         "{{ end }}"
@@ -362,41 +329,19 @@ def read_gguf(path: str | Path) -> tuple[State, MiniMindConfig]:
     kind = field("general.architecture")
     if kind not in ARCHITECTURES.values():
         raise ValueError(f"{path} holds the architecture {kind}; ours are {', '.join(ARCHITECTURES.values())}")
-    fields = dict(MINIMIND3 if kind.startswith("qwen3") else {}) | {
-        "hidden_size": field(f"{kind}.embedding_length"),
-        "num_hidden_layers": field(f"{kind}.block_count"),
-        "num_attention_heads": field(f"{kind}.attention.head_count"),
-        "num_key_value_heads": field(f"{kind}.attention.head_count_kv"),
-        "intermediate_size": field(f"{kind}.feed_forward_length"),
-        "head_dim": field(f"{kind}.attention.key_length"),
-        "vocab_size": field(f"{kind}.vocab_size"),
-        "max_position_embeddings": field(f"{kind}.context_length"),
-        "rms_norm_eps": float(f"{field(f'{kind}.attention.layer_norm_rms_epsilon'):.6g}"),  # a float32 in the file
-        "rope_theta": field(f"{kind}.rope.freq_base"),
-    }
+    fields = dict(MINIMIND3) if kind.startswith("qwen3") else {}
+    held = {name: field(f"{kind}.{key}") for name, key in (WHOLE_NUMBERS | REAL_NUMBERS).items()}
+    yarn = {name: held.pop(name) for name in YARN_FIELDS}
+    fields |= {name: value for name, value in held.items() if value is not None}
+    fields["rms_norm_eps"] = float(f"{held['rms_norm_eps']:.6g}")  # a float32 in the file
     for name in ("bos", "eos", "pad"):
         fields[f"{name}_token_id"] = field(f"tokenizer.ggml.{'padding' if name == 'pad' else name}_token_id")
     if field(f"{kind}.rope.scaling.type") == "yarn":
-        fields["rope_scaling"] = {
-            "rope_type": "yarn",
-            "factor": field(f"{kind}.rope.scaling.factor"),
-            "original_max_position_embeddings": field(f"{kind}.rope.scaling.original_context_length"),
-            "beta_fast": field(f"{kind}.rope.scaling.yarn_beta_fast"),
-            "beta_slow": field(f"{kind}.rope.scaling.yarn_beta_slow"),
-        }
-    if kind.endswith("moe"):
-        fields |= {
-            "use_moe": True,
-            "n_routed_experts": field(f"{kind}.expert_count"),
-            "num_experts_per_tok": field(f"{kind}.expert_used_count"),
-        }
+        fields["rope_scaling"] = {"rope_type": "yarn", **yarn}
+    fields["use_moe"] = kind.endswith("moe")
     if kind == "bailingmoe":
-        renormalised = field(f"{kind}.expert_weights_norm", False)
-        fields |= {
-            "n_shared_experts": field(f"{kind}.expert_shared_count"),
-            "norm_topk_prob": renormalised,
-            "norm_top1_prob": renormalised and fields["num_experts_per_tok"] == 1,
-        }
+        fields["norm_topk_prob"] = field(f"{kind}.expert_weights_norm", False)
+        fields["norm_top1_prob"] = fields["norm_topk_prob"] and fields["num_experts_per_tok"] == 1
     config = MiniMindConfig(**fields)
     tensors = {
         tensor.name: torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())

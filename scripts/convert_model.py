@@ -38,7 +38,7 @@ from safetensors import SafetensorError
 from dataset.tokenization import ChatTokenizer
 from model.export import CLASSES, from_hf, from_old_names, hf_config, hf_format, to_hf
 from model.flags import show_defaults
-from model.gguf_format import chat_template, check_gguf_type, go_template, read_gguf, round_to_gguf, write_gguf
+from model.gguf_format import check_gguf_type, go_template, read_gguf, round_to_gguf, write_gguf
 from model.loading import (
     DTYPES,
     add_flags,
@@ -448,8 +448,8 @@ def write_gguf_folder(source: Source, target: Path, gguf_type: str, args: argpar
             error = mean_square_error(logits_of(source.computing()), before)
             say(f"rounding to {gguf_type} changes the logits by {error:.2%} in the mean square")
         state = source.model.state_dict()
-        kept = write_gguf(file, state, source.config, source.tokenizer.path, gguf_type, name)
-        if not chat_template(source.tokenizer.path):
+        kept = write_gguf(file, state, source.config, source.tokenizer, gguf_type, name)
+        if not source.tokenizer.template.given:
             say(NO_TEMPLATE)
         if kept:
             say(f"{len(kept)} tensors stay F16, as their rows are not a multiple of 32: {', '.join(kept[:3])} ...")
@@ -464,7 +464,7 @@ def write_gguf_folder(source: Source, target: Path, gguf_type: str, args: argpar
 def modelfile(tokenizer: ChatTokenizer, file_name: str) -> str:
     """Return ollama's Modelfile; its template is Go's spelling of the tokenizer's chat template."""
     bos, eos = (tokenizer.decode([number], skip_control=False) for number in (tokenizer.bos_id, tokenizer.eos_id))
-    template = go_template(tokenizer.path)
+    template = go_template(tokenizer.template)
     template = "# the tokenizer has no chat template" if template is None else f'TEMPLATE """{template}"""'
     return f'''# ollama create minimind -f Modelfile && ollama run minimind
 FROM ./{file_name}

@@ -15,10 +15,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from dataset.chat_template import without_marks
 from dataset.tokenization import ChatTokenizer
 from model import loading
 from model.export import CLASSES, hf_config, hf_format, interleave_rows, split_rows, to_hf
-from model.gguf_format import pre_tokenizer, read_gguf, without_marks
+from model.gguf_format import pre_tokenizer, read_gguf
 from model.model_lora import apply_lora, load_lora, lora_layers, save_lora
 from model.model_minimind import MINIMIND3, MiniMindConfig, MiniMindForCausalLM
 from model.weights import WeightsError, load_model, read_sidecar, read_state_dict, save_weights
