@@ -93,33 +93,14 @@ class MiniMindConfig(PretrainedConfig):
         seq_aux: bool = True,
         **kwargs: Any,
     ):
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
-        self.head_dim = head_dim
-        self.intermediate_size = intermediate_size
-        self.intermediate_ratio = intermediate_ratio
-        self.vocab_size = vocab_size
-        self.max_position_embeddings = max_position_embeddings
-        self.rms_norm_eps = rms_norm_eps
-        self.qk_norm = qk_norm
-        self.rope_theta = rope_theta
-        if rope_scaling is not None:
-            self.rope_scaling = yarn_parameters(rope_scaling)  # type: ignore[misc]
-        self.rope_dtype = rope_dtype
-        self.hidden_act = hidden_act
-        self.dropout = dropout
-        self.initializer_range = initializer_range
-        self.use_moe = use_moe
-        self.num_experts_per_tok = num_experts_per_tok
-        self.n_routed_experts = n_routed_experts
-        self.n_shared_experts = n_shared_experts
-        self.norm_topk_prob = norm_topk_prob
-        self.norm_top1_prob = norm_top1_prob
-        self.scoring_func = scoring_func
-        self.aux_loss_alpha = aux_loss_alpha
-        self.seq_aux = seq_aux
+        fields = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "__class__")}
+        fields["num_key_value_heads"] = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        if rope_scaling is None:
+            del fields["rope_scaling"]
+        else:
+            fields["rope_scaling"] = yarn_parameters(rope_scaling)
+        for name, value in fields.items():  # each argument becomes a field
+            setattr(self, name, value)
         for name, default in (("bos_token_id", 1), ("eos_token_id", 2), ("pad_token_id", 0)):
             kwargs.setdefault(name, default)
         self._check(kwargs)
