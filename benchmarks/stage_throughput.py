@@ -1,15 +1,18 @@
-"""Speed of DPO and LoRA on this machine next to the libraries that people usually take.
+"""Speed of DPO, LoRA and GRPO on this machine next to the libraries that people usually take.
 
   dpo   pairs per second of a DPO step, next to TRL's DPOTrainer as people run it (`trainer.train()`): with a reference
         model in memory, its default, and with the reference's log-probs computed before training
   lora  useful tokens (no padding) per second of a LoRA step, next to peft with each conversation as a row of a batch
         padded to its longest: as many conversations as ours has rows, and about as many tokens as ours has
+  grpo  answers per second, while sampling and in whole steps, next to TRL's GRPOTrainer, which samples with
+        transformers' generate; and the peak memory of a step next to that of an SFT step on rows of the same size.
+        The model is not trained, so almost all answers run to their longest; float32 on a CPU
 
 The peers train transformers' LlamaForCausalLM of the same size from the same weights, on the same records in the same
 order, under bfloat16 autocast, with a fused AdamW and without gradient checkpointing. Every contender is a process of
 its own. They are timed in turn, round by round; a ratio is that of one round, the median over rounds.
 
-    python benchmarks/stage_throughput.py [--what dpo|lora] [--data_path FILE.jsonl] [--rounds 3]
+    python benchmarks/stage_throughput.py [--what dpo|lora|grpo] [--data_path FILE.jsonl] [--rounds 3]
 
 Needs trl and peft (requirements-dev.txt). Without --data_path the records are those of dataset/sample/sft.jsonl, which
 are short: pairs of an answer and the answer to another question, conversations as they are.
@@ -17,10 +20,12 @@ are short: pairs of an answer and the answer to another question, conversations 
 
 import argparse
 import functools
+import importlib
 import json
 import multiprocessing
 import os
 import random
+import resource
 import statistics
 import sys
 import tempfile
@@ -48,11 +53,14 @@ from model.weights import save_weights
 from trainer.arguments import run_script, stage_parser
 from trainer.distributed import Process, keep_freed_memory
 from trainer.loader import PackedData, model_inputs
+from trainer.logger import Logger
 from trainer.optimization import Precision, build_optimizer, optimizer_step, prepare_forward
 from trainer.reference import reference_log_probs
+from trainer.rollouts import Sampler
 from trainer.token_losses import answer_log_probs, token_cross_entropy
 
 BETA, RANK, LEARNING_RATE = 0.1, 8, 1e-6
+PROMPTS, GROUP, ANSWER = 8, 8, 64  # of a GRPO step: prompts, answers to each, tokens of an answer
 EPOCHS = 2  # of train_dpo.py's default: the reference is asked once for all of them
 WARM_STEPS = 2
 StepDone = Callable[[int], None]
@@ -61,14 +69,14 @@ StepDone = Callable[[int], None]
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--what", choices=("dpo", "lora", "all"), default="all")
-    add("--data_path", type=Path, help="pairs for dpo, conversations for lora (default: from dataset/sample/)")
+    add("--what", choices=("dpo", "lora", "grpo", "all"), default="all")
+    add("--data_path", type=Path, help="pairs for dpo, conversations otherwise (default: from dataset/sample/)")
     add("--hidden_size", type=int, default=512)
     add("--num_hidden_layers", type=int, default=8)
     add("--num_attention_heads", type=int, default=8)
     add("--num_key_value_heads", type=int, default=2)
-    add("--batch_size", type=int, help="pairs (default: 4) or rows (default: 8) in a step")
-    add("--max_seq_len", type=int, help="default: 1024 for dpo, 512 for lora")
+    add("--batch_size", type=int, help="pairs (default: 4) or rows (default: 8) in a step, for grpo in a micro-batch")
+    add("--max_seq_len", type=int, help="default: 1024 for dpo, 512 otherwise")
     add("--rounds", type=int, default=3)
     add("--steps", type=int, default=3, help="optimizer steps per contender and round (default: %(default)s)")
     add("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
@@ -78,7 +86,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag} {getattr(args, flag)}: must be at least 1")
     if args.data_path and args.what == "all":
-        raise ValueError("--data_path: choose dpo or lora with --what; they take different records")
+        raise ValueError("--data_path: choose one part with --what; they take different records")
     if args.data_path and not args.data_path.is_file():
         raise ValueError(f"--data_path {args.data_path}: not found")
     return args
@@ -91,10 +99,11 @@ def settings(args: argparse.Namespace, folder: Path, data_path: Path, what: str)
     """Return the flags that the trainer's helpers read, as a stage script would have them."""
     flags = vars(stage_parser("").parse_args([])) | vars(args)
     flags |= {
-        "batch_size": args.batch_size or {"dpo": 4, "lora": 8}[what], "folder": folder, "data_path": data_path,
-        "max_seq_len": args.max_seq_len or {"dpo": 1024, "lora": 512}[what], "weights": folder / f"{what}.pth",
-        "cache_dir": folder / "token_cache", "accumulation_steps": 1, "dtype": "bfloat16", "optimizer": "adamw",
+        "batch_size": args.batch_size or {"dpo": 4}.get(what, 8), "folder": folder, "data_path": data_path,
+        "max_seq_len": args.max_seq_len or {"dpo": 1024}.get(what, 512), "weights": folder / f"{what}.pth",
+        "cache_dir": folder / "token_cache", "accumulation_steps": 1, "optimizer": "adamw",
         "learning_rate": LEARNING_RATE, "weight_decay": 0.0, "threads": torch.get_num_threads(),
+        "dtype": "float32" if what == "grpo" and args.device == "cpu" else "bfloat16",
     }  # fmt: skip
     return argparse.Namespace(**flags)
 
@@ -278,6 +287,68 @@ def peft_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: St
         step_done(int(batch["attention_mask"].sum()) - len(batch["input_ids"]))  # inputs, as ours counts them
 
 
+def stage_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: StepDone, stage: str, sampling=False):
+    """Run the stage's script. sampling: only ever sample the answers of the first step."""
+    script, answers, log = importlib.import_module(f"trainer.train_{stage}"), Sampler._answers, Logger.step
+    shared = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads batch_size max_seq_len device"
+    flags = {name: vars(args)[name] for name in (*shared.split(), "cache_dir", "data_path", "dtype", "optimizer")}
+    flags |= {"epochs": 1000, "learning_rate": LEARNING_RATE, "log_interval": 1000}
+    flags |= {"out_dir": args.folder / stage, "base_weight": args.weights}
+    if stage == "grpo":
+        reward = f"python:{args.folder / 'reward.py'}:length"
+        flags |= {"prompts_per_step": PROMPTS, "group_size": GROUP, "max_new_tokens": ANSWER, "reward": reward}
+        flags["data_path"] = sample_prompts(args)
+
+    def sample_forever(*arguments):
+        while True:
+            step_done(len(answers(*arguments)))
+
+    def log_step(*arguments, **named):
+        log(*arguments, **named)
+        step_done(PROMPTS * GROUP)
+
+    Logger.step = log_step
+    Sampler._answers = sample_forever if sampling else answers
+    script.main([str(word) for name, value in flags.items() for word in (f"--{name}", value)])
+
+
+def trl_grpo_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: StepDone, sampling: bool) -> None:
+    """Run TRL's trainer with its own loop. sampling: only ever sample the answers of the first step."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    class OneStep(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            step_done(PROMPTS * GROUP)
+
+    on_cpu = args.device == "cpu"
+    records = [json.loads(line)["conversations"] for line in sample_prompts(args).read_text("utf-8").splitlines()]
+    options = GRPOConfig(
+        output_dir=str(args.folder / "trl"), per_device_train_batch_size=PROMPTS * GROUP, num_generations=GROUP,
+        max_completion_length=ANSWER, num_train_epochs=1000, learning_rate=LEARNING_RATE, lr_scheduler_type="constant",
+        max_grad_norm=args.grad_clip, beta=0.0, loss_type="dr_grpo", temperature=1.0, bf16=not on_cpu, use_cpu=on_cpu,
+        gradient_checkpointing=False, optim="adamw_torch_fused", dataloader_pin_memory=not on_cpu,
+        logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = GRPOTrainer(
+        model=llama(args, tokenizer),
+        args=options,
+        train_dataset=Dataset.from_list([{"prompt": turns} for turns in records]),
+        processing_class=AutoTokenizer.from_pretrained(tokenizer.path),
+        reward_funcs=lambda completions, **_: [float(len(turns[0]["content"])) for turns in completions],
+        callbacks=[OneStep()],
+    )
+    generate = trainer.model.generate
+
+    def sample_forever(*arguments, **named):
+        while True:
+            step_done(len(generate(*arguments, **named)))
+
+    trainer.model.generate = sample_forever if sampling else generate
+    trainer.train()
+
+
 # --- contenders in processes -----------------------------------------------------------------------------------------
 
 
@@ -308,6 +379,11 @@ CONTENDERS = {
     "ours, packed rows": lora_steps,
     "peft, as many rows": functools.partial(peft_steps, equal_tokens=False),
     "peft, as many tokens": functools.partial(peft_steps, equal_tokens=True),
+    "ours, sampling": functools.partial(stage_steps, stage="grpo", sampling=True),
+    "TRL, sampling": functools.partial(trl_grpo_steps, sampling=True),
+    "ours, whole steps": functools.partial(stage_steps, stage="grpo"),
+    "TRL, whole steps": functools.partial(trl_grpo_steps, sampling=False),
+    "ours, SFT": functools.partial(stage_steps, stage="full_sft"),
 }
 
 
@@ -317,9 +393,11 @@ def contend(connection, name: str, args: argparse.Namespace) -> None:
     os.environ["HF_HOME"] = str(args.folder / "hf")
     try:
         keep_freed_memory()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         CONTENDERS[name](args, ChatTokenizer(ROOT / "model"), step_done=Turns(connection, args).step_done)
     except EndOfTurns:
-        return
+        peak = torch.cuda.max_memory_allocated() if "cuda" in args.device else 0  # of the step, its model included
+        connection.send(peak or 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
     except Exception:
         connection.send(traceback.format_exc())
 
@@ -341,14 +419,15 @@ def measure_rounds(names: list[str], args: argparse.Namespace) -> dict[str, list
             connection.send(args.steps)
             done, seconds = receive(name, connection)
             rates[name].append(done / seconds)
-    for connection in connections.values():
+    for name, connection in connections.items():
         connection.send(0)
+        print(f"{name}: {receive(name, connection) / 1e6:,.0f} MB at its peak", flush=True)
     for child in children:
         child.join(30)
     return rates
 
 
-def receive(name: str, connection) -> tuple[int, float]:
+def receive(name: str, connection) -> tuple[int, float] | int:
     try:
         message = connection.recv()
     except EOFError:
@@ -372,6 +451,16 @@ def sample_pairs(path: Path, source: Path, count: int = 2000) -> Path:
             if other != answer:
                 pair = {"chosen": [question, answer], "rejected": [question, other]}
                 file.write(json.dumps(pair, ensure_ascii=False) + "\n")
+    return path
+
+
+def sample_prompts(args: argparse.Namespace) -> Path:
+    """Write short prompts and a reward that differs from answer to answer; return the prompts' path."""
+    turns = [parse_record("conversation", line)[:1] for line in args.data_path.read_text("utf-8").splitlines()]
+    prompts = [{"conversations": asked, "answer": ""} for asked in turns if len(asked[0]["content"]) < 40]
+    path = args.folder / f"prompts_{os.getpid()}.jsonl"
+    path.write_text("".join(json.dumps(prompt, ensure_ascii=False) + "\n" for prompt in prompts), encoding="utf-8")
+    (args.folder / "reward.py").write_text("def length(answer, record):\n    return float(len(answer))\n")
     return path
 
 
@@ -416,12 +505,25 @@ def compare_dpo(args: argparse.Namespace) -> dict:
 
 
 def compare_lora(args: argparse.Namespace) -> dict:
-    rates = measure_rounds(list(CONTENDERS)[4:], args)
+    rates = measure_rounds(list(CONTENDERS)[4:7], args)
     print(f"\nLoRA, rank {RANK}, {args.batch_size} rows of {args.max_seq_len}, {args.data_path.name}")
     return print_rates(rates, "ours, packed rows", "useful tokens/s")
 
 
-PARTS = {"dpo": compare_dpo, "lora": compare_lora}
+def compare_grpo(args: argparse.Namespace) -> dict:
+    rates = measure_rounds(list(CONTENDERS)[7:], args)
+    rates.pop("ours, SFT")
+    width = args.num_key_value_heads * args.hidden_size // args.num_attention_heads
+    cache = 8 * args.num_hidden_layers * width  # bytes of a token in float32
+    print(f"\nGRPO, {PROMPTS} × {GROUP} answers of {ANSWER} tokens a step; the cache takes {cache:,} bytes a token")
+    table = {}
+    for kind in ("sampling", "whole steps"):
+        both = {name: rounds for name, rounds in rates.items() if name.endswith(kind)}
+        table |= print_rates(both, f"ours, {kind}", "answers/s")
+    return table
+
+
+PARTS = {"dpo": compare_dpo, "lora": compare_lora, "grpo": compare_grpo}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,10 +1,10 @@
-"""What learning from outcomes adds: sums that a tiny model half masters, and three ways to go on from there.
+"""What learning from outcomes adds: a tiny model has learned from a careless teacher; three ways to go on from there.
 
     python benchmarks/lab/grpo_sums.py --seeds 0 1 2
 
-A model learns to add two numbers digit by digit from worked examples (full SFT, from random weights) until it solves
---enough percent of other sums. Further prompts come with nothing but the result. Three arms start from these weights,
-run side by side with one thread each, and have as much processor time:
+A model learns to add two numbers digit by digit (full SFT, from random weights) from a teacher who forgets half of the
+carries. So it answers now this, now that, and nothing but the result says which habit is right. Further prompts come
+with nothing but the result. Three arms start from these weights and have as much processor time, one thread each:
 
     grpo       trainer/train_grpo.py --reward number
     sft        trainer/train_full_sft.py on the prompts with their results as answers
@@ -15,18 +15,17 @@ prompts and held-out sums have no pair of numbers in common. A start that is the
 """
 
 import argparse
-import itertools
 import json
 import math
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -34,26 +33,30 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
-from dataset.answers import number_matches
+import torch
+
 from dataset.chat_template import DEFAULT_SYSTEM
 from dataset.tokenization import ChatTokenizer
-from model.generation import SamplingParams, generate_batch
 from model.loading import load_ready
+from trainer import train_grpo
+from trainer.rollouts import Rollout, Sampler, draw_seed
 
 SIZES = "--hidden_size 64 --num_hidden_layers 2 --num_attention_heads 4 --num_key_value_heads 2".split()
-SFT = "--optimizer muon --learning_rate 4e-3 --warmup_iters 10 --epochs 1000 --min_lr_ratio 1".split()
+START = "--optimizer muon --learning_rate 4e-3 --warmup_iters 10 --epochs 1000 --base_weight none".split()
 COMMON = "--max_seq_len 256 --batch_size 4 --dtype float32 --log_interval 20 --save_interval 100000 --overwrite".split()
-HELD_OUT, SAMPLES, LONGEST = 300, 8, 32
+HELD_OUT, SAMPLES, LONGEST = 300, 8, 40
 
 
-def worked(first: int, second: int) -> str:
-    """Add digit by digit: 47+38 -> 7+8=15,4+3+1=8,85"""
-    steps, carry, result = [], 0, first + second
+def worked(first: int, second: int, remembers: Callable[[], bool]) -> str:
+    """Add digit by digit: 47+38 -> 7+8=15,4+3+1=8,85; 4+3=7,75 if the carry is forgotten."""
+    steps, digits, carry = [], "", 0
     while first or second:
-        digits = [first % 10, second % 10] + [1] * carry
-        steps.append(f"{'+'.join(map(str, digits))}={sum(digits)}")
-        first, second, carry = first // 10, second // 10, sum(digits) // 10
-    return ",".join([*steps, str(result)])
+        terms = [first % 10, second % 10] + [1] * carry
+        steps.append(f"{'+'.join(map(str, terms))}={sum(terms)}")
+        first, second = first // 10, second // 10
+        digits = str(sum(terms) % 10 if first or second else sum(terms)) + digits
+        carry = int(sum(terms) > 9 and remembers())
+    return ",".join([*steps, digits])
 
 
 def turns(pair: tuple[int, int], answer: str | None = None) -> list[dict]:
@@ -61,11 +64,16 @@ def turns(pair: tuple[int, int], answer: str | None = None) -> list[dict]:
     return [question] if answer is None else [question, {"role": "assistant", "content": answer}]
 
 
+def prompt(pair: tuple[int, int]) -> dict:
+    return {"conversations": turns(pair), "answer": str(sum(pair))}
+
+
 class Arm:
     """A folder in which stages run and weights are scored."""
 
     def __init__(self, folder: Path, tokenizer: Path, seed: int):
-        self.folder, self.tokenizer, self.seed, self.seconds = folder, tokenizer, seed, 0.0
+        self.folder, self.tokenizer, self.seed = folder, tokenizer, seed
+        self.flags = ["--seed", seed, "--tokenizer_path", tokenizer, "--out_dir", folder, *COMMON]
         folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, name: str, records: list[dict]) -> Path:
@@ -73,67 +81,52 @@ class Arm:
         (self.folder / name).write_text(text, encoding="utf-8")
         return self.folder / name
 
-    def run(self, script: str, *flags: object, seconds: float = math.inf, until: Callable[[], bool] = bool) -> None:
-        """Run a script to its end, or stop it as Ctrl-C does, which saves the weights.
-
-        seconds: of processor time that it may take. until: asked every second whether it is enough.
-        """
-        own = ("--seed", self.seed, "--tokenizer_path", self.tokenizer, "--out_dir", self.folder)
-        command = [sys.executable, ROOT / script, *((*COMMON, *own) if script.startswith("trainer") else ()), *flags]
+    def run(self, script: str, *flags: object, seconds: float = math.inf) -> None:
+        """Run a script to its end, or after so much processor time stop it as Ctrl-C does, which saves the weights."""
+        command = [sys.executable, ROOT / script, *(self.flags if script.startswith("trainer") else ()), *flags]
         with (self.folder / "output.txt").open("a") as output:
             child = subprocess.Popen([str(word) for word in command], stdout=output, stderr=subprocess.STDOUT)
-        usage, stopped, used = Path(f"/proc/{child.pid}/stat"), False, 0.0
+        usage, stopped = Path(f"/proc/{child.pid}/stat"), False
         while child.poll() is None:
             user, system = usage.read_text().rpartition(")")[2].split()[11:13]
-            used = (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
-            if not stopped and (used > seconds or until()):
+            if not stopped and (int(user) + int(system)) / os.sysconf("SC_CLK_TCK") > seconds:
                 child.send_signal(signal.SIGINT)
                 stopped = True
-            time.sleep(1)
+            time.sleep(0.5)
         if child.returncode and not stopped:
             sys.exit(f"error: {script} ended with {child.returncode}; see {self.folder / 'output.txt'}")
-        self.seconds += used
 
-    def answers(self, weights: Path, pairs: list[tuple[int, int]], **params) -> list[str]:
+    @torch.no_grad()
+    def answers(self, weights: Path, pairs: list, samples: int, temperature: float) -> list[Rollout]:
+        """Return scored answers, so many to each pair. Draws depend on the pair and the sample alone."""
         ready = load_ready(weights, ChatTokenizer, tokenizer_path=self.tokenizer, device="cpu", dtype="float32")
-        params = SamplingParams(max_new_tokens=LONGEST, stop_ids=(ready.tokenizer.eos_id,), **params)
-        prompts = [ready.tokenizer.encode_prompt(turns(pair)) for pair in pairs]
-        return [ready.tokenizer.decode(ids) for ids in generate_batch(ready.model, prompts, params)]
+        asked = self.write("asked.jsonl", [prompt(pair) for pair in pairs])
+        flags = [*self.flags, "--data_path", asked, "--max_new_tokens", LONGEST]
+        sampler = Sampler(asked, train_grpo.parse([str(word) for word in flags]), ready.tokenizer, None)
+        jobs = [(n, draw_seed(*pair, sample)) for n, pair in enumerate(pairs) for sample in range(samples)]
+        return sampler._answers(ready.model, jobs, replace(sampler.params, temperature=temperature))
 
-    def score(self, weights: Path, pairs: list[tuple[int, int]]) -> float:
-        found = zip(self.answers(weights, pairs, temperature=0.0), pairs, strict=True)
-        return 100 * fmean(number_matches(answer, str(sum(pair))) for answer, pair in found)
+    def score(self, weights: Path, pairs: list, temperature: float = 0.0) -> float:
+        return 100 * fmean(answer.total for answer in self.answers(weights, pairs, 1, temperature))
 
 
-def make_start(base: Path, arm: Arm, examples: list, others: list, enough: float) -> None:
-    """Train the start: SFT until it solves enough percent of other sums."""
+def make_start(arm: Arm, examples: list, args: argparse.Namespace) -> None:
     # 290 ids: the bytes and the words of the chat template; a small head makes steps cheap
     words = arm.write("words.jsonl", [{"text": f"system\n{DEFAULT_SYSTEM}\nuser\nassistant\n"}] * 1000)
     arm.run("scripts/train_tokenizer.py", "--data_path", words, "--vocab_size", 290, "--output_dir", arm.tokenizer)
-    one = arm.write("text.jsonl", [{"text": "1+1=2"}] * 8)
-    arm.run("trainer/train_pretrain.py", *SIZES, "--max_steps", 1, "--accumulation_steps", 1, "--data_path", one)
-    data = arm.write("examples.jsonl", [{"conversations": turns(pair, worked(*pair))} for pair in examples])
-    weights, scored = arm.folder / "full_sft_64.pth", set()
-
-    def is_enough() -> bool:
-        if not weights.with_suffix(".json").exists() or weights.stat().st_mtime in scored:
-            return False
-        scored.add(weights.stat().st_mtime)
-        for suffix in (".pth", ".json"):  # training goes on meanwhile
-            shutil.copy(weights.with_suffix(suffix), base.with_suffix(suffix))
-        return arm.score(base, others) >= enough
-
-    flags = ("--base_weight", arm.folder / "pretrain_64.pth", "--save_interval", 25, "--data_path", data)
-    arm.run("trainer/train_full_sft.py", *SFT, *flags, until=is_enough)
+    teacher = random.Random(arm.seed)
+    records = [turns(pair, worked(*pair, lambda: teacher.random() > args.careless)) for pair in examples]
+    data = arm.write("examples.jsonl", [{"conversations": record} for record in records])
+    arm.run("trainer/train_full_sft.py", *SIZES, *START, "--max_steps", args.start_steps, "--data_path", data)
 
 
 def reject(arm: Arm, base: Path, prompts: list, seconds: float) -> list[dict]:
     """Sample answers to the prompts for so long, 64 prompts at a time; return each right one once, as a record."""
     before, right = time.thread_time(), set()
     for first in range(0, len(prompts), 64):
-        asked = [pair for pair in prompts[first : first + 64] for _ in range(SAMPLES)]
-        drawn = zip(asked, arm.answers(base, asked, seed=first * SAMPLES), strict=True)
-        right |= {(pair, text) for pair, text in drawn if number_matches(text, str(sum(pair)))}
+        asked = prompts[first : first + 64]
+        drawn = arm.answers(base, asked, SAMPLES, 1.0)
+        right |= {(asked[answer.prompt], answer.text) for answer in drawn if answer.total}
         if time.thread_time() - before > seconds:
             break
     return [{"conversations": turns(*each)} for each in sorted(right)]
@@ -141,37 +134,42 @@ def reject(arm: Arm, base: Path, prompts: list, seconds: float) -> list[dict]:
 
 def one_seed(seed: int, args: argparse.Namespace) -> dict[str, float]:
     """Return the percentage of the held-out sums that the start and each arm solve."""
-    pairs = list(itertools.product(range(10, 100), repeat=2))
-    random.Random(seed).shuffle(pairs)
+    low, span = 10 ** (args.digits - 1), 9 * 10 ** (args.digits - 1)
+    drawn = random.Random(seed).sample(range(span * span), args.examples + args.prompts + HELD_OUT)
+    pairs = [(low + each // span, low + each % span) for each in drawn]
     examples, prompts, held_out = pairs[: args.examples], pairs[args.examples : -HELD_OUT], pairs[-HELD_OUT:]
     folder = args.out_dir / str(seed)
-    arms = {name: Arm(folder / name, folder / "tokenizer", seed) for name in ("start", "grpo", "sft", "rejection")}
-    base = folder / "start" / "start_64.pth"
-    if not base.exists():
-        make_start(base, arms["start"], examples, prompts[-100:], args.enough)
-    rate = ("--learning_rate", args.rate, "--min_lr_ratio", 1, "--warmup_iters", 5, "--base_weight", base)
-
-    def tune(name: str, records: list[dict], seconds: float) -> None:
-        data = arms[name].write("data.jsonl", records)
-        script, more = "trainer/train_full_sft.py", ("--epochs", 1000)
-        if name == "grpo":
-            script, more = "trainer/train_grpo.py", ("--max_new_tokens", LONGEST, "--epochs", 1000)
-        arms[name].run(script, *rate, *more, "--data_path", data, seconds=seconds)
-
-    results = [{"conversations": turns(pair), "answer": str(sum(pair))} for pair in prompts]
-    bare = [{"conversations": turns(pair, str(sum(pair)))} for pair in prompts]
-    jobs = {  # each has --seconds; rejection samples for half of them
-        "grpo": lambda: tune("grpo", results, args.seconds),
-        "sft": lambda: tune("sft", bare, args.seconds),
-        "rejection": lambda: tune(
-            "rejection", reject(arms["rejection"], base, prompts, args.seconds / 2), args.seconds / 2
-        ),
+    arms = {name: Arm(folder / name, folder / "tokenizer", seed) for name in ("start", *args.arms)}
+    start = folder / "start" / "full_sft_64.pth"
+    if not start.exists():
+        make_start(arms["start"], examples, args)
+    found = {
+        "start, sampled": arms["start"].score(start, held_out, 1.0),
+        "start": arms["start"].score(start, held_out),
     }
-    with ThreadPoolExecutor(len(jobs)) as pool:
-        for done in [pool.submit(job) for job in jobs.values()]:
+    print(found, flush=True)
+    common = ("--min_lr_ratio", 1, "--warmup_iters", 5, "--epochs", 1000, "--base_weight", start, "--data_path")
+
+    def sft(arm: Arm, records: list[dict], seconds: float) -> None:
+        rate = ("--learning_rate", args.sft_rate)
+        arm.run("trainer/train_full_sft.py", *rate, *common, arm.write("data.jsonl", records), seconds=seconds)
+
+    def grpo(arm: Arm) -> None:
+        data = arm.write("data.jsonl", [prompt(pair) for pair in prompts])
+        flags = ("--learning_rate", args.grpo_rate, "--max_new_tokens", LONGEST, *args.grpo.split())
+        arm.run("trainer/train_grpo.py", *flags, *common, data, seconds=args.seconds)
+
+    def rejection(arm: Arm) -> None:
+        sft(arm, reject(arm, start, prompts, args.seconds / 2), args.seconds / 2)
+
+    def bare(arm: Arm) -> None:
+        sft(arm, [{"conversations": turns(pair, str(sum(pair)))} for pair in prompts], args.seconds)
+
+    jobs = {"grpo": grpo, "sft": bare, "rejection": rejection}
+    with ThreadPoolExecutor(args.parallel) as pool:
+        for done in [pool.submit(jobs[name], arms[name]) for name in args.arms]:
             done.result()
-    found = {"start": arms["start"].score(base, held_out)}
-    for name in jobs:
+    for name in args.arms:
         found[name] = arms[name].score(next((folder / name).glob("*_64.pth")), held_out)
     print(f"seed {seed}: " + ", ".join(f"{name} {value:.1f} %" for name, value in found.items()), flush=True)
     return found
@@ -181,10 +179,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--examples", type=int, default=2000, help="worked examples of the SFT")
-    add("--enough", type=float, default=30, help="percent of other sums that the SFT is to solve")
-    add("--seconds", type=float, default=60, help="of processor time for each arm, its start included")
-    add("--rate", type=float, default=3e-4, help="learning rate of all arms")
+    add("--arms", nargs="+", choices=("grpo", "sft", "rejection"), default=["grpo", "sft", "rejection"])
+    add("--digits", type=int, default=3)
+    add("--careless", type=float, default=0.5, help="share of the carries that the teacher forgets")
+    add("--examples", type=int, default=8000, help="worked examples of the SFT")
+    add("--prompts", type=int, default=8000)
+    add("--start_steps", type=int, default=1000)
+    add("--seconds", type=float, default=150, help="of processor time for each arm, its start included")
+    add("--sft_rate", type=float, default=1e-3)
+    add("--grpo_rate", type=float, default=3e-4)
+    add("--grpo", default="", help="flags")
+    add("--parallel", type=int, default=1)
     add("--out_dir", type=Path, default=ROOT / "out" / "grpo_sums")
     args = parser.parse_args()
     rows = [one_seed(seed, args) for seed in args.seeds]
