@@ -293,7 +293,7 @@ def stage_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: S
     shared = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads batch_size max_seq_len device"
     flags = {name: vars(args)[name] for name in (*shared.split(), "cache_dir", "data_path", "dtype", "optimizer")}
     flags |= {"epochs": 1000, "learning_rate": LEARNING_RATE, "log_interval": 1000}
-    flags |= {"out_dir": args.folder / stage, "base_weight": args.weights}
+    flags |= {"out_dir": args.folder / f"out_{os.getpid()}", "base_weight": args.weights}
     if stage == "grpo":
         reward = f"python:{args.folder / 'reward.py'}:length"
         flags |= {"prompts_per_step": PROMPTS, "group_size": GROUP, "max_new_tokens": ANSWER, "reward": reward}
@@ -457,7 +457,7 @@ def sample_pairs(path: Path, source: Path, count: int = 2000) -> Path:
 def sample_prompts(args: argparse.Namespace) -> Path:
     """Write short prompts and a reward that differs from answer to answer; return the prompts' path."""
     turns = [parse_record("conversation", line)[:1] for line in args.data_path.read_text("utf-8").splitlines()]
-    prompts = [{"conversations": asked, "answer": ""} for asked in turns if len(asked[0]["content"]) < 40]
+    prompts = [{"conversations": asked, "answer": "1"} for asked in turns if len(asked[0]["content"]) < 40]
     path = args.folder / f"prompts_{os.getpid()}.jsonl"
     path.write_text("".join(json.dumps(prompt, ensure_ascii=False) + "\n" for prompt in prompts), encoding="utf-8")
     (args.folder / "reward.py").write_text("def length(answer, record):\n    return float(len(answer))\n")
