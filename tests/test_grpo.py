@@ -1,6 +1,7 @@
 """GRPO: its loss against hand-computed numbers, REINFORCE and TRL; rollouts, rewards; and that it learns."""
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -266,13 +267,13 @@ def test_a_run_that_stopped_in_its_answers_resumes_to_the_same_bits(train, launc
     assert all(abs(record["rollout_kl"]) < 1e-6 for record in read_log(tmp_path / "whole", name))
 
 
-def asked_while_the_third_steps_answers_are_sampled(module) -> None:
+def signalled_in_the_third_steps_answers(module, number: int = signal.SIGTERM) -> None:
     submit, requests = rollouts.RolloutEngine.submit, []
 
     def counted(self, *arguments):
         requests.append(submit(self, *arguments))
         if len(requests) == 2 * 8 + 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return requests[-1]
 
     rollouts.RolloutEngine.submit = counted
@@ -280,12 +281,25 @@ def asked_while_the_third_steps_answers_are_sampled(module) -> None:
 
 def test_a_signal_ends_the_sampling_and_the_run_resumes_to_the_same_bits(train, launcher, start, tmp_path):
     flags = grpo_flags(start, tmp_path / "parts")
-    child = launcher.start("train_grpo", flags, patches=[asked_while_the_third_steps_answers_are_sampled])
+    child = launcher.start("train_grpo", flags, patches=[signalled_in_the_third_steps_answers])
     assert child.wait() == 128 + signal.SIGTERM and "stopped after step 2; saved" in child.output
     train("train_grpo", [*flags, "--resume"])
     train("train_grpo", grpo_flags(start, tmp_path / "whole"))
     ours, theirs = (read_resume(tmp_path / name, "grpo_32") for name in ("parts", "whole"))
     assert_identical(ours, theirs)
+
+
+def test_a_run_killed_in_its_answers_leaves_nothing_behind(launcher, start, tmp_path):
+    """No process, no half-written file; what it leaves is what a resumed run needs and overwrites."""
+    flags = grpo_flags(start, tmp_path / "out", save_interval=1)
+    killed = functools.partial(signalled_in_the_third_steps_answers, number=signal.SIGKILL)
+    child = launcher.start("train_grpo", flags, patches=[killed])
+    assert child.wait() == -signal.SIGKILL, child.output
+    with pytest.raises(ProcessLookupError):
+        os.killpg(child.process.pid, 0)
+    left = {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*")}
+    launcher.run("train_grpo", [*flags, "--resume"])
+    assert left == {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*")}
 
 
 def test_an_adapter_and_its_reference_share_the_base():
