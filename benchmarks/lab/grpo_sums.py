@@ -29,7 +29,6 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -41,7 +40,6 @@ import torch
 
 from dataset.tokenization import ChatTokenizer
 from model.loading import load_ready
-from trainer import train_grpo
 from trainer.rollouts import Rollout, Sampler, draw_seed
 
 SIZES = "--hidden_size 64 --num_hidden_layers 2 --num_attention_heads 4 --num_key_value_heads 2".split()
@@ -145,10 +143,11 @@ class Arm:
         """Return scored answers, so many to each problem. Draws depend on the problem and the sample alone."""
         ready = load_ready(weights, ChatTokenizer, tokenizer_path=self.tokenizer, device="cpu", dtype="float32")
         asked = self.write("asked.jsonl", [self.task.prompt(problem) for problem in problems])
-        flags = [*self.flags, "--data_path", asked, "--max_new_tokens", self.task.longest]
-        sampler = Sampler(asked, train_grpo.parse([str(word) for word in flags]), ready.tokenizer, None)
+        flags = {"reward": "number", "skip_bad_lines": False, "max_new_tokens": self.task.longest, "max_seq_len": 256}
+        flags |= {"prompts_per_step": 1, "group_size": 1, "epochs": 1, "max_steps": 0, "temperature": temperature}
+        sampler = Sampler(asked, argparse.Namespace(**flags), ready.tokenizer, None)
         jobs = [(n, draw_seed(*problem, sample)) for n, problem in enumerate(problems) for sample in range(samples)]
-        return sampler._answers(ready.model, jobs, replace(sampler.params, temperature=temperature))
+        return sampler._answers(ready.model, jobs, sampler.params)
 
     def score(self, weights: Path, problems: list[Problem], temperature: float = 0.0) -> float:
         return 100 * fmean(answer.total for answer in self.answers(weights, problems, 1, temperature))
