@@ -58,7 +58,7 @@ def conversation(turns: list[dict], answer: str) -> dict:
 class Sums:
     """Two numbers of three digits."""
 
-    forgets, start_steps, longest, vocab_size = 0.6, 1500, 40, 290
+    forgets, start_steps, longest, vocab_size = 0.6, 1000, 40, 290
     ranges = (range(100, 1000), range(100, 1000))
 
     @staticmethod
@@ -68,7 +68,7 @@ class Sums:
 
     @staticmethod
     def worked(problem: Problem, remembers: Callable[[], bool]) -> list[dict]:
-        """Add digit by digit: 47+38 -> 7+8=15,4+3+1=8,85; 4+3=7,75 if the carry is forgotten."""
+        """Add digit by digit: 47+38 -> 7+8=15;4+3+1=8;85, or 4+3=7;75 if the carry is forgotten."""
         first, second = problem
         steps, digits, carry = [], "", 0
         while first or second:
@@ -77,13 +77,13 @@ class Sums:
             first, second = first // 10, second // 10
             digits = str(sum(terms) % 10 if first or second else sum(terms)) + digits
             carry = int(sum(terms) > 9 and remembers())
-        return [{"role": "assistant", "content": ",".join([*steps, digits])}]
+        return [{"role": "assistant", "content": ";".join([*steps, digits])}]  # "8,853" would be thousands
 
 
 class Tools:
     """The sum of two numbers times a third, in two calls."""
 
-    forgets, start_steps, longest, vocab_size = 0.5, 1500, 90, 400
+    forgets, start_steps, longest, vocab_size = 0.5, 1000, 90, 400
     ranges = (range(10, 100), range(10, 100), range(2, 10))
 
     @staticmethod
@@ -232,7 +232,7 @@ def main() -> None:
     add("--arms", nargs="+", choices=("grpo", "sft", "rejection"), default=["grpo", "sft", "rejection"])
     add("--examples", type=int, default=8000, help="worked examples of the start")
     add("--prompts", type=int, default=5000, help="prompts with nothing but the result")
-    add("--seconds", type=float, default=90, help="of processor time for each arm, its start included")
+    add("--seconds", type=float, default=60, help="of processor time for each arm, its start included")
     add("--grpo", default="--learning_rate 3e-4", help="more flags for GRPO")
     add("--sft", default="--learning_rate 1e-3", help="more flags for SFT, after rejection sampling too")
     add("--parallel", type=int, default=2, help="arms at a time")
