@@ -25,7 +25,6 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import statistics
 import sys
 import tempfile
@@ -51,6 +50,7 @@ from model.model_lora import TARGETS, apply_lora
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import save_weights
 from trainer.arguments import run_script, stage_parser
+from trainer.cost import Memory
 from trainer.distributed import Process, keep_freed_memory
 from trainer.loader import PackedData, model_inputs
 from trainer.logger import Logger
@@ -391,13 +391,13 @@ def contend(connection, name: str, args: argparse.Namespace) -> None:
     """Run a process: two steps to warm up, then rounds as the other side asks for them."""
     torch.set_num_threads(args.threads)
     os.environ["HF_HOME"] = str(args.folder / "hf")
+    memory = Memory(args.device)
     try:
         keep_freed_memory()
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = memory.peak()
         CONTENDERS[name](args, ChatTokenizer(ROOT / "model"), step_done=Turns(connection, args).step_done)
     except EndOfTurns:
-        peak = torch.cuda.max_memory_allocated() if "cuda" in args.device else 0  # of the step, its model included
-        connection.send(peak or 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+        connection.send(memory.peak() - before)
     except Exception:
         connection.send(traceback.format_exc())
 
@@ -421,7 +421,7 @@ def measure_rounds(names: list[str], args: argparse.Namespace) -> dict[str, list
             rates[name].append(done / seconds)
     for name, connection in connections.items():
         connection.send(0)
-        print(f"{name}: {receive(name, connection) / 1e6:,.0f} MB at its peak", flush=True)
+        print(f"{name}: {receive(name, connection) / 1e6:,.0f} MB at its peak, the model included", flush=True)
     for child in children:
         child.join(30)
     return rates

@@ -1,6 +1,7 @@
 """The benchmarks count what they say they count."""
 
 import ast
+import functools
 import json
 import mmap
 from pathlib import Path
@@ -14,6 +15,8 @@ from dataset.lm_dataset import parse_record
 from tests.conftest import ROOT, one_thread, write_conversations
 from trainer.cost import Memory
 from trainer.loader import PackedData
+from trainer.logger import Logger
+from trainer.rollouts import Sampler
 
 
 def test_mistakes_name_the_flag():
@@ -89,6 +92,16 @@ def test_peft_counts_the_inputs_that_are_no_padding(part, tokenizer):
     inputs = [min(len(ids), 65) - 1 for ids in documents]
     expected = [inputs[i] + inputs[i + 1] for i in (0, 2, 4)]
     assert amounts(stage_throughput.peft_steps, args, tokenizer, equal_tokens=False) == expected
+
+
+@pytest.mark.parametrize("sampling", [True, False])
+def test_a_grpo_step_counts_its_answers(part, tokenizer, monkeypatch, sampling):
+    for owner, name in ((Logger, "step"), (Sampler, "_answers")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back at the end
+    monkeypatch.setattr(stage_throughput, "ANSWER", 4)
+    args = part("grpo", "--max_seq_len=128")
+    steps = functools.partial(stage_throughput.stage_steps, stage="grpo", sampling=sampling)
+    assert amounts(steps, args, tokenizer) == [64, 64, 64]  # 8 prompts, 8 answers each
 
 
 def test_a_ratio_is_that_of_the_same_round(capsys):
