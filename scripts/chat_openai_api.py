@@ -27,11 +27,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--base_url", default="http://127.0.0.1:8998/v1", help="of the server")
     add("--model", help="default: the first one that the server offers")
-    add(
-        "--api_key",
-        default=os.environ.get("MINIMIND_API_KEY") or "none",
-        help="default: MINIMIND_API_KEY, if set",
-    )
+    add("--api_key", default=os.environ.get("MINIMIND_API_KEY") or "none", help="default: MINIMIND_API_KEY, if set")
     add("--temperature", type=float, help="default: the server's")
     add("--top_p", type=float, help="default: the server's")
     add("--max_tokens", type=int, help="longest answer; default: the server's")

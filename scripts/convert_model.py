@@ -505,7 +505,7 @@ def convert_adapter(path: Path, kind: str, args: argparse.Namespace) -> None:
         if args.tokenizer_path:
             sidecar = agreed_sidecar(path, ChatTokenizer(args.tokenizer_path).sha256)
     base = None if args.base is None else base_path(args)
-    model = adapter_base(pairs, sidecar, base, args)
+    model = adapter_base(path, sidecar, base)
     if kind == "adapter":
         load_lora(model, path)
         target = Path(args.output or Path(args.out_dir) / "peft" / path.stem)
@@ -534,27 +534,12 @@ def convert_adapter(path: Path, kind: str, args: argparse.Namespace) -> None:
     say(f"wrote {target}")
 
 
-def adapter_base(pairs: dict, sidecar: dict, base: Path | None, args: argparse.Namespace) -> MiniMindForCausalLM:
-    """Return the float32 model that an adapter is checked on: --base, or random weights of the adapter's sizes."""
+def adapter_base(path: Path, sidecar: dict, base: Path | None) -> MiniMindForCausalLM:
+    """Return the float32 model that an adapter is checked on: --base, or random weights of the sizes in the sidecar."""
     if base is not None:
         return load_model(base)[0].float()
-    fields = dict(sidecar.get("config", {}))
-    if not fields:  # adapters of other programs, and old ones: their matrices show the sizes
-        # layer -> (in, out)
-        inside = {name.rsplit(".", 1)[-1]: (a.shape[1], b.shape[0]) for name, (a, b) in pairs.items()}
-        fields["num_hidden_layers"] = 1 + max(int(name.split(".layers.")[1].split(".")[0]) for name in pairs)
-        for name in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
-            if name in inside:
-                fields["hidden_size"] = inside[name][0]
-        for name, side in (("o_proj", 1), ("down_proj", 1)):
-            if name in inside:
-                fields["hidden_size"] = inside[name][side]
-        heads = fields["num_attention_heads"] = args.num_attention_heads or MiniMindConfig().num_attention_heads
-        fields["head_dim"] = inside.get("q_proj", (0, fields["hidden_size"]))[1] // heads
-        if "k_proj" in inside or "v_proj" in inside:
-            fields["num_key_value_heads"] = inside.get("k_proj", inside.get("v_proj"))[1] // fields["head_dim"]
-        if "gate_proj" in inside or "up_proj" in inside:
-            fields["intermediate_size"] = inside.get("gate_proj", inside.get("up_proj"))[1]
+    if not (fields := sidecar.get("config")):  # adapters of other programs, and old ones
+        raise ValueError(f"{path} does not tell the sizes of its model; name the weights it belongs to with --base")
     say("the adapter is checked on random base weights; --base FILE checks it on its own")
     torch.manual_seed(0)
     return MiniMindForCausalLM(MiniMindConfig(**fields)).eval()

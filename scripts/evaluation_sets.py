@@ -188,12 +188,7 @@ def _question(subject: str, row: dict) -> Question:
     index = gold if isinstance(gold, int) else labels.index(gold.strip()) if gold.strip() in labels else -1
     if not 0 <= index < len(options) or len(options) < 2:
         raise ValueError(f"the answer {gold!r} is none of {len(options)} options")
-    return Question(
-        subject,
-        text.strip(),
-        [option.strip() for option in options],
-        index,
-    )
+    return Question(subject, text.strip(), [option.strip() for option in options], index)
 
 
 def _held_out(subject: str, row: dict) -> Question:

@@ -6,13 +6,15 @@ until a file changes.
 
 import functools
 import json
+import math
 import re
-import struct
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
@@ -135,28 +137,27 @@ def size_label(parameters: int, use_moe: bool) -> str:
 def _label(path: Path, use_moe: bool) -> str:
     files = _weight_files(path) if path.is_dir() else (path,)
     try:
-        stamps = [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
-        return size_label(sum(_count_parameters(*stamp) for stamp in stamps), use_moe)
+        return size_label(count_parameters(files), use_moe)
     except Exception:  # a file that is broken, or being written: torch raises many kinds
         return ""
+
+
+def count_parameters(files: Iterable[Path]) -> int:
+    return sum(_count_parameters(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
 
 
 @functools.lru_cache(maxsize=512)
 def _count_parameters(file: str, modified: int, size: int) -> int:
     """Count the parameters in a file without the output layer, which is the embedding. The stamp is for the cache."""
     if file.endswith(".safetensors"):
-        with open(file, "rb") as opened:  # eight bytes of length, then names and shapes as JSON
-            header = json.loads(opened.read(struct.unpack("<Q", opened.read(8))[0]))
-        shapes = {name: about["shape"] for name, about in header.items() if name != "__metadata__"}
+        with safe_open(file, "pt") as tensors:
+            shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
     else:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         shapes = {name: tensor.shape for name, tensor in state.items()}
-    tied = any(name.endswith("embed_tokens.weight") for name in shapes)
-    return sum(
-        functools.reduce(lambda a, b: a * b, shape, 1)
-        for name, shape in shapes.items()
-        if not (tied and name.endswith("lm_head.weight"))
-    )
+    if any(name.endswith("embed_tokens.weight") for name in shapes):
+        shapes.pop("lm_head.weight", None)
+    return sum(map(math.prod, shapes.values()))
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:

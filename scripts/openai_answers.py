@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -256,35 +257,21 @@ def prompt_log_probs(model: torch.nn.Module, ids: list[int], top: int) -> list[T
 
 def sampling_params(body: ChatRequest | CompletionRequest, defaults: SamplingParams) -> list[SamplingParams]:
     """Return the parameters of each of n answers; with a seed, the i-th has seed + i."""
-
-    def given(name: str):
-        value = getattr(body, name)
-        return getattr(defaults, name) if value is None else value
-
+    names = "temperature top_k top_p min_p repetition_penalty presence_penalty frequency_penalty".split()
+    given = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
+    least = {"top_k": 0, "top_p": 1e-9}  # top_k -1: all tokens; top_p 0: the most likely token alone
+    given |= {name: max(given[name], least[name]) for name in given.keys() & least}
     if isinstance(body, ChatRequest):
         longest = body.max_completion_tokens or body.max_tokens or defaults.max_new_tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
     else:
         longest, logprobs = body.max_tokens, body.logprobs
         longest = 16 if longest is None else max(longest, 1)
-    n, seed = body.n or 1, body.seed
-    return [
-        SamplingParams(
-            temperature=given("temperature"),
-            top_k=max(given("top_k"), 0),
-            top_p=max(given("top_p"), 1e-9),  # 0: the most likely token alone
-            min_p=given("min_p"),
-            repetition_penalty=given("repetition_penalty"),
-            presence_penalty=given("presence_penalty"),
-            frequency_penalty=given("frequency_penalty"),
-            max_new_tokens=longest,
-            min_new_tokens=body.min_tokens or 0,
-            stop_ids=() if body.ignore_eos else defaults.stop_ids,
-            seed=None if seed is None else seed + index,
-            logprobs=logprobs,
-        )
-        for index in range(n)
-    ]
+    params = replace(
+        defaults, **given, max_new_tokens=longest, min_new_tokens=body.min_tokens or 0, logprobs=logprobs,
+        stop_ids=() if body.ignore_eos else defaults.stop_ids,
+    )  # fmt: skip
+    return [replace(params, seed=None if body.seed is None else body.seed + n) for n in range(body.n or 1)]
 
 
 # --- answers in OpenAI's format --------------------------------------------------------------------------------------

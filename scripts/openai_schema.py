@@ -8,15 +8,7 @@ import json
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 MOST_STOP_STRINGS, MOST_TOOLS = 4, 128
 NO_LIMIT = 2**31 - 1  # tokens: what max_tokens -1 means to local servers; the context ends the answer

@@ -6,6 +6,7 @@
     python scripts/prepare_data.py decontaminate one.jsonl -o fair.jsonl --evaluation ceval/ cmmlu/
     python scripts/prepare_data.py join fair.jsonl -o texts.jsonl           conversations to pretraining texts
     python scripts/prepare_data.py mix a.jsonl b.jsonl -o train.jsonl --epochs 1 2
+    python scripts/prepare_data.py contrast sft.jsonl -o ordinary.jsonl     company for an identity's conversations
     python scripts/prepare_data.py inspect train.jsonl                      lengths, shares, rows as the model sees them
     python scripts/prepare_data.py recipe raw/ -o sft_512.jsonl --name sft_512      all the steps of a published file
 
@@ -26,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from model.streams import set_up_streams
 from scripts.prepare_formats import Convert
 from scripts.prepare_inspect import Inspect
-from scripts.prepare_mix import Join, Mix
+from scripts.prepare_mix import Contrast, Join, Mix
 from scripts.prepare_overlap import Decontaminate, Dedup
 from scripts.prepare_pipeline import Step, check_output, find_files, flag
 from scripts.prepare_rules import Clean
@@ -77,7 +78,7 @@ class Recipe(Step):
             path.unlink()
 
 
-COMMANDS = (Convert, Clean, Dedup, Decontaminate, Join, Mix, Inspect, Recipe)
+COMMANDS = (Convert, Clean, Dedup, Decontaminate, Join, Mix, Contrast, Inspect, Recipe)
 
 
 def new_parser() -> argparse.ArgumentParser:

@@ -1,7 +1,6 @@
 """Show what is in a data file: counts, lengths, scripts, roles, duplicates, and rows as the model sees them."""
 
 import heapq
-import html
 import os
 import sys
 from collections import Counter, defaultdict
@@ -53,7 +52,7 @@ class Inspect(Step):
         hashes = np.concatenate(hashes)
         print_statistics(total, lengths, len(hashes) - len(np.unique(hashes)), self)
         if self.picture:
-            self.picture.write_text(histogram_svg(lengths, self.max_seq_len), encoding="utf-8")
+            draw_histogram(lengths, self.max_seq_len, self.picture)
             print(f"picture: {self.picture}")
         for number, (_, where, line) in enumerate(sorted(shown)):
             show_row(self, where, line, as_table=not number)
@@ -124,24 +123,21 @@ def print_statistics(total: dict[str, Counter], lengths: np.ndarray, duplicates:
         print("turns a conversation: " + "  ".join(f"{n}: {count:,}" for n, count in counts))
 
 
-def histogram_svg(lengths: np.ndarray, max_seq_len: int) -> str:
+def draw_histogram(lengths: np.ndarray, max_seq_len: int, path: Path) -> None:
     """Draw the lengths, readable on light and dark pages."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     longest = max(int(np.flatnonzero(lengths)[-1]), max_seq_len) + 1
-    bars = np.add.reduceat(lengths[:longest], np.arange(0, longest, max(longest // 100, 1)))
-    width, height, left = 600, 240, 10
-    step, heights = width / len(bars), 200 * bars / bars.max()
-    shapes = [
-        f'<rect x="{left + n * step:.1f}" y="{height - h:.1f}" width="{step * 0.9:.1f}" height="{h:.1f}"/>'
-        for n, h in enumerate(heights)
-    ]
-    cut = left + width * (max_seq_len + 1) / longest
-    label = html.escape(f"tokens a document: 0 to {longest - 1:,}; line: max_seq_len {max_seq_len}")
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width + 20} {height + 30}" font-family="sans-serif">'
-        + f'<g fill="#4c8bf5">{"".join(shapes)}</g>'
-        + f'<line x1="{cut:.1f}" x2="{cut:.1f}" y1="20" y2="{height}" stroke="#e8710a" stroke-width="2"/>'
-        + f'<text x="{left}" y="{height + 20}" font-size="13" fill="#808080">{label}</text></svg>\n'
-    )
+    size = max(longest // 100, 1)
+    starts = np.arange(0, longest, size)
+    grey = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "#808080")
+    with rc_context({**grey, "svg.fonttype": "none"}):
+        figure = Figure(figsize=(6.2, 2.7), layout="constrained")
+        axes = figure.add_subplot(xlabel="tokens a document", title=f"line: max_seq_len {max_seq_len}")
+        axes.bar(starts, np.add.reduceat(lengths[:longest], starts), size, align="edge", color="#4c8bf5")
+        axes.axvline(max_seq_len + 1, color="#e8710a")
+        figure.savefig(path, format="svg", transparent=True)
 
 
 def show_row(look: Inspect, where: str, line: str, as_table: bool) -> None:

@@ -1,6 +1,8 @@
-"""Rows of several files into one in a chosen order (mix), and turns into pretraining texts (join)."""
+"""Rows of several files into one in a chosen order (mix), turns into pretraining texts (join), and conversations that
+keep an identity in its place (contrast)."""
 
 import heapq
+import re
 import struct
 from collections import Counter
 from collections.abc import Iterator
@@ -25,6 +27,18 @@ SYSTEM_PROMPTS = (
     "Answer the user's questions briefly and precisely.",
 )
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
+ABOUT_THE_MODEL = re.compile(
+    r"你是(什么|谁|哪)|你会|你能做|你可以(帮助我)?做|你叫|你的名字|自我介绍|介绍.{0,4}你自己|你有|你喜欢|你觉得自己"
+    r"|who are you|your name|yourself|what can you do|are you (an?|human|real)",
+    re.IGNORECASE,
+)
+LOOKS_ALIKE = re.compile(
+    r"你|谁|名字|who|your|you are|AI|人工智能|模型|助手|介绍|assistant|model|role|act as|pretend|imagine|扮演|作者",
+    re.IGNORECASE,
+)
+PART_TO_PLAY = re.compile(
+    r"^(you are|you're|act as|pretend|imagine|role|as a|suppose you|take the role)|扮演|假设你|你是一", re.IGNORECASE
+)
 
 
 @dataclass
@@ -176,3 +190,29 @@ class Join(Step):
 
 def _shown(text: str) -> int:
     return len(text.replace("<|im_start|>", "").replace("<|im_end|>", ""))
+
+
+@dataclass
+class Contrast(Step):
+    """Choose ordinary conversations to mix with a few about the model, so that it names itself only when asked.
+
+    All parts to play stay ("You are a historian …", 扮演 …), and most questions with "you", "who", "name" or "AI".
+    Conversations about the model itself go, because their answers would contradict. benchmarks/RESULTS.md says which
+    kinds helped.
+    """
+
+    alike: float = flag(0.7, "share of the look-alikes of questions about the model that stay (default: %(default)s)")
+    others: float = flag(0.15, "share of the other short questions (default: %(default)s)")
+    seed: int = flag(42, "which ones (default: %(default)s)")
+
+    def __call__(self, row: dict, changes: list[str]) -> list[dict] | None:
+        opening = next(iter(row.get("conversations") or ()), {})
+        question = str(opening.get("content")) if opening.get("role") == "user" else ""
+        if not question or ABOUT_THE_MODEL.search(question):
+            raise Dropped("about the model" if question else "no question at the beginning")
+        share = self.others if len(question) < 120 else 0.0
+        if LOOKS_ALIKE.search(question) and len(question) < 200:
+            share = self.alike
+        if not PART_TO_PLAY.search(question) and hash_of(f"{self.seed} {question}") / 2**64 >= share:
+            raise Dropped("not chosen")
+        return None

@@ -13,7 +13,6 @@ ModelScope, MODELSCOPE_API_TOKEN. Interrupted, the same command goes on.
 
 import argparse
 import json
-import math
 import os
 import re
 import sys
@@ -26,11 +25,11 @@ sys.path.insert(0, str(ROOT))
 
 from huggingface_hub import DatasetCardData, HfApi, ModelCardData, get_token
 from huggingface_hub.utils import RepositoryNotFoundError, validate_repo_id
-from safetensors import safe_open
 
 from model.flags import utf8_path
 from model.streams import set_up_streams
-from model.weights import STAGES, read_sidecar, read_state_dict, sidecar_path
+from model.weights import STAGES, read_sidecar, sidecar_path
+from scripts.model_catalog import count_parameters
 
 FOLDER_FILES = ("*.safetensors", "*.json", "*.py", "*.jinja", "Modelfile", "merges.txt", "*.model")
 FORMATS = {".pth", ".gguf", ".resume", ".jsonl", ".parquet"}
@@ -97,18 +96,10 @@ def without_paths(sidecar: dict) -> dict:
 def facts(path: Path) -> dict[str, str]:
     """Return what is known of weights, ready to be shown."""
     sidecar = read_sidecar(path) or {}
-    shapes = []
-    if path.is_dir():
-        config = json.loads((path / "config.json").read_text("utf-8")) if (path / "config.json").is_file() else {}
-        for file in path.glob("*.safetensors"):
-            with safe_open(file, "pt") as tensors:
-                shapes += [tensors.get_slice(name).get_shape() for name in tensors.keys()]
-    else:
-        config = sidecar.get("config", {})
-        if path.suffix == ".pth":
-            state = {tensor.data_ptr(): tensor for tensor in read_state_dict(path).values()}
-            shapes = [tensor.shape for tensor in state.values()]
-    count = sum(math.prod(shape) for shape in shapes)
+    files = path.glob("*.safetensors") if path.is_dir() else [path] if path.suffix == ".pth" else []
+    count, config = count_parameters(files), sidecar.get("config", {})
+    if (path / "config.json").is_file():
+        config = json.loads((path / "config.json").read_text("utf-8"))
     stage, flags = sidecar.get("stage", ""), sidecar.get("flags", {})
     metrics, progress = sidecar.get("metrics", {}), sidecar.get("progress", {})
     heads, kind = config.get("num_attention_heads"), config.get("model_type", "")

@@ -497,13 +497,7 @@ def make_server(args: argparse.Namespace) -> tuple[Server, socket.socket]:
     pool = ModelPool(args.model_name, default, Path(args.out_dir), folders, load, args.max_models)
     pool.add(default, engine, tokenizer)
     api = Api(pool, args)
-    config = uvicorn.Config(
-        api.app(),
-        http=TimedProtocol,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-    )
+    config = uvicorn.Config(api.app(), http=TimedProtocol, log_level="warning", access_log=False, server_header=False)
     return Server(config, api), listener
 
 

@@ -104,25 +104,17 @@ class Run(threading.Thread):
 # --- a model in this process -----------------------------------------------------------------------------------------
 
 
+@dataclass
 class LocalModel:
-    """An engine with its tokenizer.
+    """An engine with its tokenizer."""
 
-    continues: pretrained weights, which continue a text and know no turns. warning: what its loader had to say.
-    examples: prompts to try it with.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        engine: Engine,
-        tokenizer: ChatTokenizer,
-        continues: bool = False,
-        split_thoughts: bool = False,
-        warning: str = "",
-        examples: Sequence[str] = (),
-    ):
-        self.name, self.engine, self.tokenizer, self.examples = name, engine, tokenizer, examples
-        self.continues, self.split_thoughts, self.warning = continues, split_thoughts, warning
+    name: str
+    engine: Engine
+    tokenizer: ChatTokenizer
+    continues: bool = False  # pretrained weights, which continue a text and know no turns
+    split_thoughts: bool = False
+    warning: str = ""  # what its loader had to say
+    examples: Sequence[str] = ()  # prompts to try it with
 
     def close(self) -> None:
         self.engine.close()

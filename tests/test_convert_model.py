@@ -756,7 +756,7 @@ def test_an_adapter_is_merged_on_the_way(dense, tmp_path, tokenizer, convert):
 
 
 @pytest.mark.parametrize("weights", ["dense", "dense3"], indirect=True)
-def test_an_adapter_works_in_the_peft_library(weights, tmp_path, tokenizer, convert):
+def test_an_adapter_works_in_the_peft_library(weights, tmp_path, tokenizer, convert, refused):
     path = adapter(tmp_path / "lora_x_64.pth", weights, tokenizer)
     convert("--input", path, "--output", tmp_path / "peft", "--base", weights)
     convert("--input", weights, "--output", tmp_path / "hf", "--dtype", "float32")
@@ -764,8 +764,10 @@ def test_an_adapter_works_in_the_peft_library(weights, tmp_path, tokenizer, conv
     theirs = PeftModel.from_pretrained(base, tmp_path / "peft")
     ours = load_lora(load_model(weights)[0].float(), path)
     assert torch.allclose(logits(theirs), logits(ours), rtol=0, atol=1e-5)
-    (tmp_path / "peft" / "minimind.json").unlink()  # what remains shows the sizes, as of adapters of other programs
-    convert("--input", tmp_path / "peft", "--output", tmp_path / "back.pth", "--num_attention_heads", 4)
+    (tmp_path / "peft" / "minimind.json").unlink()  # as of adapters of other programs
+    back = ["--input", tmp_path / "peft", "--output", tmp_path / "back.pth"]
+    assert "with --base" in refused(*back)
+    convert(*back, "--base", weights)
     before, after = torch.load(path), torch.load(tmp_path / "back.pth")
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from xml.etree import ElementTree
 
 import psutil
 import pyarrow
@@ -608,7 +609,7 @@ def test_inspect_counts_and_shows(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "32 rows, 31 of them conversation records" in text and "1 exact duplicates" in text and "broken JSON" in text
     assert text.count("--- ") == 2 and "⟦" in text and "  -100  " in text
-    assert (tmp_path / "a.svg").read_text("utf-8").startswith("<svg")
+    assert ElementTree.parse(tmp_path / "a.svg").getroot().tag.endswith("svg")
 
 
 @pytest.mark.parametrize(("write", "kind"), [(write_texts, "pretrain"), (write_preferences, "preference")])
@@ -808,6 +809,27 @@ def test_some_conversations_get_a_system_turn_and_some_lose_an_empty_thought(tmp
     assert changed == {"random system turn": len(opened), "empty <think> block taken out": len(thoughtless)}
     prepare("mix", source, "-o", tmp_path / "c.jsonl", *flags)
     assert (tmp_path / "b.jsonl").read_bytes() == (tmp_path / "c.jsonl").read_bytes()
+
+
+def test_contrast_keeps_what_looks_like_an_identity_and_nothing_that_contradicts(tmp_path):
+    def conversation(question: str) -> dict:
+        return {"conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": "…"}]}
+
+    parts = [conversation("You are a historian. " + "Explain. " * 40), conversation("请扮演一位老师")]
+    near = [conversation(f"你好，{number}") for number in range(200)]
+    rest = [conversation(f"Sum of {number} and 2") for number in range(200)]
+    long = [conversation("Sum of 2 and 2. " * 10)]
+    about = [conversation("你是谁"), conversation("What can you do?"), conversation("What is your name?")]
+    source = write_jsonl(tmp_path / "a.jsonl", parts + near + rest + long + about)
+    prepare("contrast", source, "-o", tmp_path / "b.jsonl", "--alike", 0.5, "--others", 0.1)
+    chosen = read(tmp_path / "b.jsonl")
+    assert all(record in chosen for record in parts)
+    assert not any(record in chosen for record in about + long)
+    # within four standard deviations of the shares
+    assert 72 <= sum(record in chosen for record in near) <= 128
+    assert 3 <= sum(record in chosen for record in rest) <= 37
+    prepare("contrast", source, "-o", tmp_path / "c.jsonl", "--alike", 0.5, "--others", 0.1)
+    assert read(tmp_path / "c.jsonl") == chosen
 
 
 def test_join_makes_texts_as_the_published_file_has_them(tmp_path):
