@@ -23,7 +23,8 @@ def yield_when_busy(seconds: float = 0.2) -> None:
     decided = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "LOCAL_RANK"} & set(os.environ)
     if decided or "torch" in sys.modules or not Path("/proc/stat").exists():
         return
-    threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count())
+    given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # may be a list, one for each level
+    threads = int(given) if given.isdigit() else os.cpu_count()
     before = _idle_ticks()
     time.sleep(seconds)
     free = (_idle_ticks() - before) / (seconds * os.sysconf("SC_CLK_TCK"))
