@@ -7,6 +7,8 @@ import datetime
 import os
 import random
 import signal
+import socket
+import struct
 import sys
 import threading
 import time
@@ -86,10 +88,31 @@ def start_process(args: argparse.Namespace) -> Process:
         keep_freed_memory()
     if (world_size > 1 or args.zero_stage) and not dist.is_initialized():
         alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        several_machines = world_size > int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        if device.type != "cuda" and several_machines and sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_towards(os.environ["MASTER_ADDR"]))
         timeout = datetime.timedelta(seconds=args.rank_timeout)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, **alone)
     seed_everything(args.seed)
     return Process(rank, local_rank, world_size, device)
+
+
+def interface_towards(host: str) -> str:
+    """Return the name of the network interface through which this machine and host reach each other.
+
+    Gloo would take the interface of this machine's own name, which many systems resolve to 127.0.0.1.
+    """
+    import fcntl  # Windows has none
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 1))  # sends nothing; chooses the address that a packet would leave from
+        address = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # an interface without an address
+                reply = fcntl.ioctl(probe, 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR
+                if socket.inet_ntoa(reply[20:24]) == address:
+                    return name
+    raise ValueError(f"no network interface of this machine has {address}; set GLOO_SOCKET_IFNAME to the one to use")
 
 
 def keep_freed_memory() -> None:
