@@ -34,7 +34,7 @@ from model.weights import (
     write_atomically,
 )
 from trainer.arguments import FREE_ON_RESUME
-from trainer.distributed import Process, barrier, gather_objects
+from trainer.distributed import Process, barrier, gather_objects, share_from_main
 from trainer.training import Training
 
 LOCK_SECONDS = 8  # loader workers of a killed run hold its lock until they notice, within five seconds
@@ -102,7 +102,7 @@ def claim(weights: Path, args: argparse.Namespace, process: Process) -> Path:
             mistake = f"cannot write to {state.parent}: {error.strerror}; choose another --out_dir"
         else:
             mistake = _unfinished(state) if not args.resume and not args.overwrite else ""
-    if mistake := gather_objects(mistake, process)[0]:
+    if mistake := share_from_main(mistake, process):
         raise WeightsError(mistake)
     return weights
 
@@ -221,17 +221,13 @@ class Checkpoint:
             if self.path.exists():
                 self.process.say(f"{self.path} holds the state of an earlier run; this one will replace it")
             return None
-        if not self.path.exists():
+        state = share_from_main(self._read() if self.process.is_main else None, self.process)
+        if state is None:
             self.process.say(f"--resume: nothing is saved at {self.path} yet; starting from the beginning")
             return None
-        try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-            saved_flags, saved_identity, ranks = state["flags"], state["identity"], state["ranks"]
-        except Exception as error:  # torch raises many kinds here
-            reason = type(error).__name__
-            raise ValueError(
-                f"{self.path} is not a resume state ({reason}); delete it to start from the beginning"
-            ) from error
+        if isinstance(state, ValueError):
+            raise state
+        saved_flags, saved_identity, ranks = state["flags"], state["identity"], state["ranks"]
         flags = result_flags(self.args)
         # a flag that the saved run did not know yet had its default
         saved_flags = {name: flags[name] for name in flags.keys() - set(self.args.changed)} | saved_flags
@@ -251,6 +247,22 @@ class Checkpoint:
             )
         self._keep_global_batch(state["global_batch"], ranks)
         return state
+
+    def _read(self) -> dict | ValueError | None:
+        """Return the saved state, what is wrong with the file, or None if there is none.
+
+        Only the main process reads it: other machines may have disks of their own, with older states on them.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            if {"flags", "identity", "ranks"} <= state.keys():
+                return state
+            reason = "it lacks flags"
+        except Exception as error:  # torch raises many kinds here
+            reason = type(error).__name__
+        return ValueError(f"{self.path} is not a resume state ({reason}); delete it to start from the beginning")
 
     def _keep_global_batch(self, saved: int, ranks: int) -> None:
         args, world_size = self.args, self.process.world_size
@@ -278,7 +290,7 @@ class Checkpoint:
             return
         rng = gather_objects(_rng_state(), self.process)
         # the tag is unique: shards of an earlier run that stopped at this step must not be overwritten
-        tag = gather_objects(f"step-{progress.step}-{secrets.token_hex(4)}", self.process)[0]
+        tag = share_from_main(f"step-{progress.step}-{secrets.token_hex(4)}", self.process)
         shards = training.save_shards(self.shards, tag)
         barrier(self.process)  # all shards are on disk
         with training.whole_weights() as model:

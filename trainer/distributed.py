@@ -164,6 +164,14 @@ def gather_objects(value: object, process: Process) -> list:
     return values
 
 
+def share_from_main(value: object, process: Process) -> object:
+    """Return the main process's value on every process."""
+    values = [value]
+    if process.world_size > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
 def barrier(process: Process) -> None:
     if process.world_size > 1:
         dist.barrier()
