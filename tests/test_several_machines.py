@@ -45,7 +45,7 @@ class Hosts:
         ip("-n", self.names[1], "link", "set", self.cables[1], "down")
 
     def slow_down(self, rate: str) -> None:
-        """Limit the first machine's sending; what does not fit into the short queue is dropped and must be sent again."""
+        """Limit what the first machine sends; what the short queue cannot hold is dropped and must be sent again."""
         limit = ["rate", rate, "burst", "16kb", "limit", "32kb"]
         words = ["tc", "-n", self.names[0], "qdisc", "add", "dev", self.cables[0], "root", "tbf", *limit]
         subprocess.run(words, check=True, capture_output=True)
