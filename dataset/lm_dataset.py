@@ -55,7 +55,7 @@ def parse_record(
     Raises RecordError if the line is something else.
     """
     check_kind(kind)
-    record = _json_object(line)
+    record = json_object(line)
     unused = Counter() if unused is None else unused
     names = {"pretrain": ("text",), "conversation": ("conversations",), "preference": ("chosen", "rejected")}[kind]
     values = [_value(record, name) for name in names]
@@ -86,7 +86,7 @@ def parse_prompt(line: str) -> dict:
 
     Raises RecordError if the line is something else.
     """
-    record = _json_object(line)
+    record = json_object(line)
     turns = _turns(_value(record, "conversations"), '"conversations"', record.get("tools"), Counter())
     while turns and turns[-1]["role"] == "assistant":  # accept files of answered prompts
         turns.pop()
@@ -148,11 +148,13 @@ def count_target_bytes(kind: str, record) -> int:
     return sum(len(text.encode()) for text in (*(turn["content"] for turn in answers), *more))
 
 
-def _json_object(line: str) -> dict:
+def json_object(line: str) -> dict:
+    """Return the object that a line holds. Raises RecordError."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise RecordError(f"broken JSON: {error.msg} at column {error.colno}") from error
+        reason = error.msg.removesuffix(" at")  # "Unterminated string starting at"
+        raise RecordError(f"broken JSON: {reason} at column {error.colno}") from error
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
         raise RecordError(f"broken JSON: {error}") from error
     if not isinstance(record, dict):

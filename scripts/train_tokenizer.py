@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from dataset.chat_template import CHAT_TEMPLATE
 from dataset.data_file import data_identity
+from dataset.lm_dataset import json_object
 from dataset.tokenization import CONTROL_TOKENS, ChatTokenizer, StreamDecoder
 from model.flags import add_boolean
 from model.streams import set_up_streams
@@ -48,10 +49,8 @@ WORDS = (
 HELD_OUT_EVERY, HELD_OUT_MOST = 50, 2000  # records kept from training for the report if there is no --valid_path
 
 
-def texts_of(record: object) -> list[str]:
+def texts_of(record: dict) -> list[str]:
     """Return the texts of one record: {"text"}, {"conversations"} or {"chosen", "rejected"}. Raises ValueError."""
-    if not isinstance(record, dict):
-        raise ValueError("not a JSON object")
     try:
         turns = [turn for key in ("conversations", "chosen", "rejected") for turn in record.get(key, [])]
         texts = [record["text"]] if "text" in record else [turn["content"] for turn in turns]
@@ -72,16 +71,16 @@ def read_records(paths: list[Path], share: float = 1.0, skip_bad_lines: bool = F
                 if not line.strip() or int(number * share) == int((number - 1) * share):
                     continue
                 try:
-                    texts = texts_of(json.loads(line.decode("utf-8-sig")))
+                    texts = texts_of(json_object(line.decode("utf-8-sig")))
                     "".join(texts).encode()  # raises for half of a surrogate pair
-                except (ValueError, RecursionError) as error:  # also thousands of brackets
+                except ValueError as error:
                     bad.append(f"{path}:{line_number}: {error}")
                     if not skip_bad_lines:
                         raise ValueError(f"{bad[0]}. Correct it, or drop bad lines with --skip_bad_lines") from error
                     continue
                 yield texts
     if bad:
-        print(f"note: {len(bad):,} bad lines were dropped, the first: {bad[0]}", flush=True)
+        print(f"note: dropped {len(bad):,} bad line{'s' * (len(bad) > 1)}, the first: {bad[0]}", flush=True)
 
 
 def train(texts: Iterator[str], vocab_size: int) -> str:

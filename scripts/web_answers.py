@@ -25,7 +25,7 @@ from scripts.web_conversation import CUT, FAILED, STOPPED, Answer
 
 PUT_AWAY = "This model was put away to make room for another. Ask again."
 API_TIMEOUT = 300.0  # seconds without a sign of life
-LONGEST = 400_000  # characters of an answer; a server may go on forever
+LONGEST = 100_000  # characters of an answer: a server may go on forever, and a browser draws all of it
 SHOWN_EVERY = 0.05  # seconds; joining the text for every token would take the square of its length
 
 
@@ -36,6 +36,10 @@ class Settings:
     max_tokens: int = SHARED_FLAGS["max_new_tokens"]["default"]
     history_turns: int = HISTORY_MESSAGES // 2
     system: str = ""
+
+
+class TooLong(Exception):
+    pass
 
 
 class Run(threading.Thread):
@@ -50,6 +54,8 @@ class Run(threading.Thread):
     def run(self) -> None:
         try:
             ending, error = self._read()
+        except TooLong:
+            ending, error = FAILED, f"The answer was cut: it has more than {LONGEST:,} characters."
         except Exception as failure:  # whatever a server sends, the answer must come to its end
             ending, error = self._explain(failure)
         self._show()
@@ -87,7 +93,7 @@ class Run(threading.Thread):
     def _limit(self, part: str) -> None:
         self._length += len(part)
         if self._length > LONGEST:
-            raise ValueError(f"the answer has more than {LONGEST:,} characters and was cut")
+            raise TooLong
 
     def _show(self) -> None:
         for is_thought, name in ((False, "text"), (True, "thought")):

@@ -274,6 +274,24 @@ def test_readme_is_short():
     assert len(text_of(README).split()) <= 2000
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="the Makefile needs make and a POSIX shell")
+def test_make_clean_keeps_weights_and_make_erase_asks(tmp_path):
+    kept = [tmp_path / name for name in ("out/a.pth", ".venv/bin/python", "dataset/a.jsonl", "out/resume/a.resume")]
+    for path in [*kept, tmp_path / "model/__pycache__/a.pyc", tmp_path / ".pytest_cache/a"]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+    def make(target: str, answer: str = "") -> str:
+        command = ["make", "-f", str(ROOT / "Makefile"), target]
+        return subprocess.run(command, cwd=tmp_path, input=answer, text=True, capture_output=True, check=True).stdout
+
+    make("clean")
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == set(kept)
+    assert "Nothing was deleted" in make("erase", "y\n") and all(path.exists() for path in kept)
+    shown = make("erase", "yes\n")
+    assert "out" in shown and [path.exists() for path in kept] == [False, False, True, False]
+
+
 @pytest.mark.parametrize("name", [README, HOUSE_PAGE])
 def test_tree_names_files_that_exist(name):
     for path in tree_paths(name):

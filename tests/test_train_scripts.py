@@ -337,6 +337,12 @@ def test_tags_weigh_more(train, tmp_path, inputs):
     assert ten > one + 1 and four == pytest.approx(one + (ten - one) / 3, rel=1e-5)
 
 
+def test_data_without_tags_is_said_before_training(train, tmp_path, inputs, chats, capsys):
+    train("train_distill_reason", tiny_flags(tmp_path, **inputs(REASON) | {"data_path": chats, "max_steps": 1}))
+    said = capsys.readouterr().out.split("Epoch:")[0]
+    assert "chats.jsonl holds no <think> </think> <answer> </answer>; nothing in it teaches to think first" in said
+
+
 def test_an_epoch_shorter_than_save_interval_leaves_weights(train, tmp_path, texts):
     train("train_pretrain", tiny_flags(tmp_path, texts, save_interval=10_000, max_steps=1))
     assert (tmp_path / "pretrain_32.pth").exists() and read_resume(tmp_path)["progress"]["complete"]

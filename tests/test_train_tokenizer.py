@@ -109,7 +109,7 @@ def test_bad_lines_can_be_dropped_and_a_byte_order_mark_is_no_text(tmp_path, cap
     with pytest.raises(ValueError, match=r"bad\.jsonl:2: .*--skip_bad_lines"):
         list(train_tokenizer.read_records([path]))
     assert list(train_tokenizer.read_records([path], skip_bad_lines=True)) == [["a"], ["b"]]
-    assert "2 bad lines were dropped, the first: " in capsys.readouterr().out
+    assert "dropped 2 bad lines, the first: " in capsys.readouterr().out
 
 
 def test_other_encodings_and_an_output_dir_that_cannot_be_written_are_told_before_training(tmp_path, monkeypatch):

@@ -466,7 +466,14 @@ def test_a_stream_without_end_is_stopped_at_once_or_cut_at_a_limit(server, stops
         run.cancel()
     run.join(60)
     assert answer.ending == (STOPPED if stops else FAILED) and 0 < len(answer.text) <= LONGEST
-    assert stops or f"{LONGEST:,}" in answer.error
+    assert stops or answer.error == f"The answer was cut: it has more than {LONGEST:,} characters."
+
+
+def test_a_huge_chunk_is_cut(server):
+    server.first_chunk = {"choices": [{"delta": {"content": "on and on " * 2_000_000}}]}
+    answer = Answer()
+    ApiModel(server.base_url, "", "odd").start(answer, QUESTION, Settings()).join(60)
+    assert answer.ending == FAILED and len(answer.text) == LONGEST
 
 
 # --- stopping --------------------------------------------------------------------------------------------------------
