@@ -68,5 +68,5 @@ def show_defaults(parser: argparse.ArgumentParser) -> None:
         said = action.help or ""
         if argparse.SUPPRESS in (said, action.default) or "default" in said:
             continue
-        if action.default not in (None, "", False, "None"):
+        if action.default is not False and action.default not in (None, "", "None", []):
             action.help = f"{said} (default: %(default)s)".lstrip()

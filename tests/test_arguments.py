@@ -1,5 +1,6 @@
 """Flags: they mean what they say, all mistakes are told at once, each one is read, and defaults stand on the root."""
 
+import argparse
 import ast
 import importlib
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, replace_step, tiny_flags
 
+from model.flags import show_defaults
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import save_weights
 from trainer import arguments
@@ -189,6 +191,15 @@ def test_every_flag_is_read(script):
     read = set().union(*(flags_read_in(path) for path in [*helpers, ROOT / "trainer" / f"{script}.py"]))
     declared = vars(importlib.import_module(f"trainer.{script}").parse([])).keys() - {"changed"}  # for the log
     assert not declared - read, "nothing reads these flags"
+
+
+def test_defaults_are_shown_where_there_are_any():
+    parser = argparse.ArgumentParser(add_help=False)
+    for name, default in {"none": None, "off": False, "text": "", "list": [], "zero": 0, "half": 0.5}.items():
+        parser.add_argument(f"--{name}", default=default, help="it")
+    show_defaults(parser)
+    shown = [action.dest for action in parser._actions if action.help == "it (default: %(default)s)"]
+    assert shown == ["zero", "half"] and all(action.help.startswith("it") for action in parser._actions)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
