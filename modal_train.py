@@ -39,7 +39,13 @@ STOPPED = (130, 143)  # status of a stage that a signal ended, after saving
 
 # files for the container; all else (data, weights, .env) stays at home
 FILES = modal.FilePatternMatcher(
-    "*.py", "*/*.py", "model/*.json", "dataset/sample/*.jsonl", "scripts/*.jsonl", "scripts/web_*", "requirements.txt"
+    "*.py",
+    "*/*.py",
+    "model/**/*.json",
+    "dataset/sample/*.jsonl",
+    "scripts/*.jsonl",
+    "scripts/web_*",
+    "requirements.txt",
 )
 image = (
     modal.Image.debian_slim("3.11")

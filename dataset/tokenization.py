@@ -37,7 +37,8 @@ class ChatTokenizer:
 
     path: a folder with tokenizer.json (and tokenizer_config.json), or a tokenizer.json itself.
     Attributes: path (the folder), sha256 (hex digest of tokenizer.json, which is what weights and caches record),
-    vocab_size (the highest id plus one), longest_token (characters), bos_id, eos_id, pad_id, template.
+    vocab_size (the highest id plus one), longest_token (characters), bos_id, eos_id, pad_id, tag_ids (tokens that are
+    never split and shown when decoding), template.
     Pickles as its path. Raises ValueError if a file is missing or broken, or if a chat's control tokens are missing.
     """
 
@@ -60,6 +61,7 @@ class ChatTokenizer:
         self.longest_token = max(map(len, vocabulary))
         added_tokens = self._documents.get_added_tokens_decoder()
         self._special_ids = {token_id for token_id, token in added_tokens.items() if token.special}
+        self.tag_ids = sorted(added_tokens.keys() - self._special_ids)
         config = self._read_config()
         names, (self.bos_id, self.eos_id, self.pad_id) = self._control_ids(config)
         self.template = ChatTemplate(self.path, config, names["bos_token"], names["eos_token"])

@@ -6,6 +6,7 @@ says what the weights are (configuration, stage, tokenizer, losses); it is used 
 
 import errno
 import glob
+import hashlib
 import inspect
 import json
 import os
@@ -421,9 +422,11 @@ def check_tokenizer(path: str | Path, sidecar: dict | None, tokenizer_sha256: st
             stacklevel=3,
         )
     elif known != tokenizer_sha256:
+        files = Path(__file__).parent.glob("**/tokenizer.json")  # ours, and in folders those of earlier releases
+        folders = [file.parent for file in files if hashlib.sha256(file.read_bytes()).hexdigest() == known]
         raise WeightsError(
             f"{path} was trained with the tokenizer {known[:12]}…, and this run uses {tokenizer_sha256[:12]}…; "
-            "name the one it was trained with by --tokenizer_path FOLDER"
+            f"name the one it was trained with by --tokenizer_path {folders[0] if folders else 'FOLDER'}"
         )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from dataset.text_stream import ToolCallSplitter
+from dataset.tokenization import ChatTokenizer
 from model.sampling import GrammarError
 from scripts.model_pool import LoadedModel
 from scripts.openai_schema import ApiError, ChatRequest, Function, unsupported
@@ -51,7 +52,7 @@ def make_grammar(model: LoadedModel, body: ChatRequest) -> Callable[[], Grammar]
     Raises ApiError if the schema is wrong, or if llguidance is not installed.
     """
     try:
-        param, source = _source(body)
+        param, source = _source(body, model.tokenizer)
     except RecursionError as error:
         raise ApiError(400, "the schema is nested too deeply", code="invalid_value") from error
     if source is None:
@@ -68,24 +69,31 @@ def make_grammar(model: LoadedModel, body: ChatRequest) -> Callable[[], Grammar]
     return lambda: Grammar(matcher.deep_copy())
 
 
-def _source(body: ChatRequest) -> tuple[str, str | None]:
+def _source(body: ChatRequest, tokenizer: ChatTokenizer) -> tuple[str, str | None]:
     """Return (field that asks for it, grammar); the grammar is None if nothing does."""
     tools = [tool.function for tool in body.tools or ()] if body.offered_tools else []
+    opening, closing = (_tag(tokenizer, tag) for tag in (ToolCallSplitter.OPEN, ToolCallSplitter.CLOSE))
     if body.enforced_tools:
-        opening, closing = json.dumps(f"{ToolCallSplitter.OPEN}\n"), json.dumps(f"\n{ToolCallSplitter.CLOSE}")
-        return "tool_choice", f"start: {opening} %json {_call_schema(body.enforced_tools)} {closing}"
+        return "tool_choice", f'start: {opening} "\\n" %json {_call_schema(body.enforced_tools)} "\\n" {closing}'
     if any(function.strict for function in tools):
-        # free text, in which a tool call follows the schema
-        opening, closing = json.dumps("\n"), json.dumps(f"\n{ToolCallSplitter.CLOSE}")
-        source = "start: call* TEXT\nTEXT: /(.|\\n)*/\n"
-        source += f"call: call_opening {opening} %json {_call_schema(tools)} {closing}\n"
-        return "tools", source + f"call_opening[lazy]: TEXT {json.dumps(ToolCallSplitter.OPEN)}"
+        # Free text, in which a tool call follows the schema. To llguidance, tags that are tokens are not text.
+        tags = [f"<[{number}]>" for number in tokenizer.tag_ids if f"<[{number}]>" != opening]
+        source = f"start: call* text\ntext: ({' | '.join(['TEXT', *tags])})*\nTEXT: /(.|\\n)+/\n"
+        source += f'call: text call_opening "\\n" %json {_call_schema(tools)} "\\n" {closing}\n'
+        source += f"call_opening: spelled | {opening}\n" if opening.startswith("<") else "call_opening: spelled\n"
+        return "tools", source + f"spelled[lazy]: /(.|\\n)*{ToolCallSplitter.OPEN}/"
     if body.response_format and body.response_format.type != "text":
         schema = {"type": "object"}
         if body.response_format.type == "json_schema":
             schema = closed(body.response_format.json_schema.definition)
         return "response_format", f"start: %json {json.dumps(schema | {'x-guidance': JSON_STYLE})}"
     return "", None
+
+
+def _tag(tokenizer: ChatTokenizer, tag: str) -> str:
+    """Return a tag in llguidance's grammar: its id if it is one token, else its text."""
+    ids = tokenizer.encode_contents([tag])[0]
+    return f"<[{ids[0]}]>" if len(ids) == 1 else json.dumps(tag)
 
 
 def _call_schema(functions: list[Function]) -> str:

@@ -6,9 +6,9 @@
 
 Weights belong to a tokenizer: after a change of model/tokenizer.json every stage has to be trained again.
 
-Ids: 0 <|endoftext|>, 1 <|im_start|>, 2 <|im_end|> (special: left out when decoding), 3 to 6 <think> </think> <answer>
-</answer> (plain tokens that are never split), then the 256 bytes, then what BPE learned. The same data gives the same
-file, byte for byte.
+Ids: 0 <|endoftext|>, 1 <|im_start|>, 2 <|im_end|> (special: left out when decoding), 3 to 10 the tags <think> </think>
+<answer> </answer> <tool_call> </tool_call> <tool_response> </tool_response> (plain tokens that are never split), then
+the 256 bytes, then what BPE learned. The same data gives the same file, byte for byte.
 """
 
 import argparse
@@ -35,7 +35,8 @@ from model.flags import add_boolean
 from model.streams import set_up_streams
 
 CONTROLS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<tool_call>", "</tool_call>")
+TAGS += ("<tool_response>", "</tool_response>")
 SPLIT_AT = re.compile("|".join(map(re.escape, CONTROLS + TAGS)))
 # Words as Qwen2 splits them, a pattern that llama.cpp knows by that name, so that exported models tokenize alike there.
 WORDS = (

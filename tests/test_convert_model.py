@@ -538,7 +538,7 @@ def test_gguf_carries_the_tokenizer(moe, tmp_path, tokenizer, convert):
     assert field("tokenizer.ggml.merges") == vocabulary["model"]["merges"]
     assert (field("tokenizer.ggml.model"), field("tokenizer.ggml.pre")) == ("gpt2", "qwen2")
     control, user_defined, normal = 3, 4, 1
-    assert kinds[:7] == [control] * 3 + [user_defined] * 4 and set(kinds[7:]) == {normal}
+    assert kinds[:11] == [control] * 3 + [user_defined] * 8 and set(kinds[11:]) == {normal}
     ids = [field(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "padding")]
     assert ids == [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]
     assert field("tokenizer.ggml.add_bos_token") is False

@@ -429,6 +429,12 @@ def test_tokenizer_of_other_weights(run, tmp_path):
     path.with_suffix(".json").write_text(json.dumps({**details, "tokenizer_sha256": "ab" * 32}))
     status, _, stderr = run("--out_dir", tmp_path, "--prompt", "hi")
     assert status == 1 and "--tokenizer_path" in stderr
+    earlier = ChatTokenizer(ROOT / "model" / "tokenizer_v1")  # the message names its folder
+    path.with_suffix(".json").write_text(json.dumps({**details, "tokenizer_sha256": earlier.sha256}))
+    status, _, stderr = run("--out_dir", tmp_path, "--prompt", "hi")
+    assert status == 1 and f"--tokenizer_path {earlier.path}" in stderr
+    status, stdout, _ = run("--out_dir", tmp_path, "--tokenizer_path", earlier.path, *GREEDY, "--prompt", "hi")
+    assert status == 0 and stdout
     path.with_suffix(".json").unlink()
     status, stdout, stderr = run("--out_dir", tmp_path, *GREEDY, "--prompt", "hi")
     assert status == 0 and stdout

@@ -1147,9 +1147,11 @@ def test_a_strict_tool_may_be_called_only_as_its_schema_says(server):
     assert "strict" not in body.offered_tools[0]["function"], "the prompt is that of training"
     make = make_grammar(server.api.pool._loaded[server.api.pool.default.key], body)
 
-    def follows(text: str) -> bool:
+    def follows(*texts: str) -> bool:
+        """Whether the ids of these texts, each encoded on its own, may be said."""
         grammar = make()
-        for token_id in [*server.tokenizer.encode_contents([text])[0], server.tokenizer.eos_id]:
+        ids = [token_id for part in server.tokenizer.encode_contents(list(texts)) for token_id in part]
+        for token_id in [*ids, server.tokenizer.eos_id]:
             if not grammar.allowed(server.tokenizer.vocab_size)[token_id]:
                 return False
             grammar.advance(token_id)
@@ -1158,6 +1160,9 @@ def test_a_strict_tool_may_be_called_only_as_its_schema_says(server):
     call = '<tool_call>\n{"name": "switch", "arguments": {"on": true}}\n</tool_call>'
     assert follows("any text < at all") and follows(call) and follows(f"so: {call}") and follows(call + call)
     assert not follows(call.replace("true", "1")) and not follows(call.replace("switch", "swatch"))
+    assert follows("<think>well</think>") and follows(f"<think>\nwell\n</think>\n{call}")
+    rest = call.removeprefix("<tool_call>")  # the tag spelled by letters opens a call too
+    assert follows(*"<tool_call>", rest) and not follows(*"<tool_call>", rest.replace("true", "1"))
 
 
 def test_answers_with_and_without_a_schema_are_made_together(server):

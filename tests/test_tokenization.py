@@ -14,7 +14,8 @@ from dataset.tokenization import BYTE_OF_CHARACTER, DEFAULT_SYSTEM, ChatTokenize
 
 MODEL = Path(__file__).resolve().parents[1] / "model"
 CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
+TAGS = ["<think>", "</think>", "<answer>", "</answer>", "<tool_call>", "</tool_call>"]
+TAGS += ["<tool_response>", "</tool_response>"]
 TEXT = "你好，世界！ Hello world,\n\n  it's 2024.\tdef f(x):\r\n    return x  # 🙂 é ﷺ 𠀀"
 TURNS = [
     {"role": "user", "content": "1+1等于几？"},
@@ -92,12 +93,23 @@ def test_control_strings_in_content_are_text_and_in_documents_are_controls(token
 
 
 def test_tags_are_one_id_in_both_encoders_and_shown_when_decoded(tokenizer):
-    for tag in TAGS:
+    for number, tag in enumerate(TAGS):
         (document,), (content,) = tokenizer.encode_documents([tag]), tokenizer.encode_contents([tag])
-        assert document == content and len(content) == 1
+        assert document == content == [3 + number]
         assert tokenizer.decode(content) == tag
     text = "x<think>y</think>\n<answer> z </answer>."
     assert tokenizer.decode(tokenizer.encode_contents([text])[0]) == text
+
+
+def test_the_tokenizer_of_earlier_weights_is_the_same_but_for_the_tags_of_tools(tokenizer):
+    earlier = ChatTokenizer(MODEL / "tokenizer_v1")
+    assert earlier.sha256 == "98a620f099cc681fbb3b1dd48367c73f7ee3ea50ac50b0d0acd497e7da2ad6bf"
+    assert earlier.template.sha256 == tokenizer.template.sha256 and earlier.template.given
+    states = [json.loads((folder / "tokenizer.json").read_text("utf-8")) for folder in (MODEL, earlier.path)]
+    ours, theirs = ([token for token, _ in sorted(s["model"]["vocab"].items(), key=lambda t: t[1])] for s in states)
+    assert ours == [*theirs[:7], *TAGS[4:], *theirs[7:-4]]
+    assert states[0]["model"]["merges"] == states[1]["model"]["merges"][:-4]
+    assert [token["content"] for token in states[0]["added_tokens"]] == CONTROLS + TAGS
 
 
 def test_text_is_split_into_words_as_promised(tokenizer):
