@@ -42,6 +42,7 @@ FILES = modal.FilePatternMatcher(
     "*.py",
     "*/*.py",
     "model/**/*.json",
+    "dataset/*.jinja",
     "dataset/sample/*.jsonl",
     "scripts/*.jsonl",
     "scripts/web_*",

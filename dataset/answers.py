@@ -128,10 +128,8 @@ def exact_matches(answer: str, gold: str) -> bool:
 
 def choice(answer: str, letters: str = "ABCD") -> str | None:
     """Return the option that an answer names: "B", "(B) …", "the answer is B", "答案：B"; None if none, or several."""
-    text, named = (
-        _plain(answer),
-        rf"(?!A (?!(?:is|or|and)\b)[a-z])([{letters}])(?![A-Za-z'])",
-    )  # "A dog" names no option
+    text = _plain(answer)
+    named = rf"(?!A (?!(?:is|or|and)\b)[a-z])([{letters}])(?![A-Za-z'])"  # "A dog" names no option
     letter = rf"[(\[*\"“【]*{named}"
     stated = rf"(?:答案|选|(?i:answer|option|choice))(?:应该|应)?\s*(?:(?i:is)|是|为|选|项)?\s*:?\s*{letter}"
     if found := re.findall(stated, text):

@@ -8,65 +8,11 @@ from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 
-DEFAULT_SYSTEM = "You are a helpful assistant"
+DEFAULT_SYSTEM = "You are a helpful assistant"  # as in the template
 
 # ChatML. Tools and tool calls are written as the Hermes parsers of vLLM, llama.cpp and others read them back. What
 # training learns is between `generation` marks, for transformers' assistant mask. Reasoning is spelled as in our data.
-CHAT_TEMPLATE = (
-    """\
-{%- if messages and messages[0]['role'] == 'system' -%}
-    {%- set system = messages[0]['content'] or '' -%}
-    {%- set turns = messages[1:] -%}
-{%- else -%}
-    {%- set system = 'DEFAULT_SYSTEM' -%}
-    {%- set turns = messages -%}
-{%- endif -%}
-{{- '<|im_start|>system\\n' + system -}}
-{%- if tools -%}
-    {{- '\\n\\n# Tools\\n\\nThese functions can be called, each given as a JSON schema:\\n<tools>' -}}
-    {%- for tool in tools -%}
-        {{- '\\n' + (tool | tojson) -}}
-    {%- endfor -%}
-    {{- '\\n</tools>\\n\\nTo call one, write its name and arguments as a JSON object between tags, ' -}}
-    {{- 'one pair of tags for each call:\\n' -}}
-    {{- '<tool_call>\\n{"name": <function name>, "arguments": <object of arguments>}\\n</tool_call>' -}}
-{%- endif -%}
-{{- '<|im_end|>\\n' -}}
-{%- for turn in turns -%}
-    {%- set body -%}
-        {%- set content = turn['content'] or '' -%}
-        {%- if turn['reasoning_content'] -%}
-            {{- '<think>\\n' + turn['reasoning_content'] + '\\n</think>\\n' -}}
-            {{- '<answer>\\n' + content + '\\n</answer>' if content else '' -}}
-        {%- elif tools and turn['role'] == 'tool' -%}
-            {{- '<tool_response>\\n' + content + '\\n</tool_response>' -}}
-        {%- else -%}
-            {{- content -}}
-        {%- endif -%}
-        {%- for tool_call in turn['tool_calls'] or [] -%}
-            {%- set call = tool_call['function'] or tool_call -%}
-            {%- set arguments = call['arguments'] -%}
-            {%- if content or not loop.first -%}
-                {{- '\\n' -}}
-            {%- endif -%}
-            {{- '<tool_call>\\n{"name": ' + (call['name'] | tojson) + ', "arguments": ' -}}
-            {{- (arguments if arguments is string else arguments | tojson) + '}\\n</tool_call>' -}}
-        {%- endfor -%}
-        {{- '<|im_end|>' -}}
-    {%- endset -%}
-    {{- '<|im_start|>' + turn['role'] + '\\n' -}}
-    {%- if turn['role'] == 'assistant' -%}
-        {%- generation -%}{{- body -}}{%- endgeneration -%}
-    {%- else -%}
-        {{- body -}}
-    {%- endif -%}
-    {{- '\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-"""
-).replace("DEFAULT_SYSTEM", DEFAULT_SYSTEM)
+CHAT_TEMPLATE = Path(__file__).with_suffix(".jinja").read_text("utf-8")
 
 
 class ChatTemplate:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 Opened = TypeVar("Opened")
 CURES = (
@@ -49,20 +49,15 @@ def _opened(folder: Path, open_folder: Callable[[Path], Opened]) -> Opened | Non
         return None
 
 
-@contextmanager
-def _locked(path: Path, what: str, show: bool) -> Iterator[None]:
-    """Hold a lock that the operating system releases when its holder dies."""
+def _locked(path: Path, what: str, show: bool) -> AcquireReturnProxy:
+    """Take a lock for a `with` block; the operating system releases it if its holder dies."""
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except Timeout:
         if show:
             print(f"waiting for another process that is making {what}", flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()
 
 
 @contextmanager

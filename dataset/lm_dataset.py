@@ -6,19 +6,20 @@ Three kinds of record, one JSON object a line:
     preference    {"chosen": [turns], "rejected": [turns]}                 two conversations, mask on what differs
 """
 
+import itertools
 import json
 from collections import Counter
 
 from dataset.tokenization import ROLES, ChatTokenizer, Segment
 
 RULES_VERSION = 2  # raise it if conversations become other ids or masks: it is part of a token cache's identity
-KINDS = ("pretrain", "conversation", "preference")
-# how a line of each kind looks
+# kind of record -> how a line looks
 FORMS = {
     "pretrain": '{"text": "…"}',
     "conversation": '{"conversations": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}',
     "preference": '{"chosen": [turns], "rejected": [turns]}',
 }
+KINDS = tuple(FORMS)
 # what other data sets call our roles; a function call is a turn of the assistant
 ROLE_NAMES = dict(zip(ROLES, ROLES, strict=True)) | {
     "human": "user", "prompter": "user",
@@ -70,7 +71,7 @@ def parse_record(
             raise RecordError(f'"{name}" has no assistant turn: there is nothing to learn')
     if kind == "conversation":
         return sides[0]
-    shared = shared_turns(*sides)
+    shared = shared_beginning(*sides)
     for name, turns in zip(names, sides, strict=True):
         if not any(turn["role"] == "assistant" for turn in turns[shared:]):
             raise RecordError(f'"{name}" has no assistant turn of its own: chosen and rejected hold the same answers')
@@ -119,12 +120,8 @@ def tokenize_rendered(kind: str, documents: list, tokenizer: ChatTokenizer) -> l
     if kind == "preference":
         for (chosen, chosen_mask), (rejected, rejected_mask) in zip(encoded[::2], encoded[1::2], strict=True):
             # No content can hold an eos, so the last eos of the common beginning ends the last shared turn.
-            end = 0
-            for place, (ours, theirs) in enumerate(zip(chosen, rejected, strict=False)):
-                if ours != theirs:
-                    break
-                if ours == tokenizer.eos_id:
-                    end = place + 1
+            shared = shared_beginning(chosen, rejected)
+            end = max((place for place in range(shared) if chosen[place] == tokenizer.eos_id), default=-1) + 1
             chosen_mask[:end] = rejected_mask[:end] = [0] * end
     return encoded
 
@@ -310,14 +307,10 @@ def _count_unused(holder: dict, used: set[str], what: str, unused: Counter) -> N
             unused[name] += 1
 
 
-def shared_turns(chosen: list[dict], rejected: list[dict]) -> int:
-    """Return the number of turns that both conversations begin with: the prompt of a preference."""
-    shared = 0
-    for ours, theirs in zip(chosen, rejected, strict=False):
-        if ours != theirs:
-            break
-        shared += 1
-    return shared
+def shared_beginning(chosen: list, rejected: list) -> int:
+    """Return the number of turns or ids that both begin with: the prompt of a preference."""
+    pairs = zip(chosen, rejected, strict=False)
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
 def _framed(ids: list[int], bos_id: int, eos_id: int) -> list[int]:

@@ -25,9 +25,11 @@ from model.weights import (
     WeightsError,
     check_tokenizer,
     clean_key,
+    listed_weights,
     read_sidecar,
     read_state_dict,
     save_weights,
+    weight_path,
     write_atomically,
     write_json,
 )
@@ -58,16 +60,19 @@ class LowRank(nn.Module):
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with an adapter. It shares weight and bias with the layer it replaces."""
+    """A linear layer with an adapter; `attach` turns a plain one into it, remove_lora turns it back."""
 
-    def __init__(self, linear: nn.Linear, rank: int, scale: float):
-        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")  # allocates nothing
-        self.weight, self.bias = linear.weight, linear.bias
-        self.lora = LowRank(linear, rank, scale)
-        self.train(linear.training)
+    lora: LowRank
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias) + self.lora(x)
+
+
+def attach(linear: nn.Linear, rank: int, scale: float) -> LowRank:
+    """Give a plain linear layer a new adapter."""
+    linear.lora = LowRank(linear, rank, scale)
+    linear.__class__ = LoRALinear
+    return linear.lora
 
 
 def apply_lora(
@@ -91,15 +96,16 @@ def apply_lora(
         )
     remove_lora(model)
     model.requires_grad_(False)
-    for name in layers:
-        _replace(model, name, LoRALinear(model.get_submodule(name), rank, (alpha or rank) / rank))
+    for layer in layers.values():
+        attach(layer, rank, (alpha or rank) / rank)
     return model
 
 
 def remove_lora(model: nn.Module) -> None:
     """Remove the adapter; the base weights never changed."""
-    for name, layer in list(lora_layers(model)):
-        _replace(model, name, _plain(layer))
+    for _, layer in list(lora_layers(model)):
+        del layer.lora
+        layer.__class__ = nn.Linear
 
 
 def merge_lora(model: nn.Module) -> None:
@@ -163,10 +169,9 @@ def load_lora(model: nn.Module, path: str | Path, tokenizer_sha256: str | None =
 def put_on(model: nn.Module, pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Add adapters (A, B) to the layers of these names, which must have none and fit."""
     for name, (a, b) in pairs.items():
-        layer = LoRALinear(model.get_submodule(name), rank=a.shape[0], scale=1.0)
-        layer.lora.A.weight.copy_(a)
-        layer.lora.B.weight.copy_(b)
-        _replace(model, name, layer)
+        lora = attach(model.get_submodule(name), rank=a.shape[0], scale=1.0)
+        lora.A.weight.copy_(a)
+        lora.B.weight.copy_(b)
 
 
 def _check_depth(model: nn.Module, layers: Iterable[str], sidecar: dict | None, path: str | Path) -> None:
@@ -201,7 +206,7 @@ def read_lora(path: str | Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 def lora_path(out_dir: str | Path, lora_name: str, hidden_size: int, use_moe: bool) -> Path:
     """Return out/lora/{lora_name}_{hidden_size}{_moe}.pth."""
-    return Path(out_dir) / "lora" / f"{lora_name}_{hidden_size}{'_moe' if use_moe else ''}.pth"
+    return weight_path(Path(out_dir) / "lora", lora_name, hidden_size, use_moe)
 
 
 def find_lora(name_or_path: str, out_dir: str | Path, hidden_size: int, use_moe: bool) -> Path:
@@ -218,10 +223,9 @@ def find_lora(name_or_path: str, out_dir: str | Path, hidden_size: int, use_moe:
         if candidate.is_file():
             return candidate
     folder = candidates[0].parent
-    found = sorted(p.name for p in folder.glob("*.pth")) if folder.is_dir() else []
     raise WeightsError(
         f"{candidates[0]} not found; run trainer/train_lora.py with this --lora_name first. "
-        f"{folder} holds: {', '.join(found) or 'no adapters'}"
+        f"{folder} holds: {listed_weights(folder, 'no adapters')}"
     )
 
 
@@ -300,11 +304,9 @@ def read_peft(folder: str | Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]
 
 def _peft_scale(config: dict[str, Any], name: str, rank: int) -> float:
     """Return alpha / rank, or alpha / sqrt(rank) with rsLoRA; alpha_pattern may give a layer its own alpha."""
-    alpha = config.get("lora_alpha", rank)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.search(rf"(^|\.){pattern}$", name):
-            alpha = value
-            break
+    patterns = config.get("alpha_pattern") or {}
+    own = (value for pattern, value in patterns.items() if re.search(rf"(^|\.){pattern}$", name))
+    alpha = next(own, config.get("lora_alpha", rank))
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
@@ -320,14 +322,3 @@ def block_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
-
-
-def _plain(layer: LoRALinear) -> nn.Linear:
-    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    linear.weight, linear.bias = layer.weight, layer.bias
-    return linear.train(layer.training)
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, module)

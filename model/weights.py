@@ -283,8 +283,8 @@ def missing_message(path: Path, size_flag: str = "--hidden_size") -> str:
     return message
 
 
-def listed_weights(folder: Path) -> str:
-    return ", ".join(sorted(path.name for path in folder.glob("*.pth"))) or "no weights"
+def listed_weights(folder: Path, none: str = "no weights") -> str:
+    return ", ".join(sorted(path.name for path in folder.glob("*.pth"))) or none
 
 
 def config_from_state_dict(
@@ -375,16 +375,20 @@ def tie_head(path: str | Path, state: dict[str, torch.Tensor]) -> None:
         )
 
 
+def _read(path: str | Path, tokenizer_sha256: str | None) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+    state, sidecar = read_state_dict(path), read_sidecar(path)
+    check_tokenizer(path, sidecar, tokenizer_sha256)
+    tie_head(path, state)
+    return state, sidecar
+
+
 def load_weights(model: nn.Module, path: str | Path, tokenizer_sha256: str | None = None) -> dict[str, Any] | None:
     """Load a weight file into a model of the same sizes, strictly; return the sidecar if there is one.
 
     tokenizer_sha256: hash of the tokenizer in use. Weights belong to a tokenizer: a sidecar that names another one is
     an error, a missing sidecar a warning.
     """
-    state = read_state_dict(path)
-    sidecar = read_sidecar(path)
-    check_tokenizer(path, sidecar, tokenizer_sha256)
-    tie_head(path, state)
+    state, sidecar = _read(path, tokenizer_sha256)
     check_shapes(model, state, path)
     _check_heads(model, sidecar, path)
     model.load_state_dict(state, strict=True)
@@ -398,10 +402,7 @@ def load_model(
 
     unseen: configuration that the tensors do not show, for a file without a sidecar.
     """
-    state = read_state_dict(path)
-    sidecar = read_sidecar(path)
-    check_tokenizer(path, sidecar, tokenizer_sha256)
-    tie_head(path, state)
+    state, sidecar = _read(path, tokenizer_sha256)
     config = config_of_file(path, state, sidecar, unseen)
     with torch.random.fork_rng(devices=[]):  # loading a frozen model must not change what the run draws later
         model = MiniMindForCausalLM(config)

@@ -33,7 +33,7 @@ from scripts.example_prompts import example_prompts
 from scripts.push_to_hub import MARK, SOURCE, HuggingFace, public, upload
 
 GRADIO = "6.31.0"
-CODE = ("model/*.py", "dataset/*.py", "scripts/__init__.py", "scripts/web_markdown.py")
+CODE = ("model/*.py", "dataset/*.py", "dataset/*.jinja", "scripts/__init__.py", "scripts/web_markdown.py")
 # a Space has no GPU unless it is paid for: torch without CUDA
 CPU_TORCH = "--extra-index-url https://download.pytorch.org/whl/cpu"
 NEEDED = ("torch", "transformers", "tokenizers", "numpy", "filelock", "jinja2")
