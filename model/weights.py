@@ -346,7 +346,8 @@ def config_of_file(
     try:
         config = config_from_state_dict(state, sidecar, unseen)
     except ValueError as error:
-        raise WeightsError(f"{path} cannot be loaded: {error}") from error
+        said = f" (its sidecar {sidecar_path(path).name} counts too)" if sidecar else ""
+        raise WeightsError(f"{path} cannot be loaded: {error}{said}") from error
     if (sidecar or {}).get("config"):
         return config
     if config.qk_norm:
