@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             names = [name.removesuffix(".jsonl") + ".jsonl" for name in args.files]
             download(hub, names, args.out_dir or ROOT / "dataset", args.overwrite)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

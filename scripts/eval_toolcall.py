@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
             client = new_client(openai.OpenAI, base_url, api_key=args.api_key)
             with ThreadPoolExecutor(TOGETHER) as pool:
                 played = list(pool.map(lambda turns: play(client, turns, args.model), conversations))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except openai.OpenAIError as error:
         sys.exit(f"error: {explain(error, base_url)}")

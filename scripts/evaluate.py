@@ -681,7 +681,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args = parse(argv)
         results = evaluate(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command with --resume goes on")

@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     set_up_streams()
     try:
         run(argv)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -52,6 +52,10 @@ def find_files(paths: Iterable[Path]) -> list[Path]:
         files += inside
     for path in files:
         if not path.is_file():
+            if path.exists():
+                raise ValueError(
+                    f"{path} is not a regular file, and it is read more than once; write it to a file first"
+                )
             near = ", ".join(sorted(p.name for p in path.parent.glob("*") if layout(p))[:10])
             raise ValueError(f"{path} not found. {path.parent} holds: {near or 'no data file'}")
         if not path.stat().st_size:

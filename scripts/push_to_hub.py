@@ -370,7 +370,7 @@ def main(argv: list[str] | None = None) -> None:
             card = model_card(args.repo_id, titles, files, scores, args.base_model, args.language, args.license)
         files["README.md"] = card.encode()
         hub = HUBS[args.to](args, "dataset" if args.dataset else "model")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     upload(hub, files, args)
     if args.dry_run:

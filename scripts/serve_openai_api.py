@@ -516,7 +516,7 @@ def main(argv: list[str] | None = None) -> int:
         gc.set_threshold(100_000, 20, 100)
         server.run(sockets=[listener])
         return server.status
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         note(f"error: {error}")
         return 1
     except KeyboardInterrupt:

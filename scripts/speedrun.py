@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     args, more = parser.parse_known_args(argv)
     try:
         pipeline(args, more)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

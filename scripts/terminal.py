@@ -255,12 +255,12 @@ def run_main(chat: Callable[[], int]) -> int:
     """Run a chat; return its exit status, whatever ends it."""
     try:
         return chat()
-    except ValueError as error:
-        note(f"error: {error}")
-        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of stdout has gone
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError) as error:
+        note(f"error: {error}")
         return 1

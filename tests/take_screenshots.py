@@ -9,7 +9,9 @@ model's own.
 
 import argparse
 import contextlib
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -63,7 +65,7 @@ def served(*flags: str) -> Iterator[str]:
         def check(failed: bool) -> None:
             printed.seek(0)
             text = printed.read().decode(errors="replace")
-            if failed or "Traceback" in text:
+            if failed or "Traceback" in text or "Aborted" in text:
                 raise ValueError(f"the page failed:\n{text}")
 
         process = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT)
@@ -75,10 +77,10 @@ def served(*flags: str) -> Iterator[str]:
                 check(process.poll() is not None)
                 time.sleep(0.1)
             yield f"http://127.0.0.1:{port}"
-            check(False)
         finally:
-            process.terminate()
+            process.send_signal(signal.SIGTERM if os.name == "nt" else signal.SIGINT)  # as Ctrl-C
             process.wait()
+            check(False)
 
 
 def main(argv: list[str] | None = None) -> int:

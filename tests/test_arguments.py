@@ -241,6 +241,8 @@ def test_mistakes_are_messages_not_tracebacks(capsys):
         arguments.run_script(lambda: module.main(["--epochs=0", "--batch_size=0"]))
     assert caught.value.code.startswith("error: ") and "--epochs 0" in caught.value.code
     assert "--batch_size 0" in caught.value.code
+    with pytest.raises(SystemExit, match="error: .*too long"):
+        arguments.run_script(lambda: module.main([f"--base_weight={'x' * 300}.pth"]))
 
 
 def test_an_out_dir_that_cannot_be_written_is_found_before_training(train, tmp_path, texts):

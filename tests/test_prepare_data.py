@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import subprocess
 import sys
@@ -411,6 +412,15 @@ def test_missing_inputs_say_what_is_there(tmp_path):
     assert "other.jsonl" in error_of("clean", tmp_path / "a.jsonl", "-o", tmp_path / "b.jsonl")
     (tmp_path / "empty").mkdir()
     assert "holds no" in error_of("clean", tmp_path / "empty", "-o", tmp_path / "b.jsonl")
+    assert "too long" in error_of("clean", tmp_path / ("x" * 300), "-o", tmp_path / "b.jsonl")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        assert "pipe is not a regular file" in error_of("clean", tmp_path / "pipe", "-o", tmp_path / "b.jsonl")
+
+
+def test_an_output_that_cannot_be_written_is_a_line(tmp_path):
+    write_texts(tmp_path / "a.jsonl", 2)
+    assert "a.jsonl/x" in error_of("clean", tmp_path / "a.jsonl", "-o", tmp_path / "a.jsonl" / "x" / "b.jsonl")
 
 
 def test_an_output_never_replaces_its_input_nor_another_file_unasked(tmp_path):

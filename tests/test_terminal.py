@@ -15,7 +15,7 @@ from conftest import ROOT, write_endless_weights
 
 from model.streams import note
 from scripts.example_prompts import BEGINNINGS, QUESTIONS, example_prompts
-from scripts.terminal import Display, LineEditor, TerminalChat, piped_prompts
+from scripts.terminal import Display, LineEditor, TerminalChat, piped_prompts, run_main
 
 GREETING = "你好，今天天气怎么样？"
 
@@ -177,6 +177,10 @@ def test_ctrl_c_leaves_only_when_pressed_twice_in_a_row(monkeypatch, capsys):
     assert list(editor.prompts("> ")) == ["a", "b\nc"]
     assert next(typed, "all read") == "all read"
     assert capsys.readouterr().err.count("Ctrl-C again") == 3
+
+
+def test_what_ends_a_chat_is_a_line(capsys):
+    assert run_main(lambda: os.stat("x" * 300)) == 1 and "too long" in capsys.readouterr().err
 
 
 # --- display ---------------------------------------------------------------------------------------------------------

@@ -396,6 +396,16 @@ def test_reasoning_stands_apart(open_page, server):
     assert (answer.thought, answer.text) == ("hm", "So.")
 
 
+def test_tool_calls_are_folded(open_page, server):
+    server.text = 'I look.<tool_call>\n{"name": "weather", "arguments": {"city": "北京"}}\n</tool_call>'
+    app = open_page()
+    use_api(app, server.base_url)
+    answer = ask(app)
+    assert answer.text.strip() == "I look." and [call["name"] for call in answer.calls] == ["weather"]
+    (folded,) = app.expander
+    assert "weather" in folded.label and json.loads(folded.code[0].value) == {"city": "北京"}
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [("full", "the context 512"), ("broken", "out of memory"), ("breaks-off", "broke off")],

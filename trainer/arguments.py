@@ -261,7 +261,7 @@ def run_script(main: Callable[..., None], argv: list[str] | None = None) -> None
     set_up_streams()
     try:
         run_or_estimate(main, argv)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         message = str(error)
     except RuntimeError as error:
         message = lost_process(error) or out_of_memory(error)
