@@ -9,17 +9,21 @@ Caches go to a temporary folder and are removed. Memory is read from /proc, so t
 
 import argparse
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 STARTED = time.perf_counter()
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from tokenizers import Tokenizer
 
 from dataset.lm_dataset import KINDS, parse_record
 from dataset.packing import PackedBatches, PreferenceBatches, build_plan
@@ -41,12 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--megabytes", type=float, default=16, help="size that the sample is repeated to")
     parser.add_argument("--scale", type=int, default=10, help="times that the memory test repeats the data")
-    parser.add_argument("--child", choices=("build", "iterate"), help=argparse.SUPPRESS)
-    parser.add_argument("--cache_dir", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.child:
-        print(json.dumps(measure_process(args)))
-        return
     if args.data_path:
         inputs = [(args.kind or guess_kind(args.data_path), args.data_path)]
     else:
@@ -73,7 +72,8 @@ def measure(args: argparse.Namespace, kind: str, path: Path, folder: Path) -> No
                 path, tokenizer, kind, cache_dir=cache_dir, num_workers=workers, show_progress=False
             )
             keep_best(best, ("ours", workers), (time.perf_counter() - start, cpu_seconds() - cpu_start))
-            keep_best(best, ("peer", workers), peer_seconds(args, kind, path, workers))
+            peer = in_process(peer_seconds, args.tokenizer_path, kind, path, workers)
+            keep_best(best, ("peer", workers), peer)
     megabytes = sum(len(text.encode()) for text in texts_of(kind, path)) / 1e6
     print("  cache building     ours, jsonl to cache         encode_batch, texts in memory   rate, ours / peer")
     for workers in sorted({1, cores}):
@@ -106,7 +106,7 @@ def measure(args: argparse.Namespace, kind: str, path: Path, folder: Path) -> No
     for times in (1, args.scale):
         large = repeat(path, times, folder / f"{path.stem}_x{times}.jsonl")
         for child in ("build", "iterate"):
-            result = run_child(args, child, kind, large, folder / f"{path.stem}_x{times}")
+            result = in_process(measure_memory, args, child, kind, large, folder / f"{path.stem}_x{times}")
             peaks[child, times] = result["rss_anon"]
             if child == "iterate":
                 print(
@@ -122,8 +122,14 @@ def measure(args: argparse.Namespace, kind: str, path: Path, folder: Path) -> No
         )
 
 
-def measure_process(args: argparse.Namespace) -> dict:
-    """In a process of its own: peak of RssAnon above that of the imports, seconds from the flags to the first batch."""
+def in_process(function: Callable, *arguments):
+    """Return what the function returns in a fresh process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def measure_memory(args: argparse.Namespace, child: str, kind: str, path: Path, cache_dir: Path) -> dict:
+    """Return the peak of RssAnon above that of the imports, and the seconds from the flags to the first batch."""
     before = rss_anon()
     peak = [before]
     done = threading.Event()
@@ -135,41 +141,27 @@ def measure_process(args: argparse.Namespace) -> dict:
     threading.Thread(target=watch, daemon=True).start()
     start = time.perf_counter()
     tokenizer = ChatTokenizer(args.tokenizer_path)
-    cache = open_token_cache(args.data_path, tokenizer, args.kind, cache_dir=args.cache_dir, show_progress=False)
+    cache = open_token_cache(path, tokenizer, kind, cache_dir=cache_dir, show_progress=False)
     batches = batches_of(cache, build_plan(cache, args.max_seq_len, show_progress=False), args.batch_size)
     batches[0]
     seconds = time.perf_counter() - start
-    if args.child == "iterate":
+    if child == "iterate":
         for i in range(len(batches)):
             batches[i]
     done.set()
     return {"rss_anon": max(peak[0], rss_anon()) - before, "seconds": seconds, "import_seconds": start - STARTED}
 
 
-def run_child(args: argparse.Namespace, child: str, kind: str, path: Path, cache_dir: Path) -> dict:
-    command = [sys.executable, __file__, "--child", child, "--kind", kind, "--data_path", str(path)]
-    command += ["--cache_dir", str(cache_dir), "--tokenizer_path", str(args.tokenizer_path)]
-    command += ["--max_seq_len", str(args.max_seq_len), "--batch_size", str(args.batch_size)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def peer_seconds(args: argparse.Namespace, kind: str, path: Path, workers: int) -> tuple[float, float]:
+def peer_seconds(tokenizer_path: Path, kind: str, path: Path, threads: int) -> tuple[float, float]:
     """Return (wall, CPU) seconds that the library's encode_batch takes for the same texts with as many threads."""
-    code = (
-        "import sys, time; sys.path.insert(0, sys.argv[1])\n"
-        "from pathlib import Path; from tokenizers import Tokenizer\n"
-        "from benchmarks.data_pipeline import PEER_BATCH, texts_of\n"
-        "texts = list(texts_of(sys.argv[2], Path(sys.argv[3])))\n"
-        "tokenizer = Tokenizer.from_file(sys.argv[4])\n"
-        "start, cpu_start = time.perf_counter(), time.process_time()\n"
-        "for i in range(0, len(texts), PEER_BATCH): tokenizer.encode_batch(texts[i : i + PEER_BATCH])\n"
-        "print(time.perf_counter() - start, time.process_time() - cpu_start)"
-    )
-    file = args.tokenizer_path / "tokenizer.json" if args.tokenizer_path.is_dir() else args.tokenizer_path
-    env = os.environ | {"RAYON_NUM_THREADS": str(workers), "TOKENIZERS_PARALLELISM": "true"}
-    command = [sys.executable, "-c", code, str(ROOT), kind, str(path), str(file)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout
-    return tuple(map(float, output.split()))
+    os.environ |= {"RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true"}
+    texts = list(texts_of(kind, path))
+    file = tokenizer_path / "tokenizer.json" if tokenizer_path.is_dir() else tokenizer_path
+    tokenizer = Tokenizer.from_file(str(file))
+    start, cpu_start = time.perf_counter(), time.process_time()
+    for first in range(0, len(texts), PEER_BATCH):
+        tokenizer.encode_batch(texts[first : first + PEER_BATCH])
+    return time.perf_counter() - start, time.process_time() - cpu_start
 
 
 def texts_of(kind: str, path: Path):

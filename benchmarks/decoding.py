@@ -43,6 +43,7 @@ from model.weights import load_model
 
 def random_model(use_moe: bool) -> MiniMindForCausalLM:
     """Return a preset with random weights, rounded to float16 as a .pth holds them."""
+    torch.manual_seed(0)
     model = MiniMindForCausalLM(MiniMindConfig(hidden_size=640 if use_moe else 512, use_moe=use_moe))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -50,8 +51,8 @@ def random_model(use_moe: bool) -> MiniMindForCausalLM:
     return model
 
 
-def of_ours(model, concurrent: int):
-    engine = Engine(model, slots=concurrent, context_length=2048)
+def of_ours(model, concurrent: int, context_length: int = 2048):
+    engine = Engine(model, slots=concurrent, context_length=context_length)
 
     def run(prompts: list[list[int]], count: int) -> list[list[int]]:
         for slot in engine._slots:  # each round must read its prompt again
@@ -143,7 +144,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
-    torch.manual_seed(0)
     device = torch.device(args.device)
     model = load_model(args.weight)[0] if args.weight else random_model(args.use_moe)
     twin = None if model.config.use_moe else llama(model.config, model.state_dict())
@@ -163,11 +163,8 @@ def main(argv: list[str] | None = None) -> None:
         f"{device}, {torch.get_num_threads()} threads, {versions}; {parameters:.2f}M in {args.dtype}, "
         f"prompts of {args.prompt_tokens} tokens, {args.new_tokens} new ones"
     )
-    many, one, long = (
-        prompts(args.concurrent, args.prompt_tokens),
-        prompts(1, args.prompt_tokens),
-        prompts(1, args.long_prompt),
-    )
+    many = prompts(args.concurrent, args.prompt_tokens)
+    one, long = prompts(1, args.prompt_tokens), prompts(1, args.long_prompt)
     outputs = {name: run(one, 1 + args.new_tokens) for name, run in contenders.items()}  # warms up, too
     for name, output in outputs.items():
         same = next((n for n, (a, b) in enumerate(zip(outputs["ours"][0], output[0], strict=True)) if a != b), None)

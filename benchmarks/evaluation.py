@@ -106,26 +106,19 @@ def main() -> None:
     flags += ["--device", "cpu", "--dtype", "float32", "--max_seq_len", "2048"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tokenizer_folder = str(ROOT / "model")
         if args.base_url:
             options = evaluate.parse([*flags, "--base_url", args.base_url])
             candidate, _ = evaluate.reach_candidate(args.model, options)
             new_client(evaluate.openai.OpenAI, args.base_url, api_key="none").models.list()
-            lm = get_model("local-completions")(
-                model=args.model, base_url=f"{args.base_url}/completions", tokenizer=tokenizer_folder,
-                batch_size=args.batch_size, max_length=2048,
-            )  # fmt: skip
+            kind, model = "local-completions", {"model": args.model, "tokenizer": str(ROOT / "model")}
+            model["base_url"] = f"{args.base_url}/completions"
         else:
             candidate, _ = evaluate.load_candidate(args.weight, evaluate.parse(flags))
             command = [sys.executable, str(ROOT / "scripts" / "convert_model.py"), "--input", candidate.facts["source"]]
             subprocess.run([*command, "--output", str(folder / "llama")], check=True, stdout=subprocess.DEVNULL)
-            lm = get_model("hf")(
-                pretrained=str(folder / "llama"), device="cpu", dtype="float32", batch_size=args.batch_size,
-                max_length=2048,
-            )  # fmt: skip
-        print(
-            "| | questions | largest difference, nats | accuracy here / lm-eval | questions/s here / lm-eval | ratio |"
-        )
+            kind, model = "hf", {"pretrained": str(folder / "llama"), "device": "cpu", "dtype": "float32"}
+        lm = get_model(kind)(batch_size=args.batch_size, max_length=2048, **model)
+        print("| | questions | largest difference, nats | accuracy here / lm-eval | questions/s of both | ratio |")
         print("|-|-|-|-|-|-|")
         for title, (name, letters, shots, share) in FORMS.items():
             each = read_set(name, args.eval_dir)

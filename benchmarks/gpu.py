@@ -34,6 +34,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -43,12 +44,11 @@ from torch.utils.data import DataLoader, RandomSampler
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.decoding import of_ours, timed
 from benchmarks.peers import llama, machine, synchronize
-from benchmarks.train_throughput import PaddedDocuments, matmul_rate, packed_peer_loss, peer_loss
+from benchmarks.train_throughput import PaddedDocuments, matmul_rate, our_loss, packed_peer_loss, peer_loss
 from dataset.tokenization import ChatTokenizer
 from model import model_minimind
-from model.batching import Engine
-from model.generation import SamplingParams
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import write_json
 from trainer.arguments import run_script, stage_parser
@@ -56,7 +56,6 @@ from trainer.cost import Memory, attention_flops, count_parameters, flops_per_to
 from trainer.distributed import Process
 from trainer.loader import PackedData, model_inputs
 from trainer.optimization import build_optimizer
-from trainer.token_losses import token_cross_entropy
 
 PRESETS = {
     "26M": {"hidden_size": 512, "num_hidden_layers": 8},
@@ -74,9 +73,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--rows", type=int, default=32, help="rows per micro-batch (default: %(default)s)")
     add("--max_seq_len", type=int, default=512)
     add("--seconds", type=float, default=5, help="per contender, when warm (default: %(default)s)")
-    add(
-        "--budget", type=float, default=450, help="seconds in all; what does not fit is left out (default: %(default)s)"
-    )
+    add("--budget", type=float, default=450, help="seconds in all; the rest is left out (default: %(default)s)")
     add("--batches", type=int, nargs="*", default=[1, 16, 64], help="texts decoded together (default: 1 16 64)")
     add("--new_tokens", type=int, default=256, help="decoded per text (default: %(default)s)")
     add("--num_hidden_layers", type=int, help="fewer layers, for a test")
@@ -94,25 +91,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 @contextlib.contextmanager
-def without(holder: object, name: str) -> Iterator[None]:
-    """Hide a feature that code looks up by its name."""
-    value = getattr(holder, name, None)
-    if value is not None:
-        delattr(holder, name)
-    try:
+def without_grouped() -> Iterator[None]:
+    """Hide the grouped product, which the model looks up by its name."""
+    with mock.patch.object(F, "grouped_mm", None, create=True):
+        del F.grouped_mm
         yield
-    finally:
-        if value is not None:
-            setattr(holder, name, value)
 
 
-@contextlib.contextmanager
-def mask_attention() -> Iterator[None]:
-    before, model_minimind.HAS_VARLEN = model_minimind.HAS_VARLEN, False
-    try:
-        yield
-    finally:
-        model_minimind.HAS_VARLEN = before
+def without_varlen() -> contextlib.AbstractContextManager:
+    return mock.patch.object(model_minimind, "HAS_VARLEN", False)
 
 
 def whole_loss(model: nn.Module, batch: dict) -> torch.Tensor:
@@ -120,12 +107,6 @@ def whole_loss(model: nn.Module, batch: dict) -> torch.Tensor:
     output = model(**model_inputs(batch))
     total = F.cross_entropy(output.logits.float().flatten(0, 1), batch["labels"].flatten(), reduction="sum")
     return total / batch["step_targets"] + output.aux_loss
-
-
-def training_loss(model: nn.Module, batch: dict) -> torch.Tensor:
-    """As train_pretrain.py computes it."""
-    output = model(**model_inputs(batch), head=functools.partial(token_cross_entropy, labels=batch["labels"]))
-    return output.head_output.sum() / batch["step_targets"] + output.aux_loss
 
 
 def joined(source: Path, target: Path, count: int = 2) -> Path:
@@ -226,45 +207,40 @@ def measure(
 
 
 def training_contenders(config: MiniMindConfig, rows: Rows, args: argparse.Namespace) -> dict[str, Callable[[], dict]]:
-    def ours(compiled: bool = True) -> nn.Module:
+    def ours(compiled=True, padded=False, loss_of=our_loss, within=contextlib.nullcontext, **options) -> dict:
         torch.manual_seed(0)
         model = MiniMindForCausalLM(config)
         if compiled and args.device.startswith("cuda"):
             model.model.compile(dynamic=False)
-        return model
+        with within():
+            return measure(model, rows.padded() if padded else rows.packed(), loss_of, args, **options)
 
-    def peer(compiled: bool) -> nn.Module:
+    def peer(packed: bool) -> dict:
         model = llama(config)
         model.config.minimind = config  # the operations of both are counted alike
-        if compiled and args.device.startswith("cuda"):
+        if not packed:
+            return measure(model, rows.padded(), peer_loss, args, fused=False)
+        if args.device.startswith("cuda"):
             model.compile(dynamic=False)
-        return model
+        return measure(model, rows.packed(), packed_peer_loss, args)
 
-    def without_varlen() -> dict:
-        with mask_attention():
-            return measure(ours(), rows.packed(), training_loss, args)
-
-    def without_grouped() -> dict:
-        with without(F, "grouped_mm"):
-            return measure(ours(), rows.packed(), training_loss, args)
-
+    partial = functools.partial
     contenders = {
-        "ours": lambda: measure(ours(), rows.packed(), training_loss, args),
-        "transformers, padded": lambda: measure(peer(False), rows.padded(), peer_loss, args, fused=False),
-        "transformers, packed": lambda: measure(peer(True), rows.packed(), packed_peer_loss, args),
-        "- grouped products": without_grouped,
-        "- compile": lambda: measure(ours(compiled=False), rows.packed(), training_loss, args),
-        "- varlen": without_varlen,
-        "- packing": lambda: measure(ours(), rows.padded(), peer_loss, args),
-        "- loss in blocks": lambda: measure(ours(), rows.packed(), whole_loss, args),
-        "- fused AdamW": lambda: measure(ours(), rows.packed(), training_loss, args, fused=False),
-        "+ Muon": lambda: measure(ours(), rows.packed(), training_loss, args, muon="grouped"),
-        "+ Muon one by one": lambda: measure(ours(), rows.packed(), training_loss, args, muon="one by one"),
+        "ours": ours,
+        "transformers, padded": partial(peer, packed=False),
+        "transformers, packed": partial(peer, packed=True),
+        "- grouped products": partial(ours, within=without_grouped),
+        "- compile": partial(ours, compiled=False),
+        "- varlen": partial(ours, within=without_varlen),
+        "- packing": partial(ours, padded=True, loss_of=peer_loss),
+        "- loss in blocks": partial(ours, loss_of=whole_loss),
+        "- fused AdamW": partial(ours, fused=False),
+        "+ Muon": partial(ours, muon="grouped"),
+        "+ Muon one by one": partial(ours, muon="one by one"),
     }
     # transformers has no mixture of experts like ours
-    absent = (
-        ("transformers, padded", "transformers, packed", "- packing") if config.use_moe else ("- grouped products",)
-    )
+    dense_only = ("transformers, padded", "transformers, packed", "- packing")
+    absent = dense_only if config.use_moe else ("- grouped products",)
     return {name: run for name, run in contenders.items() if name not in absent}
 
 
@@ -292,32 +268,15 @@ def decoding_contenders(config: MiniMindConfig, args: argparse.Namespace) -> dic
     def prompts(batch: int) -> torch.Tensor:
         return torch.randint(3, config.vocab_size, (batch, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
 
-    def rate(batch: int, run: Callable[[], None]) -> dict:
-        run()
-        synchronize(args.device)
-        start = time.perf_counter()
-        run()
-        synchronize(args.device)
-        return {"tokens_per_second": batch * args.new_tokens / (time.perf_counter() - start)}
+    def rate(batch: int, run: Callable) -> dict:
+        run()  # warms up
+        return {"tokens_per_second": batch * args.new_tokens / timed(run, torch.device(args.device))}
 
     def ours(batch: int) -> dict:
         torch.manual_seed(0)
         model = MiniMindForCausalLM(config).to(args.device, torch.bfloat16).eval()
-        engine = Engine(model, slots=batch, context_length=PROMPT_TOKENS + args.new_tokens)
-        params = SamplingParams(temperature=0.0, max_new_tokens=args.new_tokens, stop_ids=())
-
-        def run() -> None:
-            for slot in engine._slots:  # each run must read its prompt again
-                slot.ids = []
-            requests = [engine.submit(ids, params) for ids in prompts(batch).tolist()]
-            while engine.step():
-                pass
-            assert all(request.finish_reason == "length" for request in requests)
-
-        try:
-            return rate(batch, run)
-        finally:
-            engine.close()
+        run = of_ours(model, batch, PROMPT_TOKENS + args.new_tokens)
+        return rate(batch, lambda: run(prompts(batch).tolist(), args.new_tokens))
 
     def generate(batch: int) -> dict:
         torch.manual_seed(0)
@@ -336,16 +295,10 @@ def decoding_contenders(config: MiniMindConfig, args: argparse.Namespace) -> dic
 def print_decoding(results: dict[str, dict], batches: list[int]) -> None:
     print(f"\n{'texts together':22}{'tokens/s':>12}{'generate':>12}{'ours is':>9}")
     for batch in batches:
-        ours, peer = (results.get(f"{name}, {batch}", {}) for name in ("ours", "generate"))
-        cells = [
-            f"{result['tokens_per_second']:12,.0f}"
-            if "tokens_per_second" in result
-            else f"{result.get('error', ''):>12}"
-            for result in (ours, peer)
-        ]
-        ratio = ""
-        if "tokens_per_second" in ours and "tokens_per_second" in peer:
-            ratio = f"{ours['tokens_per_second'] / peer['tokens_per_second']:8.2f}×"
+        ours, peer = (results.get(f"{name}, {batch}", {"error": ""}) for name in ("ours", "generate"))
+        rates = [result.get("tokens_per_second") for result in (ours, peer)]
+        cells = [f"{rate:12,.0f}" if rate else f"{r['error']:>12}" for rate, r in zip(rates, (ours, peer), strict=True)]
+        ratio = f"{rates[0] / rates[1]:8.2f}×" if all(rates) else ""
         print(f"{batch:<22}{''.join(cells)}{ratio}", flush=True)
 
 
@@ -405,18 +358,16 @@ def main(argv: list[str] | None = None) -> None:
             config = MiniMindConfig(vocab_size=tokenizer.vocab_size, **sizes)
             training[title] = training_contenders(config, rows, args)
             decoding[title] = decoding_contenders(config, args)
-        for name in ("ours", "transformers, padded"):
-            for title in args.models:
-                if name in training[title]:
-                    schedule.run("training", title, name, training[title].pop(name))
+        order = [(name, title) for name in dict.fromkeys(itertools.chain(*training.values())) for title in args.models]
+        order = [(name, title) for name, title in order if name in training[title]]
+        first = ("ours", "transformers, padded")
+        for name, title in [pair for pair in order if pair[0] in first]:
+            schedule.run("training", title, name, training[title][name])
         for title in args.models:
             for name, contender in decoding[title].items():
                 schedule.run("decoding", title, name, contender)
-        while any(training.values()):
-            for title in args.models:
-                if training[title]:
-                    name = next(iter(training[title]))
-                    schedule.run("training", title, name, training[title].pop(name))
+        for name, title in [pair for pair in order if pair[0] not in first]:
+            schedule.run("training", title, name, training[title][name])
     for title in args.models:
         print_training(title, record["training"][title], peak)
         print_decoding(record["decoding"][title], args.batches)

@@ -26,7 +26,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,6 +34,11 @@ sys.path.insert(0, str(ROOT))
 
 import httpx
 import openai
+import psutil
+
+from benchmarks.decoding import random_model
+from dataset.tokenization import ChatTokenizer
+from model.weights import save_weights
 
 WORDS = "the sky was grey and an old king read by his fire 今天 天气 很好 我们 去 公园 看 花 and then it rained".split()
 LEFT_STREAMS, WHOLE_ANSWERS = 0.1, 0.25
@@ -92,9 +96,7 @@ async def ask(client: openai.AsyncOpenAI, model: str, rng: random.Random, max_to
         load.errors["a stream that ended without its usage"] += 1
 
 
-async def client_loop(
-    client: openai.AsyncOpenAI, model: str, number: int, end: float, max_tokens: int, load: Load
-) -> None:
+async def client_loop(client, model: str, number: int, end: float, max_tokens: int, load: Load) -> None:
     rng = random.Random(number)
     while time.perf_counter() < end:
         try:
@@ -164,9 +166,8 @@ async def run_load(base_url: str, clients: int, seconds: float, max_tokens: int,
     """Ask for so long; what has begun by then is answered to its end."""
     # one client object with a connection for each, because making 64 of them takes seconds
     http_client = openai.DefaultAsyncHttpxClient(trust_env=False)
-    async with openai.AsyncOpenAI(
-        base_url=base_url, api_key="none", max_retries=0, timeout=300, http_client=http_client
-    ) as client:
+    options = {"api_key": "none", "max_retries": 0, "timeout": 300}
+    async with openai.AsyncOpenAI(base_url=base_url, http_client=http_client, **options) as client:
         model = [model.id async for model in client.models.list()][0]
         bodies = hostile_bodies(model) if hostile else []  # made before the clock starts: they take a while
         load, started = Load(), time.perf_counter()
@@ -197,9 +198,7 @@ def percentile(values: list[float], share: float) -> float:
 
 def report(load: Load, clients: int, leaked: int) -> str:
     first = f"p50 {percentile(load.first_token, 0.5):.2f} s, p95 {percentile(load.first_token, 0.95):.2f} s"
-    gap = ", ".join(
-        f"{name} {percentile(load.gaps, share) * 1000:.0f} ms" for name, share in (("p50", 0.5), ("p99", 0.99))
-    )
+    gap = f"p50 {percentile(load.gaps, 0.5) * 1000:.0f} ms, p99 {percentile(load.gaps, 0.99) * 1000:.0f} ms"
     hostile = "".join(f", {count} x {status}" for status, count in sorted(load.hostile.items()))
     errors = ", ".join(f"{count} {kind}" for kind, count in load.errors.items()) or "none"
     return (
@@ -213,7 +212,7 @@ def report(load: Load, clients: int, leaked: int) -> str:
     )
 
 
-@contextmanager
+@contextlib.contextmanager
 def own_server(args: argparse.Namespace):
     """Give (URL, process id) of a server that lives as long as the measurement."""
     with tempfile.TemporaryDirectory() as folder:
@@ -224,21 +223,13 @@ def own_server(args: argparse.Namespace):
                 raise SystemExit(f"error: --weight {args.weight} is not named full_sft_SIZE.pth")
             flags = ["--hidden_size", match[1], "--use_moe", str(bool(match[2]))]
         else:
-            import torch
-
-            from dataset.tokenization import ChatTokenizer
-            from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-            from model.weights import save_weights
-
-            torch.manual_seed(0)
             sidecar = {"tokenizer_sha256": ChatTokenizer(ROOT / "model").sha256}
-            save_weights(out_dir / "full_sft_512.pth", MiniMindForCausalLM(MiniMindConfig()), sidecar)
+            save_weights(out_dir / "full_sft_512.pth", random_model(use_moe=False), sidecar)
         command = [sys.executable, str(ROOT / "scripts" / "serve_openai_api.py"), "--out_dir", str(out_dir), *flags]
         command += ["--port", "0", "--device", args.device, "--slots", str(args.slots)]
         command += ["--quiet", "--max_queue", str(args.max_queue), *(["--dtype", args.dtype] if args.dtype else [])]
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
-        )
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         try:
             lines = []
             while not (found := re.search(r"listening on (\S+)", "".join(lines))):
@@ -251,12 +242,6 @@ def own_server(args: argparse.Namespace):
         finally:
             process.terminate()
             process.communicate()
-
-
-def resident_megabytes(pid: int) -> float:
-    import psutil
-
-    return psutil.Process(pid).memory_info().rss / 1e6
 
 
 def main() -> None:
@@ -276,11 +261,12 @@ def main() -> None:
         url, pid = (args.base_url, None) if args.base_url else stack.enter_context(own_server(args))
         asyncio.run(run_load(url, 2, 1, 8))  # warms up
         for hostile in (False, True) if args.hostile else (False,):
-            before = resident_megabytes(pid) if pid else 0
+            before = psutil.Process(pid).memory_info().rss / 1e6 if pid else 0
             load = asyncio.run(run_load(url, args.clients, args.seconds, args.max_tokens, hostile))
             print(report(load, args.clients, slots_leaked(url)))
             if pid:
-                print(f"memory        {before:,.0f} MB before, {resident_megabytes(pid):,.0f} MB after")
+                after = psutil.Process(pid).memory_info().rss / 1e6
+                print(f"memory        {before:,.0f} MB before, {after:,.0f} MB after")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ are short: pairs of an answer and the answer to another question, conversations 
 
 import argparse
 import functools
-import importlib
 import json
 import multiprocessing
 import os
@@ -33,7 +32,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -42,6 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import peers
+from benchmarks.lab.estimate_check import preferences
 from benchmarks.peers import endless, machine, synchronize
 from dataset.lm_dataset import parse_record
 from dataset.tokenization import ChatTokenizer
@@ -53,11 +52,9 @@ from trainer.arguments import run_script, stage_parser
 from trainer.cost import Memory
 from trainer.distributed import Process, keep_freed_memory
 from trainer.loader import PackedData, model_inputs
-from trainer.logger import Logger
-from trainer.optimization import Precision, build_optimizer, optimizer_step, prepare_forward
 from trainer.reference import reference_log_probs
-from trainer.rollouts import Sampler
 from trainer.token_losses import answer_log_probs, token_cross_entropy
+from trainer.training import Training, start_training
 
 BETA, RANK, LEARNING_RATE = 0.1, 8, 1e-6
 PROMPTS, GROUP, ANSWER = 8, 8, 64  # of a GRPO step: prompts, answers to each, tokens of an answer
@@ -108,9 +105,9 @@ def settings(args: argparse.Namespace, folder: Path, data_path: Path, what: str)
     return argparse.Namespace(**flags)
 
 
-def config_of(args: argparse.Namespace, tokenizer: ChatTokenizer, **other) -> MiniMindConfig:
+def config_of(args: argparse.Namespace, tokenizer: ChatTokenizer) -> MiniMindConfig:
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    return MiniMindConfig(vocab_size=tokenizer.vocab_size, **{name: getattr(args, name) for name in names} | other)
+    return MiniMindConfig(vocab_size=tokenizer.vocab_size, **{name: getattr(args, name) for name in names})
 
 
 def process_of(args: argparse.Namespace) -> Process:
@@ -123,10 +120,21 @@ def llama(args: argparse.Namespace, tokenizer: ChatTokenizer) -> nn.Module:
     return peers.llama(config_of(args, tokenizer), torch.load(args.weights, weights_only=True), **ids)
 
 
-def ours(args: argparse.Namespace, tokenizer: ChatTokenizer) -> MiniMindForCausalLM:
-    model = MiniMindForCausalLM(config_of(args, tokenizer))
+def ours(
+    args: argparse.Namespace, tokenizer: ChatTokenizer, kind: str, lora_rank: int = 0
+) -> tuple[Training, PackedData]:
+    """Return our model, ready to train as the stage scripts train it, and the packed data."""
+    process, model = process_of(args), MiniMindForCausalLM(config_of(args, tokenizer))
     model.load_state_dict(torch.load(args.weights, weights_only=True))
-    return model.to(args.device).train()
+    if lora_rank:
+        apply_lora(model, lora_rank)
+    training = start_training(model.to(process.device).train(), args, process)
+    return training, PackedData(args, kind, tokenizer, process)
+
+
+def token_losses(training: Training, batch: dict) -> torch.Tensor:
+    head = functools.partial(token_cross_entropy, labels=batch["labels"])
+    return training.forward(**model_inputs(batch), head=head).head_output
 
 
 def make_weights(args: argparse.Namespace, tokenizer: ChatTokenizer) -> None:
@@ -143,48 +151,39 @@ class EndOfTurns(Exception):
 
 def dpo_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: StepDone) -> None:
     """train_dpo.py's step: packed pairs, the reference's log-probs read from disk."""
-    process, precision = process_of(args), Precision(args.dtype, torch.device(args.device))
-    data = PackedData(args, "preference", tokenizer, process)
+    training, data = ours(args, tokenizer, "preference")
     reference = reference_log_probs(args.weights, data, tokenizer)
-    model = ours(args, tokenizer)
-    optimizer = build_optimizer(model, args)
-    prepare_forward(model, args, process.device)
     for batch in endless(data.once):
-        with precision.autocast():
-            head = functools.partial(token_cross_entropy, labels=batch["labels"])
-            policy, _ = answer_log_probs(model(**model_inputs(batch), head=head).head_output, batch)
+        with training.autocast():
+            policy, _ = answer_log_probs(token_losses(training, batch), batch)
             frozen = to_device(reference[batch["pair_ids"].numpy()], policy.device)
             margin = BETA * ((policy - frozen)[:, 0] - (policy - frozen)[:, 1])
             loss = -F.logsigmoid(margin).sum() / batch["step_pairs"]
-        loss.backward()
-        optimizer_step(model, optimizer, precision, LEARNING_RATE, args.grad_clip)
+        training.backward(loss)
+        training.step(LEARNING_RATE)
         step_done(len(margin))
 
 
+@torch.no_grad()
 def reference_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: StepDone) -> None:
     """Do what train_dpo.py does once before it trains: the reference's log-probs of a batch."""
-    process, precision = process_of(args), Precision(args.dtype, torch.device(args.device))
-    data = PackedData(args, "preference", tokenizer, process)
-    model = ours(args, tokenizer).eval()
-    with torch.no_grad():
-        for batch in endless(data.once):
-            with precision.autocast():
-                head = functools.partial(token_cross_entropy, labels=batch["labels"])
-                log_probs, _ = answer_log_probs(model(**model_inputs(batch), head=head).head_output, batch)
-            step_done(len(log_probs))
+    training, data = ours(args, tokenizer, "preference")
+    training.model.eval()
+    for batch in endless(data.once):
+        with training.autocast():
+            log_probs, _ = answer_log_probs(token_losses(training, batch), batch)
+        step_done(len(log_probs))
 
 
 def trl_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: StepDone, precompute: bool) -> None:
     """TRL's trainer with its own loop."""
     os.environ |= {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    from datasets import Dataset, disable_progress_bars
+    from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from transformers.utils import logging
     from trl import DPOConfig, DPOTrainer
 
-    disable_progress_bars()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
     class OneStep(TrainerCallback):
         def on_step_end(self, *_, **__):
@@ -194,27 +193,14 @@ def trl_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: Ste
     records = [{"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]} for chosen, rejected in pairs]
     on_cpu = args.device == "cpu"
     options = DPOConfig(
-        output_dir=str(args.folder / "trl"),
-        per_device_train_batch_size=args.batch_size,
+        output_dir=str(args.folder / "trl"), per_device_train_batch_size=args.batch_size, beta=BETA,
         max_length=args.max_seq_len + 1,  # ours counts inputs, without the last label
-        beta=BETA,
-        learning_rate=LEARNING_RATE,
-        max_grad_norm=args.grad_clip,
-        lr_scheduler_type="constant",
-        num_train_epochs=1000,
-        bf16=True,
-        use_cpu=on_cpu,
-        gradient_checkpointing=False,
-        precompute_ref_log_probs=precompute,
-        optim="adamw_torch_fused",
-        train_sampling_strategy="sequential",
-        dataloader_drop_last=True,
-        dataloader_pin_memory=not on_cpu,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
+        learning_rate=LEARNING_RATE, max_grad_norm=args.grad_clip, lr_scheduler_type="constant", num_train_epochs=1000,
+        bf16=True, use_cpu=on_cpu, gradient_checkpointing=False, precompute_ref_log_probs=precompute,
+        optim="adamw_torch_fused", train_sampling_strategy="sequential", dataloader_drop_last=True,
+        dataloader_pin_memory=not on_cpu, logging_strategy="no", save_strategy="no", report_to="none",
         disable_tqdm=True,
-    )
+    )  # fmt: skip
     trainer = DPOTrainer(
         model=llama(args, tokenizer),
         ref_model=None if precompute else llama(args, tokenizer),
@@ -229,17 +215,12 @@ def trl_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: Ste
 
 def lora_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: StepDone) -> None:
     """train_lora.py's step on rows packed with conversations."""
-    process, precision = process_of(args), Precision(args.dtype, torch.device(args.device))
-    data = PackedData(args, "conversation", tokenizer, process)
-    model = apply_lora(ours(args, tokenizer), RANK)
-    optimizer = build_optimizer(model, args)
-    prepare_forward(model, args, process.device)
+    training, data = ours(args, tokenizer, "conversation", lora_rank=RANK)
     for batch in endless(data.once):
-        with precision.autocast():
-            head = functools.partial(token_cross_entropy, labels=batch["labels"])
-            loss = model(**model_inputs(batch), head=head).head_output.sum() / batch["step_targets"]
-        loss.backward()
-        optimizer_step(model, optimizer, precision, LEARNING_RATE, args.grad_clip)
+        with training.autocast():
+            loss = token_losses(training, batch).sum() / batch["step_targets"]
+        training.backward(loss)
+        training.step(LEARNING_RATE)
         step_done(batch["real_tokens"])
 
 
@@ -247,33 +228,27 @@ def peft_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: St
     """peft on the same model, batches padded to their longest conversation, labels on the answers."""
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(
-        llama(args, tokenizer),
-        LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=list(TARGETS), task_type="CAUSAL_LM"),
-    )
+    options = {"r": RANK, "lora_alpha": RANK, "lora_dropout": 0.0, "target_modules": list(TARGETS)}
+    model = get_peft_model(llama(args, tokenizer), LoraConfig(task_type="CAUSAL_LM", **options))
     model = model.to(args.device).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
-    data = PackedData(args, "conversation", tokenizer, process_of(args))  # for its token ids alone
-    cache, offsets = data.cache, np.asarray(data.cache.offsets)
-    per_batch = args.batch_size
+    per_batch, longest = args.batch_size, args.max_seq_len + 1
+    lines = args.data_path.read_text("utf-8").splitlines()
+    encoded = [tokenizer.encode_conversation(parse_record("conversation", line)) for line in lines]
+    documents = [(torch.tensor(ids[:longest]), torch.tensor(mask[:longest]).bool()) for ids, mask in encoded]
     if equal_tokens:
-        per_batch = max(round(per_batch * data.plan.stats["segments"] / data.plan.num_rows), 1)
+        plan = PackedData(args, "conversation", tokenizer, process_of(args)).plan
+        per_batch = max(round(per_batch * plan.stats["segments"] / plan.num_rows), 1)
 
     def padded_batches() -> Iterator[dict]:
-        for first in range(0, len(offsets) - per_batch, per_batch):
-            documents = [
-                slice(start, min(end, start + args.max_seq_len + 1))
-                for start, end in zip(offsets[first : first + per_batch], offsets[first + 1 :], strict=False)
-            ]
-            ids = [torch.from_numpy(cache.tokens[document].astype(np.int64)) for document in documents]
-            masks = [torch.from_numpy(cache.mask[document].astype(bool)) for document in documents]
-            labels = [tokens.masked_fill(~mask, -100) for tokens, mask in zip(ids, masks, strict=True)]
-            pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)
+        pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)
+        for first in range(0, len(documents) + 1 - per_batch, per_batch):
+            batch = documents[first : first + per_batch]
             yield {
-                "input_ids": pad(ids, padding_value=tokenizer.pad_id),
-                "labels": pad(labels, padding_value=-100),
-                "attention_mask": pad([torch.ones_like(tokens) for tokens in ids]),
+                "input_ids": pad([ids for ids, _ in batch], padding_value=tokenizer.pad_id),
+                "labels": pad([ids.masked_fill(~mask, -100) for ids, mask in batch], padding_value=-100),
+                "attention_mask": pad([torch.ones_like(ids) for ids, _ in batch]),
             }
 
     for batch in endless(padded_batches):
@@ -285,68 +260,6 @@ def peft_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: St
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step_done(int(batch["attention_mask"].sum()) - len(batch["input_ids"]))  # inputs, as ours counts them
-
-
-def stage_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: StepDone, stage: str, sampling=False):
-    """Run the stage's script. sampling: only ever sample the answers of the first step."""
-    script, answers, log = importlib.import_module(f"trainer.train_{stage}"), Sampler._answers, Logger.step
-    shared = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads batch_size max_seq_len device"
-    flags = {name: vars(args)[name] for name in (*shared.split(), "cache_dir", "data_path", "dtype", "optimizer")}
-    flags |= {"epochs": 1000, "learning_rate": LEARNING_RATE, "log_interval": 1000}
-    flags |= {"out_dir": args.folder / f"out_{os.getpid()}", "base_weight": args.weights}
-    if stage == "grpo":
-        reward = f"python:{args.folder / 'reward.py'}:length"
-        flags |= {"prompts_per_step": PROMPTS, "group_size": GROUP, "max_new_tokens": ANSWER, "reward": reward}
-        flags["data_path"] = sample_prompts(args)
-
-    def sample_forever(*arguments):
-        while True:
-            step_done(len(answers(*arguments)))
-
-    def log_step(*arguments, **named):
-        log(*arguments, **named)
-        step_done(PROMPTS * GROUP)
-
-    Logger.step = log_step
-    Sampler._answers = sample_forever if sampling else answers
-    script.main([str(word) for name, value in flags.items() for word in (f"--{name}", value)])
-
-
-def trl_grpo_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: StepDone, sampling: bool) -> None:
-    """Run TRL's trainer with its own loop. sampling: only ever sample the answers of the first step."""
-    from datasets import Dataset
-    from transformers import AutoTokenizer, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
-
-    class OneStep(TrainerCallback):
-        def on_step_end(self, *_, **__):
-            step_done(PROMPTS * GROUP)
-
-    on_cpu = args.device == "cpu"
-    records = [json.loads(line)["conversations"] for line in sample_prompts(args).read_text("utf-8").splitlines()]
-    options = GRPOConfig(
-        output_dir=str(args.folder / "trl"), per_device_train_batch_size=PROMPTS * GROUP, num_generations=GROUP,
-        max_completion_length=ANSWER, num_train_epochs=1000, learning_rate=LEARNING_RATE, lr_scheduler_type="constant",
-        max_grad_norm=args.grad_clip, beta=0.0, loss_type="dr_grpo", temperature=1.0, bf16=not on_cpu, use_cpu=on_cpu,
-        gradient_checkpointing=False, optim="adamw_torch_fused", dataloader_pin_memory=not on_cpu,
-        logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
-    )  # fmt: skip
-    trainer = GRPOTrainer(
-        model=llama(args, tokenizer),
-        args=options,
-        train_dataset=Dataset.from_list([{"prompt": turns} for turns in records]),
-        processing_class=AutoTokenizer.from_pretrained(tokenizer.path),
-        reward_funcs=lambda completions, **_: [float(len(turns[0]["content"])) for turns in completions],
-        callbacks=[OneStep()],
-    )
-    generate = trainer.model.generate
-
-    def sample_forever(*arguments, **named):
-        while True:
-            step_done(len(generate(*arguments, **named)))
-
-    trainer.model.generate = sample_forever if sampling else generate
-    trainer.train()
 
 
 # --- contenders in processes -----------------------------------------------------------------------------------------
@@ -440,20 +353,6 @@ def receive(name: str, connection) -> tuple[int, float] | int:
 # --- the parts -------------------------------------------------------------------------------------------------------
 
 
-def sample_pairs(path: Path, source: Path, count: int = 2000) -> Path:
-    """Preferences from conversations: the chosen answer is the record's, the rejected one answers another question."""
-    rng = random.Random(0)
-    turns = [parse_record("conversation", line) for line in source.read_text("utf-8").splitlines()]
-    exchanges = [record[:2] for record in turns if [turn["role"] for turn in record[:2]] == ["user", "assistant"]]
-    with path.open("w", encoding="utf-8") as file:
-        for question, answer in exchanges[:count]:
-            other = rng.choice(exchanges)[1]
-            if other != answer:
-                pair = {"chosen": [question, answer], "rejected": [question, other]}
-                file.write(json.dumps(pair, ensure_ascii=False) + "\n")
-    return path
-
-
 def sample_prompts(args: argparse.Namespace) -> Path:
     """Write short prompts and a reward that differs from answer to answer; return the prompts' path."""
     turns = [parse_record("conversation", line)[:1] for line in args.data_path.read_text("utf-8").splitlines()]
@@ -534,7 +433,7 @@ def main(argv: list[str] | None = None) -> None:
             folder = Path(name)
             source = args.data_path or ROOT / "dataset/sample/sft.jsonl"
             if what == "dpo" and not args.data_path:
-                source = sample_pairs(folder / "pairs.jsonl", source)
+                source = preferences(source, folder / "pairs.jsonl")
             (folder / "data").mkdir()
             part = settings(args, folder, folder / "data" / source.name, what)
             shuffled_copy(part.data_path, source, "preference" if what == "dpo" else "conversation", part)

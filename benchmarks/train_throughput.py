@@ -43,7 +43,7 @@ from dataset.packing import PackedBatches, build_plan
 from dataset.token_cache import open_token_cache
 from dataset.tokenization import ChatTokenizer
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from trainer.cost import attention_flops, flops_per_token, matmul_flops_per_second
+from trainer.cost import attention_flops, count_parameters, flops_per_token, matmul_flops_per_second
 from trainer.distributed import keep_freed_memory
 from trainer.loader import model_inputs
 from trainer.token_losses import token_cross_entropy
@@ -117,7 +117,9 @@ class Contender:
                 torch.cuda.synchronize()
         model = self.plain
         if isinstance(model, MiniMindForCausalLM):
-            self.flops = over_processes((self.flops + tokens * flops_per_token(model.config, count(model))) / elapsed)
+            self.flops = over_processes(
+                (self.flops + tokens * flops_per_token(model.config, count_parameters(model)[0])) / elapsed
+            )
         self.rates.append(over_processes(tokens / elapsed))
 
 
@@ -128,10 +130,6 @@ def over_processes(value: float) -> float:
         dist.all_reduce(tensor)
         return float(tensor)
     return value
-
-
-def count(model) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 def our_loss(model, batch: dict) -> torch.Tensor:
@@ -163,9 +161,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="rows of 512 per micro-batch")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=6, help="per contender and round")
-    parser.add_argument(
-        "--no_compile", action="store_true", help="leave the compiled peer out (compiling takes a minute)"
-    )
+    parser.add_argument("--no_compile", action="store_true", help="leave out the compiled peer, which takes a minute")
     parser.add_argument("--accumulation_steps", type=int, default=1, help="of ours: micro-batches per optimizer step")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
@@ -197,11 +193,9 @@ def main() -> None:
         if device.type == "cuda":
             ours.model.compile(dynamic=False)
         contenders = {"ours": Contender(ours, packed_batches(), our_loss, True, True, device, args.accumulation_steps)}
-        if processes == 1:
-            contenders |= {
-                "padded float32": Contender(llama(config), padded_batches(), peer_loss, False, False, device),
-                "padded bfloat16": Contender(llama(config), padded_batches(), peer_loss, True, False, device),
-            }
+        for dtype in ("float32", "bfloat16") if processes == 1 else ():
+            peer = Contender(llama(config), padded_batches(), peer_loss, dtype == "bfloat16", False, device)
+            contenders[f"padded {dtype}"] = peer
         if processes == 1 and not args.no_compile:
             model = llama(config)
             model.compile(dynamic=False)
@@ -211,7 +205,7 @@ def main() -> None:
             contender.step()
             contender.step()
             seconds = time.perf_counter() - start
-            print(f"{name}: {count(contender.model) / 1e6:.2f}M, warm after {seconds:.0f} s", flush=True)
+            print(f"{name}: {count_parameters(contender.model)[0] / 1e6:.2f}M, warm after {seconds:.0f} s", flush=True)
         our_flops, peak = [], 0.0
         for _ in range(args.rounds):
             for contender in contenders.values():
@@ -224,10 +218,8 @@ def main() -> None:
         dist.destroy_process_group()
         if int(os.environ["RANK"]):
             return
-    setting = f"{args.rows} rows of {SEQ}, {args.data_path.name}"
-    print(
-        f"\n{device}, {processes} processes of {torch.get_num_threads()} threads, torch {torch.__version__}, {setting}"
-    )
+    setting = f"torch {torch.__version__}, {args.rows} rows of {SEQ}, {args.data_path.name}"
+    print(f"\n{device}, {processes} processes of {torch.get_num_threads()} threads, {setting}")
     print(f"{'':18}{'useful tokens/s':>16}  {'ours is faster by (median of rounds)':>36}")
     ours = contenders["ours"].rates
     for name, contender in contenders.items():

@@ -48,7 +48,7 @@ def part(tmp_path, tokenizer):
         args = stage_throughput.parse([*sizes, "--max_seq_len=64", "--device=cpu", f"--what={what}", *flags])
         source = write_conversations(tmp_path / "source.jsonl", 40)
         if what == "dpo":
-            source = stage_throughput.sample_pairs(tmp_path / "pairs.jsonl", source)
+            source = stage_throughput.preferences(source, tmp_path / "pairs.jsonl")
         args = stage_throughput.settings(args, tmp_path, tmp_path / "data.jsonl", what)
         kind = "preference" if what == "dpo" else "conversation"
         stage_throughput.shuffled_copy(args.data_path, source, kind, args)

@@ -9,6 +9,7 @@ import torch
 from conftest import one_thread
 
 from benchmarks import gpu
+from model.batching import Engine
 from model.model_minimind import MiniMindConfig
 
 
@@ -109,8 +110,8 @@ def test_rates_are_those_of_the_time_that_passed(monkeypatch):
 
 
 def test_decoding_is_timed_with_its_prompts(monkeypatch):
-    requests, submit = [], gpu.Engine.submit
-    monkeypatch.setattr(gpu.Engine, "submit", lambda *args: requests.append(submit(*args)) or requests[-1])
+    requests, submit = [], Engine.submit
+    monkeypatch.setattr(Engine, "submit", lambda *args: requests.append(submit(*args)) or requests[-1])
     config = MiniMindConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
     args = argparse.Namespace(device="cpu", new_tokens=2, batches=[2])
     with one_thread():

@@ -65,7 +65,7 @@ def preferences(conversations: Path, target: Path) -> Path:
     with conversations.open(encoding="utf-8") as file:
         for line in file:
             turns = json.loads(line)["conversations"][:2]
-            if answer is not None:
+            if answer not in (None, turns[1]):
                 lines.append(json.dumps({"chosen": turns, "rejected": [turns[0], answer]}, ensure_ascii=False) + "\n")
             answer = turns[1]
     target.write_text("".join(lines), encoding="utf-8")
@@ -105,26 +105,18 @@ def compare(name: str, setting: tuple, folder: Path, args: argparse.Namespace) -
         estimate = estimated("--max_steps", str(steps))
     run_stage(script, [*flags, "--max_steps", str(steps)])
     (log,) = out.glob("logs/**/*.jsonl")
-    measured = [json.loads(line) for line in log.read_text("utf-8").splitlines()][-1]
-    seconds = estimate["seconds"] - (estimate["steps"] - steps) * estimate["step"]
+    end = json.loads(log.read_text("utf-8").splitlines()[-1])
+    measured = {"seconds": end["seconds"], "bytes": end["peak_memory_bytes"]}
+    measured["processor_seconds"] = end["processor_seconds"]
     unread = max(1 - steps * EPOCHS / estimate["steps"], 0) * estimate["to_come"]  # of tokens, at the end
-    memory = estimate["bytes"] - unread
     first, another = estimate["processor"]
-    processor = first + (steps - 1) * another
-    return {
-        "steps": steps,
-        "estimated": {"seconds": seconds, "bytes": memory, "processor_seconds": processor},
-        "measured": {
-            "seconds": measured["seconds"],
-            "bytes": measured["peak_memory_bytes"],
-            "processor_seconds": measured["processor_seconds"],
-        },
-        "off": {
-            "seconds": measured["seconds"] / seconds - 1,
-            "bytes": measured["peak_memory_bytes"] / memory - 1,
-            "processor_seconds": measured["processor_seconds"] / processor - 1,
-        },
+    expected = {
+        "seconds": estimate["seconds"] - (estimate["steps"] - steps) * estimate["step"],
+        "bytes": estimate["bytes"] - unread,
+        "processor_seconds": first + (steps - 1) * another,
     }
+    off = {name: measured[name] / value - 1 for name, value in expected.items()}
+    return {"steps": steps, "estimated": expected, "measured": measured, "off": off}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -150,25 +142,19 @@ def main(argv: list[str] | None = None) -> None:
             args.preference_data = preferences(args.conversation_data, Path(folder) / "pairs.jsonl")
         for name in args.only or known:
             result = results[name] = compare(name, known[name], Path(folder), args)
-            shown = (
-                f"{part['seconds']:9.1f} s {part['bytes'] / 1e9:4.2f} GB"
-                for part in (result["estimated"], result["measured"])
-            )
-            off = "".join(
-                f"{share:+{width}.1%}" for share, width in zip(result["off"].values(), (8, 8, 11), strict=True)
-            )
-            print(f"{name:16}{result['steps']:6}{''.join(shown)}{off}", flush=True)
+            parts = (result["estimated"], result["measured"])
+            shown = "".join(f"{part['seconds']:9.1f} s {part['bytes'] / 1e9:4.2f} GB" for part in parts)
+            time, memory, processor = result["off"].values()
+            print(f"{name:16}{result['steps']:6}{shown}{time:+8.1%}{memory:+8.1%}{processor:+11.1%}", flush=True)
             if args.json:
                 write_json(args.json, results)
     time_by = "processor_seconds" if args.by_processor else "seconds"
     bounds = {time_by: BOUNDS["time"], "bytes": BOUNDS["memory"]}
-    beyond = {
-        name
-        for name, result in results.items()
-        if any(abs(result["off"][what]) > bound for what, bound in bounds.items())
-    }
-    print(f"beyond 15 % of time or 10 % of memory: {', '.join(sorted(beyond)) or 'none'}")
-    sys.exit(1 if beyond else 0)
+    far = [
+        name for name, found in results.items() if any(abs(found["off"][what]) > most for what, most in bounds.items())
+    ]
+    print(f"beyond 15 % of time or 10 % of memory: {', '.join(sorted(far)) or 'none'}")
+    sys.exit(1 if far else 0)
 
 
 if __name__ == "__main__":

@@ -56,12 +56,16 @@ PADDED_LENGTH, ORIGINAL_ROWS, ORIGINAL_ACCUMULATION = 512, 32, 8
 SETTING = ("recipe", "tokens", "learning_rate", "rows", "seed", "hidden_size", "num_hidden_layers", "data", "more")
 
 
-def add_commands(parser: argparse.ArgumentParser, results: Path) -> tuple[argparse.ArgumentParser, object]:
-    """Return (parser of the `run` command with the flags that every search has, all commands)."""
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Return the flags before `--`, and those after it, for train_pretrain.py, as `more`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    results = ROOT / "out" / "recipe_runs.jsonl"
     parser.add_argument("--results", type=Path, default=results, help="jsonl file of runs (default: %(default)s)")
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", allow_abbrev=False)
-    add = run.add_argument
+    add = commands.add_parser("run", allow_abbrev=False).add_argument
+    add("--recipe", required=True, choices=["original", *RECIPES])
+    add("--tokens", type=float, required=True, help="budget: positions of all steps together")
+    add("--rows", type=int, nargs="+", required=True, help="rows of 512 in an optimizer step")
     add("--learning_rates", type=float, nargs="+", required=True)
     add("--seeds", type=int, nargs="+", default=[0])
     add("--hidden_size", type=int, default=256)
@@ -72,11 +76,7 @@ def add_commands(parser: argparse.ArgumentParser, results: Path) -> tuple[argpar
     add("--threads", type=int, default=torch.get_num_threads())
     add("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     commands.add_parser("report")
-    return run, commands
-
-
-def parse_with_more(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """Return the flags before `--`, and those after it, for the stage's script, as `more`."""
+    commands.add_parser("versus")
     argv = list(sys.argv[1:] if argv is None else argv)
     border = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:border])
@@ -84,78 +84,38 @@ def parse_with_more(parser: argparse.ArgumentParser, argv: list[str] | None) -> 
     return args
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    run, commands = add_commands(parser, ROOT / "out" / "recipe_runs.jsonl")
-    run.add_argument("--recipe", required=True, choices=["original", *RECIPES])
-    run.add_argument("--tokens", type=float, required=True, help="budget: positions of all steps together")
-    run.add_argument("--rows", type=int, nargs="+", required=True, help="rows of 512 in an optimizer step")
-    commands.add_parser("versus")
-    return parse_with_more(parser, argv)
-
-
 def read_results(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
 
-def recorded_runs(path: Path) -> list[dict]:
-    if not path.is_file():
-        raise ValueError(f"--results {path} not found; the `run` command writes it")
-    return read_results(path)
-
-
-def append_result(path: Path, run: dict, args: argparse.Namespace) -> None:
-    run |= {"threads": args.threads, "device": args.device, "torch": torch.__version__, "time": int(time.time())}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(run) + "\n")
-
-
-def spread(values) -> float:
-    return stdev(values) if len(values) > 1 else float("nan")
-
-
-def key_of(run: dict, names: tuple[str, ...] = SETTING) -> str:
-    return json.dumps({name: run[name] for name in names})
+def key_of(run: dict) -> str:
+    return json.dumps({name: run[name] for name in SETTING})
 
 
 # --- the runs --------------------------------------------------------------------------------------------------------
 
 
-def train(stage: str, flags: dict, more: list[str], threads: int) -> list[dict]:
-    """Return the log of trainer/train_{stage}.py, run to its end in a process and a folder of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        flags = {"out_dir": folder, "accumulation_steps": 1, "epochs": 1000, "save_interval": 10**6} | flags
-        command = [sys.executable, str(ROOT / "trainer" / f"train_{stage}.py"), "--eval_interval=1000000"]
-        command += [f"--{name}={value}" for name, value in flags.items()] + more
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise ValueError(f"train_{stage}.py failed: {done.stderr.strip() or done.stdout.strip()}")
-        (log,) = (Path(folder) / "logs").rglob("*.jsonl")
-        return [json.loads(line) for line in log.read_text("utf-8").splitlines()]
-
-
-def last_evaluation(records: list[dict]) -> dict:
-    return next(record for record in reversed(records) if record["event"] == "evaluation")
-
-
 def run_ours(run: dict, args: argparse.Namespace) -> dict:
+    """Run trainer/train_pretrain.py to its end, in a process and a folder of its own."""
     steps = max(1, round(run["tokens"] / (run["rows"] * 512)))
     flags = {name: getattr(args, name) for name in ("data_path", "valid_path", "cache_dir", "device")}
     flags |= {name: run[name] for name in ("hidden_size", "num_hidden_layers", "learning_rate", "seed")}
-    flags |= {"max_seq_len": 512, "batch_size": run["rows"], "max_steps": steps, "log_interval": 50}
-    records = train("pretrain", flags, RECIPES[run["recipe"]] + run["more"], args.threads)
-    logged, final = [record for record in records if record["event"] == "step"], last_evaluation(records)
-    marks = [0, *(record["step"] for record in logged)]
-    tokens = [
-        run["rows"] * 512 * (1 - record["padding"]) * (end - start)
-        for record, (start, end) in zip(logged, itertools.pairwise(marks), strict=True)
-    ]
-    seconds = sum(count / record["tokens_per_second"] for count, record in zip(tokens, logged, strict=True))
+    flags |= {"max_seq_len": 512, "batch_size": run["rows"], "max_steps": steps, "log_interval": 50, "epochs": 1000}
+    flags |= {"accumulation_steps": 1, "save_interval": 10**6, "eval_interval": 10**6}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "trainer" / "train_pretrain.py"), f"--out_dir={folder}"]
+        command += [*(f"--{name}={value}" for name, value in flags.items()), *RECIPES[run["recipe"]], *run["more"]]
+        environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(f"train_pretrain.py failed: {done.stderr.strip() or done.stdout.strip()}")
+        (log,) = (Path(folder) / "logs").rglob("*.jsonl")
+        records = read_results(log)
+    logged = [record for record in records if record["event"] == "step"]
+    (final,) = [record for record in records if record["event"] == "evaluation"]
     curve = [(record["step"], round(record["loss"], 4)) for record in logged]
     measured = {name: final[name] for name in ("bits_per_byte", "valid_loss")}
-    return measured | {"steps": steps, "seconds": seconds, "curve": curve}
+    return measured | {"steps": steps, "seconds": logged[-1]["seconds"], "curve": curve}
 
 
 def run_original(run: dict, args: argparse.Namespace) -> dict:
@@ -220,7 +180,10 @@ def execute(args: argparse.Namespace) -> None:
         if key_of(run) in known:
             continue
         run |= run_original(run, args) if args.recipe == "original" else run_ours(run, args)
-        append_result(args.results, run, args)
+        run |= {"threads": args.threads, "device": args.device, "torch": torch.__version__, "time": int(time.time())}
+        args.results.parent.mkdir(parents=True, exist_ok=True)
+        with args.results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(run) + "\n")
         score, seconds = f"{run['bits_per_byte']:.4f} bits per byte", f"{run['seconds']:.0f} s"
         print(f"{describe(run)}, seed {seed}: {score}, {seconds}", flush=True)
 
@@ -246,8 +209,10 @@ def shown(group: list[dict]) -> str:
     return "busy" if seconds is None else f"{seconds:.0f}"
 
 
-def mean_bits(group: list[dict]) -> float:
-    return fmean(run["bits_per_byte"] for run in group)
+def bits(group: list[dict]) -> tuple[float, str]:
+    """Return the mean, and the standard deviation over seeds if there are several."""
+    values = [run["bits_per_byte"] for run in group]
+    return fmean(values), f"{stdev(values):.4f}" if len(values) > 1 else ""
 
 
 def report(runs: list[dict]) -> str:
@@ -256,11 +221,9 @@ def report(runs: list[dict]) -> str:
     for run in runs:
         groups[describe(run)].append(run)
     lines = [f"{'bits per byte':>14}{'spread':>9}{'seeds':>7}{'steps':>7}{'seconds':>9}   setting"]
-    for title, group in sorted(groups.items(), key=lambda item: mean_bits(item[1])):
-        noise = spread([run["bits_per_byte"] for run in group])
-        noise = "-" if math.isnan(noise) else f"{noise:.4f}"
-        steps = group[0]["steps"]
-        lines.append(f"{mean_bits(group):14.4f}{noise:>9}{len(group):7}{steps:7}{shown(group):>9}   {title}")
+    for title, group in sorted(groups.items(), key=lambda item: bits(item[1])[0]):
+        (mean, noise), steps = bits(group), group[0]["steps"]
+        lines.append(f"{mean:14.4f}{noise or '-':>9}{len(group):7}{steps:7}{shown(group):>9}   {title}")
     return "\n".join(lines)
 
 
@@ -268,7 +231,7 @@ def share(part: float, whole: float) -> str:
     return f"{part / whole:.2f}" if part >= 0.1 * whole else f"{part / whole:.2g}"
 
 
-def versus(runs: list[dict], ours: str = "default") -> str:
+def versus(runs: list[dict]) -> str:
     """Tell which shares of their tokens and seconds the default recipe needs to reach the end of others.
 
     The others are AdamW and the original, each at its best setting of its largest budget, and the original as it was
@@ -279,13 +242,12 @@ def versus(runs: list[dict], ours: str = "default") -> str:
         if not run["more"]:  # with more flags it is a variant, not the recipe
             size = (run["hidden_size"], run["num_hidden_layers"])
             settings[size, run["recipe"], run["tokens"], describe(run)].append(run)
-    means = {key: mean_bits(group) for key, group in settings.items()}
+    means = {key: bits(group)[0] for key, group in settings.items()}
 
     def said(key: tuple) -> str:
-        noise = spread([run["bits_per_byte"] for run in settings[key]])
-        noise = "" if math.isnan(noise) else f" ± {noise:.4f}"
-        seeds, seconds = len(settings[key]), shown(settings[key])
-        return f"{key[-1]}: {means[key]:.4f}{noise} bits per byte, {seeds} seeds, {seconds} s"
+        mean, noise = bits(settings[key])
+        noise = f" ± {noise}" if noise else ""
+        return f"{key[-1]}: {mean:.4f}{noise} bits per byte, {len(settings[key])} seeds, {shown(settings[key])} s"
 
     lines = []
     for size, recipe in sorted({key[:2] for key in settings if key[1] in ("adamw", "original")}):
@@ -294,7 +256,7 @@ def versus(runs: list[dict], ours: str = "default") -> str:
         ended = [key for key in budgets if key[2] == last]
         shipped = [key for key in ended if recipe == "original" and AS_SHIPPED.items() <= settings[key][0].items()]
         for theirs in dict.fromkeys((min(ended, key=means.get), *shipped)):
-            as_good = [key for key in settings if key[:2] == (size, ours) and means[key] <= means[theirs]]
+            as_good = [key for key in settings if key[:2] == (size, "default") and means[key] <= means[theirs]]
             if not as_good:
                 continue
             best = min(as_good, key=lambda key: (key[2], means[key]))
@@ -302,7 +264,7 @@ def versus(runs: list[dict], ours: str = "default") -> str:
             seconds = [seconds_of(settings[key]) for key in (best, theirs)]
             if None not in seconds:
                 lines[-1] += f", {share(*seconds)} of the time"
-    return "\n".join(lines) or f"no run of recipe {ours} is as good as another recipe's longest"
+    return "\n".join(lines) or "no run of recipe default is as good as another recipe's longest"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -310,8 +272,10 @@ def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
     if args.command == "run":
         return execute(args)
+    if not args.results.is_file():
+        raise ValueError(f"--results {args.results} not found; the `run` command writes it")
     by_data: dict[str, list[dict]] = defaultdict(list)
-    for run in recorded_runs(args.results):
+    for run in read_results(args.results):
         by_data[run["data"]].append(run)
     for data, runs in by_data.items():
         if len(by_data) > 1:
