@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -355,58 +356,63 @@ class _Batches(Dataset):
         place = np.repeat(np.arange(len(rows)), counts)
         return self.plan.segment_start[index], self.plan.segment_length[index].astype(np.int64), place
 
-    def _lay_out(
-        self,
-        start: np.ndarray,
-        length: np.ndarray,
-        row: np.ndarray,
-        number: np.ndarray,
-        num_rows: int,
-        num_borders: int,
-    ) -> dict:
-        """Return a batch of num_rows rows from segments sorted by row. number: what document_ids calls each segment."""
-        seq = self.plan.max_seq_len
-        # The flattened rows are a stream of pieces: the documents of a row, then its padding, which may be empty.
-        # Segment i of row r is piece i + r, because the padding of r rows comes before it.
-        is_document = np.zeros(len(start) + num_rows, bool)
-        is_document[np.arange(len(start)) + row] = True
 
-        def stream(of_documents: np.ndarray, of_padding: np.ndarray | int) -> np.ndarray:
-            """Return one value per piece, in the order of the stream."""
-            pieces = np.empty(len(is_document), np.int64)
-            pieces[is_document], pieces[~is_document] = of_documents, of_padding
-            return pieces
+def lay_out(
+    cache: Any,
+    start: np.ndarray,
+    length: np.ndarray,
+    row: np.ndarray,
+    number: np.ndarray,
+    shape: tuple[int, int],
+    num_borders: int,
+    pad_id: int,
+) -> dict:
+    """Return a batch of this shape, (rows, seq), from segments sorted by row. number: what document_ids calls each one.
 
-        sizes = stream(length, seq - np.bincount(row, length, num_rows).astype(np.int64))
-        ends = np.cumsum(sizes)
-        # Empty padding makes no border. The last border is repeated so that the shape never changes.
-        borders = np.full(num_borders, num_rows * seq, np.int32)
-        borders[0] = 0
-        kept_ends = ends[sizes > 0]
-        borders[1 : len(kept_ends) + 1] = kept_ends
+    cache: what has the tokens and the mask that `start` counts in, a TokenCache or GRPO's answers.
+    """
+    num_rows, seq = shape
+    # The flattened rows are a stream of pieces: the documents of a row, then its padding, which may be empty.
+    # Segment i of row r is piece i + r, because the padding of r rows comes before it.
+    is_document = np.zeros(len(start) + num_rows, bool)
+    is_document[np.arange(len(start)) + row] = True
 
-        # From pieces to positions: repeat each value for every position of its piece, which begins at ends - sizes.
-        position_ids = np.arange(num_rows * seq) - np.repeat(ends - sizes, sizes)
-        document_ids = np.repeat(stream(number, -1).astype(np.int32), sizes)
-        real = document_ids >= 0
-        source = (np.repeat(stream(start, 0), sizes) + position_ids)[real]  # indices in the cache of the real inputs
-        input_ids = np.full(num_rows * seq, self.pad_id, np.int64)
-        input_ids[real] = self.cache.tokens[source]
-        targets = self.cache.tokens[source + 1].astype(np.int64)  # in the same document: n ids make n - 1 positions
-        if self.cache.mask is not None:
-            targets[self.cache.mask[source + 1] == 0] = -100
-        labels = np.full(num_rows * seq, -100, np.int64)
-        labels[real] = targets
-        by_position = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
-        by_position["document_ids"] = document_ids
-        return {name: torch.from_numpy(values.reshape(num_rows, seq)) for name, values in by_position.items()} | {
-            "cu_seqlens": torch.from_numpy(borders),
-            "max_seqlen": seq,
-            "target_tokens": int((targets != -100).sum()),
-            "real_tokens": len(source),
-            "attended": attended_pairs(length),
-            "num_documents": len(start),
-        }
+    def stream(of_documents: np.ndarray, of_padding: np.ndarray | int) -> np.ndarray:
+        """Return one value per piece, in the order of the stream."""
+        pieces = np.empty(len(is_document), np.int64)
+        pieces[is_document], pieces[~is_document] = of_documents, of_padding
+        return pieces
+
+    sizes = stream(length, seq - np.bincount(row, length, num_rows).astype(np.int64))
+    ends = np.cumsum(sizes)
+    # Empty padding makes no border. The last border is repeated so that the shape never changes.
+    borders = np.full(num_borders, num_rows * seq, np.int32)
+    borders[0] = 0
+    kept_ends = ends[sizes > 0]
+    borders[1 : len(kept_ends) + 1] = kept_ends
+
+    # From pieces to positions: repeat each value for every position of its piece, which begins at ends - sizes.
+    position_ids = np.arange(num_rows * seq) - np.repeat(ends - sizes, sizes)
+    document_ids = np.repeat(stream(number, -1).astype(np.int32), sizes)
+    real = document_ids >= 0
+    source = (np.repeat(stream(start, 0), sizes) + position_ids)[real]  # indices in the cache of the real inputs
+    input_ids = np.full(num_rows * seq, pad_id, np.int64)
+    input_ids[real] = cache.tokens[source]
+    targets = cache.tokens[source + 1].astype(np.int64)  # in the same document: n ids make n - 1 positions
+    if cache.mask is not None:
+        targets[cache.mask[source + 1] == 0] = -100
+    labels = np.full(num_rows * seq, -100, np.int64)
+    labels[real] = targets
+    by_position = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+    by_position["document_ids"] = document_ids
+    return {name: torch.from_numpy(values.reshape(shape)) for name, values in by_position.items()} | {
+        "cu_seqlens": torch.from_numpy(borders),
+        "max_seqlen": seq,
+        "target_tokens": int((targets != -100).sum()),
+        "real_tokens": len(source),
+        "attended": attended_pairs(length),
+        "num_documents": len(start),
+    }
 
 
 def attended_pairs(length: np.ndarray) -> int:
@@ -436,7 +442,8 @@ class PackedBatches(_Batches):
         rows = self.rows(index)
         start, length, place = self._segments(rows)
         num_borders = self.batch_size * (self.plan.max_segments_per_row + 1) + 1
-        batch = self._lay_out(start, length, place, np.arange(len(start)), self.batch_size, num_borders)
+        number, shape = np.arange(len(start)), (self.batch_size, self.plan.max_seq_len)
+        batch = lay_out(self.cache, start, length, place, number, shape, num_borders, self.pad_id)
         return batch | self._totals(index) | {"row_ids": torch.from_numpy(rows.astype(np.int64))}
 
     def _laid_out_rows(self, rows: np.ndarray) -> int:
@@ -467,7 +474,8 @@ class PreferenceBatches(_Batches):
         order = np.argsort(row, kind="stable")
         # at worst each of a pair's two documents has a row with padding of its own; plus rounding and the first border
         num_borders = 4 * self.batch_size + self.row_multiple
-        batch = self._lay_out(start[order], length[order], row[order], order, num_rows, num_borders)
+        shape = num_rows, self.plan.max_seq_len
+        batch = lay_out(self.cache, start[order], length[order], row[order], order, shape, num_borders, self.pad_id)
         return batch | totals | {"pair_ids": torch.from_numpy(rows.astype(np.int64))}
 
     def _laid_out_rows(self, rows: np.ndarray) -> int:

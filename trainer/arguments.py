@@ -18,7 +18,7 @@ from model.model_minimind import PRESETS, MiniMindConfig
 from model.streams import set_up_streams
 from model.weights import STAGES, WeightsError, config_of_file, find_weights, read_sidecar, read_state_dict
 from trainer.distributed import lost_process
-from trainer.estimate import run_or_estimate
+from trainer.estimate import IRRELEVANT, run_or_estimate
 from trainer.tracking import tracking_mistakes
 from trainer.zero import zero_mistakes
 
@@ -28,13 +28,9 @@ LATER_SECONDS = 3  # the other processes wait this long before showing an error,
 
 MODEL_FLAGS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "use_moe", "qk_norm")
 # flags that may change on --resume; changing any other would change the result
-FREE_ON_RESUME = {
-    "resume", "log_interval", "save_interval", "eval_interval", "num_workers", "use_wandb", "use_swanlab",
-    "use_tensorboard", "wandb_project", "out_dir",
-    "cache_dir", "device", "ddp", "local_rank", "valid_path", "sample_prompt", "compile", "overwrite", "batch_size",
-    "accumulation_steps", "gradient_checkpointing", "save_peft", "base_weight", "reference_weight", "teacher_weight",
-    "deepspeed_config", "estimate", "price_per_hour", "pass_seconds", "max_record_bytes",
-    "preset", "given", "changed", "rank_timeout",
+FREE_ON_RESUME = IRRELEVANT | {
+    "num_workers", "device", "compile", "batch_size", "accumulation_steps", "gradient_checkpointing", "base_weight",
+    "reference_weight", "teacher_weight", "deepspeed_config", "max_record_bytes", "preset",
 }  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import ctypes
 import re
 import sys
 import time
@@ -110,14 +109,6 @@ class Memory:
 
     def __init__(self, device: torch.device | str):
         self.cuda = torch.device(device).type == "cuda"
-
-    def now(self) -> int:
-        """Return the memory in use, after giving freed memory back to the system."""
-        if self.cuda:
-            return torch.cuda.memory_allocated()
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-        return _status("VmRSS") or _highest_resident()
 
     def reset(self) -> None:
         """Forget the highest value so far, if the system can."""

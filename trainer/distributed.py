@@ -93,7 +93,9 @@ def start_process(args: argparse.Namespace) -> Process:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_towards(os.environ["MASTER_ADDR"]))
         timeout = datetime.timedelta(seconds=args.rank_timeout)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, **alone)
-    seed_everything(args.seed)
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
     return Process(rank, local_rank, world_size, device)
 
 
@@ -138,12 +140,6 @@ def stop_process(stop: "StopRequest", complete: bool) -> None:
         dist.destroy_process_group()
     if not complete:
         raise SystemExit(128 + (stop.signal or signal.SIGTERM))
-
-
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def sum_over_ranks(values: list[float], process: Process) -> list[float]:

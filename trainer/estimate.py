@@ -32,7 +32,7 @@ from trainer.tracking import SERVICES
 
 STEPS = {False: 5, True: 21}  # least steps of the short run without and with a GPU; the first one is not timed
 SECONDS = 10  # it also lasts at least this long; passes of a frozen model stop after this time
-# flags that change neither time nor memory of the steps
+# flags that change neither the result of a run nor time and memory of its steps
 IRRELEVANT = {
     "resume", "log_interval", "save_interval", "eval_interval", "use_wandb", "use_swanlab",
     "use_tensorboard", "wandb_project", "out_dir", "cache_dir",

@@ -18,17 +18,14 @@ from trainer.token_losses import token_cross_entropy
 from trainer.training import Training
 
 
-def token_byte_counts(tokenizer: ChatTokenizer) -> torch.Tensor:
-    """Return how many UTF-8 bytes of text each id stands for; control tokens stand for none."""
-    return torch.tensor([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
-
-
 @torch.no_grad()
 def evaluate(
     model: nn.Module, data: PackedData, precision: Precision, process: Process, tokenizer: ChatTokenizer
 ) -> dict[str, float]:
     """Return valid_loss, in nats per target token, and bits_per_byte, which is comparable between tokenizers."""
-    byte_counts = token_byte_counts(tokenizer).to(process.device)
+    # UTF-8 bytes of text that each id stands for; control tokens stand for none
+    sizes = [len(tokenizer.token_bytes(token_id)) for token_id in range(tokenizer.vocab_size)]
+    byte_counts = torch.tensor(sizes, device=process.device)
     nats = torch.zeros((), dtype=torch.float64, device=process.device)
     num_bytes = torch.zeros((), dtype=torch.int64, device=process.device)
     targets = 0

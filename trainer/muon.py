@@ -47,11 +47,7 @@ class GroupedMuon(torch.optim.Muon):
         super().__init__(params, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
-    def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self) -> None:
         for group in self.param_groups:
             by_shape = defaultdict(list)
             for parameter in group["params"]:
@@ -61,7 +57,6 @@ class GroupedMuon(torch.optim.Muon):
                 remaining = iter(parameters)
                 while stack := list(islice(remaining, max(STACK_ELEMENTS // (rows * columns), 1))):
                     self._step_together(group, stack)
-        return loss
 
     def _step_together(self, group: dict, parameters: list[torch.Tensor]) -> None:
         gradients = [p.grad for p in parameters]

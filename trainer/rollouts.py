@@ -19,13 +19,14 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import nn
 
 from dataset.lm_dataset import RecordError, parse_prompt
-from dataset.packing import best_fit
+from dataset.packing import best_fit, lay_out
 from dataset.text_stream import ToolCall, ToolCallSplitter
 from dataset.tokenization import ChatTokenizer
 from dataset.tools import call_tool, offered_tools, unknown_tools
@@ -336,38 +337,17 @@ def pack(rollouts: list[Rollout], args: argparse.Namespace, pad_id: int) -> list
     """
     lengths = np.array([len(rollout.ids) - 1 for rollout in rollouts], dtype=np.int64)
     row_of = best_fit(lengths, args.max_seq_len) if len(rollouts) else lengths
-    rows = [[rollouts[i] for i in np.flatnonzero(row_of == row)] for row in range(row_of.max(initial=-1) + 1)]
-    starts = range(0, max(len(rows), 1), args.batch_size)
-    return [_lay_out(rows[first : first + args.batch_size], args, pad_id) for first in starts]
-
-
-def _lay_out(rows: list[list[Rollout]], args: argparse.Namespace, pad_id: int) -> dict:
-    batch_size, seq = args.batch_size, args.max_seq_len
-    input_ids, labels = np.full((batch_size, seq), pad_id), np.full((batch_size, seq), -100)
-    position_ids, document_ids = np.zeros((batch_size, seq), np.int64), np.full((batch_size, seq), -1, np.int32)
-    borders, members = [0], []
-    for row in range(batch_size):
-        at = 0
-        for rollout in rows[row] if row < len(rows) else []:
-            count = len(rollout.ids) - 1
-            place = slice(at, at + count)
-            input_ids[row, place] = rollout.ids[:-1]
-            labels[row, place] = np.where(rollout.learned[1:], rollout.ids[1:], -100)
-            position_ids[row, place] = np.arange(count)
-            document_ids[row, place] = len(members)
-            members.append(rollout)
-            at += count
-            borders.append(row * seq + at)
-        position_ids[row, at:] = np.arange(seq - at)
-        if at < seq:  # padding is a document of its own
-            borders.append((row + 1) * seq)
+    order = np.argsort(row_of, kind="stable")
     # as many borders as a step can need, so that a compiled model sees one shape
-    cu_seqlens = np.full(args.prompts_per_step * args.group_size + batch_size + 1, batch_size * seq, np.int32)
-    cu_seqlens[: len(borders)] = borders
-    arrays = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, "document_ids": document_ids}
-    return {name: torch.from_numpy(array) for name, array in (arrays | {"cu_seqlens": cu_seqlens}).items()} | {
-        "max_seqlen": seq,
-        "rollouts": members,
-        "num_documents": len(members),
-        "target_tokens": int((labels >= 0).sum()),
-    }
+    shape, borders = (args.batch_size, args.max_seq_len), args.prompts_per_step * args.group_size + args.batch_size + 1
+    batches = []
+    for first in range(0, row_of.max(initial=0) + 1, args.batch_size):
+        chosen = order[row_of[order] // args.batch_size == first // args.batch_size]
+        members, length, row = [rollouts[i] for i in chosen], lengths[chosen], row_of[chosen] - first
+        ids = np.array([id for rollout in members for id in rollout.ids], np.int64)
+        learned = np.array([mark for rollout in members for mark in rollout.learned], np.int64)
+        starts = np.cumsum(length + 1) - (length + 1)
+        answers = SimpleNamespace(tokens=ids, mask=learned)
+        batch = lay_out(answers, starts, length, row, np.arange(len(members)), shape, borders, pad_id)
+        batches.append(batch | {"rollouts": members})
+    return batches
