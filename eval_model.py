@@ -45,7 +45,8 @@ from scripts.model_catalog import find_models
 from scripts.terminal import Display, LineEditor, TerminalChat, is_typed, piped_prompts, run_main
 
 THINKING_STAGES = ("reason", "grpo")
-SETTINGS = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "history_cnt")
+SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
+SETTINGS = (*SAMPLING, "history_cnt")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -65,15 +66,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def sampling_params(args: argparse.Namespace, stop_ids: tuple[int, ...]) -> SamplingParams:
-    return SamplingParams(
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        repetition_penalty=args.repetition_penalty,
-        max_new_tokens=args.max_new_tokens,
-        stop_ids=stop_ids,
-        seed=random.SystemRandom().randrange(2**31) if args.seed is None else args.seed,
-    )
+    seed = random.SystemRandom().randrange(2**31) if args.seed is None else args.seed
+    return SamplingParams(stop_ids=stop_ids, seed=seed, **{name: getattr(args, name) for name in SAMPLING})
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------

@@ -51,9 +51,9 @@ from model.weights import save_weights
 from trainer.arguments import run_script, stage_parser
 from trainer.cost import Memory
 from trainer.distributed import Process, keep_freed_memory
-from trainer.loader import PackedData, model_inputs
+from trainer.loader import PackedData
 from trainer.reference import reference_log_probs
-from trainer.token_losses import answer_log_probs, token_cross_entropy
+from trainer.token_losses import answer_log_probs, forward_losses
 from trainer.training import Training, start_training
 
 BETA, RANK, LEARNING_RATE = 0.1, 8, 1e-6
@@ -132,11 +132,6 @@ def ours(
     return training, PackedData(args, kind, tokenizer, process)
 
 
-def token_losses(training: Training, batch: dict) -> torch.Tensor:
-    head = functools.partial(token_cross_entropy, labels=batch["labels"])
-    return training.forward(**model_inputs(batch), head=head).head_output
-
-
 def make_weights(args: argparse.Namespace, tokenizer: ChatTokenizer) -> None:
     torch.manual_seed(0)
     save_weights(args.weights, MiniMindForCausalLM(config_of(args, tokenizer)), {"tokenizer_sha256": tokenizer.sha256})
@@ -155,7 +150,7 @@ def dpo_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: Ste
     reference = reference_log_probs(args.weights, data, tokenizer)
     for batch in endless(data.once):
         with training.autocast():
-            policy, _ = answer_log_probs(token_losses(training, batch), batch)
+            policy, _ = answer_log_probs(forward_losses(training.forward, batch)[0], batch)
             frozen = to_device(reference[batch["pair_ids"].numpy()], policy.device)
             margin = BETA * ((policy - frozen)[:, 0] - (policy - frozen)[:, 1])
             loss = -F.logsigmoid(margin).sum() / batch["step_pairs"]
@@ -171,7 +166,7 @@ def reference_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_don
     training.model.eval()
     for batch in endless(data.once):
         with training.autocast():
-            log_probs, _ = answer_log_probs(token_losses(training, batch), batch)
+            log_probs, _ = answer_log_probs(forward_losses(training.forward, batch)[0], batch)
         step_done(len(log_probs))
 
 
@@ -218,7 +213,7 @@ def lora_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: St
     training, data = ours(args, tokenizer, "conversation", lora_rank=RANK)
     for batch in endless(data.once):
         with training.autocast():
-            loss = token_losses(training, batch).sum() / batch["step_targets"]
+            loss = forward_losses(training.forward, batch)[0].sum() / batch["step_targets"]
         training.backward(loss)
         training.step(LEARNING_RATE)
         step_done(batch["real_tokens"])

@@ -21,7 +21,6 @@ share of the rows, as `torchrun --nproc_per_node N trainer/train_pretrain.py` do
 
 import argparse
 import contextlib
-import functools
 import json
 import os
 import statistics
@@ -45,8 +44,7 @@ from dataset.tokenization import ChatTokenizer
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer.cost import attention_flops, count_parameters, flops_per_token, matmul_flops_per_second
 from trainer.distributed import keep_freed_memory
-from trainer.loader import model_inputs
-from trainer.token_losses import token_cross_entropy
+from trainer.token_losses import forward_losses
 
 SEQ = 512
 
@@ -133,9 +131,8 @@ def over_processes(value: float) -> float:
 
 
 def our_loss(model, batch: dict) -> torch.Tensor:
-    head = functools.partial(token_cross_entropy, labels=batch["labels"])
-    output = model(**model_inputs(batch), head=head)
-    return output.head_output.sum() / batch["step_targets"] + output.aux_loss
+    token_losses, aux_loss = forward_losses(model, batch)
+    return token_losses.sum() / batch["step_targets"] + aux_loss
 
 
 def peer_loss(model, batch: dict) -> torch.Tensor:

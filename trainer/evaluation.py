@@ -1,7 +1,6 @@
 """Held-out loss, bits per byte, and a sample: they show whether training works."""
 
 import argparse
-import functools
 import math
 from collections.abc import Callable
 
@@ -11,10 +10,10 @@ from torch import nn
 from dataset.tokenization import ChatTokenizer
 from model.generation import SamplingParams, stream
 from trainer.distributed import Process, sum_over_ranks
-from trainer.loader import PackedData, model_inputs
+from trainer.loader import PackedData
 from trainer.logger import Logger
 from trainer.optimization import Precision
-from trainer.token_losses import token_cross_entropy
+from trainer.token_losses import forward_losses
 from trainer.training import Training
 
 
@@ -34,8 +33,7 @@ def evaluate(
     for batch in data.once():
         labels = batch["labels"]
         with precision.autocast():
-            head = functools.partial(token_cross_entropy, labels=labels)
-            nats += model(**model_inputs(batch), head=head).head_output.sum(dtype=torch.float64)
+            nats += forward_losses(model, batch)[0].sum(dtype=torch.float64)
         num_bytes += (byte_counts[labels.clamp(min=0)] * (labels >= 0)).sum()
         targets += batch["target_tokens"]
     model.train(was_training)

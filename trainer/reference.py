@@ -1,6 +1,5 @@
 """Log-probs of a file's answers under DPO's frozen reference, computed once and kept on disk."""
 
-import functools
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +9,9 @@ from dataset.tokenization import ChatTokenizer
 from model.weights import load_model
 from trainer.checkpoint import file_sha256
 from trainer.frozen_outputs import FrozenOutputs
-from trainer.loader import PackedData, model_inputs
+from trainer.loader import PackedData
 from trainer.optimization import Precision
-from trainer.token_losses import answer_log_probs, token_cross_entropy
+from trainer.token_losses import answer_log_probs, forward_losses
 
 
 @torch.no_grad()
@@ -33,8 +32,7 @@ def reference_log_probs(path: Path, data: PackedData, tokenizer: ChatTokenizer) 
     for batch in data.once(f"log-probs of {path.name}", outputs.missing):
         pairs = batch["pair_ids"].numpy()
         with precision.autocast():
-            head = functools.partial(token_cross_entropy, labels=batch["labels"])
-            log_probs, _ = answer_log_probs(model(**model_inputs(batch), head=head).head_output, batch)
+            log_probs, _ = answer_log_probs(forward_losses(model, batch)[0], batch)
         outputs.write(pairs, pairs, log_probs=log_probs.cpu().numpy())
     outputs.finish(data.read_in_part or data.cut_short)
     return outputs.arrays["log_probs"]

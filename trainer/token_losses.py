@@ -1,5 +1,6 @@
 """Per-token cross-entropy straight from hidden states: the float32 logits exist for one chunk of tokens at a time."""
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -171,6 +172,13 @@ def answer_log_probs(token_losses: torch.Tensor, batch: dict) -> tuple[torch.Ten
 def target_indices(batch: dict) -> torch.Tensor:
     """Return the indices of the targets in the flattened rows. Their number is known, so nothing waits for a GPU."""
     return (batch["labels"].flatten() >= 0).nonzero_static(size=batch["target_tokens"]).squeeze(1)
+
+
+def forward_losses(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the model; return the cross-entropy of every token, (rows, seq) in nats, and the balance loss."""
+    head = functools.partial(token_cross_entropy, labels=batch["labels"])
+    output = model(**model_inputs(batch), head=head)
+    return output.head_output, output.aux_loss
 
 
 def target_log_probs(model: nn.Module, batch: dict, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,6 @@ Writes  out/reason_{hidden_size}{_moe}.pth and a .json next to it, out/resume/, 
     torchrun --nproc_per_node 8 train_distill_reason.py
 """
 
-import functools
 import sys
 from pathlib import Path
 
@@ -31,10 +30,10 @@ from trainer.arguments import chat_command, model_config, parse_arguments, run_s
 from trainer.checkpoint import Checkpoint, output_path
 from trainer.distributed import start_process, stop_on_signal, stop_process, sum_over_ranks
 from trainer.evaluation import Evaluator
-from trainer.loader import PackedData, model_inputs
+from trainer.loader import PackedData
 from trainer.logger import Logger
 from trainer.optimization import check_finite, learning_rate
-from trainer.token_losses import token_cross_entropy
+from trainer.token_losses import forward_losses
 from trainer.training import start_training
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -113,10 +112,9 @@ def main(argv: list[str] | None = None) -> None:
             for batch in micro_batches:
                 with training.micro_batch(last=batch["last"]):
                     with training.autocast():
-                        head = functools.partial(token_cross_entropy, labels=batch["labels"])
-                        output = training.forward(**model_inputs(batch), head=head)
+                        token_losses, aux_loss = forward_losses(training.forward, batch)
                         tag_weights = target_weights(batch["labels"], tags, args.tag_weight)
-                        cross_entropy, aux_loss = reason_loss(output.head_output, tag_weights, output.aux_loss, batch)
+                        cross_entropy, aux_loss = reason_loss(token_losses, tag_weights, aux_loss, batch)
                     training.backward(cross_entropy + aux_loss)
                 losses += torch.stack((cross_entropy, aux_loss)).detach()
             if stop.agreed(process):  # in the middle of this step: the last one is saved

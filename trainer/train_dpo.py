@@ -36,11 +36,11 @@ from trainer.arguments import chat_command, model_config, parse_arguments, run_s
 from trainer.checkpoint import Checkpoint, file_sha256, output_path
 from trainer.distributed import start_process, stop_on_signal, stop_process, sum_over_ranks
 from trainer.evaluation import Evaluator
-from trainer.loader import PackedData, model_inputs
+from trainer.loader import PackedData
 from trainer.logger import Logger
 from trainer.optimization import check_finite, learning_rate
 from trainer.reference import reference_log_probs
-from trainer.token_losses import answer_log_probs, token_cross_entropy
+from trainer.token_losses import answer_log_probs, forward_losses
 from trainer.training import start_training
 
 METRICS = ("loss", "reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected", "kl")
@@ -106,9 +106,8 @@ def evaluate_pairs(model, data, precision, process, tokenizer, reference: np.nda
     model.eval()
     for batch in data.once():
         with precision.autocast():
-            head = functools.partial(token_cross_entropy, labels=batch["labels"])
-            output = model(**model_inputs(batch), head=head)
-            sums += preference_loss(output.head_output, batch, reference, args)[1].cpu()
+            token_losses, _ = forward_losses(model, batch)
+            sums += preference_loss(token_losses, batch, reference, args)[1].cpu()
         pairs += len(batch["pair_ids"])
     model.train()
     *sums, pairs = sum_over_ranks([*sums.tolist(), pairs], process)
@@ -146,11 +145,10 @@ def main(argv: list[str] | None = None) -> None:
             for batch in micro_batches:
                 with training.micro_batch(last=batch["last"]):
                     with training.autocast():
-                        head = functools.partial(token_cross_entropy, labels=batch["labels"])
-                        output = training.forward(**model_inputs(batch), head=head)
-                        loss, shown = preference_loss(output.head_output, batch, reference, args)
+                        token_losses, aux_loss = forward_losses(training.forward, batch)
+                        loss, shown = preference_loss(token_losses, batch, reference, args)
                         loss = loss / batch["step_pairs"]
-                        aux_loss = output.aux_loss * batch["num_documents"] / batch["step_documents"]
+                        aux_loss = aux_loss * batch["num_documents"] / batch["step_documents"]
                     training.backward(loss + aux_loss)
                 sums += torch.cat((shown / batch["step_pairs"], aux_loss.detach().view(1)))
             if stop.agreed(process):  # in the middle of this step: the last one is saved

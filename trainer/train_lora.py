@@ -14,7 +14,6 @@ Writes  out/lora/{lora_name}_{hidden_size}{_moe}.pth and a .json next to it, out
     torchrun --nproc_per_node 8 train_lora.py --lora_name lora_medical
 """
 
-import functools
 import sys
 from pathlib import Path
 
@@ -30,10 +29,10 @@ from trainer.arguments import add_boolean, chat_command, model_config, parse_arg
 from trainer.checkpoint import Checkpoint, claim, file_sha256, refuse_other_adapter
 from trainer.distributed import start_process, stop_on_signal, stop_process, sum_over_ranks
 from trainer.evaluation import Evaluator
-from trainer.loader import PackedData, model_inputs
+from trainer.loader import PackedData
 from trainer.logger import Logger
 from trainer.optimization import check_finite, learning_rate, trainable
-from trainer.token_losses import token_cross_entropy
+from trainer.token_losses import forward_losses
 from trainer.training import start_training
 
 PLAIN_NAME = 'a plain, short name, without / or ., and not "none", which stands for no adapter in eval_model.py'
@@ -108,9 +107,8 @@ def main(argv: list[str] | None = None) -> None:
             for batch in micro_batches:
                 with training.micro_batch(last=batch["last"]):
                     with training.autocast():
-                        head = functools.partial(token_cross_entropy, labels=batch["labels"])
-                        output = training.forward(**model_inputs(batch), head=head)
-                        cross_entropy, aux_loss = lora_loss(output.head_output, output.aux_loss, batch)
+                        token_losses, aux_loss = forward_losses(training.forward, batch)
+                        cross_entropy, aux_loss = lora_loss(token_losses, aux_loss, batch)
                     training.backward(cross_entropy + aux_loss)
                 losses += torch.stack((cross_entropy, aux_loss)).detach()
             if stop.agreed(process):  # in the middle of this step: the last one is saved
