@@ -20,6 +20,7 @@ are short: pairs of an answer and the answer to another question, conversations 
 
 import argparse
 import functools
+import importlib
 import json
 import multiprocessing
 import os
@@ -52,7 +53,9 @@ from trainer.arguments import run_script, stage_parser
 from trainer.cost import Memory
 from trainer.distributed import Process, keep_freed_memory
 from trainer.loader import PackedData
+from trainer.logger import Logger
 from trainer.reference import reference_log_probs
+from trainer.rollouts import Sampler
 from trainer.token_losses import answer_log_probs, forward_losses
 from trainer.training import Training, start_training
 
@@ -255,6 +258,68 @@ def peft_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: St
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step_done(int(batch["attention_mask"].sum()) - len(batch["input_ids"]))  # inputs, as ours counts them
+
+
+def stage_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: StepDone, stage: str, sampling=False):
+    """Run the stage's script. sampling: only ever sample the answers of the first step."""
+    script, answers, log = importlib.import_module(f"trainer.train_{stage}"), Sampler._answers, Logger.step
+    shared = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads batch_size max_seq_len device"
+    flags = {name: vars(args)[name] for name in (*shared.split(), "cache_dir", "data_path", "dtype", "optimizer")}
+    flags |= {"epochs": 1000, "learning_rate": LEARNING_RATE, "log_interval": 1000}
+    flags |= {"out_dir": args.folder / f"out_{os.getpid()}", "base_weight": args.weights}
+    if stage == "grpo":
+        reward = f"python:{args.folder / 'reward.py'}:length"
+        flags |= {"prompts_per_step": PROMPTS, "group_size": GROUP, "max_new_tokens": ANSWER, "reward": reward}
+        flags["data_path"] = sample_prompts(args)
+
+    def sample_forever(*arguments):
+        while True:
+            step_done(len(answers(*arguments)))
+
+    def log_step(*arguments, **named):
+        log(*arguments, **named)
+        step_done(PROMPTS * GROUP)
+
+    Logger.step = log_step
+    Sampler._answers = sample_forever if sampling else answers
+    script.main([str(word) for name, value in flags.items() for word in (f"--{name}", value)])
+
+
+def trl_grpo_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: StepDone, sampling: bool) -> None:
+    """Run TRL's trainer with its own loop. sampling: only ever sample the answers of the first step."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    class OneStep(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            step_done(PROMPTS * GROUP)
+
+    on_cpu = args.device == "cpu"
+    records = [json.loads(line)["conversations"] for line in sample_prompts(args).read_text("utf-8").splitlines()]
+    options = GRPOConfig(
+        output_dir=str(args.folder / "trl"), per_device_train_batch_size=PROMPTS * GROUP, num_generations=GROUP,
+        max_completion_length=ANSWER, num_train_epochs=1000, learning_rate=LEARNING_RATE, lr_scheduler_type="constant",
+        max_grad_norm=args.grad_clip, beta=0.0, loss_type="dr_grpo", temperature=1.0, bf16=not on_cpu, use_cpu=on_cpu,
+        gradient_checkpointing=False, optim="adamw_torch_fused", dataloader_pin_memory=not on_cpu,
+        logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = GRPOTrainer(
+        model=llama(args, tokenizer),
+        args=options,
+        train_dataset=Dataset.from_list([{"prompt": turns} for turns in records]),
+        processing_class=AutoTokenizer.from_pretrained(tokenizer.path),
+        reward_funcs=lambda completions, **_: [float(len(turns[0]["content"])) for turns in completions],
+        callbacks=[OneStep()],
+    )
+    generate = trainer.model.generate
+
+    def sample_forever(*arguments, **named):
+        while True:
+            step_done(len(generate(*arguments, **named)))
+
+    trainer.model.generate = sample_forever if sampling else generate
+    trainer.train()
 
 
 # --- contenders in processes -----------------------------------------------------------------------------------------
