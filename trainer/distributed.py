@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -160,7 +161,7 @@ def gather_objects(value: object, process: Process) -> list:
     return values
 
 
-def share_from_main(value: object, process: Process) -> object:
+def share_from_main(value: Any, process: Process) -> Any:
     """Return the main process's value on every process."""
     values = [value]
     if process.world_size > 1:
