@@ -112,11 +112,8 @@ def fault_of(path: Path, remote: Remote) -> str | None:
     """Return what is wrong with a file on disk; None if it is identical to the hub's."""
     if path.stat().st_size != remote.size:
         return f"it has {path.stat().st_size:,} bytes, the hub's has {remote.size:,}"
-    digest = (
-        hashlib.sha256()
-        if remote.digest and len(remote.digest) == 64
-        else hashlib.sha1(f"blob {remote.size}\0".encode())
-    )
+    is_lfs = len(remote.digest or "") == 64  # else a git blob
+    digest = hashlib.sha256() if is_lfs else hashlib.sha1(f"blob {remote.size}\0".encode())
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
@@ -205,11 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--list", action="store_true", help="print what there is, with addresses, and stop")
     add("--source", choices=list(HUBS), default="huggingface", help="which hub (default: %(default)s)")
     add(
-        "--weights",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="models instead of data, each into a folder of its name",
+        "--weights", nargs="+", default=[], metavar="NAME", help="models instead of data, each into a folder of its own"
     )
     add("--out_dir", type=Path, help="where to (default: dataset/; weights: the repository's root)")
     add("--revision", help="branch, tag or commit on the hub (default: its newest)")

@@ -85,7 +85,7 @@ WAYS = ("letters", *TEXT_WAYS)
 MATCHES = {"number": number_matches, "exact": exact_matches, "choice": choice_matches}
 MATCHES["form"] = lambda answer, gold: is_well_formed(answer)
 FIRST_POSITIONS = 8  # losses of the first 2^8 positions are one figure, then a figure for each doubling
-MOST_SUBJECTS = 16  # of a set whose subjects the table shows
+MOST_PARTS = 24  # figures of a set's subjects that the table shows; more are only in the .json
 HAN = re.compile(r"[\u4e00-\u9fff]")
 ONLY_LETTER = ("\nAnswer with the letter alone.", "\n只回答选项的字母。")
 
@@ -552,11 +552,9 @@ def figures(task: dict) -> dict[str, tuple[str, str, str]]:
     for title in ("calibrated", "without_question", "permuted", "same_option", "explained"):
         if "calibrated" in task.get("letters", {}):
             rows[f"letters: {title}"] = "", "", percent(task["letters"][title])
-    subjects = task.get("subjects", {})
-    for subject, entry in subjects.items() if 1 < len(subjects) <= MOST_SUBJECTS else ():
-        title, figure = next(iter(figures(entry).items()))
-        rows[f"{title}: {subject}"] = figure
-    return rows
+    subjects = {name: figures(entry) for name, entry in task.get("subjects", {}).items()}
+    parts = {f"{title}: {name}": found[title] for title in shown for name, found in subjects.items() if title in found}
+    return rows | parts if 1 < len(subjects) and len(parts) <= MOST_PARTS else rows
 
 
 def print_wrong(questions: list[Question], records: list[dict], most: int) -> None:

@@ -110,10 +110,8 @@ def digest_of(path: Path) -> str:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    packing, unpacking = (
-        commands.add_parser("pack", help="write an archive"),
-        commands.add_parser("unpack", help="undo it"),
-    )
+    packing = commands.add_parser("pack", help="write an archive")
+    unpacking = commands.add_parser("unpack", help="undo it")
     for command, function in ((packing, pack), (unpacking, unpack)):
         command.add_argument("archive", type=utf8_path, help="a .tar file")
         command.add_argument("--out_dir", type=utf8_path, default=ROOT / "out", help="folder of the runs")

@@ -171,7 +171,8 @@ def model_card(
             f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}"{trust})\n'
             f'model = AutoModelForCausalLM.from_pretrained("{repo_id}"{trust})\n'
             'turns = [{"role": "user", "content": "你好"}]\n'
-            'inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")\n'
+            "inputs = tokenizer.apply_chat_template(\n"
+            '    turns, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n)\n'
             "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=256)[0]))\n```"
         )
     commands = [f"vllm serve {repo_id}"] * (loads and not custom)
