@@ -201,9 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     add("files", nargs="*", default=["pretrain_hq", "sft_mini_512"], help="names from --list (default: %(default)s)")
     add("--list", action="store_true", help="print what there is, with addresses, and stop")
     add("--source", choices=list(HUBS), default="huggingface", help="which hub (default: %(default)s)")
-    add(
-        "--weights", nargs="+", default=[], metavar="NAME", help="models instead of data, each into a folder of its own"
-    )
+    add("--weights", nargs="+", default=[], metavar="NAME", help="models instead of data, each into its own folder")
     add("--out_dir", type=Path, help="where to (default: dataset/; weights: the repository's root)")
     add("--revision", help="branch, tag or commit on the hub (default: its newest)")
     add("--overwrite", action="store_true", help="replace files that differ from the hub's")

@@ -620,7 +620,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.temperature is None:
         args.temperature = 0.7 if args.samples > 1 else 0.0
-    if args.output and args.output.suffix == ".json" and len(args.weight) > 1:
+    if args.output and args.output.suffix == ".json" and len({*args.weight, args.reference} - {None}) > 1:
         raise ValueError("--output names one .json file, and there are several weights; name a folder")
     if args.device == "cuda" and "LOCAL_RANK" in os.environ:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
