@@ -2,9 +2,9 @@
 
     python benchmarks/lab/grpo_sums.py [--what tools] [--seeds 0 1 2]
 
-sums   347+285: the model learns to add digit by digit (full SFT, from random weights) from a teacher who forgets more
-       than half of the carries.
-tools  (34+58)*7: it learns to ask the calculator twice from a teacher who stops after the first call half the time.
+sums   347+285: the model learns to add digit by digit (full SFT, from random weights) from a teacher who forgets three
+       carries in four.
+tools  (34+58)*7: it learns to ask the calculator twice from a teacher who mostly stops after the first.
 
 So the start answers now this, now that, and nothing but the result says which habit is right. Further prompts come with
 nothing but the result. Three arms start from these weights and have as much processor time, one thread each:
@@ -43,7 +43,9 @@ from model.loading import load_ready
 from trainer.rollouts import Rollout, Sampler, draw_seed
 
 SIZES = "--hidden_size 64 --num_hidden_layers 2 --num_attention_heads 4 --num_key_value_heads 2".split()
-START = "--optimizer muon --learning_rate 4e-3 --warmup_iters 10 --epochs 1000 --base_weight none".split()
+START = (
+    "--optimizer muon --learning_rate 4e-3 --warmup_iters 10 --min_lr_ratio 0 --epochs 1000 --base_weight none".split()
+)
 COMMON = "--max_seq_len 256 --batch_size 4 --dtype float32 --log_interval 20 --save_interval 100000 --overwrite".split()
 GO_ON = "--min_lr_ratio 1 --warmup_iters 5 --epochs 1000".split()
 HELD_OUT, SAMPLES = 300, 8
@@ -58,7 +60,7 @@ def conversation(turns: list[dict], answer: str) -> dict:
 class Sums:
     """Two numbers of three digits."""
 
-    forgets, start_steps, longest, vocab_size = 0.6, 1000, 40, 290
+    forgets, start_steps, longest, vocab_size = 0.75, 800, 40, 290
     ranges = (range(100, 1000), range(100, 1000))
 
     @staticmethod
@@ -83,7 +85,7 @@ class Sums:
 class Tools:
     """The sum of two numbers times a third, in two calls."""
 
-    forgets, start_steps, longest, vocab_size = 0.5, 1000, 90, 400
+    forgets, start_steps, longest, vocab_size = 0.75, 1000, 90, 400
     ranges = (range(10, 100), range(10, 100), range(2, 10))
 
     @staticmethod
