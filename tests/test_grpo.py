@@ -408,7 +408,7 @@ def scripted_answer(tokenizer, tmp_path, monkeypatch, **flags):
     """(the rollout, seeds of its segments)"""
     path = write_jsonl(tmp_path / "tools.jsonl", [{"conversations": QUESTION, "answer": "391"}])
     args = {"reward": "number", "skip_bad_lines": False, "max_new_tokens": 200, "max_seq_len": 700, "temperature": 1.0}
-    args |= {"prompts_per_step": 1, "group_size": 2, "epochs": 1, "max_steps": 0} | flags
+    args |= {"prompts_per_step": 1, "group_size": 2, "batch_size": 1, "epochs": 1, "max_steps": 0} | flags
     sampler = rollouts.Sampler(path, argparse.Namespace(**args), tokenizer, None)
     engine = ScriptedEngine(tokenizer)
     monkeypatch.setattr(rollouts, "RolloutEngine", engine)
@@ -511,6 +511,8 @@ def test_two_processes_train_as_one(launcher, start, tmp_path, use_moe):
         (None, {"temperature": 0}, "--temperature 0.0: must be above 0"),
         (None, {"max_new_tokens": 60}, "--max_seq_len"),
         (None, {"accumulation_steps": 2}, "--accumulation_steps 2"),
+        (None, {"prompts_per_step": 10**9}, "--prompts_per_step 1000000000: far more than "),
+        (None, {"group_size": 10**9}, "--group_size 1000000000: far more than "),
         (None, {"reward": "judge"}, "--reward judge"),
         (None, {"reward": "number", "data_path": "nothing.jsonl"}, "nothing.jsonl"),
     ],

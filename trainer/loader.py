@@ -20,7 +20,7 @@ from trainer.distributed import Process, StopRequest
 
 # These index arrays on disk; copying them back would wait for all queued GPU work.
 STAY_ON_CPU = ("row_ids", "pair_ids")
-MOST_ROWS = 1024  # up to this, --batch_size and --accumulation_steps may exceed the rows of a small file
+MOST_ROWS = 1024  # up to this, --batch_size and the like may exceed the rows of a small file
 LEFT_OUT = {  # what packing counted -> how the log says it
     "split": "documents longer than a row cut into pieces",
     "truncated": "conversations lost their last turns",
@@ -35,6 +35,15 @@ def plural(count: int, noun: str) -> str:
     """Return "1 process" or "1,024 processes"."""
     ending = "es" if noun.endswith(("s", "ch")) and noun != "epoch" else "s"
     return f"{count:,} {noun}{ending * (count != 1)}"
+
+
+def refuse_vast(args: argparse.Namespace, flags: Sequence[str], path: Path, count: int, noun: str) -> None:
+    """Raise ValueError if a flag asks for far more at a time than the file holds: memory would run out unsaid."""
+    for flag in flags:
+        if getattr(args, flag) > max(count, MOST_ROWS):
+            raise ValueError(
+                f"--{flag} {getattr(args, flag)}: far more than {path} has, {plural(count, noun)}; lower it"
+            )
 
 
 class PackedData:
@@ -64,10 +73,8 @@ class PackedData:
             show_progress=process.is_main,
         )
         self.plan = build_plan(self.cache, args.max_seq_len, show_progress=process.is_main)
-        for flag in () if self.held_out else ("batch_size", "accumulation_steps"):
-            value, rows = getattr(args, flag), self.plan.num_rows
-            if value > max(rows, MOST_ROWS):
-                raise ValueError(f"--{flag} {value}: far more than {self.path} has, {plural(rows, 'row')}; lower it")
+        if not self.held_out:
+            refuse_vast(args, ("batch_size", "accumulation_steps"), self.path, self.plan.num_rows, "row")
         self.passes: dict[str, float] = {}  # seconds of each pass over the file, a forecast if it was cut short
         self.stores: dict[str, int] = {}  # bytes that such passes keep on disk
         self.cut_short = False

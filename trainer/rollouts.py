@@ -33,7 +33,7 @@ from dataset.tools import call_tool, offered_tools, unknown_tools
 from model.batching import Engine
 from model.sampling import SamplingParams
 from trainer.distributed import Process, StopRequest, gather_objects, sum_over_ranks
-from trainer.loader import plural
+from trainer.loader import plural, refuse_vast
 from trainer.logger import Logger
 from trainer.rewards import build_rewards, score_answer
 from trainer.training import Training
@@ -105,6 +105,7 @@ class Sampler:
                 f"the longest prompt of {path} has {longest} tokens; with --max_new_tokens {args.max_new_tokens} it "
                 f"needs --max_seq_len {needed}, not {args.max_seq_len}"
             )
+        refuse_vast(args, ("prompts_per_step", "group_size", "batch_size"), path, len(self.records), "prompt")
         self.passes, self.waited, self.notice = {}, 0.0, ""  # as PackedData has them, for the logger
         self.global_batch = args.prompts_per_step * args.group_size
         self.steps_per_epoch = -(-len(self.records) // args.prompts_per_step)
