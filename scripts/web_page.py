@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import streamlit as st
@@ -29,6 +29,7 @@ from scripts.web_conversation import CUT, FAILED, STOPPED, Answer, Chats, Conver
 from scripts.web_markdown import literal, safe_markdown
 
 FRAME = 0.08  # seconds between two pictures of an answer that grows
+SETTLING, SLOW_FRAME = 10, 1.0  # the first seconds of a tab: quick pictures would keep it from drawing its buttons
 LOADED_AT_ONCE = 2  # models kept in memory
 ICON = ROOT / "images" / "icon.svg"
 STYLE = Path(__file__).with_suffix(".css")
@@ -46,6 +47,7 @@ class Page:
     editing: int | None = None  # index of the question that is being edited
     drawn: int = 0  # turns that the browser shows
     problem: str = ""
+    opened: float = field(default_factory=time.monotonic)
 
 
 def page() -> Page:
@@ -401,7 +403,9 @@ def draw_growing(places: AnswerPlaces) -> None:
     answer, thought_place = places.turn.answer, None
     while not answer.ending:
         thought_place = places.grow(thought_place)
-        time.sleep(FRAME + len(answer.text + answer.thought) / 200_000)  # the browser draws all of it each time
+        settling = time.monotonic() < page().opened + SETTLING
+        # the browser draws all of the text each time
+        time.sleep(SLOW_FRAME if settling else FRAME + len(answer.text + answer.thought) / 200_000)
     st.rerun()
 
 
