@@ -71,11 +71,7 @@ class ChatTokenizer:
         headers = self.encode_contents([f"{role}\n" for role in ROLES])
         self._openings = {role: [self.bos_id, *header] for role, header in zip(ROLES, headers, strict=True)}
         self._closing = [self.eos_id, *self._newline]
-        self._default_system = [
-            *self._openings["system"],
-            *self.encode_contents([DEFAULT_SYSTEM])[0],
-            *self._closing,
-        ]
+        self._default_system = self._openings["system"] + self.encode_contents([DEFAULT_SYSTEM])[0] + self._closing
 
     def __reduce__(self):
         return ChatTokenizer, (self._file,)
@@ -203,10 +199,9 @@ class ChatTokenizer:
     def _read_config(self) -> dict:
         file = self.path / "tokenizer_config.json"
         try:
-            config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         except ValueError as error:
             raise ValueError(f"{file} is not valid JSON: {error}") from error
-        return config
 
     def _control_ids(self, config: dict) -> tuple[dict[str, str], list[int]]:
         """Return names and ids of bos, eos, pad. Raises ValueError if one is missing, or if a content could hold it."""

@@ -106,25 +106,6 @@ FUNCTIONS: dict[str, Callable[..., str]] = {
 }
 
 
-def _schema(name: str, description: str, required: list[str], **properties: dict) -> dict:
-    parameters = {"type": "object", "properties": properties, "required": required}
-    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
-
-
-TOOLS = {
-    tool["function"]["name"]: tool
-    for tool in (
-        _schema("calculator", "Work out an arithmetic expression", ["expression"], expression={"type": "string"}),
-        _schema(
-            "convert_units", "Convert a quantity to another unit", ["value", "source", "target"],
-            value={"type": "number"}, source={"type": "string"}, target={"type": "string"},
-        ),
-        _schema("clock", "Tell the date and time", [], timezone_hours={"type": "number"}),
-        _schema("text_length", "Count the characters of a text", ["text"], text={"type": "string"}),
-    )
-}  # fmt: skip
-
-
 def offered_tools(turns: list[dict]) -> dict[str, dict]:
     """name -> tool, of those that a conversation offers."""
     tools = (tool for turn in turns for tool in turn.get("tools", ()))

@@ -45,18 +45,10 @@ class WeightsState:
 
     def __init__(self, model: nn.Module):
         self.parameters = list(model.parameters())
-        self.versions = [self._version(p) for p in self.parameters]
-
-    @staticmethod
-    def _version(parameter: torch.Tensor) -> tuple:
-        return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
+        self.versions = [(id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters]
 
     def is_of(self, model: nn.Module) -> bool:
-        now = list(model.parameters())
-        return len(now) == len(self.parameters) and all(
-            a is b and self._version(a) == version
-            for a, b, version in zip(now, self.parameters, self.versions, strict=True)
-        )
+        return self.versions == WeightsState(model).versions
 
 
 def is_llama_like(model: nn.Module) -> bool:

@@ -44,13 +44,35 @@ TINY = {
 }
 
 
+# --- tools: what conversations offer and dataset/tools.py runs -------------------------------------------------------
+
+
+def _schema(name: str, description: str, required: list[str], **properties: dict) -> dict:
+    parameters = {"type": "object", "properties": properties, "required": required}
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
+
+
+TOOLS = {
+    tool["function"]["name"]: tool
+    for tool in (
+        _schema("calculator", "Work out an arithmetic expression", ["expression"], expression={"type": "string"}),
+        _schema(
+            "convert_units", "Convert a quantity to another unit", ["value", "source", "target"],
+            value={"type": "number"}, source={"type": "string"}, target={"type": "string"},
+        ),
+        _schema("clock", "Tell the date and time", [], timezone_hours={"type": "number"}),
+        _schema("text_length", "Count the characters of a text", ["text"], text={"type": "string"}),
+    )
+}  # fmt: skip
+
+
+# --- flags and data --------------------------------------------------------------------------------------------------
+
+
 def tiny_flags(out_dir: Path, data_path: Path, **flags) -> list[str]:
     """A command line for a run of seconds."""
     values = TINY | {"out_dir": out_dir, "data_path": data_path} | flags
     return [f"--{name}={value}" for name, value in values.items()]
-
-
-# --- data ------------------------------------------------------------------------------------------------------------
 
 
 def sentence(rng: random.Random, longest: int) -> str:

@@ -3,10 +3,9 @@
 import json
 
 import pytest
-from conftest import write_jsonl
+from conftest import TOOLS, write_jsonl
 from served import EchoRequest, running_server, write_models
 
-from dataset.tools import TOOLS
 from scripts import eval_toolcall
 
 

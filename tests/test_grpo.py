@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    TOOLS,
     assert_identical,
     read_log,
     read_resume,
@@ -25,7 +26,6 @@ from conftest import (
 )
 
 from dataset.text_stream import ToolCall
-from dataset.tools import TOOLS
 from model.model_lora import apply_lora, lora_layers
 from trainer import estimate, rollouts, train_grpo
 from trainer.rewards import build_rewards, score_answer

@@ -3,8 +3,10 @@
 import re
 
 import pytest
+from conftest import TOOLS
 
-from dataset.tools import FUNCTIONS, TOOLS, call_tool
+from dataset.sample.make_sample import CALCULATOR
+from dataset.tools import FUNCTIONS, call_tool
 
 
 @pytest.mark.parametrize(
@@ -45,7 +47,7 @@ def test_a_wrong_call_is_told_to_the_model():
 
 
 def test_every_tool_has_a_schema_of_its_parameters():
-    assert TOOLS.keys() == FUNCTIONS.keys()
+    assert TOOLS.keys() == FUNCTIONS.keys() and TOOLS["calculator"] == CALCULATOR
     for name, tool in TOOLS.items():
         parameters = tool["function"]["parameters"]
         names = FUNCTIONS[name].__code__.co_varnames[: FUNCTIONS[name].__code__.co_argcount]
