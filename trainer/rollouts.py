@@ -18,6 +18,7 @@ import json
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -190,16 +191,9 @@ class Sampler:
         """
         args, process = self.args, self.process
         totals = np.array([rollout.total for rollout in rollouts]).reshape(-1, args.group_size)
-        taught = []
-        for rollout, advantage, spread in zip(
-            rollouts,
-            advantages(totals, args.loss).flat,
-            np.repeat(np.ptp(totals, axis=1), args.group_size),
-            strict=True,
-        ):
+        for rollout, advantage in zip(rollouts, advantages(totals, args.loss).flat, strict=True):
             rollout.advantage = float(advantage)
-            if spread > 0:
-                taught.append(rollout)
+        taught = list(compress(rollouts, np.repeat(np.ptp(totals, axis=1) > 0, args.group_size)))
         sums = {
             "answers": len(rollouts),
             "sampled_tokens": sum(r.length for r in rollouts),

@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
                         aux_loss = output.aux_loss * batch["num_documents"] / batch["step_documents"]
                     training.backward(losses[0] + aux_loss)
                 sums += torch.cat((losses, aux_loss.view(1))).detach()
-            if stop.agreed(process):  # in the middle of this step: the last one is saved
+            if stop.agreed(process):  # this step stays unfinished; the last one is saved
                 checkpoint.save(training, progress, metrics)
                 break
             loss, cross_entropy, divergence, aux_loss = sum_over_ranks(sums.tolist(), process)

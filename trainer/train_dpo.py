@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
                         aux_loss = aux_loss * batch["num_documents"] / batch["step_documents"]
                     training.backward(loss + aux_loss)
                 sums += torch.cat((shown / batch["step_pairs"], aux_loss.detach().view(1)))
-            if stop.agreed(process):  # in the middle of this step: the last one is saved
+            if stop.agreed(process):  # this step stays unfinished; the last one is saved
                 checkpoint.save(training, progress, metrics)
                 break
             loss, *shown, aux_loss = sum_over_ranks(sums.tolist(), process)

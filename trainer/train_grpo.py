@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     with stop_on_signal() as stop:
         for step in range(progress.step, sampler.total_steps):
             rollouts = sampler.sample_step(training, step, stop)
-            if stop.agreed(process):  # in the middle of this step: the last one is saved
+            if stop.agreed(process):  # this step stays unfinished; the last one is saved
                 checkpoint.save(training, progress, metrics)
                 break
             micro_batches, counts, metrics = sampler.micro_batches(rollouts, advantages, token_weight)

@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
                         cross_entropy, aux_loss = lora_loss(token_losses, aux_loss, batch)
                     training.backward(cross_entropy + aux_loss)
                 losses += torch.stack((cross_entropy, aux_loss)).detach()
-            if stop.agreed(process):  # in the middle of this step: the last one is saved
+            if stop.agreed(process):  # this step stays unfinished; the last one is saved
                 checkpoint.save(training, progress, metrics)
                 break
             cross_entropy, aux_loss = sum_over_ranks(losses.tolist(), process)

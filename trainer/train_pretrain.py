@@ -46,9 +46,8 @@ def parse(argv: list[str] | None):
         warmup_iters={"muon": 20, "adamw": 0},
         max_seq_len=512,
     )
-    parser.add_argument(
-        "--base_weight", default="none", help="stage or .pth file to go on from (default: none, random weights)"
-    )
+    said = "stage or .pth file to go on from (default: none, random weights)"
+    parser.add_argument("--base_weight", default="none", help=said)
     return parse_arguments(parser, argv)
 
 
@@ -90,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
                         cross_entropy, aux_loss = pretrain_loss(token_losses, aux_loss, batch)
                     training.backward(cross_entropy + aux_loss)
                 losses += torch.stack((cross_entropy, aux_loss)).detach()
-            if stop.agreed(process):  # in the middle of this step: the last one is saved
+            if stop.agreed(process):  # this step stays unfinished; the last one is saved
                 checkpoint.save(training, progress, metrics)
                 break
             cross_entropy, aux_loss = sum_over_ranks(losses.tolist(), process)
