@@ -329,7 +329,7 @@ def read_gguf(path: str | Path) -> tuple[State, MiniMindConfig]:
     kind = field("general.architecture")
     if kind not in ARCHITECTURES.values():
         raise ValueError(f"{path} holds the architecture {kind}; ours are {', '.join(ARCHITECTURES.values())}")
-    fields = dict(MINIMIND3) if kind.startswith("qwen3") else {}
+    fields: dict[str, Any] = dict(MINIMIND3) if kind.startswith("qwen3") else {}
     held = {name: field(f"{kind}.{key}") for name, key in (WHOLE_NUMBERS | REAL_NUMBERS).items()}
     yarn = {name: held.pop(name) for name in YARN_FIELDS}
     fields |= {name: value for name, value in held.items() if value is not None}

@@ -42,7 +42,7 @@ STAGES = {
 }
 STAGE_OF_MODE = {stage.mode: name for name, stage in STAGES.items()}
 # The fields of a sidecar that are read. Other people's sidecars are checked against these types.
-SIDECAR_TYPES = dict.fromkeys(("config", "flags", "metrics", "progress"), dict)
+SIDECAR_TYPES: dict[str, type] = dict.fromkeys(("config", "flags", "metrics", "progress"), dict)
 SIDECAR_TYPES |= dict.fromkeys(("tokenizer_sha256", "stage"), str)
 IS_SAFETENSORS = "it is a safetensors file; put it in its folder, next to config.json, and use --load 1"
 # First bytes of a file -> what it is, and the cure.
