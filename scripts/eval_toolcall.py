@@ -1,12 +1,13 @@
 """Score tool use: held-out conversations, played through a server with the openai client and the tools of this machine.
 
-    python scripts/eval_toolcall.py --out_dir out/quickstart/tools              weights: it starts a server for them
-    python scripts/eval_toolcall.py --base_url http://127.0.0.1:8998/v1             a server that runs
+    python scripts/eval_toolcall.py --out_dir out/quickstart                weights: it starts a server for them
+    python scripts/eval_toolcall.py --base_url http://127.0.0.1:8998/v1     a server that runs
 
 A record of --data_path is a conversation as in training: a system turn with tools of dataset/tools.py, a question,
 calls and their results, the answer. The model gets the tools and the question; its own calls are carried out, and it
 goes on until it calls no more. Prints how many conversations have the right calls (names, in order; none if none is
-due), the right arguments too, and the right final answer (its last number, or its text if the gold one has no number).
+due), the right arguments too, and the right final answer (its last number, or its text if the gold one has no number);
+over all, and by the number of calls that are due.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from model.streams import set_up_streams
 from scripts.openai_client import explain, new_client
 
 MOST_TURNS, LONGEST_TURN = 8, 256  # of the model in one conversation; tokens
+SCORES = ("calls", "arguments", "answer")
 TOGETHER = 16  # conversations
 START_SECONDS = 180
 SERVER_FLAGS = ("model_mode", "out_dir", "hidden_size", "use_moe", "tokenizer_path", "lora_name", "device")
@@ -107,6 +109,10 @@ def judge(played: list[dict], gold: list[dict]) -> dict[str, bool]:
     }
 
 
+def percent(judged: list[dict[str, bool]], name: str) -> str:
+    return f"{100 * sum(each[name] for each in judged) / len(judged):.1f} %"
+
+
 @contextlib.contextmanager
 def own_server(args: argparse.Namespace) -> Iterator[str]:
     """Yield the base URL of a server for these weights. Raises ValueError if it does not start."""
@@ -163,9 +169,14 @@ def main(argv: list[str] | None = None) -> None:
             question = next(turn["content"] for turn in gold if turn["role"] == "user")
             said = [f"{name}({json.dumps(a, ensure_ascii=False)})" for name, a in calls_of(turns)]
             print(f"  {question}  ->  {', '.join([*said, repr(turns[-1].get('content'))])}")
+    due = [len(calls_of(gold)) for gold in conversations]
+    for count in sorted(set(due)) if len(set(due)) > 1 else ():
+        part = [right for right, calls in zip(judged, due, strict=True) if calls == count]
+        shares = ", ".join(f"{name} {percent(part, name)}" for name in SCORES)
+        print(f"{count or 'no'} call{'s' * (count != 1)} due ({len(part)}): {shares}")
     print(f"{args.data_path}: {len(judged)} conversations")
-    for name in ("calls", "arguments", "answer"):
-        print(f"right {name}: {100 * sum(each[name] for each in judged) / len(judged):.1f} %")
+    for name in SCORES:
+        print(f"right {name}: {percent(judged, name)}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """From nothing to a chat on a laptop: train a tiny model on dataset/sample/, score it and talk to it.
 
 Run the real scripts one after the other, with settings for two CPU cores: trainer/train_pretrain.py,
-trainer/train_full_sft.py, scripts/evaluate.py, eval_model.py, scripts/report.py. Weights and logs go to
-out/quickstart/.
+trainer/train_full_sft.py, scripts/evaluate.py, scripts/eval_toolcall.py, eval_model.py, scripts/report.py. Weights and
+logs go to out/quickstart/.
 
     python scripts/quickstart.py
 """
@@ -27,6 +27,7 @@ COMMON = (
     "--log_interval 50 --save_interval 1000 --eval_interval 1000 --overwrite"
 )
 PRETRAIN_EPOCHS, SFT_EPOCHS = 2, 3
+LONG_ROWS = "--max_seq_len 768 --batch_size 3"  # conversations with tools are longer
 DIALOGUE = (
     "你好，你是谁？",
     "7加8等于多少？",
@@ -51,17 +52,19 @@ def main(argv: list[str] | None = None) -> None:
         *("--epochs", PRETRAIN_EPOCHS, *COMMON.split(), "--embedding_lr_scale", 1),
         *afresh,
     )
+    conversations = args.out_dir / "sft_and_tools.jsonl"
+    conversations.write_bytes(b"".join((SAMPLE / name).read_bytes() for name in ("sft.jsonl", "tools.jsonl")))
     must_run(
-        "2. Fine-tuning: answering",
+        "2. Fine-tuning: answering, and calling a calculator",
         "trainer/train_full_sft.py",
-        *("--data_path", SAMPLE / "sft.jsonl"),
-        *("--epochs", SFT_EPOCHS, *COMMON.split()),
+        *("--data_path", conversations, "--epochs", SFT_EPOCHS, *COMMON.split(), *LONG_ROWS.split()),
         *afresh,
     )
     questions = ("--tasks", SAMPLE / "questions.jsonl", "--match", "exact", "--overlap", "false")
     must_run("3. Questions it was never asked before", "scripts/evaluate.py", *questions, *out)
-    converse("4. A conversation", args.out_dir, DIALOGUE, "--model_mode", 1)
-    run("5. Pictures of all this", "scripts/report.py", args.out_dir)
+    run("4. Sums too long for its head: it calls the calculator", "scripts/eval_toolcall.py", *out)
+    converse("5. A conversation", args.out_dir, DIALOGUE, "--model_mode", 1)
+    run("6. Pictures of all this", "scripts/report.py", args.out_dir)
     print(f"\nDone in {(time.monotonic() - start) / 60:.1f} minutes. Talk to it yourself:")
     print(f"  {sys.executable} eval_model.py --model_mode 1 --out_dir {args.out_dir}")
 

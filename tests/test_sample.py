@@ -76,10 +76,18 @@ def test_the_script_needs_the_standard_library_alone(tmp_path):
 
 def test_no_sum_that_the_tools_are_asked_is_trained_on():
     def sums(name: str) -> set[frozenset]:
-        questions = (r["conversations"][1]["content"] for r in records(name) if len(r["conversations"]) > 3)
-        return {frozenset(re.findall(r"\d+", question)) for question in questions}
+        questions = (t["content"] for r in records(name) for t in r["conversations"] if t["role"] == "user")
+        numbers = (re.findall(r"\d{3}", question)[:2] for question in questions)
+        return {frozenset(pair) for pair in numbers if pair}
 
-    assert len(sums("tool_questions.jsonl")) > 40 and not sums("tool_questions.jsonl") & sums("tools.jsonl")
+    assert len(sums("tool_questions.jsonl")) > 70 and not sums("tool_questions.jsonl") & sums("tools.jsonl")
+
+
+def test_what_the_tools_are_asked_without_need_is_not_trained_on(questions):
+    short = [r["conversations"][1] for r in records("tool_questions.jsonl") if len(r["conversations"]) == 3]
+    assert len(short) >= 20 and {turn["content"] for turn in short} <= {q["question"] for q in questions}
+    said = {t["content"] for r in records("tools.jsonl") for t in r["conversations"] if t["role"] == "user"}
+    assert not said & {q["question"] for q in questions}
 
 
 def test_size_and_share_of_rules(questions):

@@ -7,6 +7,9 @@
     valid.jsonl      {"text"}                               more such texts, for the validation loss
     questions.jsonl  {"category", "rule", "question", "answer"}  what scripts/evaluate.py asks
     choices.jsonl    {"query", "choices", "gold", "subject"}     the same with four answers to choose from
+    tools.jsonl      {"conversations"}                      three exchanges with a calculator at hand: long sums are
+                                                            called for, in one step or two, all else is not
+    tool_questions.jsonl  {"conversations"}                 what scripts/eval_toolcall.py asks
 
 The world is made of facts. A fact has one answer, several wordings (questions that it answers) and several statements
 (sentences that state it). No question of questions.jsonl is trained on; each is held out in one of two ways:
@@ -732,35 +735,57 @@ CALCULATOR = {  # as dataset/tools.py offers it
         },
     },
 }
-LONG_SUMS = {"+": ["{a}+{b}等于多少？", "{a}加{b}等于几？", "算一算{a}+{b}。"]}
-LONG_SUMS["-"] = ["{a}-{b}等于多少？", "{a}减{b}等于几？", "算一算{a}-{b}。"]
+SPOKEN = {"+": "加", "-": "减"}
+ONE_STEP = ["{a}{s}{b}等于多少？", "{a}{w}{b}等于几？", "算一算{a}{s}{b}。"]
+TWO_STEPS = ["{a}{s}{b}{t}{c}等于多少？", "{a}{w}{b}再{v}{c}等于几？", "算一算{a}{s}{b}{t}{c}。"]
+TOOL_CONVERSATIONS, TOOL_EXCHANGES = 400, 3
 
 
-def tool_conversations(facts: list[Fact]) -> list[dict]:
-    """Conversations that offer the calculator. Each sum of three digits is called for once; short ones need no call."""
-    dice, made, seen = Dice("tools"), [], set()
+def long_sum(steps: int, dice: Dice, seen: set[tuple[int, int]]) -> list[dict]:
+    """Return the turns of a sum of three-digit numbers: the question, a call and its result for each step, the answer.
+
+    seen: the pairs that sums have begun with, in either order; this one's is added.
+    """
+    while True:
+        a, b, c = (100 + dice.below(900) for _ in range(3))
+        s, t = dice.pick("+-"), dice.pick("+-")
+        first = a + b if s == "+" else a - b
+        second = first + c if t == "+" else first - c
+        if (a, b) not in seen and min(first, second) >= 0:
+            break
+    seen |= {(a, b), (b, a)}
+    wording = dice.pick(ONE_STEP if steps == 1 else TWO_STEPS)
+    turns = [{"role": "user", "content": wording.format(a=a, b=b, c=c, s=s, t=t, w=SPOKEN[s], v=SPOKEN[t])}]
+    for expression, result in [(f"{a}{s}{b}", first), (f"{first}{t}{c}", second)][:steps]:
+        call = {"name": "calculator", "arguments": {"expression": expression}}
+        turns.append({"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]})
+        turns.append({"role": "tool", "content": str(result)})
+    answer = f"{a}{s}{b}={first}。" if steps == 1 else f"{a}{s}{b}{t}{c}={second}。"
+    return [*turns, {"role": "assistant", "content": answer}]
+
+
+def tool_conversations(facts: list[Fact], questions: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Return (trained, asked): conversations that offer the calculator. All else is answered without a call.
+
+    Those asked have one exchange, and no sum in them is trained on.
+    """
+    dice, seen, plain = Dice("tools"), set(), exchanges(facts)
+    counted = [(question, answer) for question, answer in plain if re.match(r"\d+[+-]\d+[：=]", answer)]
     system = {"role": "system", "content": "", "tools": [CALCULATOR]}
-    while len(made) < 300:
-        a, b, sign = 100 + dice.below(900), 100 + dice.below(900), dice.pick("+-")
-        if (a, b) in seen or (sign == "-" and a < b):
-            continue
-        seen |= {(a, b), (b, a)}
-        result = str(a + b if sign == "+" else a - b)
-        call = {"name": "calculator", "arguments": {"expression": f"{a}{sign}{b}"}}
-        turns = [
-            system,
-            {"role": "user", "content": dice.pick(LONG_SUMS[sign]).format(a=a, b=b)},
-            {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
-            {"role": "tool", "content": result},
-            {"role": "assistant", "content": f"{a}{sign}{b}={result}。"},
-        ]
-        made.append({"conversations": turns})
-    short = [each for each in exchanges(facts) if re.match(r"\d[+-]\d：", each[1])][:60]
-    made += [
-        {"conversations": [system, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-        for question, answer in short
-    ]
-    return dice.shuffled(made)
+
+    def said(question: str, answer: str) -> list[dict]:
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+    short = [said(q["question"], q["answer"]) for q in questions if q["category"] in ("sums", "differences")]
+    asked = [long_sum(steps, dice, seen) for steps in [1] * 50 + [2] * 30] + dice.shuffled(short)[:20]
+    trained = []
+    for _ in range(TOOL_CONVERSATIONS):
+        turns = []
+        for _ in range(TOOL_EXCHANGES):
+            steps = dice.pick((0, 1, 2, 2))
+            turns += long_sum(steps, dice, seen) if steps else said(*dice.pick(dice.pick((plain, counted))))
+        trained.append(turns)
+    return tuple([{"conversations": [system, *turns]} for turns in part] for part in (trained, dice.shuffled(asked)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -855,15 +880,15 @@ def make_sample() -> dict[str, list[dict]]:
     pretrain = list(dict.fromkeys(texts(facts, Dice("pretrain"))))
     seen = set(pretrain)
     valid = [text for text in texts(facts, Dice("valid")) if text not in seen][:150]
-    with_tools = tool_conversations(facts)
+    with_tools, tool_questions = tool_conversations(facts, questions)
     return {
         "pretrain.jsonl": [{"text": text} for text in pretrain],
         "sft.jsonl": conversations(facts),
         "valid.jsonl": [{"text": text} for text in valid],
         "questions.jsonl": questions,
         "choices.jsonl": choices(questions, Dice("choices")),
-        "tools.jsonl": with_tools[60:],
-        "tool_questions.jsonl": with_tools[:60],
+        "tools.jsonl": with_tools,
+        "tool_questions.jsonl": tool_questions,
     }
 
 
