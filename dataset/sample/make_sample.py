@@ -737,30 +737,29 @@ CALCULATOR = {  # as dataset/tools.py offers it
 }
 SPOKEN = {"+": "加", "-": "减"}
 ONE_STEP = ["{a}{s}{b}等于多少？", "{a}{w}{b}等于几？", "算一算{a}{s}{b}。"]
-TWO_STEPS = ["{a}{s}{b}{t}{c}等于多少？", "{a}{w}{b}再{v}{c}等于几？", "算一算{a}{s}{b}{t}{c}。"]
+TWO_STEPS = ["{a}{s}{b}{s}{c}等于多少？", "{a}{w}{b}再{w}{c}等于几？", "算一算{a}{s}{b}{s}{c}。"]
 TOOL_CONVERSATIONS, TOOL_EXCHANGES = 400, 3
 
 
 def long_sum(steps: int, dice: Dice, seen: set[tuple[int, int]]) -> list[dict]:
     """Return the turns of a sum of three-digit numbers: the question, a call and its result for each step, the answer.
 
-    seen: the pairs that sums have begun with, in either order; this one's is added.
+    Two steps have the same sign. seen: the pairs that sums have begun with, in either order; this one's is added.
     """
     while True:
         a, b, c = (100 + dice.below(900) for _ in range(3))
-        s, t = dice.pick("+-"), dice.pick("+-")
-        first = a + b if s == "+" else a - b
-        second = first + c if t == "+" else first - c
+        s = dice.pick("+-")
+        first, second = (a + b, a + b + c) if s == "+" else (a - b, a - b - c)
         if (a, b) not in seen and min(first, second) >= 0:
             break
     seen |= {(a, b), (b, a)}
     wording = dice.pick(ONE_STEP if steps == 1 else TWO_STEPS)
-    turns = [{"role": "user", "content": wording.format(a=a, b=b, c=c, s=s, t=t, w=SPOKEN[s], v=SPOKEN[t])}]
-    for expression, result in [(f"{a}{s}{b}", first), (f"{first}{t}{c}", second)][:steps]:
+    turns = [{"role": "user", "content": wording.format(a=a, b=b, c=c, s=s, w=SPOKEN[s])}]
+    for expression, result in [(f"{a}{s}{b}", first), (f"{first}{s}{c}", second)][:steps]:
         call = {"name": "calculator", "arguments": {"expression": expression}}
         turns.append({"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]})
         turns.append({"role": "tool", "content": str(result)})
-    answer = f"{a}{s}{b}={first}。" if steps == 1 else f"{a}{s}{b}{t}{c}={second}。"
+    answer = f"{a}{s}{b}={first}。" if steps == 1 else f"{a}{s}{b}{s}{c}={second}。"
     return [*turns, {"role": "assistant", "content": answer}]
 
 
