@@ -146,7 +146,8 @@ class Arm:
         ready = load_ready(weights, ChatTokenizer, tokenizer_path=self.tokenizer, device="cpu", dtype="float32")
         asked = self.write("asked.jsonl", [self.task.prompt(problem) for problem in problems])
         flags = {"reward": "number", "skip_bad_lines": False, "max_new_tokens": self.task.longest, "max_seq_len": 256}
-        flags |= {"prompts_per_step": 1, "group_size": 1, "epochs": 1, "max_steps": 0, "temperature": temperature}
+        flags |= {"prompts_per_step": 1, "group_size": 1, "batch_size": 1}
+        flags |= {"epochs": 1, "max_steps": 0, "temperature": temperature}
         sampler = Sampler(asked, argparse.Namespace(**flags), ready.tokenizer, None)
         jobs = [(n, draw_seed(*problem, sample)) for n, problem in enumerate(problems) for sample in range(samples)]
         return sampler._answers(ready.model, jobs, sampler.params)
