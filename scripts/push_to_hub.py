@@ -86,7 +86,9 @@ def public(sidecar: Path) -> bytes:
 
 def without_paths(sidecar: dict) -> dict:
     """Return a sidecar without the paths of this machine, which are private."""
-    flags = sidecar.get("flags", {}).items()
+    if "flags" not in sidecar:
+        return sidecar
+    flags = sidecar["flags"].items()
     return sidecar | {"flags": {k: v for k, v in flags if not (isinstance(v, str) and re.search(r"[/\\]", v))}}
 
 
