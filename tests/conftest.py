@@ -26,6 +26,7 @@ from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import save_weights
 
 ROOT = Path(__file__).resolve().parents[1]
+MAIN = sys.modules["__main__"]
 WORDS = "the sky was grey and an old king read by his fire 今天 天气 很好 我们 去 公园 看 花 and then it rained".split()
 TINY = {
     "hidden_size": 32,
@@ -434,6 +435,7 @@ class Launcher:
         """patches: functions of this file or of a test file, called with the script's module before its main."""
         printed = self.folder / f"{len(self.children)}.txt"
         arguments = (script, flags, env or {}, printed, list(patches))
+        sys.modules["__main__"] = MAIN  # children import it too, and Streamlit's tests put their page there
         process = self.context.Process(target=_run_in_child, args=arguments)
         process.start()
         self.children.append(Child(process, printed))

@@ -55,7 +55,7 @@ def test_a_tiny_run_from_data_to_report_and_again(tmp_path, monkeypatch, capsys)
     page = (tmp_path / "out" / "report" / "report.md").read_text("utf-8")
     assert "| pretrain_32 | complete |" in page and "| full_sft_32 | complete |" in page
     assert page.count("**you:**") == len(speedrun.QUESTIONS) and "$0.0" in page
-    assert page.count("| set | 1 | 25.0% |") == 2  # both weights are scored
+    assert page.count("| set, letters | 1 | 25.0 |") == 2  # both weights are scored
     assert "eval_model.py --model_mode 1 --hidden_size 32" in capsys.readouterr().out
     ran.clear()
     speedrun.main(flags)
