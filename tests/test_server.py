@@ -150,7 +150,7 @@ def test_several_answers_each_as_its_seed_alone_would_give(server):
     for chunk in chat(server, seed=5, n=3, stream=True, **options):
         for choice in chunk.choices:
             streamed[choice.index] += choice.delta.content or ""
-    assert streamed == alone
+    assert streamed == texts
 
 
 def test_without_a_seed_answers_differ(server):
