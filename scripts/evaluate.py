@@ -280,8 +280,8 @@ def score_options(
 
 def write_answers(candidate: Candidate, questions: list[Question], args: argparse.Namespace) -> list[dict]:
     """Return a record for each question: its answers and which of them are right."""
-    names = args.name.casefold()
-    matches = MATCHES | {"name": lambda answer, gold: (names in answer.casefold()) == (names in gold.casefold())}
+    name = args.name.casefold()
+    matches = MATCHES | {"name": lambda answer, gold: (name in answer.casefold()) == (name in gold.casefold())}
     prompts = [
         candidate.tokenizer.encode_prompt(q.text)
         if candidate.chat
