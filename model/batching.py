@@ -397,9 +397,11 @@ class Engine:
         counts = {row: r.params.logprobs for row, r in enumerate(requests) if r.params.logprobs is not None}
         if not counts:
             return {}
-        rows = torch.tensor(list(counts), device=logits.device)
-        log_probs = logits[rows].log_softmax(dim=-1)
-        own = log_probs.gather(1, ids[rows].unsqueeze(1)).squeeze(1).tolist()
+        if len(counts) < len(requests):
+            rows = torch.tensor(list(counts), device=logits.device)
+            logits, ids = logits[rows], ids[rows]
+        log_probs = logits.log_softmax(dim=-1)
+        own = log_probs.gather(1, ids.unsqueeze(1)).squeeze(1).tolist()
         values, top_ids = log_probs.topk(min(max(counts.values()), logits.shape[1]), dim=-1)
         return {
             row: (logprob, list(zip(row_ids, row_values, strict=True))[:count])
@@ -435,6 +437,8 @@ class Engine:
                 self._waiting.remove(request)
             else:
                 slot.request, slot.last_used = None, time.monotonic()
+                # Requests refer to the engine: without this, a dropped engine's cache waits for the garbage collector.
+                self._rows_of = []
                 seconds = slot.last_used - request._started
                 self._seconds_per_request += 0.1 * (seconds - self._seconds_per_request)
                 if reason == "error":

@@ -89,7 +89,8 @@ class SamplingRows:
         self.top_k, self.top_p, self.min_p = column("top_k", torch.int64), column("top_p"), column("min_p")
         self.repetition_penalty = column("repetition_penalty")
         self.presence_penalty, self.frequency_penalty = column("presence_penalty"), column("frequency_penalty")
-        self.all_greedy = all(p.temperature == 0 for p in params)
+        greedy = [p.temperature == 0 for p in params]
+        self.all_greedy, self.any_greedy = all(greedy), any(greedy)
         self.cut = _indices([p.temperature > 0 and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0) for p in params], device)
         self.penalised = _indices([p.penalises for p in params], device)
 
@@ -122,9 +123,8 @@ def choose(logits: torch.Tensor, rows: SamplingRows, draws: torch.Tensor) -> tor
     Order: temperature, top_k, top_p, min_p. Tokens as likely as the last one kept are kept, too. A row's token depends
     on its own logits, parameters and draw alone. Returns (rows,).
     """
-    most_likely = logits.argmax(dim=-1)
     if rows.all_greedy:
-        return most_likely
+        return logits.argmax(dim=-1)
     # Relative to the largest logit, so that a tiny temperature cannot overflow.
     weights = ((logits - logits.amax(dim=-1, keepdim=True)) / rows.temperature).exp_()
     if rows.cut is not None:
@@ -134,7 +134,9 @@ def choose(logits: torch.Tensor, rows: SamplingRows, draws: torch.Tensor) -> tor
     # The first token whose cumulative weight exceeds draw · total. Float64, so that small weights count.
     cumulative = weights.double().cumsum(dim=-1)
     drawn = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True).clamp(max=logits.shape[1] - 1)
-    return torch.where(rows.greedy, most_likely.unsqueeze(1), drawn).squeeze(1)
+    if rows.any_greedy:
+        drawn = torch.where(rows.greedy, logits.argmax(dim=-1, keepdim=True), drawn)
+    return drawn.squeeze(1)
 
 
 def _smallest_kept(weights: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor):

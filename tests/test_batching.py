@@ -3,6 +3,7 @@
 import gc
 import threading
 import time
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -706,6 +707,20 @@ def test_memory_stays_flat(count):
     (first_bytes, first_objects), (last_bytes, last_objects) = sizes[1], sizes[-1]
     assert last_objects - first_objects < 500
     assert last_bytes - first_bytes < 4 * 2**20
+
+
+def test_a_dropped_engine_frees_its_cache_at_once():
+    # Training makes an engine a step and few Python objects, so the garbage collector would come too late.
+    engine = Engine(tiny_model(), slots=4)
+    requests = [engine.submit(random_ids(5), GREEDY) for _ in range(4)]
+    run_to_end(engine)
+    decoder = weakref.ref(engine._decoder)
+    gc.disable()
+    try:
+        del engine, requests
+        assert decoder() is None
+    finally:
+        gc.enable()
 
 
 def test_the_cache_takes_memory_only_where_texts_stand():
