@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from model.decoder import WeightsState, new_decoder
-from model.device import to_device
+from model.device import to_device, where_float64_is
 from model.sampling import SamplingParams, SamplingRows, choose, penalise
 
 # Prompt tokens that one step reads: if nothing else runs, and if running answers wait for their next token.
@@ -361,6 +361,7 @@ class Engine:
             self._end(request, "length")
 
     def _choose(self, requests: list[Request], logits: torch.Tensor) -> list[Token | Exception]:
+        logits = logits.to(where_float64_is(logits.device))
         # (rows,): x · 0 is not 0 for NaN and infinity; one reduction, and no synchronisation with a GPU
         broken = logits.sum(dim=-1) * 0 != 0
         if self._rows_of != requests:
@@ -412,7 +413,7 @@ class Engine:
 
     def _count_prompt(self, request: Request) -> None:
         if self._seen is None:
-            shape, device = (len(self._slots), self.model.config.vocab_size), self._decoder.device
+            shape, device = (len(self._slots), self.model.config.vocab_size), where_float64_is(self._decoder.device)
             self._seen = torch.zeros(shape, dtype=torch.bool, device=device)
             self._counts = torch.zeros(shape, device=device)
         index = request._slot.index

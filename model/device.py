@@ -1,9 +1,46 @@
-"""What a device can do, and how tensors get there without waiting for it."""
+"""What a device can do, and how tensors get there without waiting for it.
 
+cpu, cuda (ROCm's GPUs have this name too), mps (an Apple GPU), xpu (an Intel GPU) and npu (Ascend, with torch_npu).
+mps, xpu and npu follow torch's documentation: nobody has run them yet. Which kernel computes what is decided where the
+kernels are: model_minimind.py, decoder.py, token_losses.py.
+"""
+
+import contextlib
+import importlib
 from collections.abc import Sequence
+from types import ModuleType
 
 import numpy as np
 import torch
+
+CPU = torch.device("cpu")
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device that --device names. Raises ValueError if this machine has none."""
+    if name.startswith("npu"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module("torch_npu")  # which tells torch about npu
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: not a device; use cpu, cuda, cuda:N, mps, xpu or npu") from None
+    here = torch.accelerator.current_accelerator(check_available=True)
+    if device.type != "cpu" and (here is None or here.type != device.type):
+        raise ValueError(f"--device {name}: this machine has no usable {device.type} device; use --device cpu")
+    if device.type != "cpu" and (device.index or 0) >= (count := torch.accelerator.device_count()):
+        raise ValueError(f"--device {name}: this machine has {count} {device.type} device(s), counted from 0")
+    return device
+
+
+def module_of(device: torch.device) -> ModuleType:
+    """Return torch.cuda, torch.xpu ... : functions for random numbers, memory and the current device."""
+    return torch.get_device_module(device)
+
+
+def has_own_memory(device: torch.device) -> bool:
+    """Tell whether a process chooses one of several devices, each with memory of its own."""
+    return device.type not in ("cpu", "mps")
 
 
 def to_device(values: Sequence | np.ndarray, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -11,14 +48,45 @@ def to_device(values: Sequence | np.ndarray, device: torch.device, dtype: torch.
 
     The copy goes through pinned memory, which torch does not reuse until the GPU has read it.
     """
-    if device.type != "cuda":
+    if not pins_memory(device):
         return torch.tensor(values, dtype=dtype, device=device)
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
-def cuda_has_bfloat16() -> bool:
-    """Tell whether this GPU computes in bfloat16; emulation does not count."""
-    return torch.cuda.is_bf16_supported(including_emulation=False)
+def pins_memory(device: torch.device) -> bool:
+    return device.type in ("cuda", "xpu")
+
+
+def compiles(device: torch.device) -> bool:
+    """Tell whether torch.compile is worth its time here."""
+    return device.type in ("cuda", "xpu")
+
+
+def has_fused_adamw(device: torch.device) -> bool:
+    return device.type in ("cpu", "cuda", "mps", "xpu")
+
+
+def where_float64_is(device: torch.device) -> torch.device:
+    """Return the device itself, or the CPU if the device has no float64."""
+    return device if device.type in ("cpu", "cuda") else CPU
+
+
+def collectives(device: torch.device) -> str:
+    """Return the backend of torch.distributed for tensors on this device, and on the CPU if it has no float64."""
+    if device.type in ("cpu", "cuda"):
+        return {"cpu": "gloo", "cuda": "nccl"}[device.type]
+    return f"cpu:gloo,{device.type}:{torch.distributed.get_default_backend_for_device(device)}"
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Tell whether the device computes in bfloat16; emulation does not count."""
+    if device.type == "cpu":
+        return cpu_has_bfloat16()
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "mps":
+        return torch.backends.mps.is_macos_or_newer(14, 0)
+    return getattr(module_of(device), "is_bf16_supported", lambda: False)()
 
 
 def cpu_has_bfloat16() -> bool:
@@ -30,10 +98,11 @@ def cpu_has_bfloat16() -> bool:
 
 def usable_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     """Return the dtype to train in, and a notice if it is not the one named, else ""."""
-    if name == "bfloat16" and device.type == "cuda" and not cuda_has_bfloat16():
-        return torch.float16, "this GPU has no bfloat16: training in float16 with a gradient scaler"
-    if name == "bfloat16" and device.type == "cpu" and not cpu_has_bfloat16():
-        return torch.float32, "this CPU has no bfloat16 arithmetic: training in float32"
+    if name == "bfloat16" and not has_bfloat16(device):
+        if device.type == "cuda":
+            return torch.float16, "this GPU has no bfloat16: training in float16 with a gradient scaler"
+        called = "CPU" if device.type == "cpu" else f"{device.type} device"
+        return torch.float32, f"this {called} has no bfloat16 arithmetic: training in float32"
     if name == "float16" and device.type != "cuda":
-        return torch.float32, f"float16 training needs a GPU: training in float32 on {device.type}"
+        return torch.float32, f"float16 training needs CUDA: training in float32 on {device.type}"
     return getattr(torch, name), ""

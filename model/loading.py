@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from model.device import cuda_has_bfloat16
+from model.device import choose_device, has_bfloat16
 from model.flags import BOOL, HISTORY, at_least, utf8
 from model.model_lora import find_lora, load_lora, merge_lora
 from model.model_minimind import PRESETS, MiniMindForCausalLM, yarn_parameters
@@ -59,7 +59,7 @@ SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "repetition_penalty": dict(type=float, default=1.0, help="above 1: tokens already there become less likely"),
     "max_new_tokens": dict(type=at_least(1), default=1024, help="longest answer in tokens"),
     "history_cnt": HISTORY,
-    "device": dict(default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps ..."),
+    "device": dict(default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps, xpu or npu"),
     "dtype": dict(choices=list(DTYPES), help="default: float32 on a CPU; on a GPU bfloat16, or float16 without it"),
 }
 
@@ -160,22 +160,12 @@ def unseen_fields(preset: str | None, num_attention_heads: int | None) -> dict[s
     return fields | ({"num_attention_heads": num_attention_heads} if num_attention_heads else {})
 
 
-def choose_device(name: str) -> torch.device:
-    """Return the device that --device names. Raises ValueError if it cannot be used here."""
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
-
-
 def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
     if name is not None:
         return DTYPES[name]
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if cuda_has_bfloat16() else torch.float16
+    return torch.bfloat16 if has_bfloat16(device) else torch.float16
 
 
 def read_config(folder: Path) -> dict:

@@ -265,7 +265,7 @@ def test_a_loss_that_is_not_finite_is_an_error(loss):
 def test_dtypes_that_the_device_lacks_are_replaced_and_named(monkeypatch):
     assert usable_dtype("float32", CPU) == (torch.float32, "")
     dtype, notice = usable_dtype("float16", CPU)
-    assert dtype == torch.float32 and "needs a GPU" in notice
+    assert dtype == torch.float32 and "needs CUDA" in notice
     monkeypatch.setattr(devices, "cpu_has_bfloat16", lambda: True)
     assert usable_dtype("bfloat16", CPU) == (torch.bfloat16, "")
     monkeypatch.setattr(devices, "cpu_has_bfloat16", lambda: False)

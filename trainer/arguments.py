@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from dataset.token_cache import MAX_RECORD_BYTES
+from model.device import choose_device
 from model.flags import add_boolean, show_defaults, utf8, utf8_path
 from model.model_minimind import PRESETS, MiniMindConfig
 from model.streams import set_up_streams
@@ -124,7 +125,7 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("the run")
     add = group.add_argument
-    add("--device", default="cuda:0" if torch.cuda.is_available() else "cpu", help="cpu, cuda:N or mps")
+    add("--device", default="cuda:0" if torch.cuda.is_available() else "cpu", help="cpu, cuda:N, mps, xpu or npu")
     add("--num_workers", type=int, help="processes that assemble batches (default: 1 on CUDA, 0 on a CPU)")
     add("--log_interval", type=int, default=100, help="optimizer steps between log lines")
     add("--save_interval", type=int, default=100, help="optimizer steps between saves")
@@ -186,12 +187,9 @@ def parse_arguments(
     if args.max_seq_len > (most := MiniMindConfig().max_position_embeddings):
         mistakes.append(f"--max_seq_len {args.max_seq_len}: the model has {most} positions")
     try:
-        kind = torch.device(args.device).type
-        usable = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-        if not usable.get(kind):
-            mistakes.append(f"--device {args.device}: this machine has no usable {kind} device; use --device cpu")
-    except RuntimeError:
-        mistakes.append(f"--device {args.device}: not a device; use cpu, cuda or cuda:N")
+        choose_device(args.device)
+    except ValueError as error:
+        mistakes.append(str(error))
     mistakes += zero_mistakes(args) + tracking_mistakes(args)
     if mistakes:
         raise ValueError("; ".join(mistakes))

@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from dataset.tokenization import ChatTokenizer
+from model.device import module_of
 from model.model_lora import read_lora
 from model.model_minimind import MiniMindConfig
 from model.weights import (
@@ -205,7 +206,7 @@ class Checkpoint:
                 f"--resume: {self.path}: {error}; give --overwrite instead of --resume to start again"
             ) from error
         if len(state["rng"]) == self.process.world_size:
-            _set_rng_state(state["rng"][self.process.rank])
+            _set_rng_state(state["rng"][self.process.rank], self.process.device)
         progress = Progress(**state["progress"])
         self.saved_step = progress.step
         done = "the run is complete; nothing to do" if progress.complete else "going on"
@@ -288,7 +289,7 @@ class Checkpoint:
         """
         if progress.step == self.saved_step:
             return
-        rng = gather_objects(_rng_state(), self.process)
+        rng = gather_objects(_rng_state(self.process.device), self.process)
         # the tag is unique: shards of an earlier run that stopped at this step must not be overwritten
         tag = share_from_main(f"step-{progress.step}-{secrets.token_hex(4)}", self.process)
         shards = training.save_shards(self.shards, tag)
@@ -345,21 +346,22 @@ def result_flags(args: argparse.Namespace) -> dict:
     }
 
 
-def _rng_state() -> dict:
+def _rng_state(device: torch.device) -> dict:
     state: Any = np.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": (state[0], state[1].tolist(), *state[2:]),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "device": module_of(device).get_rng_state() if device.type != "cpu" else None,
     }
 
 
-def _set_rng_state(state: dict) -> None:
+def _set_rng_state(state: dict, device: torch.device) -> None:
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    of_device = state.get("device", state.get("cuda"))  # "cuda": what older resume states call it
+    if of_device is not None and device.type != "cpu":
+        module_of(device).set_rng_state(of_device)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import re
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from model.device import has_own_memory, module_of
 from model.model_minimind import MiniMindConfig
 
 
@@ -42,15 +44,15 @@ def matmul_flops_per_second(device: torch.device, dtype: torch.dtype, size: int 
 
     A CPU's is taken from processor time where that says more, so that other programs on the machine do not lower it.
     """
-    size = size or (8192 if device.type == "cuda" else 2048)
+    size = size or (8192 if has_own_memory(device) else 2048)
     own_generator = torch.Generator(device)  # the run's random numbers must not depend on this
     a = torch.randn(size, size, device=device, generator=own_generator).to(dtype)
     best = float("inf")
     for _ in range(4):  # the first warms up
         start, processor = time.perf_counter(), time.process_time()
         a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         best = min(best, time.perf_counter() - start)
         if device.type == "cpu":
             best = min(best, (time.process_time() - processor) / torch.get_num_threads())
@@ -105,31 +107,31 @@ def attention_backward_bytes(config: MiniMindConfig, positions: int, borders: in
 
 
 class Memory:
-    """Memory of this process in bytes: allocated on a GPU, resident on a CPU."""
+    """Memory of this process in bytes: allocated on a device with its own, else resident."""
 
     def __init__(self, device: torch.device | str):
-        self.cuda = torch.device(device).type == "cuda"
+        device = torch.device(device)
+        self.own = module_of(device) if has_own_memory(device) else None
 
     def reset(self) -> None:
         """Forget the highest value so far, if the system can."""
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
+        if self.own:
+            self.own.reset_peak_memory_stats()
             return
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
 
     def peak(self) -> int:
-        if self.cuda:
-            return torch.cuda.max_memory_allocated()
+        if self.own:
+            return self.own.max_memory_allocated()
         return _status("VmHWM") or _highest_resident()
 
     def total(self) -> int:
         """Return the memory of the device; 0 if the system does not tell."""
-        if self.cuda:
-            return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-        with contextlib.suppress(OSError):
-            text = Path("/proc/meminfo").read_text("ascii")
-            return int(re.search(r"^MemTotal:\s+(\d+) kB", text, re.MULTILINE)[1]) * 1024
+        if self.own:
+            return self.own.get_device_properties(self.own.current_device()).total_memory
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # Windows has no sysconf
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return 0
 
 

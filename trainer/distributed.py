@@ -20,6 +20,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from model.device import collectives, has_own_memory, module_of, where_float64_is
+
 
 @dataclass(frozen=True)
 class Process:
@@ -76,24 +78,23 @@ def start_process(args: argparse.Namespace) -> Process:
     device = torch.device(args.device)
     world_size = int(os.environ["WORLD_SIZE"]) if launched else 1
     rank = int(os.environ["RANK"]) if launched else 0
-    if device.type == "cuda":
-        device = torch.device("cuda", local_rank if launched else device.index or 0)
-        if device.index >= torch.cuda.device_count():
+    if has_own_memory(device):
+        device = torch.device(device.type, local_rank if launched else device.index or 0)
+        if device.index >= (count := module_of(device).device_count()):
             raise ValueError(
-                f"process {local_rank} of this machine has no GPU of its own ({torch.cuda.device_count()} are here); "
-                "lower --nproc_per_node"
+                f"process {local_rank} of this machine has no GPU of its own ({count} are here); lower --nproc_per_node"
             )
-        torch.cuda.set_device(device)
+        module_of(device).set_device(device)
         torch.set_float32_matmul_precision("high")
     else:
         keep_freed_memory()
     if (world_size > 1 or args.zero_stage) and not dist.is_initialized():
         alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         several_machines = world_size > int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        if device.type != "cuda" and several_machines and sys.platform == "linux":
+        if "gloo" in collectives(device) and several_machines and sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_towards(os.environ["MASTER_ADDR"]))
         timeout = datetime.timedelta(seconds=args.rank_timeout)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, **alone)
+        dist.init_process_group(collectives(device), timeout=timeout, **alone)
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
@@ -147,7 +148,7 @@ def sum_over_ranks(values: list[float], process: Process) -> list[float]:
     """Return the sum of each number over all processes."""
     if process.world_size == 1:
         return values
-    tensor = torch.tensor(values, dtype=torch.float64, device=process.device)
+    tensor = torch.tensor(values, dtype=torch.float64, device=where_float64_is(process.device))
     dist.all_reduce(tensor)
     return tensor.tolist()
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dataset.tokenization import ChatTokenizer
+from model.device import where_float64_is
 from model.generation import SamplingParams, stream
 from trainer.distributed import Process, sum_over_ranks
 from trainer.loader import PackedData
@@ -25,7 +26,7 @@ def evaluate(
     # UTF-8 bytes of text that each id stands for; control tokens stand for none
     sizes = [len(tokenizer.token_bytes(token_id)) for token_id in range(tokenizer.vocab_size)]
     byte_counts = torch.tensor(sizes, device=process.device)
-    nats = torch.zeros((), dtype=torch.float64, device=process.device)
+    nats = torch.zeros((), dtype=torch.float64, device=where_float64_is(process.device))
     num_bytes = torch.zeros((), dtype=torch.int64, device=process.device)
     targets = 0
     was_training = model.training
@@ -33,7 +34,7 @@ def evaluate(
     for batch in data.once():
         labels = batch["labels"]
         with precision.autocast():
-            nats += forward_losses(model, batch)[0].sum(dtype=torch.float64)
+            nats += forward_losses(model, batch)[0].to(nats.device).sum(dtype=torch.float64)
         num_bytes += (byte_counts[labels.clamp(min=0)] * (labels >= 0)).sum()
         targets += batch["target_tokens"]
     model.train(was_training)

@@ -16,6 +16,7 @@ from dataset.packing import PackedBatches, PreferenceBatches, build_plan
 from dataset.progress import ProgressBar
 from dataset.token_cache import open_token_cache
 from dataset.tokenization import ChatTokenizer
+from model.device import compiles, pins_memory
 from trainer.distributed import Process, StopRequest
 
 # These index arrays on disk; copying them back would wait for all queued GPU work.
@@ -122,7 +123,7 @@ class PackedData:
         }  # fmt: skip
         if self.cache.kind != "preference":
             return PackedBatches(self.cache, self.plan, **options)
-        multiple = self.args.batch_size if self.process.device.type == "cuda" else 1  # on CUDA two shapes to compile
+        multiple = self.args.batch_size if compiles(self.process.device) else 1  # two shapes to compile
         return PreferenceBatches(self.cache, self.plan, row_multiple=multiple, **options)
 
     @property
@@ -211,13 +212,13 @@ class PackedData:
 
     def _load(self, batches: PackedBatches | PreferenceBatches, indices: Sequence[int]) -> Generator[dict]:
         """Yield some of these batches on the device, except for STAY_ON_CPU."""
-        cuda = self.process.device.type == "cuda"
+        pinned = pins_memory(self.process.device)
         loader = DataLoader(
             batches,
             batch_size=None,
             sampler=indices,
-            num_workers=self.args.num_workers if self.args.num_workers is not None else int(cuda),
-            pin_memory=cuda,
+            num_workers=self.args.num_workers if self.args.num_workers is not None else int(pinned),
+            pin_memory=pinned,
             worker_init_fn=leave_signals_to_the_parent,
             generator=torch.Generator(),  # each loader draws a seed, and a resumed run makes one more of them
         )

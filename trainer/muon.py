@@ -6,15 +6,15 @@ from itertools import islice
 
 import torch
 
-from model.device import cpu_has_bfloat16, cuda_has_bfloat16
+from model.device import has_bfloat16
 
 STACK_ELEMENTS = 2**25  # largest stack; peak memory is about five times this
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
-    if device.type == "cpu" and not cpu_has_bfloat16():
-        return torch.float32  # emulated bfloat16 takes several times as long
-    return torch.float16 if device.type == "cuda" and not cuda_has_bfloat16() else torch.bfloat16
+    if has_bfloat16(device):
+        return torch.bfloat16
+    return torch.float16 if device.type == "cuda" else torch.float32  # emulated bfloat16 takes several times as long
 
 
 def orthogonalise(

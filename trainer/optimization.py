@@ -10,7 +10,7 @@ from typing import NoReturn
 import torch
 from torch import nn
 
-from model.device import usable_dtype
+from model.device import compiles, has_fused_adamw, usable_dtype
 from trainer.muon import GroupedMuon, product_dtype
 
 
@@ -84,12 +84,12 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.O
         return torch.optim.SGD([dict(group, weight_decay=0.0) for group in groups], lr=args.learning_rate)
     parts, device = [], named[0][1].device
     if inside:
-        grouped = device.type == "cuda" or product_dtype(device) != torch.bfloat16
+        grouped = device.type != "cpu" or product_dtype(device) != torch.bfloat16
         muon = GroupedMuon if grouped else functools.partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
         parts.append(muon(inside, lr=args.learning_rate, weight_decay=args.weight_decay))
     if groups:  # empty for adapters: all of them are inside the blocks
         options = {"betas": (args.beta1, args.beta2), "eps": 1e-8}
-        fused = device.type in ("cpu", "cuda")
+        fused = has_fused_adamw(device)
         parts.append(torch.optim.AdamW(groups, lr=args.learning_rate, fused=fused, **options))
     return parts[0] if len(parts) == 1 else OptimizerPair(*parts)
 
@@ -141,14 +141,14 @@ def compiler_works(device: torch.device) -> bool:
 
 
 def prepare_forward(model: nn.Module, args: argparse.Namespace, device: torch.device) -> None:
-    """Turn on gradient checkpointing and torch.compile as the flags say. By default only CUDA compiles.
+    """Turn on gradient checkpointing and torch.compile as the flags say. By default GPUs compile.
 
     ZeRO-3 swaps weights in and out around every layer, which breaks compiled graphs apart: off there by default.
     Compiling is in place, so parameter names do not change. If it fails, torch says so and the model runs as it is.
     """
     if args.gradient_checkpointing:
         model.model.gradient_checkpointing = True
-    by_default = device.type == "cuda" and args.zero_stage < 3
+    by_default = compiles(device) and args.zero_stage < 3
     if (by_default if args.compile is None else args.compile) and compiler_works(device):
         torch._dynamo.config.suppress_errors = True
         model.model.compile(dynamic=False)

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from model.device import has_own_memory
 from trainer.distributed import Process
 from trainer.optimization import (
     Precision,
@@ -52,7 +53,7 @@ class Training:
     def _distributed(self, args: argparse.Namespace) -> nn.Module:
         if self.process.world_size == 1:
             return self.model
-        device_ids = [self.process.device.index] if self.process.device.type == "cuda" else None
+        device_ids = [self.process.device.index] if has_own_memory(self.process.device) else None
         return DistributedDataParallel(self.model, device_ids=device_ids, gradient_as_bucket_view=True)
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager:
