@@ -10,7 +10,7 @@ from tests.conftest import one_thread, write_texts
 SIZES = ["--hidden_size=32", "--num_hidden_layers=1", "--device=cpu", "--threads=1"]
 
 
-@pytest.mark.parametrize("name", ["original", "muon"])
+@pytest.mark.parametrize("name", ["original", "trainer", "muon"])
 def test_a_run_is_recorded_and_not_repeated(name, tmp_path, capsys):
     texts, results = write_texts(tmp_path / "texts.jsonl"), tmp_path / "runs.jsonl"
     command = ["--results", results, "run", "--recipe", name, "--tokens", 2048, "--learning_rates", 1e-3, "--rows", 2]

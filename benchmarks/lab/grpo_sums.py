@@ -85,7 +85,7 @@ class Sums:
 class Tools:
     """The sum of two numbers times a third, in two calls."""
 
-    forgets, start_steps, longest, vocab_size = 0.75, 2000, 90, 400
+    forgets, start_steps, longest, vocab_size = 0.6, 2000, 90, 400
     ranges = (range(10, 100), range(10, 100), range(2, 10))
 
     @staticmethod

@@ -8,13 +8,14 @@
 
 Each run is appended to --results as one line of JSON and never repeated, so an interrupted search continues where it
 stopped. `report` lists the settings, best first, with mean and standard deviation over seeds. `versus` says what the
-default recipe needs to reach the bits per byte at which `adamw` (this pipeline, one classic rate for all) and
-`original` end. Each training file has its own table.
+default recipe needs to reach the bits per byte at which `adamw` (this pipeline, one classic rate for all), `original`
+and `trainer` end. Each training file has its own table.
 
 Recipes: `original` is the loop of the original scripts: 32 padded documents per micro-batch, 8 of them per step,
 float32, AdamW with betas 0.9 and 0.999 and decay 0.01, a cosine from 1.1 times the peak to 0.1 of it, no warm-up,
-gradients averaged per micro-batch. The others are trainer/train_pretrain.py with the flags in RECIPES. Further flags
-for that script follow `--`.
+gradients averaged per micro-batch. `trainer` is transformers' Trainer with its defaults (AdamW without decay, a linear
+decay from the peak to 0, float32) on its Llama: documents joined and cut into rows of 512, attention across their
+borders. The others are trainer/train_pretrain.py with the flags in RECIPES. Further flags for that script follow `--`.
 """
 
 import argparse
@@ -36,6 +37,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import peers
 from dataset.tokenization import ChatTokenizer
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer.arguments import run_script, stage_parser
@@ -63,7 +65,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=results, help="jsonl file of runs (default: %(default)s)")
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("run", allow_abbrev=False).add_argument
-    add("--recipe", required=True, choices=["original", *RECIPES])
+    add("--recipe", required=True, choices=["original", "trainer", *RECIPES])
     add("--tokens", type=float, required=True, help="budget: positions of all steps together")
     add("--rows", type=int, nargs="+", required=True, help="rows of 512 in an optimizer step")
     add("--learning_rates", type=float, nargs="+", required=True)
@@ -123,16 +125,11 @@ def run_original(run: dict, args: argparse.Namespace) -> dict:
     torch.set_num_threads(args.threads)
     torch.manual_seed(run["seed"])
     tokenizer, device = ChatTokenizer(ROOT / "model"), torch.device(args.device)
-    with args.data_path.open(encoding="utf-8") as file:
-        texts = [json.loads(line)["text"] for line in file]
-    documents = [
-        [tokenizer.bos_id, *ids, tokenizer.eos_id][:PADDED_LENGTH] for ids in tokenizer.encode_documents(texts)
-    ]
+    documents = [ids[:PADDED_LENGTH] for ids in read_documents(args.data_path, tokenizer)]
     accumulation = max(1, run["rows"] // ORIGINAL_ROWS)
     rows = min(run["rows"], ORIGINAL_ROWS)
     micro_steps = max(1, round(run["tokens"] / (rows * PADDED_LENGTH)))
-    config = MiniMindConfig(hidden_size=args.hidden_size, num_hidden_layers=args.num_hidden_layers)
-    model = MiniMindForCausalLM(config).to(device).train()
+    model = MiniMindForCausalLM(config_of(args)).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=run["learning_rate"])
     order = itertools.chain.from_iterable(torch.randperm(len(documents)).tolist() for _ in itertools.count())
     started, curve = time.perf_counter(), []
@@ -155,12 +152,55 @@ def run_original(run: dict, args: argparse.Namespace) -> dict:
         if (micro_step + 1) % (50 * accumulation) == 0:
             curve.append(((micro_step + 1) // accumulation, round(loss.item(), 4)))
     seconds = time.perf_counter() - started
+    return held_out(model, tokenizer, args) | {
+        "steps": micro_steps // accumulation, "seconds": seconds, "curve": curve
+    }  # fmt: skip
+
+
+def run_trainer(run: dict, args: argparse.Namespace) -> dict:
+    """Run transformers' Trainer on transformers' Llama."""
+    from transformers import Trainer, TrainingArguments
+
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(run["seed"])
+    tokenizer, config = ChatTokenizer(ROOT / "model"), config_of(args)
+    joined = torch.tensor([i for ids in read_documents(args.data_path, tokenizer) for i in ids])
+    rows = joined[: len(joined) // 512 * 512].view(-1, 512)
+    model = peers.llama(config, MiniMindForCausalLM(config).state_dict()).to(args.device)
+    with tempfile.TemporaryDirectory() as folder:
+        options = TrainingArguments(
+            output_dir=folder, per_device_train_batch_size=run["rows"], learning_rate=run["learning_rate"],
+            max_steps=max(1, round(run["tokens"] / (run["rows"] * 512))), seed=run["seed"], logging_steps=50,
+            use_cpu=args.device == "cpu", report_to="none", save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        trainer = Trainer(model, options, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
+        started = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - started
+    ours = MiniMindForCausalLM(config).to(args.device)
+    ours.load_state_dict(model.state_dict())
+    curve = [(record["step"], record["loss"]) for record in trainer.state.log_history if "loss" in record]
+    return held_out(ours, tokenizer, args) | {"steps": options.max_steps, "seconds": seconds, "curve": curve}
+
+
+def read_documents(path: Path, tokenizer: ChatTokenizer) -> list[list[int]]:
+    with path.open(encoding="utf-8") as file:
+        texts = [json.loads(line)["text"] for line in file]
+    return [[tokenizer.bos_id, *ids, tokenizer.eos_id] for ids in tokenizer.encode_documents(texts)]
+
+
+def config_of(args: argparse.Namespace) -> MiniMindConfig:
+    return MiniMindConfig(hidden_size=args.hidden_size, num_hidden_layers=args.num_hidden_layers)
+
+
+def held_out(model: MiniMindForCausalLM, tokenizer: ChatTokenizer, args: argparse.Namespace) -> dict:
+    """Return bits per byte and loss as train_pretrain.py measures them."""
     flags = ["--device", args.device, "--cache_dir", str(args.cache_dir), "--dtype", "float32"]
     settings = stage_parser("", batch_size=16).parse_args(flags)
     settings.data_path = args.valid_path
+    device = torch.device(args.device)
     alone, precision = Process(0, 0, 1, device), Precision("float32", device)
-    measured = evaluate(model, PackedData(settings, "pretrain", tokenizer, alone), precision, alone, tokenizer)
-    return measured | {"steps": micro_steps // accumulation, "seconds": seconds, "curve": curve}
+    return evaluate(model, PackedData(settings, "pretrain", tokenizer, alone), precision, alone, tokenizer)
 
 
 def execute(args: argparse.Namespace) -> None:
@@ -179,7 +219,7 @@ def execute(args: argparse.Namespace) -> None:
         }  # fmt: skip
         if key_of(run) in known:
             continue
-        run |= run_original(run, args) if args.recipe == "original" else run_ours(run, args)
+        run |= {"original": run_original, "trainer": run_trainer}.get(args.recipe, run_ours)(run, args)
         run |= {"threads": args.threads, "device": args.device, "torch": torch.__version__, "time": int(time.time())}
         args.results.parent.mkdir(parents=True, exist_ok=True)
         with args.results.open("a", encoding="utf-8") as file:
@@ -234,8 +274,8 @@ def share(part: float, whole: float) -> str:
 def versus(runs: list[dict]) -> str:
     """Tell which shares of their tokens and seconds the default recipe needs to reach the end of others.
 
-    The others are AdamW and the original, each at its best setting of its largest budget, and the original as it was
-    shipped. Ours is the smallest budget whose mean is as good.
+    The others are AdamW, the original and transformers' Trainer, each at its best setting of its largest budget, and
+    the original as it was shipped. Ours is the smallest budget whose mean is as good.
     """
     settings: dict[tuple, list[dict]] = defaultdict(list)
     for run in runs:
@@ -250,7 +290,7 @@ def versus(runs: list[dict]) -> str:
         return f"{key[-1]}: {mean:.4f}{noise} bits per byte, {len(settings[key])} seeds, {shown(settings[key])} s"
 
     lines = []
-    for size, recipe in sorted({key[:2] for key in settings if key[1] in ("adamw", "original")}):
+    for size, recipe in sorted({key[:2] for key in settings if key[1] in ("adamw", "original", "trainer")}):
         budgets = [key for key in settings if key[:2] == (size, recipe)]
         last = max(key[2] for key in budgets)
         ended = [key for key in budgets if key[2] == last]
