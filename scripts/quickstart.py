@@ -27,7 +27,7 @@ COMMON = (
     "--log_interval 50 --save_interval 1000 --eval_interval 1000 --overwrite"
 )
 PRETRAIN_EPOCHS, SFT_EPOCHS = 2, 3
-LONG_ROWS = "--max_seq_len 768 --batch_size 3"  # conversations with tools are longer
+LONG_ROWS = "--max_seq_len 576 --batch_size 4"  # conversations with tools are longer
 DIALOGUE = (
     "你好，你是谁？",
     "7加8等于多少？",

@@ -7,7 +7,7 @@
     valid.jsonl      {"text"}                               more such texts, for the validation loss
     questions.jsonl  {"category", "rule", "question", "answer"}  what scripts/evaluate.py asks
     choices.jsonl    {"query", "choices", "gold", "subject"}     the same with four answers to choose from
-    tools.jsonl      {"conversations"}                      three exchanges with a calculator at hand: long sums are
+    tools.jsonl      {"conversations"}                      two exchanges with a calculator at hand: long sums are
                                                             called for, in one step or two, all else is not
     tool_questions.jsonl  {"conversations"}                 what scripts/eval_toolcall.py asks
 
@@ -738,7 +738,7 @@ CALCULATOR = {  # as dataset/tools.py offers it
 SPOKEN = {"+": "加", "-": "减"}
 ONE_STEP = ["{a}{s}{b}等于多少？", "{a}{w}{b}等于几？", "算一算{a}{s}{b}。"]
 TWO_STEPS = ["{a}{s}{b}{s}{c}等于多少？", "{a}{w}{b}再{w}{c}等于几？", "算一算{a}{s}{b}{s}{c}。"]
-TOOL_CONVERSATIONS, TOOL_EXCHANGES = 400, 3
+TOOL_CONVERSATIONS, TOOL_EXCHANGES = 250, 2
 
 
 def long_sum(steps: int, dice: Dice, seen: set[tuple[int, int]]) -> list[dict]:
