@@ -60,14 +60,18 @@ def charts(runs: list[Run]) -> list[Figure]:
 
 
 def overview(groups: list[list[Run]]) -> Figure:
-    """Return the losses of all groups next to each other, as one picture."""
+    """Return the losses of all groups next to each other, as one picture; of GRPO its first reward."""
     with matplotlib.rc_context(STYLE):
         rows = -(-len(groups) // 3)
         columns = min(len(groups), 3)
         figure = Figure(figsize=(max(3.6 * columns, 5.2), 2.8 * rows), layout="constrained")
         for axes, runs in zip(figure.subplots(rows, columns, squeeze=False).flat, groups, strict=False):
-            _draw(axes, runs, "loss", runs[0].metrics().get("loss", ""))
-            axes.set_title(runs[0].name if len({run.name for run in runs}) == 1 else "loss, nats a token")
+            metrics = runs[0].metrics()
+            # GRPO's loss stays near 0 however much is learned
+            name = next((name for name in metrics if name.startswith("reward_") and "groups_taught" in metrics), "loss")
+            _draw(axes, runs, name, metrics.get(name, ""))
+            if len({run.name for run in runs}) == 1:
+                axes.set_title(runs[0].name + ("" if name == "loss" else f": {name.replace('_', ' ')}"))
         for axes in figure.axes[len(groups) :]:
             axes.set_axis_off()
     return figure
