@@ -235,7 +235,8 @@ def test_causal(shape):
     changed[0, 20:] = (changed[0, 20:] + 1) % VOCAB
     with torch.no_grad():
         before, after = model(input_ids).logits, model(changed).logits
-    torch.testing.assert_close(before[:, :20], after[:, :20], atol=1e-6, rtol=0)
+    # Other tokens in an expert's product round its results differently; a leak would show at once, as below.
+    torch.testing.assert_close(before[:, :20], after[:, :20], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(before[:, 20], after[:, 20], atol=1e-3)
 
 

@@ -131,7 +131,8 @@ def policy_loss(log_probs: torch.Tensor, batch: dict, args) -> tuple[torch.Tenso
 
 def k3(log_probs: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Estimate KL(pi || other) of each token from samples of pi: unbiased, never negative, in nats."""
-    return (other - log_probs).exp() - (other - log_probs) - 1
+    difference = other - log_probs
+    return torch.expm1(difference) - difference  # exp(x) - 1 - x would lose small ones to rounding
 
 
 def main(argv: list[str] | None = None) -> None:
