@@ -36,7 +36,7 @@ class PackingPlan:
 
     segment_start int64 (segments,), segment_length int32 (segments,) in positions, row_start int64 (num_rows + 1,),
     row_targets int32 (num_rows,): memory maps. fill: share of positions used (preferences: of the rows that a pair
-    alone would take). stats: documents, segments, truncated (turns dropped at the end), cut (last answer cut),
+    alone would take). stats: documents, segments, truncated (turns dropped at the end), cut (an answer cut short),
     split (documents longer than a row), skipped (no target), identical (pairs that are alike once cut), positions,
     targets.
     """
@@ -88,7 +88,7 @@ def _write_plan(folder: Path, cache: TokenCache, max_seq_len: int, show_progress
                 row, order = np.arange(len(start)) // 2, slice(None)
                 lone_rows += int((1 + (length.reshape(-1, 2).sum(1) > max_seq_len)).sum())
             else:
-                row = best_fit(length, max_seq_len)
+                row = assign_rows(length, max_seq_len)
                 order = np.argsort(row, kind="stable")
             counts = np.bincount(row)
             first = np.cumsum(counts) - counts
@@ -214,7 +214,7 @@ def _count_targets(mask: np.ndarray, start: np.ndarray, kept: np.ndarray) -> tup
     return targets > 0, targets.astype(np.int64)
 
 
-def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
+def assign_rows(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """Return the row of each length, int64 (n,); rows are numbered in the order of their first length.
 
     lengths int (n,), all in 1..capacity. Fills the rows in two ways and takes the one that needs fewer.
@@ -452,14 +452,14 @@ class PackedBatches(_Batches):
 
 @dataclass(eq=False, kw_only=True)
 class PreferenceBatches(_Batches):
-    """Pairs of chosen and rejected; batch_size counts pairs. Items are those of PackedBatches, except that
+    """Pairs of chosen and rejected; batch_size counts pairs. Items are those of PackedBatches, except:
 
-    there are as many rows as the documents of the micro-batch need, rounded up to a multiple of row_multiple, because a
-    compiled model is compiled for each shape that occurs
-    documents 2p and 2p + 1 are chosen and rejected of the p-th pair, in any row
-    cu_seqlens is (4 * batch_size + row_multiple,)
-    pair_ids int64 (pairs,): rows of the plan, in 0..plan.num_rows - 1; fewer than batch_size in a ragged last step
-    step_pairs instead of step_rows
+    - there are as many rows as the documents of the micro-batch need, rounded up to a multiple of row_multiple,
+      because a compiled model is compiled for each shape that occurs
+    - documents 2p and 2p + 1 are chosen and rejected of the p-th pair, in any row
+    - cu_seqlens is (4 * batch_size + row_multiple,)
+    - pair_ids int64 (pairs,): rows of the plan, in 0..plan.num_rows - 1; fewer than batch_size in a ragged last step
+    - step_pairs instead of step_rows
     """
 
     row_multiple: int = 1
@@ -483,6 +483,6 @@ class PreferenceBatches(_Batches):
         self._fits = []
         for share in range(self.shares):
             _, length, _ = self._segments(rows[share :: self.shares])
-            row = best_fit(length, self.plan.max_seq_len) if len(length) else length
+            row = assign_rows(length, self.plan.max_seq_len) if len(length) else length
             self._fits.append((row, self.row_multiple * -(-(int(row.max(initial=0)) + 1) // self.row_multiple)))
         return sum(num_rows for _, num_rows in self._fits)

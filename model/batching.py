@@ -25,7 +25,7 @@ from model.decoder import WeightsState, new_decoder
 from model.device import to_device, where_float64_is
 from model.sampling import SamplingParams, SamplingRows, choose, penalise
 
-# Prompt tokens that one step reads: if nothing else runs, and if running answers wait for their next token.
+# Most prompt tokens that one step reads: while no answer is running, and while some are.
 PREFILL_ALONE, PREFILL_SHARED = 512, 128
 
 
@@ -38,7 +38,10 @@ class QueueFull(Exception):
 
 
 class Token(NamedTuple):
-    """logprob, and top (id, logprob), most likely first: nats in the model's own distribution; None if not asked."""
+    """logprob: of this token. top: (id, logprob) of the most likely ones, in order.
+
+    In nats, from the model's own distribution; None if not asked for.
+    """
 
     id: int
     logprob: float | None = None
@@ -372,11 +375,11 @@ class Engine:
         if self._rows.penalised is not None:
             slots = self._penalised_slots
             allowed = penalise(logits, self._rows, self._seen[slots], self._counts[slots])
-        early = [r._made < r.params.min_new_tokens and r._grammar is None for r in requests]
+        early = [row for row, r in enumerate(requests) if r._made < r.params.min_new_tokens and r._grammar is None]
         guided = [row for row, r in enumerate(requests) if r._grammar]
-        if any(early) or guided:
+        if early or guided:
             allowed = allowed.clone()
-            for row in (row for row, is_early in enumerate(early) if is_early):
+            for row in early:
                 stop_ids = [i for i in requests[row].params.stop_ids if i < logits.shape[1]]
                 allowed[row, stop_ids] = -torch.inf
             for row in guided:

@@ -67,12 +67,12 @@ def has_fused_adamw(device: torch.device) -> bool:
 
 
 def where_float64_is(device: torch.device) -> torch.device:
-    """Return the device itself, or the CPU if the device has no float64."""
+    """Return the device itself if it is a CPU or CUDA, which have float64; else the CPU."""
     return device if device.type in ("cpu", "cuda") else CPU
 
 
 def collectives(device: torch.device) -> str:
-    """Return the backend of torch.distributed for tensors on this device, and on the CPU if it has no float64."""
+    """Return the backend of torch.distributed for this device; where float64 sums run on the CPU, also one for it."""
     if device.type in ("cpu", "cuda"):
         return {"cpu": "gloo", "cuda": "nccl"}[device.type]
     return f"cpu:gloo,{device.type}:{torch.distributed.get_default_backend_for_device(device)}"

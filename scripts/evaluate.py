@@ -5,9 +5,9 @@
     python scripts/evaluate.py --weight MODEL --base_url http://127.0.0.1:8998/v1 --tasks arc_easy
     torchrun --nproc_per_node 2 scripts/evaluate.py --weight full_sft --tasks cmmlu
 
-A weight is a stage, a .pth file, either with +ADAPTER, or a folder in Hugging Face format; with --base_url, a name that
-an OpenAI-compatible server knows. A task is a set in --eval_dir, or the path of a file or folder; layouts are described
-in scripts/evaluation_sets.py.
+A weight is a stage or a .pth file, optionally followed by +ADAPTER, or a folder in Hugging Face format; with
+--base_url, a name that an OpenAI-compatible server knows. A task is a set in --eval_dir, or the path of a file or
+folder; layouts are described in scripts/evaluation_sets.py.
 
 Each question with options is asked in two ways. "letters": the options are listed, and the letter with the highest
 probability is the answer. Otherwise the text of each option is scored after the question, by the sum of its
@@ -15,8 +15,8 @@ log-probs, or their mean over its tokens or UTF-8 bytes. Questions without optio
 
 Held-out training data is read: texts and answers give the loss, by position too, and pairs tell how often the chosen
 answer is the more likely one, or gains more than the rejected one against --reference. With --match, conversations are
-answered instead: "form" counts the answers with both a thought and an answer in their tags, "name" those that hold
---name exactly if the gold answer does.
+answered instead: "form" counts the answers with both a thought and an answer in their tags, "name" those that contain
+--name if and only if the gold answer does.
 
 Writes OUT_DIR/scores/{weights}.json, and the table as .md next to it:
 
@@ -84,7 +84,7 @@ TEXT_WAYS = ("sum", "per_token", "per_byte")
 WAYS = ("letters", *TEXT_WAYS)
 MATCHES = {"number": number_matches, "exact": exact_matches, "choice": choice_matches}
 MATCHES["form"] = lambda answer, gold: is_well_formed(answer)
-FIRST_POSITIONS = 8  # losses of the first 2^8 positions are one figure, then a figure for each doubling
+FIRST_BITS = 8  # losses of the first 2^8 positions are one figure, then a figure for each doubling
 MOST_PARTS = 24  # figures of a set's subjects that the table shows; more are only in the .json
 HAN = re.compile(r"[\u4e00-\u9fff]")
 ONLY_LETTER = ("\nAnswer with the letter alone.", "\n只回答选项的字母。")
@@ -167,13 +167,13 @@ def print_overlap(sidecar: dict, sets: list[QuestionSet]) -> None:
         print(f"overlap with training data: not looked for, {error}")
         return
     rows = found = 0
-    examples: list[dict] = []
+    found_rows: list[dict] = []
     for _, report in in_order(filter_block, finder, all_blocks([path], "overlap", options), options):
         rows, found = rows + report.rows_in, found + report.dropped["shares text with an evaluation"]
-        examples += report.examples.get("shares text with an evaluation", [])
+        found_rows += report.examples.get("shares text with an evaluation", [])
     print(f"overlap with training data: {found:,} of {rows:,} rows of {path} share text with the questions")
-    for example in examples[:3]:
-        print(f"  {example['where']} with {example['detail']}")
+    for row in found_rows[:3]:
+        print(f"  {row['where']} with {row['detail']}")
 
 
 # --- asking ----------------------------------------------------------------------------------------------------------
@@ -200,8 +200,8 @@ def context_of(candidate: Candidate, shown: list[tuple[str, str]], answers: list
     """Return a plain text, or the turns of a chat. shown: (question, cue) of worked examples, then of what is asked."""
     if candidate.chat:
         turns = [{"role": "user", "content": text or cue or "?"} for text, cue in shown]
-        for number, answer in enumerate(answers):
-            turns.insert(2 * number + 1, {"role": "assistant", "content": answer})
+        for place, answer in enumerate(answers):
+            turns.insert(2 * place + 1, {"role": "assistant", "content": answer})
         return turns
     parts = [text + ("\n" if text and cue else "") + cue for text, cue in shown]
     joints = ["" if cue == "答案：" else " " for _, cue in shown]
@@ -310,22 +310,22 @@ def vote(answer: str, match: str) -> str:
 
 
 def pieces_of(ids: list[int], mask: list[int] | None, limit: int) -> Iterator[tuple[str, Pair]]:
-    """Yield (positions, (ids before, learned ids)) of a document: a piece for each run of them in each range."""
+    """Yield (positions, (ids before, learned ids)) of a document, a piece for each learned run within a range."""
 
     def place(at: int) -> tuple[bool, int]:
-        return mask is None or bool(mask[at]), max(at.bit_length(), FIRST_POSITIONS)
+        return mask is None or bool(mask[at]), max(at.bit_length(), FIRST_BITS)
 
     for (learned, bits), run in itertools.groupby(range(1, min(len(ids), limit)), place):
         if learned:
             places = list(run)
-            name = f"{1 << bits - 1 if bits > FIRST_POSITIONS else 0}-{1 << bits}"
+            name = f"{1 << bits - 1 if bits > FIRST_BITS else 0}-{1 << bits}"
             yield name, (ids[: places[0]], ids[places[0] : places[-1] + 1])
 
 
 def read_records(candidate: Candidate, questions: list[Question]) -> list[dict]:
-    """Return a record for each one of held-out data: [positions, nats, tokens, bytes] of the pieces of its documents.
+    """Return for each held-out record the [positions, nats, tokens, bytes] of its documents' pieces.
 
-    Documents are one, or the chosen and the rejected conversation.
+    A pair has two documents, chosen and rejected; all else has one.
     """
     tokenizer = candidate.tokenizer
     documents = [tokenize_records(kind, [record], tokenizer) for kind, record in (q.record for q in questions)]
@@ -427,7 +427,7 @@ def read_parts(output: Path, key: str) -> dict[tuple, list[dict]]:
 # --- what it means ---------------------------------------------------------------------------------------------------
 
 
-def share(hits: list[bool] | np.ndarray) -> dict[str, float]:
+def accuracy(hits: list[bool] | np.ndarray) -> dict[str, float]:
     """Return an accuracy and its standard error."""
     mean = float(np.mean(hits))
     return {"accuracy": mean, "stderr": math.sqrt(mean * (1 - mean) / max(len(hits) - 1, 1))}
@@ -466,9 +466,9 @@ def summary(questions: list[Question], records: list[dict], reference: list[dict
         scores, priors = zip(*(scores_of(record, way) for record in records), strict=True)
         hits = np.array([row.argmax() for row in scores]) == golds
         for subject, where in members.items():
-            by_subject[subject][way] = share(hits[where])
+            by_subject[subject][way] = accuracy(hits[where])
         calibrated = [(row - prior).argmax() for row, prior in zip(scores, priors, strict=True)]
-        result[way] = share(hits) | {
+        result[way] = accuracy(hits) | {
             "macro": float(np.mean([by_subject[subject][way]["accuracy"] for subject in subjects])),
             "calibrated": float((np.array(calibrated) == golds).mean()),
             "without_question": float((np.array([prior.argmax() for prior in priors]) == golds).mean()),
@@ -503,7 +503,7 @@ def preferred(records: list[dict], rows: Sequence[int], reference: list[dict] | 
     scores = {"sum": -nats, "per_token": -nats / np.maximum(totals(records, 2), 1)}
     if reference is not None:
         scores = {"reward": totals(reference, 1) - nats} | scores
-    return {"questions": len(rows)} | {way: share(score[:, 0] > score[:, 1]) for way, score in scores.items()}
+    return {"questions": len(rows)} | {way: accuracy(score[:, 0] > score[:, 1]) for way, score in scores.items()}
 
 
 def letter_bias(records: list[dict], golds: np.ndarray) -> dict:
@@ -602,19 +602,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--shots", type=at_least(0), default=5, help="worked examples, as far as the set has them and they fit")
     add("--permutations", type=at_least(0), default=1, help="other orders of the options to ask in")
     add("--samples", type=at_least(1), default=1, help="answers to each question without options")
-    add("--match", choices=("auto", *MATCHES, "name"), default="auto", help="when such an answer is right")
+    add(
+        "--match",
+        choices=("auto", *MATCHES, "name"),
+        default="auto",
+        help="how answers in words are judged",
+    )
     add("--name", default="MiniMind", help="for --match name")
-    add("--examples", type=at_least(0), default=5, help="wrong answers to print")
+    add("--examples", type=at_least(0), default=5, dest="wrong_answers", help="wrong answers to print")
     add("--reference", help="weights that training began with, for the reward of pairs")
-    add("--temperature", type=float, help="of these answers (default: 0, with several samples 0.7)")
+    add("--temperature", type=float, help="of sampling answers in words (default: 0, with several samples 0.7)")
     add("--max_new_tokens", type=at_least(1), default=256, help="longest answer in tokens")
-    add("--seed", type=int, default=0, help="of these answers")
+    add("--seed", type=int, default=0, help="of sampled answers")
     add("--limit", type=at_least(1), help="questions of each subject")
     add("--overlap", **BOOL, default=True, help="look for the questions in the training file that the sidecar names")
     add("--resume", **BOOL, default=False, help="go on where a run with the same settings stopped")
     add("--output", type=Path, help="a .json file, or a folder for several weights (default: OUT_DIR/scores/)")
     add("--base_url", help="score a model of this OpenAI-compatible server; --tokenizer_path names its tokenizer")
-    add("--api_key", default=os.environ.get("MINIMIND_API_KEY", "none"), help="for --base_url")
+    add(
+        "--api_key",
+        default=os.environ.get("MINIMIND_API_KEY", "none"),
+        help="for --base_url (default: MINIMIND_API_KEY, if set)",
+    )
     add_flags(parser, "out_dir", "hidden_size", "use_moe", *READY_FLAGS)
     show_defaults(parser)
     args = parser.parse_args(argv)
@@ -663,7 +672,7 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
         if args.reference:
             reference = reference or records
         for each in sets:
-            print_wrong(each.questions, records[each.name], args.examples)
+            print_wrong(each.questions, records[each.name], args.wrong_answers)
         write_json(output, result)
         write_atomically(output.with_suffix(".md"), lambda file, made=result: file.write(table_of([made]).encode()))
         for part in output.parent.glob(f"{output.stem}.*.part"):

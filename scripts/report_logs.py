@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from model.weights import STAGES, WEIGHT_NAME
+from trainer.estimate import relevant_flags
 
 # numbers of a step that are not drawn against it
 BOOKKEEPING = {"step", "epoch", "time", "tokens", "seconds", "seconds_per_step", "processor_seconds"}
@@ -47,7 +48,7 @@ class Run:
 
     @property
     def position(self) -> tuple[float, str]:
-        """Sorts runs in the order of the stages; adapters come after the SFT that they start from."""
+        """Return a sort key: the order of the stages; adapters come after the SFT that they start from."""
         found = WEIGHT_NAME.fullmatch(self.name)
         return (list(STAGES).index(found["stage"]) if found else list(STAGES).index("full_sft") + 0.5), self.name
 
@@ -75,7 +76,9 @@ class Run:
     @property
     def estimate(self) -> dict:
         """Return what --estimate said of a run with these flags; {} if there was none."""
-        return read_json(self.path.with_suffix(".estimate.json"))
+        found = read_json(self.path.with_suffix(".estimate.json"))
+        known = {"flags", "processes", "threads"} <= self.start.keys()
+        return found if known and found.get("flags") == relevant_flags(self.start) else {}
 
     def cost(self, price_per_hour: float | None) -> float | None:
         price = price_per_hour if price_per_hour is not None else self.flags.get("price_per_hour")
@@ -87,7 +90,7 @@ class Run:
         return [line["step"] for line in lines], [line[name] for line in lines]
 
     def metrics(self) -> dict[str, str]:
-        """Return what can be drawn: name among the training lines ("" if only held out) -> name among evaluations."""
+        """Return what can be drawn: name ("held out NAME" if only evaluated) -> name among evaluations, or ""."""
         trained = [key for line in self.steps for key, value in line.items() if is_number(value)]
         held_out = [key for line in self.evaluations for key, value in line.items() if is_number(value)]
         trained, held_out = (dict.fromkeys(k for k in keys if k not in BOOKKEEPING) for keys in (trained, held_out))
@@ -114,7 +117,7 @@ def is_number(value: object) -> bool:
 
 
 def read_run(path: Path) -> Run:
-    """Read a log. Raises ValueError if it holds no step."""
+    """Read a log. Raises ValueError if it cannot be read or holds no step."""
     run, part = Run(path), []
     try:
         text = path.read_text("utf-8", "replace")

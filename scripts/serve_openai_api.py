@@ -1,7 +1,8 @@
 """An OpenAI-compatible server for the weights of any stage, on the decoding engine of model/batching.py.
 
     python scripts/serve_openai_api.py                       full_sft weights: out/full_sft_512.pth, as "minimind"
-    python scripts/serve_openai_api.py --model_mode 3        0 pretrain, 1 full_sft, 2 rlhf (DPO), 3 reason, 4 full_dist
+    python scripts/serve_openai_api.py --model_mode 3        0 pretrain, 1 full_sft, 2 rlhf (DPO), 3 reason,
+                                                             4 full_dist, 5 grpo
     python scripts/serve_openai_api.py --lora_name lora_medical
     python scripts/serve_openai_api.py --load 1              a folder in Hugging Face format: MiniMind2/, or --hf_path
     python scripts/chat_openai_api.py                        a chat with it
@@ -85,9 +86,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--api_key",
         default=os.environ.get("MINIMIND_API_KEY"),
-        help="requests must bring it (default: MINIMIND_API_KEY, if set)",
+        help="key that every request must send (default: MINIMIND_API_KEY, if set)",
     )
-    add("--cors_origin", action="append", default=[], help="web pages from there may ask; may be given several times")
+    add(
+        "--cors_origin",
+        action="append",
+        default=[],
+        help="origin whose pages may call this server; may be repeated",
+    )
     add("--allowed_host", action="append", default=[], help="a name under which clients may ask for this server")
     add("--slots", type=at_least(1), default=16, help="answers that are made together")
     add("--max_queue", type=at_least(0), default=64, help="requests that may wait for a slot; more get status 429")
@@ -106,7 +112,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.trained_length is not None and args.rope_scaling is None:
         parser.error("--trained_length belongs to --rope_scaling FACTOR")
     if not 0 <= args.port < 2**16:
-        parser.error(f"--port is {args.port}, and must be below 65536")
+        parser.error(f"--port is {args.port}, and must be between 0 and 65535")
     return args
 
 
@@ -148,7 +154,7 @@ def make_loader(args: argparse.Namespace, default: Offer) -> Callable[[Offer], t
 
 
 class Api:
-    """The endpoints. generations: the answers under way, so that a shutdown can end them."""
+    """The endpoints. generations: the requests being answered, so that a shutdown can end them."""
 
     def __init__(self, pool: ModelPool, args: argparse.Namespace):
         self.pool, self.args, self.metrics = pool, args, Metrics(pool.stats)
@@ -231,7 +237,7 @@ class Api:
             return about | {"created": 0}
 
     async def _read(self, request: Request, schema: type) -> tuple[ChatRequest | CompletionRequest, Callable]:
-        """Return the request, and a function that runs others on it in a thread.
+        """Return the request, and a function that runs work on the request in a thread.
 
         Parsing and encoding take time in proportion to the body, while the event loop has tokens to send.
         """
@@ -275,7 +281,7 @@ class Api:
     def _check_count(self, body: ChatRequest | CompletionRequest, prompts: int) -> None:
         answers, most = prompts * (body.n or 1), self.args.slots + self.args.max_queue
         if answers > most:
-            message = f"{answers} answers in one request, and at most {most} are made"
+            message = f"a request may ask for at most {most} answers, not {answers}"
             raise ApiError(400, message, "n", "too_many_answers")
 
     async def _echo(self, model: LoadedModel, body: CompletionRequest, prompts: list[list[int]]) -> list[Echo]:
@@ -414,7 +420,7 @@ class Api:
         return Response(status_code=499)
 
     async def tell_bug(self, request: Request, error: Exception) -> JSONResponse:
-        return await self.tell(request, ApiError(500, f"a mistake of the server: {type(error).__name__}"))
+        return await self.tell(request, ApiError(500, f"internal server error: {type(error).__name__}"))
 
 
 def make_echo(model: LoadedModel, prompt: str | list[int], ids: list[int], logprobs: int | None = None) -> Echo:
@@ -444,7 +450,8 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets=None) -> None:
         if self.api.generations:
             seconds = self.api.args.shutdown_timeout
-            note(f"{len(self.api.generations)} answers are under way; they have {seconds} s. Ctrl-C ends them now")
+            count = len(self.api.generations)
+            note(f"requests being answered: {count}; they have {seconds} s. Ctrl-C ends them now")
         ending = asyncio.create_task(self._end_answers())
         await super().shutdown(sockets)
         ending.cancel()

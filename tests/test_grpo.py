@@ -217,7 +217,8 @@ def grpo_flags(start, out_dir, **flags) -> list[str]:
     base = start / f"full_sft_32{'_moe' if flags.get('use_moe') else ''}.pth"
     values = {
         "data_path": start / "prompts.jsonl", "base_weight": base, "batch_size": 2, "prompts_per_step": 2,
-        "group_size": 4, "max_new_tokens": 8, "max_steps": 4, "reward": f"python:{out_dir.parent / 'reward.py'}:brief",
+        "group_size": 4, "max_new_tokens": 8, "max_steps": 4, "epochs": 100,
+        "reward": f"python:{out_dir.parent / 'reward.py'}:brief",
     }  # fmt: skip
     values |= flags
     return tiny_flags(out_dir, values.pop("data_path"), **values)

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dataset import packing
-from dataset.packing import PackedBatches, PackingPlan, PreferenceBatches, best_fit, build_plan
+from dataset.packing import PackedBatches, PackingPlan, PreferenceBatches, assign_rows, build_plan
 from dataset.token_cache import TokenCache
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -428,11 +428,11 @@ def first_fit_decreasing(lengths, capacity):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_best_fit_overfills_no_row_and_is_no_worse_than_first_fit_decreasing(seed):
+def test_assign_rows_overfills_no_row_and_is_no_worse_than_first_fit_decreasing(seed):
     dice = np.random.default_rng(seed)
     capacity = int(dice.integers(1, 200))
     lengths = np.minimum(dice.integers(1, dice.integers(1, capacity + 1) + 1, dice.integers(1, 300)), capacity)
-    row = best_fit(lengths, capacity)
+    row = assign_rows(lengths, capacity)
     used = np.bincount(row, lengths)
     assert used.max() <= capacity and used.min() > 0
     assert len(used) <= first_fit_decreasing(lengths.tolist(), capacity)
@@ -447,15 +447,15 @@ def test_best_fit_overfills_no_row_and_is_no_worse_than_first_fit_decreasing(see
         ([6, 5, 5, 5, 5, 4, 3, 2], 3),  # and here pairs that fill a row leave no short ones for the fives
     ],
 )
-def test_best_fit_takes_the_better_of_two_ways(lengths, rows):
-    assert best_fit(np.array(lengths), 12).max() + 1 == rows
+def test_assign_rows_takes_the_better_of_two_ways(lengths, rows):
+    assert assign_rows(np.array(lengths), 12).max() + 1 == rows
 
 
 def test_rows_are_filled_to_98_percent():
     """Lengths as in conversations cut at 512: many between 100 and 500, some of 512."""
     dice = np.random.default_rng(0)
     lengths = np.minimum(dice.lognormal(5.3, 0.7, 20_000).astype(int) + 20, 512)
-    rows = best_fit(lengths, 512).max() + 1
+    rows = assign_rows(lengths, 512).max() + 1
     assert lengths.sum() / (rows * 512) > 0.98
 
 

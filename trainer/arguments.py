@@ -126,7 +126,7 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
     group = parser.add_argument_group("the run")
     add = group.add_argument
     add("--device", default="cuda:0" if torch.cuda.is_available() else "cpu", help="cpu, cuda:N, mps, xpu or npu")
-    add("--num_workers", type=int, help="processes that assemble batches (default: 1 on CUDA, 0 on a CPU)")
+    add("--num_workers", type=int, help="processes that assemble batches (default: 1 on CUDA and XPU, else 0)")
     add("--log_interval", type=int, default=100, help="optimizer steps between log lines")
     add("--save_interval", type=int, default=100, help="optimizer steps between saves")
     add("--eval_interval", type=int, default=500, help="optimizer steps between evaluations")
@@ -135,7 +135,7 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
     add("--price_per_hour", type=float, help="of this machine in dollars, for --estimate")
     add("--pass_seconds", type=float, default=math.inf, help=argparse.SUPPRESS)  # --estimate: cut frozen passes short
     add_boolean(group, "--resume", False, "go on from the last saved state of this run")
-    add_boolean(group, "--compile", None, "torch.compile (default: on with CUDA, off on a CPU)")
+    add_boolean(group, "--compile", None, "torch.compile (default: on with CUDA and XPU, else off)")
     add_boolean(group, "--gradient_checkpointing", False, "recompute activations: less memory, more time")
     zero = "DeepSpeed: divide optimizer state (1), gradients too (2), weights too (3) among processes (default: 0)"
     add("--zero_stage", type=int, choices=(0, 1, 2, 3), default=0, help=zero)

@@ -118,7 +118,7 @@ def _unfinished(state: Path) -> str:
             return ""
         found = f"holds step {progress['step']} of an unfinished run"
     except Exception:  # torch raises many kinds here
-        found = "cannot be read"
+        return f"{state} cannot be read: give --overwrite to start again and replace it"
     return f"{state} {found}: give --resume to go on with it, or --overwrite to start again and replace it"
 
 
@@ -190,9 +190,9 @@ class Checkpoint:
         self.identity = {"tokenizer": tokenizer.sha256, **data.fingerprint(), **identity}
 
     def restore(self, training: Training, fresh: str = "") -> Progress:
-        """Bring everything back to where the saved run was; return a new Progress if there is nothing to resume.
+        """Restore trained weights, optimizer and scaler, then RNG states (of as many processes as now), then progress.
 
-        fresh: what to say when the run starts from the beginning.
+        Return a new Progress if there is nothing to resume. fresh: what to say then.
         """
         state = self._load()
         if state is None:
@@ -244,7 +244,7 @@ class Checkpoint:
         if state["shards"] and ranks != self.process.world_size:
             raise ValueError(
                 f"--resume: {self.path} was saved under ZeRO by {ranks} process{'es' * (ranks > 1)}, each with its own "
-                f"shard, and now there are {self.process.world_size}; start as many as then"
+                f"shard, and now there are {self.process.world_size}; start the same number again"
             )
         self._keep_global_batch(state["global_batch"], ranks)
         return state
@@ -260,7 +260,7 @@ class Checkpoint:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
             if {"flags", "identity", "ranks"} <= state.keys():
                 return state
-            reason = "it lacks flags"
+            reason = "it lacks flags, identity or ranks"
         except Exception as error:  # torch raises many kinds here
             reason = type(error).__name__
         return ValueError(f"{self.path} is not a resume state ({reason}); delete it to start from the beginning")

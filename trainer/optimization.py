@@ -141,7 +141,7 @@ def compiler_works(device: torch.device) -> bool:
 
 
 def prepare_forward(model: nn.Module, args: argparse.Namespace, device: torch.device) -> None:
-    """Turn on gradient checkpointing and torch.compile as the flags say. By default GPUs compile.
+    """Turn on gradient checkpointing and torch.compile as the flags say. By default CUDA and XPU compile.
 
     ZeRO-3 swaps weights in and out around every layer, which breaks compiled graphs apart: off there by default.
     Compiling is in place, so parameter names do not change. If it fails, torch says so and the model runs as it is.

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from dataset.lm_dataset import RecordError, parse_prompt
-from dataset.packing import best_fit, lay_out
+from dataset.packing import assign_rows, lay_out
 from dataset.text_stream import ToolCall, ToolCallSplitter
 from dataset.tokenization import ChatTokenizer
 from dataset.tools import call_tool, offered_tools, unknown_tools
@@ -110,7 +110,8 @@ class Sampler:
         self.passes, self.waited, self.notice = {}, 0.0, ""  # as PackedData has them, for the logger
         self.global_batch = args.prompts_per_step * args.group_size
         self.steps_per_epoch = -(-len(self.records) // args.prompts_per_step)
-        self.total_steps = args.max_steps or args.epochs * self.steps_per_epoch
+        total = args.epochs * self.steps_per_epoch
+        self.total_steps = min(total, args.max_steps) if args.max_steps else total
         self.params = SamplingParams(
             args.temperature, max_new_tokens=args.max_new_tokens, stop_ids=(tokenizer.eos_id,), logprobs=0
         )
@@ -135,7 +136,7 @@ class Sampler:
     def sample_step(self, training: Training, step: int, stop: StopRequest) -> list[Rollout]:
         """Return this process's scored answers of a step, group by group, for its share of the step's prompts.
 
-        After a signal there are none: the step will not be taken.
+        Return [] once a signal was heard: the step is then not taken.
         """
         args, process = self.args, self.process
         jobs = []
@@ -154,9 +155,9 @@ class Sampler:
     def evaluate(self, training: Training, logger: Logger, step: int) -> dict[str, float]:
         """Answer all prompts; log and return the held-out metrics, and log a sample.
 
-        An answer is right if its first reward is above 0.5. pass_at_1: share of right greedy answers; pass_at_K: share
-        of prompts with a right one among K = --eval_samples sampled answers. Rewards, length in tokens and the finished
-        share are means over the greedy answers.
+        An answer is right if the reward named first is above 0.5. pass_at_1: share of right greedy answers; pass_at_K:
+        share of prompts with a right one among K = --eval_samples sampled answers. Rewards, length in tokens and the
+        finished share are means over the greedy answers.
         """
         args, process, name = self.args, self.process, self.rewards[0].name
         numbers = range(len(self.records))[process.rank :: process.world_size]
@@ -190,10 +191,10 @@ class Sampler:
         advantages, token_weight: as train_grpo.py defines them.
         """
         args, process = self.args, self.process
-        totals = np.array([rollout.total for rollout in rollouts]).reshape(-1, args.group_size)
-        for rollout, advantage in zip(rollouts, advantages(totals, args.loss).flat, strict=True):
+        rewards = np.array([rollout.total for rollout in rollouts]).reshape(-1, args.group_size)
+        for rollout, advantage in zip(rollouts, advantages(rewards, args.loss).flat, strict=True):
             rollout.advantage = float(advantage)
-        taught = list(compress(rollouts, np.repeat(np.ptp(totals, axis=1) > 0, args.group_size)))
+        taught = list(compress(rollouts, np.repeat(np.ptp(rewards, axis=1) > 0, args.group_size)))
         sums = {
             "answers": len(rollouts),
             "sampled_tokens": sum(r.length for r in rollouts),
@@ -201,7 +202,7 @@ class Sampler:
             "step_targets": sum(r.length for r in taught),
             "step_tokens": sum(len(r.ids) - 1 for r in taught),
             "step_attended": sum(len(r.ids) * (len(r.ids) - 1) // 2 for r in taught),
-            "reward": float(totals.sum()),
+            "reward": float(rewards.sum()),
             "finished": sum(r.finished for r in rollouts),
             "entropy": -sum(sum(r.log_probs) for r in rollouts),
         } | self._call_count(rollouts)
@@ -291,7 +292,8 @@ class Sampler:
         ends = [place for place, token_id in enumerate(written) if token_id == self.tokenizer.eos_id]
         behind = written[ends[rollout.ids.count(self.tokenizer.eos_id) - 1] + 1 :]
         room = min(longest - len(rollout.ids) - len(behind), self.params.max_new_tokens - rollout.length)
-        if room < 1 or sum(turn["role"] == "assistant" for turn in turns) > MOST_CALLING_TURNS:
+        own = turns[len(self.records[rollout.prompt]["conversations"]) :]
+        if room < 1 or sum(turn["role"] == "assistant" for turn in own) > MOST_CALLING_TURNS:
             return False
         rollout.ids += behind
         rollout.learned += [0] * len(behind)
@@ -307,10 +309,10 @@ def read_prompts(path: Path, skip_bad_lines: bool) -> list[dict]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:
-                        records.append(parse_prompt(line))
-                        if unknown := unknown_tools(records[-1]["conversations"]):
-                            records.pop()
+                        record = parse_prompt(line)
+                        if unknown := unknown_tools(record["conversations"]):
                             raise RecordError(unknown)
+                        records.append(record)
                     except RecordError as error:
                         bad.append(f"line {number}: {error}")
     except (OSError, UnicodeDecodeError) as error:
@@ -331,7 +333,7 @@ def pack(rollouts: list[Rollout], args: argparse.Namespace, pad_id: int) -> list
     They are as dataset/packing.py makes them, with the rollouts in the order of their targets in the flattened rows.
     """
     lengths = np.array([len(rollout.ids) - 1 for rollout in rollouts], dtype=np.int64)
-    row_of = best_fit(lengths, args.max_seq_len) if len(rollouts) else lengths
+    row_of = assign_rows(lengths, args.max_seq_len) if len(rollouts) else lengths
     order = np.argsort(row_of, kind="stable")
     # as many borders as a step can need, so that a compiled model sees one shape
     shape, borders = (args.batch_size, args.max_seq_len), args.prompts_per_step * args.group_size + args.batch_size + 1

@@ -121,9 +121,7 @@ def policy_loss(log_probs: torch.Tensor, batch: dict, args) -> tuple[torch.Tenso
         losses = -ratio.detach().clamp(max=1 + args.clip_high) * advantage * log_probs
     else:
         losses = -torch.minimum(ratio * advantage, clipped * advantage)
-    kl = torch.zeros_like(log_probs)
-    if "reference" in batch:
-        kl = k3(log_probs, batch["reference"])
+    kl = k3(log_probs, batch["reference"]) if "reference" in batch else torch.zeros_like(log_probs)
     loss = (batch["weights"] * (losses + args.beta * kl)).sum()
     shown = torch.stack((kl, (ratio != clipped).float(), k3(batch["sampled"], before)))
     return loss, torch.cat((loss.view(1), shown.sum(dim=1) / batch["step_targets"])).detach()
@@ -163,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
             if stop.agreed(process):  # this step stays unfinished; the last one is saved
                 checkpoint.save(training, progress, metrics)
                 break
-            micro_batches, counts, metrics = sampler.micro_batches(rollouts, advantages, token_weight)
+            micro_batches, counts, sampled = sampler.micro_batches(rollouts, advantages, token_weight)
             lr = learning_rate(step, sampler.total_steps, args)
             means, grad_norm = [0.0] * len(METRICS), 0.0  # if no group teaches anything
             for _ in range(args.updates if micro_batches else 0):
@@ -185,8 +183,9 @@ def main(argv: list[str] | None = None) -> None:
                 grad_norm = training.step(lr)
                 # ----------------------------
             taught = progress.advance(counts, sampler.total_steps)
-            metrics |= zip(METRICS[1:], means[1:], strict=True)
-            logger.step(step, means[0], lr, grad_norm, taught, **metrics)
+            sampled |= zip(METRICS[1:], means[1:], strict=True)
+            logger.step(step, means[0], lr, grad_norm, taught, **sampled)
+            metrics |= sampled
 
             if held_out and progress.due(args.eval_interval):
                 metrics |= held_out.evaluate(training, logger, progress.step)

@@ -3,7 +3,8 @@
     loss = sum(CE) / number of target tokens + aux        (pretrain_loss below)
 
 CE is the cross-entropy of the next token in nats, summed over the whole optimizer step; aux is the load-balancing loss
-of a mixture of experts (arXiv:2401.06066, eq. 12), a mean over the step's documents, and 0 for a dense model.
+of a mixture of experts (arXiv:2401.06066, eq. 12), a mean over the step's documents (MiniMind-3: one over all tokens of
+each micro-batch), and 0 for a dense model.
 
 Reads   {"text": ...} a line (--data_path, default dataset/pretrain_hq.jsonl);
         with --base_weight a stage's weights or any .pth
