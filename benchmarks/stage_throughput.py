@@ -34,7 +34,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,8 +44,7 @@ from benchmarks.lab.estimate_check import preferences
 from benchmarks.peers import endless, machine, synchronize
 from dataset.lm_dataset import parse_record
 from dataset.tokenization import ChatTokenizer
-from model.device import to_device
-from model.model_lora import TARGETS, apply_lora
+from model.model_lora import TARGETS
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import save_weights
 from trainer.arguments import run_script, stage_parser
@@ -54,10 +52,9 @@ from trainer.cost import Memory
 from trainer.distributed import Process, keep_freed_memory
 from trainer.loader import PackedData
 from trainer.logger import Logger
-from trainer.reference import reference_log_probs
+from trainer.optimization import Precision
 from trainer.rollouts import Sampler
 from trainer.token_losses import answer_log_probs, forward_losses
-from trainer.training import Training, start_training
 
 BETA, RANK, LEARNING_RATE = 0.1, 8, 1e-6
 PROMPTS, GROUP, ANSWER = 8, 8, 64  # of a GRPO step: prompts, answers to each, tokens of an answer
@@ -123,18 +120,6 @@ def llama(args: argparse.Namespace, tokenizer: ChatTokenizer) -> nn.Module:
     return peers.llama(config_of(args, tokenizer), torch.load(args.weights, weights_only=True), **ids)
 
 
-def ours(
-    args: argparse.Namespace, tokenizer: ChatTokenizer, kind: str, lora_rank: int = 0
-) -> tuple[Training, PackedData]:
-    """Return our model, ready to train as the stage scripts train it, and the packed data."""
-    process, model = process_of(args), MiniMindForCausalLM(config_of(args, tokenizer))
-    model.load_state_dict(torch.load(args.weights, weights_only=True))
-    if lora_rank:
-        apply_lora(model, lora_rank)
-    training = start_training(model.to(process.device).train(), args, process)
-    return training, PackedData(args, kind, tokenizer, process)
-
-
 def make_weights(args: argparse.Namespace, tokenizer: ChatTokenizer) -> None:
     torch.manual_seed(0)
     save_weights(args.weights, MiniMindForCausalLM(config_of(args, tokenizer)), {"tokenizer_sha256": tokenizer.sha256})
@@ -147,79 +132,62 @@ class EndOfTurns(Exception):
     """The last round is over."""
 
 
-def dpo_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: StepDone) -> None:
-    """train_dpo.py's step: packed pairs, the reference's log-probs read from disk."""
-    training, data = ours(args, tokenizer, "preference")
-    reference = reference_log_probs(args.weights, data, tokenizer)
-    for batch in endless(data.once):
-        with training.autocast():
-            policy, _ = answer_log_probs(forward_losses(training.forward, batch)[0], batch)
-            frozen = to_device(reference[batch["pair_ids"].numpy()], policy.device)
-            margin = BETA * ((policy - frozen)[:, 0] - (policy - frozen)[:, 1])
-            loss = -F.logsigmoid(margin).sum() / batch["step_pairs"]
-        training.backward(loss)
-        training.step(LEARNING_RATE)
-        step_done(len(margin))
-
-
 @torch.no_grad()
 def reference_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: StepDone) -> None:
     """Do what train_dpo.py does once before it trains: the reference's log-probs of a batch."""
-    training, data = ours(args, tokenizer, "preference")
-    training.model.eval()
-    for batch in endless(data.once):
-        with training.autocast():
-            log_probs, _ = answer_log_probs(forward_losses(training.forward, batch)[0], batch)
+    process, precision = process_of(args), Precision(args.dtype, torch.device(args.device))
+    model = MiniMindForCausalLM(config_of(args, tokenizer)).to(process.device).eval()
+    for batch in endless(PackedData(args, "preference", tokenizer, process).once):
+        with precision.autocast():
+            log_probs, _ = answer_log_probs(forward_losses(model, batch)[0], batch)
         step_done(len(log_probs))
 
 
-def trl_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: StepDone, precompute: bool) -> None:
-    """TRL's trainer with its own loop."""
+def trl_trainer(method: str, args: argparse.Namespace, tokenizer: ChatTokenizer, callback, records, options, **more):
+    """Return TRL's trainer of a method, DPO or GRPO, that calls back after each optimizer step."""
     os.environ |= {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    import trl
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from transformers.utils import logging
-    from trl import DPOConfig, DPOTrainer
 
     logging.set_verbosity_error()
 
     class OneStep(TrainerCallback):
         def on_step_end(self, *_, **__):
-            step_done(args.batch_size)
+            callback()
 
-    pairs = [parse_record("preference", line) for line in args.data_path.read_text("utf-8").splitlines()]
-    records = [{"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]} for chosen, rejected in pairs]
     on_cpu = args.device == "cpu"
-    options = DPOConfig(
-        output_dir=str(args.folder / "trl"), per_device_train_batch_size=args.batch_size, beta=BETA,
-        max_length=args.max_seq_len + 1,  # ours counts inputs, without the last label
-        learning_rate=LEARNING_RATE, max_grad_norm=args.grad_clip, lr_scheduler_type="constant", num_train_epochs=1000,
-        bf16=True, use_cpu=on_cpu, gradient_checkpointing=False, precompute_ref_log_probs=precompute,
-        optim="adamw_torch_fused", train_sampling_strategy="sequential", dataloader_drop_last=True,
-        dataloader_pin_memory=not on_cpu, logging_strategy="no", save_strategy="no", report_to="none",
-        disable_tqdm=True,
+    config = getattr(trl, f"{method}Config")(
+        output_dir=str(args.folder / "trl"), learning_rate=LEARNING_RATE, lr_scheduler_type="constant",
+        max_grad_norm=args.grad_clip, num_train_epochs=1000, use_cpu=on_cpu, bf16=args.dtype == "bfloat16",
+        gradient_checkpointing=False, optim="adamw_torch_fused", dataloader_pin_memory=not on_cpu,
+        logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True, **options,
     )  # fmt: skip
-    trainer = DPOTrainer(
+    return getattr(trl, f"{method}Trainer")(
         model=llama(args, tokenizer),
-        ref_model=None if precompute else llama(args, tokenizer),
-        args=options,
+        args=config,
         train_dataset=Dataset.from_list(records),
         processing_class=AutoTokenizer.from_pretrained(tokenizer.path),
         callbacks=[OneStep()],
+        **more,
     )
+
+
+def trl_dpo_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: StepDone, precompute: bool) -> None:
+    """Run TRL's DPOTrainer with its own loop."""
+    pairs = [parse_record("preference", line) for line in args.data_path.read_text("utf-8").splitlines()]
+    records = [{"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]} for chosen, rejected in pairs]
+    options = {
+        "per_device_train_batch_size": args.batch_size, "beta": BETA, "precompute_ref_log_probs": precompute,
+        "max_length": args.max_seq_len + 1,  # ours counts inputs, without the last label
+        "train_sampling_strategy": "sequential", "dataloader_drop_last": True,
+    }  # fmt: skip
+    reference = None if precompute else llama(args, tokenizer)
+    step = functools.partial(step_done, args.batch_size)
+    trainer = trl_trainer("DPO", args, tokenizer, step, records, options, ref_model=reference)
     assert not trainer.model.is_gradient_checkpointing  # TRL's default is on
     trainer.train()
-
-
-def lora_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: StepDone) -> None:
-    """train_lora.py's step on rows packed with conversations."""
-    training, data = ours(args, tokenizer, "conversation", lora_rank=RANK)
-    for batch in endless(data.once):
-        with training.autocast():
-            loss = forward_losses(training.forward, batch)[0].sum() / batch["step_targets"]
-        training.backward(loss)
-        training.step(LEARNING_RATE)
-        step_done(batch["real_tokens"])
 
 
 def peft_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: StepDone, equal_tokens: bool) -> None:
@@ -261,11 +229,14 @@ def peft_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: St
 
 
 def stage_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: StepDone, stage: str, sampling=False):
-    """Run the stage's script. sampling: only ever sample the answers of the first step."""
+    """Run the stage's script, and count pairs, answers or useful tokens.
+
+    sampling: only ever sample the answers of the first step.
+    """
     script, answers, log = importlib.import_module(f"trainer.train_{stage}"), Sampler._answers, Logger.step
     shared = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads batch_size max_seq_len device"
     flags = {name: vars(args)[name] for name in (*shared.split(), "cache_dir", "data_path", "dtype", "optimizer")}
-    flags |= {"epochs": 1000, "learning_rate": LEARNING_RATE, "log_interval": 1000}
+    flags |= {"epochs": 1000, "learning_rate": LEARNING_RATE, "log_interval": 1000, "accumulation_steps": 1}
     flags |= {"out_dir": args.folder / f"out_{os.getpid()}", "base_weight": args.weights}
     if stage == "grpo":
         reward = f"python:{args.folder / 'reward.py'}:length"
@@ -278,7 +249,8 @@ def stage_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: S
 
     def log_step(*arguments, **named):
         log(*arguments, **named)
-        step_done(PROMPTS * GROUP)
+        counts = arguments[-1]
+        step_done({"grpo": PROMPTS * GROUP, "dpo": args.batch_size}.get(stage, counts.tokens))
 
     Logger.step = log_step
     Sampler._answers = sample_forever if sampling else answers
@@ -286,32 +258,18 @@ def stage_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: S
 
 
 def trl_grpo_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: StepDone, sampling: bool) -> None:
-    """Run TRL's trainer with its own loop. sampling: only ever sample the answers of the first step."""
-    from datasets import Dataset
-    from transformers import AutoTokenizer, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    """Run TRL's GRPOTrainer with its own loop. sampling: only ever sample the answers of the first step."""
+    asked = [json.loads(line)["conversations"] for line in sample_prompts(args).read_text("utf-8").splitlines()]
+    options = {
+        "per_device_train_batch_size": PROMPTS * GROUP, "num_generations": GROUP, "max_completion_length": ANSWER,
+        "beta": 0.0, "loss_type": "dr_grpo", "temperature": 1.0,
+    }  # fmt: skip
 
-    class OneStep(TrainerCallback):
-        def on_step_end(self, *_, **__):
-            step_done(PROMPTS * GROUP)
+    def lengths(completions, **_) -> list[float]:
+        return [float(len(turns[0]["content"])) for turns in completions]
 
-    on_cpu = args.device == "cpu"
-    records = [json.loads(line)["conversations"] for line in sample_prompts(args).read_text("utf-8").splitlines()]
-    options = GRPOConfig(
-        output_dir=str(args.folder / "trl"), per_device_train_batch_size=PROMPTS * GROUP, num_generations=GROUP,
-        max_completion_length=ANSWER, num_train_epochs=1000, learning_rate=LEARNING_RATE, lr_scheduler_type="constant",
-        max_grad_norm=args.grad_clip, beta=0.0, loss_type="dr_grpo", temperature=1.0, bf16=not on_cpu, use_cpu=on_cpu,
-        gradient_checkpointing=False, optim="adamw_torch_fused", dataloader_pin_memory=not on_cpu,
-        logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
-    )  # fmt: skip
-    trainer = GRPOTrainer(
-        model=llama(args, tokenizer),
-        args=options,
-        train_dataset=Dataset.from_list([{"prompt": turns} for turns in records]),
-        processing_class=AutoTokenizer.from_pretrained(tokenizer.path),
-        reward_funcs=lambda completions, **_: [float(len(turns[0]["content"])) for turns in completions],
-        callbacks=[OneStep()],
-    )
+    step, records = functools.partial(step_done, PROMPTS * GROUP), [{"prompt": turns} for turns in asked]
+    trainer = trl_trainer("GRPO", args, tokenizer, step, records, options, reward_funcs=lengths)
     generate = trainer.model.generate
 
     def sample_forever(*arguments, **named):
@@ -345,11 +303,11 @@ class Turns:
 
 
 CONTENDERS = {
-    "ours": dpo_steps,
+    "ours": functools.partial(stage_steps, stage="dpo"),
     "ours, log-probs of the reference": reference_steps,
-    "TRL, reference in memory": functools.partial(trl_steps, precompute=False),
-    "TRL, log-probs beforehand": functools.partial(trl_steps, precompute=True),
-    "ours, packed rows": lora_steps,
+    "TRL, reference in memory": functools.partial(trl_dpo_steps, precompute=False),
+    "TRL, log-probs beforehand": functools.partial(trl_dpo_steps, precompute=True),
+    "ours, packed rows": functools.partial(stage_steps, stage="lora"),
     "peft, as many rows": functools.partial(peft_steps, equal_tokens=False),
     "peft, as many tokens": functools.partial(peft_steps, equal_tokens=True),
     "ours, sampling": functools.partial(stage_steps, stage="grpo", sampling=True),

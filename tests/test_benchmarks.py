@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import itertools
 import json
 import mmap
 from pathlib import Path
@@ -72,16 +73,24 @@ def amounts(steps, args, tokenizer, count: int = 3, **options) -> list[int]:
     return seen
 
 
-def test_our_contenders_count_pairs_and_real_tokens(part, tokenizer):
+@pytest.fixture
+def own_hooks(monkeypatch):
+    """What a contender of ours puts in place of the stage's own is taken back at the end."""
+    for owner, name in ((Logger, "step"), (Sampler, "_answers")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+
+
+def test_our_contenders_count_pairs_and_real_tokens(part, tokenizer, own_hooks):
     args = part("dpo", "--rounds=1", "--steps=2")
-    assert amounts(stage_throughput.dpo_steps, args, tokenizer) == [2, 2, 2]
+    assert amounts(stage_throughput.CONTENDERS["ours"], args, tokenizer) == [2, 2, 2]
     assert amounts(stage_throughput.reference_steps, args, tokenizer) == [2, 2, 2]
     # two warm steps and one round of two: eight pairs, and no more for TRL to ask the reference about
     assert len(args.data_path.read_text("utf-8").splitlines()) == 8
     args = part("lora")
     data = PackedData(args, "conversation", tokenizer, stage_throughput.process_of(args))
-    real = [int((batch["document_ids"] >= 0).sum()) for _, batch in zip(range(3), data.once(), strict=False)]
-    assert amounts(stage_throughput.lora_steps, args, tokenizer) == real
+    steps = itertools.islice(data.steps(0), 3)
+    real = [sum(int((batch["document_ids"] >= 0).sum()) for batch in batches) for _, batches in steps]
+    assert amounts(stage_throughput.CONTENDERS["ours, packed rows"], args, tokenizer) == real
 
 
 def test_peft_counts_the_inputs_that_are_no_padding(part, tokenizer):
@@ -95,9 +104,7 @@ def test_peft_counts_the_inputs_that_are_no_padding(part, tokenizer):
 
 
 @pytest.mark.parametrize("sampling", [True, False])
-def test_a_grpo_step_counts_its_answers(part, tokenizer, monkeypatch, sampling):
-    for owner, name in ((Logger, "step"), (Sampler, "_answers")):
-        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back at the end
+def test_a_grpo_step_counts_its_answers(part, tokenizer, monkeypatch, own_hooks, sampling):
     monkeypatch.setattr(stage_throughput, "ANSWER", 4)
     args = part("grpo", "--max_seq_len=128")
     steps = functools.partial(stage_throughput.stage_steps, stage="grpo", sampling=sampling)
@@ -129,12 +136,12 @@ def test_all_parts_run_in_processes_of_their_own(tmp_path, capsys):
     pytest.importorskip("trl", reason="trl is in requirements-dev.txt")
     sizes = ["--hidden_size=32", "--num_hidden_layers=2", "--num_attention_heads=4", "--batch_size=2"]
     target = tmp_path / "measured.jsonl"
-    short = ["--max_seq_len=64", "--rounds=1", "--steps=1", "--device=cpu", f"--json={target}"]
+    short = ["--max_seq_len=128", "--rounds=1", "--steps=1", "--device=cpu", f"--json={target}"]
     with one_thread():
         stage_throughput.main([*sizes, *short])
-    dpo, lora = map(json.loads, target.read_text("utf-8").splitlines())
-    assert [len(record["table"]) for record in (dpo, lora)] == [4, 3]
-    assert all(row["rate"] > 0 for record in (dpo, lora) for row in record["table"].values())
+    parts = [json.loads(line)["table"] for line in target.read_text("utf-8").splitlines()]
+    assert [len(table) for table in parts] == [4, 3, 4]  # DPO, LoRA, GRPO
+    assert all(row["rate"] > 0 for table in parts for row in table.values())
 
 
 @pytest.mark.full

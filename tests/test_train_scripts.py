@@ -381,7 +381,7 @@ def test_bfloat16_learns_as_float32_does(train, tmp_path, inputs, stage, use_moe
 def test_float16_on_a_cpu_is_float32_and_says_so(train, tmp_path, inputs, stage, capsys):
     for dtype in ("float32", "float16"):
         train(stage.script, tiny_flags(tmp_path / dtype, **inputs(stage) | {"dtype": dtype, "max_steps": 2}))
-        said = "float16 training needs a GPU: training in float32 on cpu" in capsys.readouterr().out
+        said = "float16 training needs CUDA: training in float32 on cpu" in capsys.readouterr().out
         assert said == (dtype == "float16")
     ours, theirs = (read_resume(tmp_path / dtype, stage.name())["model"] for dtype in ("float16", "float32"))
     assert_identical(ours, theirs)
