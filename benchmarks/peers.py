@@ -33,8 +33,8 @@ def endless(make_iterator):
 
 
 def synchronize(device: str | torch.device) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
+    if torch.device(device).type != "cpu":
+        torch.accelerator.synchronize()
 
 
 def machine(device: str) -> dict[str, str]:

@@ -237,6 +237,7 @@ def stage_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: S
     shared = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads batch_size max_seq_len device"
     flags = {name: vars(args)[name] for name in (*shared.split(), "cache_dir", "data_path", "dtype", "optimizer")}
     flags |= {"epochs": 1000, "learning_rate": LEARNING_RATE, "log_interval": 1000, "accumulation_steps": 1}
+    flags |= {"save_interval": 10**6, **{"dpo": {"beta": BETA}, "lora": {"lora_rank": RANK}}.get(stage, {})}
     flags |= {"out_dir": args.folder / f"out_{os.getpid()}", "base_weight": args.weights}
     if stage == "grpo":
         reward = f"python:{args.folder / 'reward.py'}:length"

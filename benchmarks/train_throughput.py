@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, Dataset
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.peers import endless, llama
+from benchmarks.peers import endless, llama, synchronize
 from dataset.packing import PackedBatches, build_plan
 from dataset.token_cache import open_token_cache
 from dataset.tokenization import ChatTokenizer
@@ -111,8 +111,7 @@ class Contender:
         tokens, self.flops, start = 0, 0.0, time.perf_counter()
         while over_processes(float((elapsed := time.perf_counter() - start) < seconds)):  # until all are done
             tokens += self.step()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(self.device)
         model = self.plain
         if isinstance(model, MiniMindForCausalLM):
             self.flops = over_processes(

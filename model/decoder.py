@@ -89,7 +89,9 @@ class SlotCache:
         """Prepare for one token of each slot, after its `lengths` tokens."""
         end = int(lengths.max()) + 1
         self.past = end - 1
-        self.write = lambda memory, new: memory.index_put_((slots[:, None], self.heads, lengths[:, None]), new[:, :, 0])
+        # Without self: a cache that refers to itself is freed late.
+        place = (slots[:, None], self.heads, lengths[:, None])
+        self.write = lambda memory, new: memory.index_put_(place, new[:, :, 0])
         self.read = lambda memory: memory[slots, :, :end]
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_) -> tuple[torch.Tensor, torch.Tensor]:

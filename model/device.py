@@ -5,7 +5,6 @@ mps, xpu and npu follow torch's documentation: nobody has run them yet. Which ke
 kernels are: model_minimind.py, decoder.py, token_losses.py.
 """
 
-import contextlib
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
@@ -18,19 +17,27 @@ CPU = torch.device("cpu")
 
 def choose_device(name: str) -> torch.device:
     """Return the device that --device names. Raises ValueError if this machine has none."""
-    if name.startswith("npu"):
-        with contextlib.suppress(ImportError):
-            importlib.import_module("torch_npu")  # which tells torch about npu
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device {name}: not a device; use cpu, cuda, cuda:N, mps, xpu or npu") from None
+    device = named_device(name)
     here = torch.accelerator.current_accelerator(check_available=True)
     if device.type != "cpu" and (here is None or here.type != device.type):
         raise ValueError(f"--device {name}: this machine has no usable {device.type} device; use --device cpu")
-    if device.type != "cpu" and (device.index or 0) >= (count := torch.accelerator.device_count()):
+    count = torch.accelerator.device_count()
+    if device.type != "cpu" and not 0 <= (device.index or 0) < count:
         raise ValueError(f"--device {name}: this machine has {count} {device.type} device(s), counted from 0")
     return device
+
+
+def named_device(name: str) -> torch.device:
+    """Return the device, here or elsewhere. Raises ValueError if there is no such kind of device."""
+    if name.startswith("npu"):
+        try:
+            importlib.import_module("torch_npu")  # which tells torch about npu
+        except ImportError:
+            raise ValueError(f"--device {name}: torch_npu is not installed") from None
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: not a device; use cpu, cuda, cuda:N, mps, xpu or npu") from None
 
 
 def module_of(device: torch.device) -> ModuleType:
@@ -86,6 +93,8 @@ def has_bfloat16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "mps":
         return torch.backends.mps.is_macos_or_newer(14, 0)
+    if device.type == "xpu":
+        return torch.xpu.is_bf16_supported(including_emulation=False)
     return getattr(module_of(device), "is_bf16_supported", lambda: False)()
 
 

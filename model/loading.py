@@ -60,7 +60,7 @@ SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "max_new_tokens": dict(type=at_least(1), default=1024, help="longest answer in tokens"),
     "history_cnt": HISTORY,
     "device": dict(default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps, xpu or npu"),
-    "dtype": dict(choices=list(DTYPES), help="default: float32 on a CPU; on a GPU bfloat16, or float16 without it"),
+    "dtype": dict(choices=list(DTYPES), help="default: bfloat16 on CUDA, or float16 without it; else float32"),
 }
 
 
@@ -137,6 +137,10 @@ def load_ready(
     out_dir/lora/ or a .pth file, to be merged into the weights. Raises ValueError if files or flags are wrong.
     """
     place = choose_device(device)
+    try:
+        torch.zeros(1, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
     compute = choose_dtype(dtype, place)
     tokenizer = read_tokenizer(tokenizer_folder(path, tokenizer_path))
     if path.suffix == ".pth":

@@ -89,7 +89,7 @@ class SamplingRows:
         self.top_k, self.top_p, self.min_p = column("top_k", torch.int64), column("top_p"), column("min_p")
         self.repetition_penalty = column("repetition_penalty")
         self.presence_penalty, self.frequency_penalty = column("presence_penalty"), column("frequency_penalty")
-        greedy = [p.temperature == 0 for p in params]
+        greedy = [np.float32(p.temperature) == 0 for p in params]  # as the column has it
         self.all_greedy, self.any_greedy = all(greedy), any(greedy)
         self.cut = _indices([p.temperature > 0 and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0) for p in params], device)
         self.penalised = _indices([p.penalises for p in params], device)

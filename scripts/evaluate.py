@@ -631,8 +631,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.temperature = 0.7 if args.samples > 1 else 0.0
     if args.output and args.output.suffix == ".json" and len({*args.weight, args.reference} - {None}) > 1:
         raise ValueError("--output names one .json file, and there are several weights; name a folder")
-    if args.device == "cuda" and "LOCAL_RANK" in os.environ:
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if args.device in ("cuda", "xpu", "npu") and "LOCAL_RANK" in os.environ:
+        args.device += f":{os.environ['LOCAL_RANK']}"
     return args
 
 

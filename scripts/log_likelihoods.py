@@ -78,7 +78,7 @@ def log_likelihoods(model: nn.Module, pairs: Sequence[Pair], longest: int = 1024
             logits_to_keep=asked, use_cache=False,
         ).logits[0]  # fmt: skip
         log_probs = logits.float().log_softmax(dim=-1)[which, tokens]
-        sums.index_add_(0, numbers.cpu(), log_probs.double().cpu())
+        sums.index_add_(0, numbers.cpu(), log_probs.cpu().double())
     if not sums.isfinite().all():
         raise ValueError("the log-probs are not finite: the weights are broken, or --dtype is too narrow for them")
     return sums.tolist()

@@ -67,8 +67,9 @@ def overview(groups: list[list[Run]]) -> Figure:
         figure = Figure(figsize=(max(3.6 * columns, 5.2), 2.8 * rows), layout="constrained")
         for axes, runs in zip(figure.subplots(rows, columns, squeeze=False).flat, groups, strict=False):
             metrics = runs[0].metrics()
+            rewards = [n for n in metrics if n.startswith("reward_") and all(n in run.metrics() for run in runs)]
             # GRPO's loss stays near 0 however much is learned
-            name = next((name for name in metrics if name.startswith("reward_") and "groups_taught" in metrics), "loss")
+            name = rewards[0] if rewards and "groups_taught" in metrics else "loss"
             _draw(axes, runs, name, metrics.get(name, ""))
             if len({run.name for run in runs}) == 1:
                 axes.set_title(runs[0].name + ("" if name == "loss" else f": {name.replace('_', ' ')}"))

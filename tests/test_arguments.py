@@ -93,7 +93,7 @@ def test_all_mistakes_are_told_at_once():
     ],
 )
 def test_single_mistakes_name_the_flag(monkeypatch, flags, said):
-    monkeypatch.setattr(arguments.torch.accelerator, "current_accelerator", lambda check_available: None)
+    monkeypatch.setattr(arguments.torch.accelerator, "current_accelerator", lambda check_available=False: None)
     with pytest.raises(ValueError) as caught:
         parse(*flags)
     assert said in str(caught.value)

@@ -11,7 +11,7 @@ import torch
 from test_generation import VOCAB, assert_same_answer, random_ids, sharpen_adapters, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import batching
+from model import batching, decoder
 from model.batching import Engine, QueueFull, Token
 from model.generation import SamplingParams, stream
 from model.model_lora import apply_lora, remove_lora
@@ -709,16 +709,18 @@ def test_memory_stays_flat(count):
     assert last_bytes - first_bytes < 4 * 2**20
 
 
-def test_a_dropped_engine_frees_its_cache_at_once():
+@pytest.mark.parametrize("lean", [True, False])
+def test_a_dropped_engine_frees_its_cache_at_once(monkeypatch, lean):
     # Training makes an engine a step and few Python objects, so the garbage collector would come too late.
+    monkeypatch.setattr(decoder, "is_llama_like", lambda model: lean)
     engine = Engine(tiny_model(), slots=4)
     requests = [engine.submit(random_ids(5), GREEDY) for _ in range(4)]
     run_to_end(engine)
-    decoder = weakref.ref(engine._decoder)
+    cache = weakref.ref(engine._decoder if lean else engine._decoder.cache)
     gc.disable()
     try:
         del engine, requests
-        assert decoder() is None
+        assert cache() is None
     finally:
         gc.enable()
 

@@ -1,5 +1,6 @@
 """The answers of model/device.py for devices that this machine lacks: torch's modules for them are stood in for."""
 
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ CPU, MPS, XPU = (torch.device(name) for name in ("cpu", "mps", "xpu"))
 
 @pytest.fixture
 def two_intel_gpus(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: XPU)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: XPU)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
 
 
@@ -30,15 +31,21 @@ def test_devices_of_this_machine_are_found(two_intel_gpus):
 
 
 @pytest.mark.parametrize(
-    "name, said", [("xpu:2", "has 2 xpu"), ("mps", "no usable mps"), ("npu", "not a device"), ("gpu", "not a device")]
+    "name, said", [("xpu:2", "has 2 xpu"), ("mps", "no usable mps"), ("xpu:200", "has 2 xpu"), ("gpu", "not a device")]
 )
 def test_other_devices_are_refused_by_name(two_intel_gpus, name, said):
     with pytest.raises(ValueError, match=f"--device {name}: .*{said}"):
         device.choose_device(name)
 
 
+def test_npu_needs_torch_npu(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_npu", None)
+    with pytest.raises(ValueError, match="--device npu:1: torch_npu is not installed"):
+        device.choose_device("npu:1")
+
+
 def test_no_device_but_the_cpu(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
     assert device.choose_device("cpu") == CPU
     with pytest.raises(ValueError, match="use --device cpu"):
         device.choose_device("xpu")
@@ -55,7 +62,7 @@ def test_torch_npu_is_imported_for_its_device(tmp_path):
         "import sys, torch\n"
         f"sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]\n"
         "from model import device\n"
-        "torch.accelerator.current_accelerator = lambda check_available: torch.device('npu')\n"
+        "torch.accelerator.current_accelerator = lambda check_available=False: torch.device('npu')\n"
         "torch.accelerator.device_count = lambda: 8\n"
         "print(npu := device.choose_device('npu:7'), device.usable_dtype('bfloat16', npu), device.collectives(npu))\n"
     )
@@ -67,7 +74,7 @@ def test_torch_npu_is_imported_for_its_device(tmp_path):
 @pytest.mark.parametrize("has_it", [True, False])
 def test_bfloat16_where_the_device_has_it(monkeypatch, has_it):
     monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: has_it)
-    monkeypatch.setattr(device, "module_of", lambda _: SimpleNamespace(is_bf16_supported=lambda: has_it))
+    monkeypatch.setattr(torch.xpu, "is_bf16_supported", lambda including_emulation=True: including_emulation or has_it)
     for place in (MPS, XPU):
         dtype, notice = device.usable_dtype("bfloat16", place)
         assert dtype == (torch.bfloat16 if has_it else torch.float32)
@@ -77,12 +84,12 @@ def test_bfloat16_where_the_device_has_it(monkeypatch, has_it):
 
 def test_collectives_reach_the_cpu_where_a_device_has_no_float64():
     assert device.collectives(CPU) == "gloo" and device.collectives(torch.device("cuda")) == "nccl"
-    assert device.collectives(MPS) == "cpu:gloo,mps:gloo" and device.collectives(XPU) == "cpu:gloo,xpu:xccl"
+    assert device.collectives(XPU) == "cpu:gloo,xpu:xccl"
     assert [device.where_float64_is(place) for place in (CPU, MPS, XPU)] == [CPU] * 3
 
 
 def test_a_device_without_float64_has_its_tokens_drawn_on_the_cpu(monkeypatch):
-    """The draws are the CPU's own: a model whose logits come from elsewhere answers the same."""
+    """The counts of the penalty and each step's logits are asked for; the answer stays the same."""
     asked = []
 
     def where(place):
@@ -142,6 +149,7 @@ def test_memory_of_a_device_with_its_own(gpu):
     assert (gpu.resets, memory.peak(), memory.total()) == (1, 123, 2**34)
 
 
+@pytest.mark.skipif(not hasattr(os, "sysconf"), reason="this system does not tell its memory")
 def test_memory_shared_with_the_cpu(gpu):
     memory = cost.Memory("mps")
     memory.reset()
@@ -153,19 +161,31 @@ def test_random_numbers_of_the_device_go_into_the_resume_state(gpu):
     gpu.state = None
     checkpoint._set_rng_state(kept, XPU)
     assert gpu.state.tolist() == [7]
-    older = {name: value for name, value in kept.items() if name != "device"} | {"cuda": torch.tensor([8])}
-    checkpoint._set_rng_state(older, XPU)
+    on_cuda = {name: value for name, value in kept.items() if name != "xpu"} | {"cuda": torch.tensor([8])}
+    checkpoint._set_rng_state(on_cuda, XPU)  # a state of another kind of device says nothing here
+    assert gpu.state.tolist() == [7]
+    checkpoint._set_rng_state(on_cuda, torch.device("cuda"))
     assert gpu.state.tolist() == [8]
-    assert checkpoint._rng_state(CPU)["device"] is None
+    assert not {"cpu", "cuda"} & checkpoint._rng_state(CPU).keys()
 
 
 @pytest.mark.parametrize("local_rank, chosen", [(1, "xpu:1"), (2, None)])
 def test_each_process_takes_a_device_of_its_own(monkeypatch, two_intel_gpus, gpu, local_rank, chosen):
     for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": local_rank}.items():
         monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
     args = parse_arguments(stage_parser("x"), ["--device", "xpu"])
     if chosen is None:
         with pytest.raises(ValueError, match="2 are here"):
             distributed.start_process(args)
     else:
         assert str(distributed.start_process(args).device) == str(gpu.chosen) == chosen
+
+
+def test_an_apple_gpu_is_for_one_process(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: MPS)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ValueError, match="--device mps: .*one process"):
+        distributed.start_process(parse_arguments(stage_parser("x"), ["--device", "mps"]))

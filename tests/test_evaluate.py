@@ -479,3 +479,11 @@ def test_weights_of_another_tokenizer_are_refused(tmp_path, tokenizer, other_tok
                 str(other_tokenizer),
             ]
         )
+
+
+def test_help_does_not_show_the_key(monkeypatch, capsys):
+    monkeypatch.setenv("MINIMIND_API_KEY", "a-secret-key")
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    printed = capsys.readouterr().out
+    assert "MINIMIND_API_KEY" in printed and "a-secret-key" not in printed

@@ -102,6 +102,8 @@ def test_the_kl_term_is_k3():
     loss, shown = train_grpo.policy_loss(log_probs, batch, args)
     k3 = 0.5 - math.log(0.5) - 1
     assert loss.item() == pytest.approx(0.7 * k3 / 10) and shown[1].item() == pytest.approx(k3)
+    near = train_grpo.k3(torch.zeros(1), torch.full((1,), 1e-5))  # float32 would round exp(x) - 1 - x to 0
+    assert near.item() == pytest.approx(5e-11, rel=0.02)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -378,7 +380,7 @@ class ScriptedEngine:
     """Says what the model says in STEPS, token by token, within the tokens that each request may have."""
 
     def __init__(self, tokenizer):
-        self.seeds, said = [], [turn for turn in STEPS if turn["role"] == "assistant"]
+        self.seeds, said = [], [turn for turn in STEPS[len(QUESTION) :] if turn["role"] == "assistant"]
         self.script = []
         for number, turn in enumerate(STEPS):
             if turn in said:
@@ -427,6 +429,25 @@ def test_results_of_tools_are_read_and_not_learned(tokenizer, tmp_path, monkeypa
     assert rollout.text == "391" and rollout.rewards == {"number": 1.0}
     assert seeds[0] == 7 and len(set(seeds)) == 3
     assert scripted_answer(tokenizer, tmp_path, monkeypatch)[1] == seeds
+
+
+def test_only_an_answers_own_turns_count_against_the_calls(tokenizer, tmp_path, monkeypatch):
+    earlier = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 3
+    monkeypatch.setitem(globals(), "QUESTION", [QUESTION[0], *earlier, QUESTION[1]])
+    monkeypatch.setitem(globals(), "STEPS", [*QUESTION, *STEPS[2:]])
+    for most, finished in ((2, True), (1, False)):
+        monkeypatch.setattr(rollouts, "MOST_CALLING_TURNS", most)
+        rollout, _ = scripted_answer(tokenizer, tmp_path, monkeypatch, max_seq_len=900)
+        assert rollout.finished == finished
+
+
+def test_max_steps_shortens_a_run_and_never_lengthens_it(tokenizer, tmp_path):
+    path = write_jsonl(tmp_path / "p.jsonl", [{"conversations": QUESTION[1:], "answer": "391"}] * 3)
+    args = {"reward": "number", "skip_bad_lines": False, "max_new_tokens": 9, "max_seq_len": 99, "temperature": 1.0}
+    args |= {"prompts_per_step": 1, "group_size": 2, "batch_size": 1, "epochs": 2}
+    for max_steps, total in ((0, 6), (4, 4), (9, 6)):
+        flags = argparse.Namespace(**args, max_steps=max_steps)
+        assert rollouts.Sampler(path, flags, tokenizer, None).total_steps == total
 
 
 @pytest.mark.parametrize("missing", ["max_new_tokens", "max_seq_len"])

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from conftest import tiny_flags, write_texts
 
-from scripts import report
+from scripts import report, report_charts
 from scripts.evaluate import table_of
 from scripts.report_logs import differences, read_folder, read_run, read_runs
 from trainer import train_pretrain
+from trainer.estimate import relevant_flags
 
 
 def start(first_step: int = 0, total_steps: int = 10, time: float = 0.0, **flags) -> dict:
@@ -152,6 +153,24 @@ def test_comparing_two_rates_names_what_differs(tmp_path):
         write_log(folders[1], [start(), step(1)], "full_sft_256")
         (folders[0] / "logs/lora/lora_medical_256.jsonl").unlink()
         read_runs(folders)
+
+
+def test_an_estimate_of_other_flags_is_not_shown(tmp_path):
+    path = write_log(tmp_path, [start(batch_size=8), step(1, time=90.0)])
+    for batch_size, shown in ((8, True), (16, False)):
+        estimate = {"seconds": 60.0, "flags": relevant_flags(start(batch_size=batch_size))}
+        path.with_suffix(".estimate.json").write_text(json.dumps(estimate), "utf-8")
+        report.main([str(tmp_path)])
+        assert ("--estimate said" in (tmp_path / "report" / "report.md").read_text("utf-8")) == shown
+
+
+def test_the_overview_draws_grpos_reward_and_only_where_all_have_it(tmp_path):
+    more = {"reward_number": 0.5, "groups_taught": 1.0}
+    grpo = read_run(write_log(tmp_path, [start(), step(1) | more, step(2) | more], "grpo_256"))
+    sft = read_run(write_log(tmp_path, [start(), step(1), step(2)], "full_sft_256"))
+    alone, both = report_charts.overview([[grpo]]), report_charts.overview([[grpo, sft]])
+    assert "reward number" in alone.axes[0].get_title("left") and alone.axes[0].lines[0].get_ydata()[0] == 0.5
+    assert len(both.axes[0].lines) == 2 and both.axes[0].lines[0].get_ydata()[0] == step(1)["loss"]
 
 
 def test_a_real_run_says_what_was_not_default(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from trainer.zero import zero_mistakes
 
 ROOT = Path(__file__).resolve().parents[1]
 
-LATER_SECONDS = 3  # the other processes wait this long before showing an error, so that the first one's comes first
+LATER_SECONDS = 10  # the other processes wait this long before showing an error, so that the first one's comes first
 
 MODEL_FLAGS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "use_moe", "qk_norm")
 # flags that may change on --resume; changing any other would change the result

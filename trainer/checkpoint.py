@@ -352,7 +352,7 @@ def _rng_state(device: torch.device) -> dict:
         "python": random.getstate(),
         "numpy": (state[0], state[1].tolist(), *state[2:]),
         "torch": torch.get_rng_state(),
-        "device": module_of(device).get_rng_state() if device.type != "cpu" else None,
+        **({} if device.type == "cpu" else {device.type: module_of(device).get_rng_state()}),
     }
 
 
@@ -362,6 +362,5 @@ def _set_rng_state(state: dict, device: torch.device) -> None:
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    of_device = state.get("device", state.get("cuda"))  # "cuda": what older resume states call it
-    if of_device is not None and device.type != "cpu":
-        module_of(device).set_rng_state(of_device)
+    if device.type != "cpu" and state.get(device.type) is not None:  # a run may go on with another kind of device
+        module_of(device).set_rng_state(state[device.type])

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from model.device import has_own_memory, module_of
+from model.device import has_own_memory, module_of, named_device
 from model.model_minimind import MiniMindConfig
 
 
@@ -110,7 +110,7 @@ class Memory:
     """Memory of this process in bytes: allocated on a device with its own, else resident."""
 
     def __init__(self, device: torch.device | str):
-        device = torch.device(device)
+        device = named_device(str(device))
         self.own = module_of(device) if has_own_memory(device) else None
 
     def reset(self) -> None:
@@ -130,6 +130,9 @@ class Memory:
         """Return the memory of the device; 0 if the system does not tell."""
         if self.own:
             return self.own.get_device_properties(self.own.current_device()).total_memory
+        with contextlib.suppress(OSError):  # in a container it may know a limit that sysconf does not
+            text = Path("/proc/meminfo").read_text("ascii")
+            return int(re.search(r"^MemTotal:\s+(\d+) kB", text, re.MULTILINE)[1]) * 1024
         with contextlib.suppress(AttributeError, OSError, ValueError):  # Windows has no sysconf
             return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return 0

@@ -78,6 +78,8 @@ def start_process(args: argparse.Namespace) -> Process:
     device = torch.device(args.device)
     world_size = int(os.environ["WORLD_SIZE"]) if launched else 1
     rank = int(os.environ["RANK"]) if launched else 0
+    if device.type == "mps" and world_size > 1:
+        raise ValueError("--device mps: there is one such GPU, for one process")
     if has_own_memory(device):
         device = torch.device(device.type, local_rank if launched else device.index or 0)
         if device.index >= (count := module_of(device).device_count()):

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, pstdev
 
+from model.device import has_own_memory, named_device
 from model.flags import add_boolean
 from model.model_minimind import HAS_VARLEN, MiniMindConfig
 from model.weights import write_json
@@ -102,7 +103,7 @@ def short_run(folder: Path, main: Callable, args: argparse.Namespace, rest: list
                 steps = [line for line in later if line["event"] == "step"]
                 if start is None or stopped:
                     continue
-                wanted = STEPS[start["device"].startswith("cuda")]
+                wanted = STEPS[has_own_memory(named_device(start["device"]))]
                 if len(steps) >= wanted and steps[-1]["seconds"] - steps[0]["seconds"] >= SECONDS:
                     child.terminate()
                     stopped = True
@@ -192,7 +193,8 @@ class Estimate:
         self.to_come, self.cached = 0, []
         if "cache" in self.start:
             self.cached = [(path, path.stat().st_size) for path in Path(self.start["cache"]).glob("*")]
-        if self.cached and not self.start["device"].startswith("cuda"):  # the rest of the token file will be mapped too
+        # elsewhere the rest of the token file will be mapped too
+        if self.cached and not has_own_memory(named_device(self.start["device"])):
             whole = sum(size for path, size in self.cached if path.suffix == ".bin")
             read, share = (min(n / self.start["steps_per_epoch"], 1) for n in (len(steps), self.total_steps))
             self.bytes["tokens"], self.to_come = int(share * whole), int((share - read) * whole)

@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
             metrics |= sampled
 
             if held_out and progress.due(args.eval_interval):
-                metrics |= held_out.evaluate(training, logger, progress.step)
+                metrics |= {f"valid_{k}": v for k, v in held_out.evaluate(training, logger, progress.step).items()}
             if progress.due(args.save_interval):
                 with logger.paused("saving"):
                     checkpoint.save(training, progress, metrics)

@@ -172,7 +172,9 @@ def run_trainer(run: dict, args: argparse.Namespace) -> dict:
             output_dir=folder, per_device_train_batch_size=run["rows"], learning_rate=run["learning_rate"],
             max_steps=max(1, round(run["tokens"] / (run["rows"] * 512))), seed=run["seed"], logging_steps=50,
             use_cpu=args.device == "cpu", report_to="none", save_strategy="no", disable_tqdm=True,
+            dataloader_drop_last=True,
         )  # fmt: skip
+        assert options.n_gpu <= 1  # with several, Trainer takes as many times the rows
         trainer = Trainer(model, options, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
         started = time.perf_counter()
         trainer.train()
