@@ -653,6 +653,13 @@ def test_sampling_equals_transformers_warpers():
     assert_distribution(sample(logits.expand(30_000, -1), ours, seed=5), expected)
 
 
+def test_a_temperature_that_float32_takes_for_zero_is_greedy():
+    logits, draws = torch.tensor([[1.0, 3.0, 2.0]] * 2), torch.tensor([[0.01], [0.99]], dtype=torch.float64)
+    for others in (1e-46, 1.0):  # alone, and next to a row that is sampled
+        rows = SamplingRows([SamplingParams(temperature=1e-46), SamplingParams(temperature=others)])
+        assert choose(logits, rows, draws)[0] == 1
+
+
 def test_penalties_by_hand():
     """A positive logit is divided, a negative one multiplied; then frequency times count and presence are taken off."""
     logits = torch.tensor([[2.0, -1.0, 1.5, -3.0]]).expand(3, -1)
