@@ -132,8 +132,7 @@ class PackedData:
 
     @property
     def total_steps(self) -> int:
-        total = self.steps_per_epoch * self.args.epochs
-        return min(total, self.args.max_steps) if self.args.max_steps else total
+        return planned_steps(self.args, self.steps_per_epoch)
 
     def facts(self) -> dict:
         """Return what the log says about the data, for --estimate. tokens_per_step: the mean over an epoch."""
@@ -230,6 +229,12 @@ class PackedData:
             self.waited += time.perf_counter() - asked
             yield batch
             asked = time.perf_counter()
+
+
+def planned_steps(args: argparse.Namespace, steps_per_epoch: int) -> int:
+    """Return the optimizer steps of a run: those of all epochs, or --max_steps if that is fewer."""
+    total = steps_per_epoch * args.epochs
+    return min(total, args.max_steps) if args.max_steps else total
 
 
 def leave_signals_to_the_parent(_: int) -> None:

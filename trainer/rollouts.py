@@ -34,7 +34,7 @@ from dataset.tools import call_tool, offered_tools, unknown_tools
 from model.batching import Engine
 from model.sampling import SamplingParams
 from trainer.distributed import Process, StopRequest, gather_objects, sum_over_ranks
-from trainer.loader import plural, refuse_vast
+from trainer.loader import planned_steps, plural, refuse_vast
 from trainer.logger import Logger
 from trainer.rewards import build_rewards, score_answer
 from trainer.training import Training
@@ -110,8 +110,7 @@ class Sampler:
         self.passes, self.waited, self.notice = {}, 0.0, ""  # as PackedData has them, for the logger
         self.global_batch = args.prompts_per_step * args.group_size
         self.steps_per_epoch = -(-len(self.records) // args.prompts_per_step)
-        total = args.epochs * self.steps_per_epoch
-        self.total_steps = min(total, args.max_steps) if args.max_steps else total
+        self.total_steps = planned_steps(args, self.steps_per_epoch)
         self.params = SamplingParams(
             args.temperature, max_new_tokens=args.max_new_tokens, stop_ids=(tokenizer.eos_id,), logprobs=0
         )
