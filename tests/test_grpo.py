@@ -239,6 +239,10 @@ def test_a_run_learns_what_is_rewarded(train, start, tmp_path):
     assert all(abs(record["rollout_kl"]) < 1e-6 and record["entropy"] > 0 for record in log)
     (evaluation,) = read_log(tmp_path / "out", "grpo_32", "evaluation")
     assert evaluation["pass_at_1"] == evaluation["pass_at_2"] == 0 and 0 < evaluation["answer_tokens"] <= 8
+    # next to the weights stand those of the last step and the held-out ones, each under its own name
+    kept = json.loads((tmp_path / "out" / "grpo_32.json").read_text("utf-8"))["metrics"]
+    for name in ("reward_brief", "finished"):
+        assert (kept[name], kept[f"valid_{name}"]) == (log[-1][name], evaluation[name])
 
 
 @pytest.mark.parametrize(
