@@ -52,9 +52,9 @@ def compiled_anew():
     torch._dynamo.reset()
 
 
-def packed_batch(lengths=(5, 70, 1, 128, 52), seq=128, rows=2, vocab=97):
-    """Two rows of 128: documents of these lengths, one after the other."""
-    assert sum(lengths) == rows * seq
+def packed_batch(lengths=(5, 70, 1, 52, 96, 32), seq=128, rows=2, vocab=97):
+    """Two rows of 128: documents of these lengths, one after the other, none of them in both rows."""
+    assert rows * seq == sum(lengths) and seq in np.cumsum(lengths)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, vocab, (rows, seq), generator=generator)
     borders = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist(), rows * seq], dtype=torch.int32)
@@ -78,7 +78,7 @@ def gradients(model, batch, device, dtype, loss_weight):
         out = model(**batch, head=head)
         loss = out.head_output.mean() + loss_weight * out.aux_loss
     loss.backward()
-    return float(loss), torch.cat([p.grad.flatten().cpu().double() for p in model.parameters()])
+    return loss.item(), torch.cat([p.grad.flatten().cpu().double() for p in model.parameters()])
 
 
 @pytest.mark.parametrize("use_moe", [False, True])

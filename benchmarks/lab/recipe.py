@@ -8,14 +8,15 @@
 
 Each run is appended to --results as one line of JSON and never repeated, so an interrupted search continues where it
 stopped. `report` lists the settings, best first, with mean and standard deviation over seeds. `versus` says what the
-default recipe needs to reach the bits per byte at which `adamw` (this pipeline, one classic rate for all), `original`
-and `trainer` end. Each training file has its own table.
+default recipe needs to reach the bits per byte at which `adamw` (this pipeline, one classic rate for all), `original`,
+`trainer` and `litgpt` end. Each training file has its own table.
 
 Recipes: `original` is the loop of the original scripts: 32 padded documents per micro-batch, 8 of them per step,
 float32, AdamW with betas 0.9 and 0.999 and decay 0.01, a cosine from 1.1 times the peak to 0.1 of it, no warm-up,
 gradients averaged per micro-batch. `trainer` is transformers' Trainer with its defaults (AdamW without decay, a linear
 decay from the peak to 0, float32) on its Llama: documents joined and cut into rows of 512, attention across their
-borders. The others are trainer/train_pretrain.py with the flags in RECIPES. Further flags for that script follow `--`.
+borders. `litgpt` is LitGPT's pretraining (`pip install litgpt`; its compiled model, AdamW, a cosine to 4e-5, float32)
+on the same rows, except that it warms up over 20 steps instead of 2,000. The others are trainer/train_pretrain.py with the flags in RECIPES. Further flags for that script follow `--`.
 """
 
 import argparse
@@ -30,6 +31,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean, stdev
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +67,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=results, help="jsonl file of runs (default: %(default)s)")
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("run", allow_abbrev=False).add_argument
-    add("--recipe", required=True, choices=["original", "trainer", *RECIPES])
+    add("--recipe", required=True, choices=["original", *PEERS, *RECIPES])
     add("--tokens", type=float, required=True, help="budget: positions of all steps together")
     add("--rows", type=int, nargs="+", required=True, help="rows of 512 in an optimizer step")
     add("--learning_rates", type=float, nargs="+", required=True)
@@ -157,32 +159,81 @@ def run_original(run: dict, args: argparse.Namespace) -> dict:
     }  # fmt: skip
 
 
-def run_trainer(run: dict, args: argparse.Namespace) -> dict:
-    """Run transformers' Trainer on transformers' Llama."""
-    from transformers import Trainer, TrainingArguments
-
+def run_peer(run: dict, args: argparse.Namespace) -> dict:
+    """Run another program on the documents joined into one stream, and score its weights in our model."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(run["seed"])
     tokenizer, config = ChatTokenizer(ROOT / "model"), config_of(args)
-    joined = torch.tensor([i for ids in read_documents(args.data_path, tokenizer) for i in ids])
-    rows = joined[: len(joined) // 512 * 512].view(-1, 512)
-    model = peers.llama(config, MiniMindForCausalLM(config).state_dict()).to(args.device)
+    stream = torch.tensor([i for ids in read_documents(args.data_path, tokenizer) for i in ids])
+    steps = max(1, round(run["tokens"] / (run["rows"] * 512)))
     with tempfile.TemporaryDirectory() as folder:
-        options = TrainingArguments(
-            output_dir=folder, per_device_train_batch_size=run["rows"], learning_rate=run["learning_rate"],
-            max_steps=max(1, round(run["tokens"] / (run["rows"] * 512))), seed=run["seed"], logging_steps=50,
-            use_cpu=args.device == "cpu", report_to="none", save_strategy="no", disable_tqdm=True,
-            dataloader_drop_last=True,
-        )  # fmt: skip
-        assert options.n_gpu <= 1  # with several, Trainer takes as many times the rows
-        trainer = Trainer(model, options, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
         started = time.perf_counter()
-        trainer.train()
+        state, curve = PEERS[run["recipe"]](run, args, config, stream, steps, folder)
         seconds = time.perf_counter() - started
-    ours = MiniMindForCausalLM(config).to(args.device)
-    ours.load_state_dict(model.state_dict())
+    model = MiniMindForCausalLM(config).to(args.device)
+    model.load_state_dict(state)
+    return held_out(model, tokenizer, args) | {"steps": steps, "seconds": seconds, "curve": curve}
+
+
+def train_with_trainer(run, args, config, stream, steps, folder) -> tuple[dict, list]:
+    """Return the weights and the curve of losses after training transformers' Llama with transformers' Trainer."""
+    from transformers import Trainer, TrainingArguments
+
+    rows = stream[: len(stream) // 512 * 512].view(-1, 512)
+    model = peers.llama(config, MiniMindForCausalLM(config).state_dict()).to(args.device)
+    options = TrainingArguments(
+        output_dir=folder, per_device_train_batch_size=run["rows"], learning_rate=run["learning_rate"],
+        max_steps=steps, seed=run["seed"], logging_steps=50, use_cpu=args.device == "cpu", report_to="none",
+        save_strategy="no", disable_tqdm=True, dataloader_drop_last=True,
+    )  # fmt: skip
+    assert options.n_gpu <= 1  # with several, Trainer takes as many times the rows
+    trainer = Trainer(model, options, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
+    trainer.train()
     curve = [(record["step"], record["loss"]) for record in trainer.state.log_history if "loss" in record]
-    return held_out(ours, tokenizer, args) | {"steps": options.max_steps, "seconds": seconds, "curve": curve}
+    return model.state_dict(), curve
+
+
+def train_with_litgpt(run, args, config, stream, steps, folder) -> tuple[dict, list]:
+    """Return the weights after LitGPT's pretraining, whose log has no curve to read."""
+    from litgpt import Config, pretrain
+    from litgpt.args import EvalArgs, TrainArgs
+    from litgpt.data import DataModule
+    from litgpt.scripts.convert_lit_checkpoint import copy_weights_llama
+    from torch.utils.data import DataLoader
+
+    class Rows(DataModule):
+        def connect(self, **_):
+            pass
+
+        def train_dataloader(self):
+            rows = stream[: len(stream) // 513 * 513].view(-1, 513)  # 512 positions and the next token of the last
+            return DataLoader(rows, batch_size=run["rows"], shuffle=True, drop_last=True)
+
+        val_dataloader = train_dataloader  # read for two batches before training
+
+    sizes = Config(
+        block_size=512, n_layer=config.num_hidden_layers, n_head=config.num_attention_heads, n_embd=config.hidden_size,
+        n_query_groups=config.num_key_value_heads, rotary_percentage=1.0, parallel_residual=False, bias=False,
+        norm_class_name="RMSNorm", norm_eps=config.rms_norm_eps, mlp_class_name="LLaMAMLP",
+        intermediate_size=config.intermediate_size, rope_base=config.rope_theta, vocab_size=config.vocab_size,
+        padded_vocab_size=config.vocab_size,
+    )  # fmt: skip
+    settings = TrainArgs(
+        global_batch_size=run["rows"], micro_batch_size=run["rows"], max_tokens=steps * run["rows"] * 512,
+        max_norm=1.0, min_lr=4e-5, lr_warmup_steps=min(20, steps - 1), tie_embeddings=True, save_interval=None,
+    )  # fmt: skip
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": run["learning_rate"]}}
+    with mock.patch.object(pretrain, "save_checkpoint") as save:  # it would read the flags of LitGPT's own command
+        pretrain.setup(
+            "", sizes, Path(folder), "32-true", data=Rows(), train=settings, devices=1, optimizer=optimizer,
+            eval=EvalArgs(interval=10**6, final_validation=False), logger_name="csv", seed=run["seed"],
+        )  # fmt: skip
+    weights: dict = {}
+    copy_weights_llama(sizes, weights, save.call_args.args[1]["model"].state_dict())
+    return weights, []
+
+
+PEERS = {"trainer": train_with_trainer, "litgpt": train_with_litgpt}
 
 
 def read_documents(path: Path, tokenizer: ChatTokenizer) -> list[list[int]]:
@@ -221,7 +272,8 @@ def execute(args: argparse.Namespace) -> None:
         }  # fmt: skip
         if key_of(run) in known:
             continue
-        run |= {"original": run_original, "trainer": run_trainer}.get(args.recipe, run_ours)(run, args)
+        train = run_original if args.recipe == "original" else run_peer if args.recipe in PEERS else run_ours
+        run |= train(run, args)
         run |= {"threads": args.threads, "device": args.device, "torch": torch.__version__, "time": int(time.time())}
         args.results.parent.mkdir(parents=True, exist_ok=True)
         with args.results.open("a", encoding="utf-8") as file:
@@ -276,8 +328,8 @@ def share(part: float, whole: float) -> str:
 def versus(runs: list[dict]) -> str:
     """Tell which shares of their tokens and seconds the default recipe needs to reach the end of others.
 
-    The others are AdamW, the original and transformers' Trainer, each at its best setting of its largest budget, and
-    the original as it was shipped. Ours is the smallest budget whose mean is as good.
+    The others are AdamW, the original and the other programs, each at its best setting of its largest budget, and the
+    original as it was shipped. Ours is the smallest budget whose mean is as good.
     """
     settings: dict[tuple, list[dict]] = defaultdict(list)
     for run in runs:
@@ -292,7 +344,7 @@ def versus(runs: list[dict]) -> str:
         return f"{key[-1]}: {mean:.4f}{noise} bits per byte, {len(settings[key])} seeds, {shown(settings[key])} s"
 
     lines = []
-    for size, recipe in sorted({key[:2] for key in settings if key[1] in ("adamw", "original", "trainer")}):
+    for size, recipe in sorted({key[:2] for key in settings if key[1] in ("adamw", "original", *PEERS)}):
         budgets = [key for key in settings if key[:2] == (size, recipe)]
         last = max(key[2] for key in budgets)
         ended = [key for key in budgets if key[2] == last]
