@@ -46,6 +46,7 @@ FILES = modal.FilePatternMatcher(
     "dataset/sample/*.jsonl",
     "scripts/*.jsonl",
     "scripts/web_*",
+    "scripts/*.css",
     "requirements.txt",
 )
 image = (

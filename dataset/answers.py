@@ -117,12 +117,12 @@ def _chinese(text: str) -> int:
 # --- texts, options, form --------------------------------------------------------------------------------------------
 
 
+def core(text: str) -> str:
+    """Return an answer without what does not count: case, white space, full-width forms, final punctuation."""
+    return " ".join(_plain(text).casefold().split()).rstrip(".。!?;, ")
+
+
 def exact_matches(answer: str, gold: str) -> bool:
-    """Tell whether an answer is the gold one, apart from case, white space, full-width forms and final punctuation."""
-
-    def core(text: str) -> str:
-        return " ".join(_plain(text).casefold().split()).rstrip(".。!?;, ")
-
     return core(answer) == core(gold)
 
 

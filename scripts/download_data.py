@@ -154,7 +154,8 @@ def download(hub: HuggingFace, wanted: list[str] | None, target: Path, overwrite
             print(f"{path}: already there and complete")
     staging = target / ".download"
     staging.mkdir(parents=True, exist_ok=True)
-    arrived = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
+    parts = [staging / f"{remote.name}.part" for remote in plan]
+    arrived = sum(part.stat().st_size for part in parts if part.exists())
     needed, free = sum(remote.size for remote in plan) - arrived, shutil.disk_usage(target).free
     if needed > free:
         raise ValueError(f"{target} has {free / 1e9:.1f} GB free, but {needed / 1e9:.1f} GB are needed; see --out_dir")
@@ -164,7 +165,8 @@ def download(hub: HuggingFace, wanted: list[str] | None, target: Path, overwrite
                 fetch(hub, remote, staging, target)
     except Timeout:
         raise ValueError(f"another run is downloading into {target}; wait for it") from None
-    shutil.rmtree(staging, ignore_errors=True)
+    if not any(staging.rglob("*.part")):  # of other files, which a later run goes on with
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def fetch(hub: HuggingFace, remote: Remote, staging: Path, target: Path) -> None:

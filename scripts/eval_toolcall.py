@@ -44,7 +44,8 @@ SERVER_FLAGS = ("model_mode", "out_dir", "hidden_size", "use_moe", "tokenizer_pa
 def read_conversations(path: Path) -> list[list[dict]]:
     """Return the turns of each record. Raises ValueError that names the wrong file or line."""
     try:
-        lines = path.read_text("utf-8").splitlines()
+        with open(path, encoding="utf-8") as file:
+            lines = list(file)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--data_path {path} cannot be read: {error}") from error
     conversations = []

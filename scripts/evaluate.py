@@ -39,6 +39,7 @@ All shares are between 0 and 1.
 """
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
@@ -64,13 +65,23 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from dataset.answers import answer_part, choice_matches, exact_matches, is_well_formed, number, number_matches
+from dataset.answers import (
+    answer_part,
+    choice,
+    choice_matches,
+    core,
+    exact_matches,
+    is_well_formed,
+    number,
+    number_matches,
+)
 from dataset.lm_dataset import tokenize_records
 from dataset.progress import ProgressBar
 from dataset.tokenization import ChatTokenizer
 from model.flags import BOOL, at_least, show_defaults
 from model.generation import SamplingParams, generate_batch
-from model.loading import CONTEXT, READY_FLAGS, add_flags, load_ready, ready_flags, tokenizer_folder
+from model.loading import CONTEXT, READY_FLAGS, add_flags, experts_in, load_ready, ready_flags, tokenizer_folder
+from model.model_lora import find_lora
 from model.streams import set_up_streams
 from model.weights import find_weights, write_atomically, write_json
 from scripts.evaluation_sets import LETTERS, PUBLIC, Question, QuestionSet, download, read_set
@@ -112,14 +123,20 @@ def load_candidate(spec: str, args: argparse.Namespace) -> tuple[Candidate, dict
     path = Path(base) if is_folder else find_weights(base, args.out_dir, args.hidden_size, args.use_moe)
     ready = load_ready(path, ChatTokenizer, merged_lora=adapter or None, out_dir=args.out_dir, **ready_flags(args))
     sidecar = ready.sidecar
+    sizes = ready.model.config
+    lora = adapter and str(find_lora(adapter, args.out_dir, sizes.hidden_size, experts_in(sizes) > 0))
     facts = {
         "source": str(path),
+        "adapter": lora or None,
         "stage": sidecar.get("stage"),
         "parameters": sum(p.numel() for p in ready.model.parameters()),
         "trained_tokens": sidecar.get("progress", {}).get("tokens"),
         "tokenizer_sha256": ready.tokenizer.sha256,
     }
-    name = (path.absolute().name if is_folder else path.stem) + (f"+{Path(adapter).stem}" if adapter else "")
+    name, folder = path.absolute().name if is_folder else path.stem, path.absolute().parent
+    if not is_folder and folder != Path(args.out_dir).absolute():
+        name = f"{folder.name}_{name}"  # runs in folders of their own have weights of one name
+    name += f"+{Path(adapter).stem}" if adapter else ""
     params = SamplingParams(
         args.temperature, max_new_tokens=args.max_new_tokens, stop_ids=(ready.tokenizer.eos_id,), seed=args.seed
     )
@@ -128,7 +145,7 @@ def load_candidate(spec: str, args: argparse.Namespace) -> tuple[Candidate, dict
         return [ready.tokenizer.decode(ids) for ids in generate_batch(ready.model, prompts, params)]
 
     score = partial(log_likelihoods, ready.model)
-    chat = is_chat(name, args)
+    chat = is_chat(path.stem, args)
     return Candidate(name, ready.tokenizer, ready.context_length, chat, facts, score, write), sidecar
 
 
@@ -146,11 +163,19 @@ def reach_candidate(name: str, args: argparse.Namespace) -> tuple[Candidate, dic
         asked = (client.completions.create(prompt=ids, seed=args.seed + n, **options) for n, ids in enumerate(prompts))
         return [answer.choices[0].text for answer in asked]
 
-    facts = dict.fromkeys(("stage", "parameters", "trained_tokens")) | {"source": args.base_url}
+    facts = dict.fromkeys(("adapter", "stage", "parameters", "trained_tokens")) | {"source": args.base_url}
     facts["tokenizer_sha256"] = tokenizer.sha256
     score = partial(log_likelihoods_of_server, client, name)
-    file_name, context_length = re.sub(r"[^\w.+-]", "_", name), args.max_seq_len or CONTEXT
+    file_name, context_length = re.sub(r"[^\w.+-]", "_", name), args.max_seq_len or context_of_server(client, name)
     return Candidate(file_name, tokenizer, context_length, is_chat(name, args), facts, score, write), {}
+
+
+def context_of_server(client: openai.OpenAI, name: str) -> int:
+    """Return how many tokens of question and option a server's model reads, one less than its context."""
+    client.completions.create(model=name, prompt="1", max_tokens=1)  # our server loads a model with its first request
+    with contextlib.suppress(openai.NotFoundError):  # ours and vLLM say it
+        return ((client.models.retrieve(name).model_extra or {}).get("max_model_len") or CONTEXT) - 1
+    return CONTEXT - 1
 
 
 def print_overlap(sidecar: dict, sets: list[QuestionSet]) -> None:
@@ -306,7 +331,7 @@ def kind_of(gold: str) -> str:
 
 def vote(answer: str, match: str) -> str:
     """Return a key that is equal for answers with the same meaning."""
-    return str(number(answer)) if match == "number" else " ".join(answer_part(answer).casefold().split())
+    return str({"number": number, "choice": choice}.get(match, core)(answer))
 
 
 def pieces_of(ids: list[int], mask: list[int] | None, limit: int) -> Iterator[tuple[str, Pair]]:
@@ -363,10 +388,11 @@ def run(candidate: Candidate, sets: list[QuestionSet], output: Path, args: argpa
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     by_name = {each.name: each for each in sets}
     settings = [candidate.facts, candidate.chat, candidate.context_length, args.shots, args.permutations, args.samples]
+    settings += [args.rope_scaling, args.trained_length]
     settings += [args.match, args.name, args.temperature, args.max_new_tokens, args.seed, args.dtype, args.limit]
     settings += [[each.name, *map(str, each.files)] for each in sets]
-    source = Path(candidate.facts["source"])
-    settings += [source.stat().st_mtime_ns if source.exists() else 0]
+    sources = [Path(path) for path in (candidate.facts["source"], candidate.facts["adapter"]) if path]
+    settings += [path.stat().st_mtime_ns if path.exists() else 0 for path in sources]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     if not args.resume and rank == 0:
         for part in output.parent.glob(f"{output.stem}.*.part"):
@@ -415,12 +441,11 @@ def wait(world: int) -> None:
 def read_parts(output: Path, key: str) -> dict[tuple, list[dict]]:
     done = {}
     for part in output.parent.glob(f"{output.stem}.{key}.*.part"):
-        for line in part.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue
-            done[tuple(entry["unit"])] = entry["records"]
+        with open(part, encoding="utf-8") as file:
+            for line in file:
+                with contextlib.suppress(ValueError):
+                    entry = json.loads(line)
+                    done[tuple(entry["unit"])] = entry["records"]
     return done
 
 
@@ -647,10 +672,18 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
     sets = [read_set(name, args.eval_dir, args.limit) for name in args.tasks]
     if len({each.name for each in sets}) < len(sets):
         raise ValueError(f"--tasks {' '.join(args.tasks)}: two of them have one name; rename a file or folder")
-    results, reference = [], None
+    results, reference, names = [], None, set()
+    reach = reach_candidate if args.base_url else load_candidate
+    if args.reference and not args.max_seq_len:  # a reward is the difference of two sums over the same tokens
+        args.max_seq_len = max(reach(spec, args)[0].context_length for spec in args.weight)
     for spec in dict.fromkeys([args.reference, *args.weight] if args.reference else args.weight):
         start = time.monotonic()
-        candidate, sidecar = (reach_candidate if args.base_url else load_candidate)(spec, args)
+        candidate, sidecar = reach(spec, args)
+        if candidate.name in names:
+            raise ValueError(
+                f"--weight {spec}: other weights are called {candidate.name} too; score them by themselves"
+            )
+        names.add(candidate.name)
         folder = args.output or Path(args.out_dir) / "scores"
         output = folder if folder.suffix == ".json" else folder / f"{candidate.name}.json"
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -151,6 +151,11 @@ class ModelPool:
         stamp = stamp_of(offer.entry, offer.lora_name) if stamp is None else stamp
         self._loaded[offer.key] = LoadedModel(name, engine, tokenizer, stamp, last_used=time.monotonic())
 
+    def context_of(self, offer: Offer) -> int | None:
+        """Return the tokens of a conversation with its answer, if the model is in memory."""
+        model = self._loaded.get(offer.key)
+        return model and model.engine.context_length
+
     @property
     def engine_of_default(self) -> Engine:
         return self._loaded[self.default.key].engine

@@ -37,7 +37,7 @@ def chosen(out_dir: Path, runs: list[str], token_cache: bool) -> list[Path]:
         name = next((run for run in runs if any(part.split(".")[0] == run for part in parts)), "")
         if not path.is_file() or path.is_symlink() or any(part.startswith(".") for part in parts):
             continue
-        if parts[0] == "token_cache":
+        if "token_cache" in parts:
             found += [path] * token_cache
         elif name or not runs:
             found.append(path)

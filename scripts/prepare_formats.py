@@ -106,7 +106,7 @@ def _reason(row: dict) -> dict:
 
 def _problem(row: dict) -> dict:
     """Return a question and its gold answer, for rewards and scores: GSM8K, or any prompt with an answer."""
-    answer = str(row.get("answer") or "")
+    answer = "" if row.get("answer") is None else str(row["answer"])
     turns = _turns_of(row | {"answer": answer})
     answer = answer or str(turns[-1].get("content"))
     solved = GSM8K.fullmatch(answer)
@@ -187,6 +187,8 @@ def _question(row: dict) -> list[dict]:
 
 def _with_system(row: dict, turns: list[dict]) -> list[dict]:
     system, tools = _first(row, SYSTEMS, str), row.get("tools")
+    if isinstance(tools, str) and tools.strip() in ("", "[]", "{}", "null"):
+        tools = None
     if (system or tools) and (not turns or turns[0].get("role") not in ("system", "developer")):
         turns = [_turn("system", system or ""), *turns]
     return [turns[0] | {"tools": tools}, *turns[1:]] if tools else turns

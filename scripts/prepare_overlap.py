@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from scripts.prepare_pipeline import Dropped, Step, all_blocks, flag, in_order, new_output, rows_of
-from scripts.prepare_rules import HAN, character_classes, code_points, rolling_hashes
+from scripts.prepare_rules import HAN, WEIGHTS, character_classes, code_points, rolling_hashes
 from scripts.prepare_sources import Block, find_files, read_blocks
 
 SHINGLE = 5  # characters
@@ -163,6 +163,9 @@ class Decontaminate(Step):
     items: list = field(default_factory=list)
 
     def run(self, args) -> None:
+        for name in ("characters", "words"):
+            if not 1 <= getattr(self, name) <= len(WEIGHTS):
+                raise ValueError(f"--{name} {getattr(self, name)}: from 1 to {len(WEIGHTS)}")
         self.read_evaluation(args.encoding)
         super().run(args)
 

@@ -95,7 +95,8 @@ class Clean(Step):
             holders = [(turn, "content") for side in sides for turn in side] or [(row, "text")]
             text = "\n".join(holder[key] or "" for holder, key in holders)
             # what is rejected may be as bad as it is: the chosen side must be good
-            answers = [turn["content"] or "" for side in sides[:1] for turn in side if turn["role"] == "assistant"]
+            good = [(turn["role"], turn["content"] or "") for side in sides[:1] for turn in side] or [("", text)]
+            answers = [said for role, said in good if role == "assistant"]
         except (TypeError, KeyError):
             raise Dropped("not a record", "convert makes records of other layouts") from None
         lengths = [sum(len(turn["content"] or "") for turn in side) for side in sides] or [len(text)]
@@ -104,10 +105,10 @@ class Clean(Step):
             reason = "too short" if min(lengths) < self.min_chars else "too long"
             raise Dropped(reason, f"{min(lengths)} to {max(lengths)} characters")
         for side in sides if self.turns else ():
-            check_turns(side, changes)
-        self.check_characters("\n".join(turn["content"] or "" for turn in sides[0]) if sides else text)
-        if self.markup:
-            check_markup(text, is_chat=bool(sides))
+            check_turns(side, changes, is_good=side is sides[0])
+        self.check_characters("\n".join(said for _, said in good))
+        for _, said in good if self.markup else ():
+            check_markup(said, is_chat=bool(sides))
         for answer in answers:
             if self.cut and is_cut(answer):
                 raise Dropped("answer cut in the middle", "…" + answer[-40:])
@@ -184,8 +185,11 @@ def rolling_hashes(codes: np.ndarray, size: int) -> np.ndarray:
     return np.correlate(codes.astype(np.float64), WEIGHTS[:size], "valid") if len(codes) >= size else np.empty(0)
 
 
-def check_turns(turns: list[dict], changes: list[str]) -> None:
-    """Remove unanswered questions from the end. Raises Dropped if a turn is empty, or one side never speaks."""
+def check_turns(turns: list[dict], changes: list[str], is_good: bool) -> None:
+    """Remove unanswered questions from the end. Raises Dropped if a turn is empty, or one side never speaks.
+
+    is_good: not the rejected side of a preference, whose answers may repeat the question.
+    """
     while turns and turns[-1]["role"] in ("user", "system"):
         turns.pop()
         changes.append("question without answer at the end")
@@ -196,7 +200,7 @@ def check_turns(turns: list[dict], changes: list[str]) -> None:
         content = (turn["content"] or "").strip()
         if not content and not turn.get("tool_calls") and turn["role"] != "system":
             raise Dropped("empty turn")
-        if turn["role"] == "assistant" and content == before:
+        if is_good and turn["role"] == "assistant" and content == before:
             raise Dropped("answer repeats the question")
         before = content
 

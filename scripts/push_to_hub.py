@@ -143,7 +143,8 @@ def model_card(
 
     repo_id: on a hub, or the name of a folder. paths: title -> folder or file. files: names of what lies next to it.
     """
-    adapter = "adapter_config.json" in files or any(p.suffix == ".pth" and "lora" in str(p) for p in paths.values())
+    adapters = [path for path in paths.values() if path.suffix == ".pth" and path.parent.name == "lora"]
+    adapter = "adapter_config.json" in files or bool(adapters)
     loads = "config.json" in files  # in transformers
     custom = any(name.endswith(".py") for name in files)
     gguf, pth = (next((n for n in sorted(files) if n.endswith(end)), "") for end in (".gguf", ".pth"))
@@ -205,8 +206,10 @@ def dataset_card(args: argparse.Namespace, files: dict[str, Path | bytes]) -> st
     for name, path in files.items():
         if name.endswith(".jsonl"):
             with open(path, "rb") as file:
-                first = first or file.readline(2000).decode("utf-8", "replace").strip()
-                rows.append(f"| {name} | {1 + sum(1 for _ in file):,} | {path.stat().st_size / 1e6:,.1f} MB |")
+                line = file.readline()
+                first = first or line[:2000].decode("utf-8", "replace").strip()
+                records = bool(line) + sum(1 for _ in file)
+                rows.append(f"| {name} | {records:,} | {path.stat().st_size / 1e6:,.1f} MB |")
     parts.append("| file | records | size |\n|---|---|---|\n" + "\n".join(rows))
     parts.append(f"```json\n{first}\n```")
     return f"---\n{data.to_yaml()}\n---\n\n{MARK}\n\n" + "\n\n".join(parts) + "\n"

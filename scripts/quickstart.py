@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     questions = ("--tasks", SAMPLE / "questions.jsonl", "--match", "exact", "--overlap", "false")
     must_run("3. Questions it was never asked before", "scripts/evaluate.py", *questions, *out)
     run("4. Sums too long for its head: it calls the calculator", "scripts/eval_toolcall.py", *out)
-    converse("5. A conversation", args.out_dir, DIALOGUE, "--model_mode", 1)
+    converse("5. A conversation", args.out_dir / "full_sft_192.pth", DIALOGUE)
     run("6. Pictures of all this", "scripts/report.py", args.out_dir)
     print(f"\nDone in {(time.monotonic() - start) / 60:.1f} minutes. Talk to it yourself:")
     print(f"  {sys.executable} eval_model.py --model_mode 1 --out_dir {args.out_dir}")

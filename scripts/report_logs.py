@@ -120,10 +120,11 @@ def read_run(path: Path) -> Run:
     """Read a log. Raises ValueError if it cannot be read or holds no step."""
     run, part = Run(path), []
     try:
-        text = path.read_text("utf-8", "replace")
+        with open(path, encoding="utf-8", errors="replace") as file:
+            lines = [line for line in file if line.strip()]
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    for line in filter(str.strip, text.splitlines()):
+    for line in lines:
         try:
             content = json.loads(line)
             event = content["event"]

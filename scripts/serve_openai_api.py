@@ -231,6 +231,7 @@ class Api:
 
     def _about(self, name: str, offer: Offer) -> dict:
         about = {"id": name, "object": "model", "owned_by": "minimind", "root": offer.root, "size": offer.entry.size}
+        about["max_model_len"] = self.pool.context_of(offer)
         try:
             return about | {"created": int(offer.entry.path.stat().st_mtime)}
         except OSError:  # deleted since

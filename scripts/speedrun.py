@@ -20,7 +20,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from dataset.tokenization import ChatTokenizer
 from model.flags import add_boolean, show_defaults
+from model.generation import SamplingParams, generate_batch
+from model.loading import SHARED_FLAGS, load_ready
 from model.model_minimind import PRESETS
 from model.streams import set_up_streams
 from model.weights import STAGES, read_sidecar, weight_path, write_json
@@ -61,11 +64,18 @@ def must_run(title: str, *command: object, **options) -> str:
     return output
 
 
-def converse(title: str, out_dir: Path, questions: tuple[str, ...], *flags: object) -> None:
+def converse(title: str, weights: Path, questions: tuple[str, ...]) -> None:
     """Ask weights a few questions, print the answers and keep them for the report."""
-    command = ("eval_model.py", "--out_dir", out_dir, "--temperature", 0, *flags)
-    said = must_run(title, *command, input="\n".join(questions) + "\n", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    turns = [{"you": you, "model": answer} for you, answer in zip(questions, said.split("\n"), strict=False)]
+    print(f"\n=== {title}", flush=True)
+    ready, out_dir = load_ready(weights, ChatTokenizer, device=SHARED_FLAGS["device"]["default"]), weights.parent
+    tokenizer, continues = ready.tokenizer, weights.name.startswith("pretrain_")
+    prompts = [
+        tokenizer.encode_beginning(you) if continues else tokenizer.encode_prompt([{"role": "user", "content": you}])
+        for you in questions
+    ]
+    params = SamplingParams(temperature=0, stop_ids=(tokenizer.eos_id, tokenizer.pad_id))
+    answers = generate_batch(ready.model, prompts, params, context_length=ready.context_length)
+    turns = [{"you": you, "model": tokenizer.decode(ids)} for you, ids in zip(questions, answers, strict=True)]
     for turn in turns:
         print(f"  you:   {turn['you']}\n  model: {turn['model']}")
     try:
@@ -101,12 +111,14 @@ def train(stage: str, weights: Path, command: list[object], args: argparse.Names
 
 def pipeline(args: argparse.Namespace, more: list[str]) -> None:
     size = PRESETS[args.size]
-    hidden_size, use_moe = args.hidden_size or size["hidden_size"], size.get("use_moe", False)
-    out = ["--out_dir", args.out_dir]
+    hidden_size = args.hidden_size or size["hidden_size"]
+    use_moe = size.get("use_moe", False) if args.use_moe is None else args.use_moe
+    out, shape = ["--out_dir", args.out_dir], ["--hidden_size", hidden_size, *["--use_moe"] * use_moe]
     files = {stage: args.data_dir / f"{DATA[stage]}.jsonl" for stage in args.stages}
     if missing := [path.stem for path in files.values() if not path.exists()]:
         must_run("data", "scripts/download_data.py", *missing, "--out_dir", args.data_dir)
     sizes = ["--preset", args.size, *(["--hidden_size", args.hidden_size] if args.hidden_size else [])]
+    sizes += ["--use_moe", use_moe] if args.use_moe is not None else []
     price = ["--price_per_hour", args.price_per_hour] if args.price_per_hour is not None else []
     for stage in args.stages:
         script = STAGES[stage].script if stage in STAGES else "train_lora.py"
@@ -120,12 +132,12 @@ def pipeline(args: argparse.Namespace, more: list[str]) -> None:
     if args.tasks:
         known = ["pretrain", *(stage for stage in args.stages if stage in STAGES and stage != "pretrain")]
         tasks = ["--weight", *known, "--tasks", *args.tasks, "--download", "--resume"]
-        status, _ = run("scores", "scripts/evaluate.py", *tasks, *out, "--hidden_size", hidden_size)
+        status, _ = run("scores", "scripts/evaluate.py", *tasks, *out, *shape)
         if status:
             print("note: the scores are incomplete; the report goes on without them")
     last = next((stage for stage in reversed(args.stages) if stage in STAGES), "full_sft")
-    chat = ["--model_mode", STAGES[last].mode, "--hidden_size", hidden_size]
-    converse("a conversation", args.out_dir, QUESTIONS, *chat)
+    chat = ["--model_mode", STAGES[last].mode, *shape]
+    converse("a conversation", weight_path(args.out_dir, last, hidden_size, use_moe), QUESTIONS)
     run("report", "scripts/report.py", args.out_dir, *price)
     words = ["eval_model.py", *chat, *out]
     if sys.stdin is not None and sys.stdin.isatty():
@@ -142,6 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--size", choices=list(PRESETS), default="minimind2_26m", help="which model")
     add("--hidden_size", type=int, help="another width than the size's")
+    add_boolean(parser, "--use_moe", default=None, help="a mixture of experts, or none (default: as the size)")
     add(
         "--stages", nargs="+", choices=list(DATA), default=["pretrain", "full_sft"], help="what to train, in this order"
     )

@@ -194,6 +194,17 @@ def test_a_transfer_that_broke_for_good_goes_on_where_it_stopped(hub, tmp_path, 
 
 
 @SOURCES
+def test_another_file_leaves_a_broken_transfer_where_it_is(hub, tmp_path, source):
+    hub.faults = {"pretrain_hq.jsonl": ["break"] + [503] * 20}
+    error_of(tmp_path, source, "pretrain_hq")
+    hub.faults = {}
+    bring(tmp_path, source, "sft_mini_512")
+    bring(tmp_path, source, "pretrain_hq")
+    assert hub.asked[-1][2] is not None  # from where it stopped
+    assert not list(tmp_path.rglob(".download"))
+
+
+@SOURCES
 @pytest.mark.parametrize("status", [404, 429, 500])
 def test_a_list_that_cannot_be_had_is_named_with_its_repository(hub, tmp_path, source, status):
     hub.faults = {"list": [status] * 20}

@@ -76,6 +76,14 @@ def test_scripts_start_a_server_of_their_own(tmp_path, tokenizer, capsys):
     assert "1 conversations\nright calls: " in capsys.readouterr().out
 
 
+def test_a_line_is_what_ends_with_a_line_break(tmp_path):
+    data = tmp_path / "tools.jsonl"
+    record = conversation("一\u2028二", answer="1\x85")
+    data.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+    (turns,) = eval_toolcall.read_conversations(data)
+    assert turns[-1]["content"] == "1\x85"
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [

@@ -231,6 +231,22 @@ def test_written_answers_are_counted_by_number_and_by_majority(tokenizer):
     assert result["pass@1"] == pytest.approx(0.5) and result["majority"] == 0.5
 
 
+@pytest.mark.parametrize(
+    ("match", "gold", "said"),
+    [
+        ("exact", "巴黎", ["巴黎。", "巴黎", " 巴黎！", "伦敦", "伦敦"]),
+        ("choice", "B", ["B", "答案：B", "(B) it", "A", "A"]),
+        ("number", "2", ["2", "2.0", "is 2", "3", "3"]),
+    ],
+)
+def test_answers_that_mean_the_same_vote_together(tokenizer, match, gold, said):
+    question = Question("s", [{"role": "user", "content": "?"}], [], gold)
+    candidate = Candidate("fake", tokenizer, 512, True, {}, None, lambda prompts: said)
+    asked = Namespace(**vars(ASKED) | {"samples": 5, "match": match})
+    [record] = evaluate.write_answers(candidate, [question], asked)
+    assert record["right"] == [True, True, True, False, False] and record["majority"]
+
+
 def test_examples_and_then_the_beginning_give_way_in_a_short_context(tokenizer):
     question = Question("s", "Question: " + "word " * 30 + "?", ["a", "b"], 0)
     worked = [Question("s", "Question: one?", ["a", "b"], 0)] * 5
@@ -347,6 +363,16 @@ def test_preferences_are_those_of_the_answers_one_by_one(tmp_path, tokenizer, pa
     assert "reward" not in found["full_sft_32"] and found["full_sft_32"]["sum"]["accuracy"] != 0.5
 
 
+def test_a_reward_compares_sums_over_the_same_tokens(tmp_path, tokenizer, pairs):
+    """Weights that were trained on shorter rows than their reference, with the same numbers: no pair is preferred."""
+    for name, length in (("full_sft", 16), ("rlhf", 256)):
+        path = write_weights(tmp_path / f"{name}_32.pth", tokenizer, scale=3.0)
+        sidecar = json.loads(path.with_suffix(".json").read_text()) | {"flags": {"max_seq_len": length}}
+        path.with_suffix(".json").write_text(json.dumps(sidecar))
+    found = evaluated(tmp_path, pairs, "--weight", "rlhf", "--reference", "full_sft")["rlhf_32"]
+    assert found["reward"]["accuracy"] == 0 and found["sum"]["accuracy"] > 0
+
+
 def test_accuracies_of_pairs_by_hand():
     def record(*sides: tuple[float, int]) -> dict:  # nats and tokens, in two pieces
         return {"documents": [[["0-256", nats - 1, tokens - 1, 0], ["256-512", 1, 1, 0]] for nats, tokens in sides]}
@@ -437,6 +463,39 @@ def test_the_command_writes_scores_and_goes_on_after_a_kill(sets, tmp_path, toke
     assert again["tasks"] == whole["tasks"] and again["seconds"] is None
 
 
+def test_an_answer_with_an_odd_line_separator_is_not_lost(sets, tmp_path, tokenizer, monkeypatch):
+    write_weights(tmp_path / "full_sft_32.pth", tokenizer)
+    monkeypatch.setattr(evaluate, "generate_batch", lambda model, prompts, params: [[0]] * len(prompts))
+    monkeypatch.setattr(type(tokenizer), "decode", lambda self, ids, **_: "一\u2028二\x85\u2029")
+    main(["--tasks", "sums", "--eval_dir", str(sets), "--out_dir", str(tmp_path), "--device", "cpu"])
+    assert json.loads((tmp_path / "scores" / "full_sft_32.json").read_text())["tasks"]["sums"]["questions"] == 2
+
+
+def test_weights_of_one_name_in_two_folders_keep_their_scores_apart(sets, tmp_path, tokenizer):
+    paths = [write_weights(tmp_path / name / "pretrain_32.pth", tokenizer) for name in ("slow", "fast")]
+    common = ["--tasks", "easy", "--eval_dir", str(sets), "--device", "cpu", "--output", str(tmp_path / "scores")]
+    main([*common, "--weight", *map(str, paths)])
+    for name in ("slow_pretrain_32", "fast_pretrain_32"):
+        assert json.loads((tmp_path / "scores" / f"{name}.json").read_text())["format"] == "plain"
+    with pytest.raises(SystemExit, match="score them by themselves"):
+        main([*common, "--weight", str(paths[0]), str(paths[0].parent / ".." / "slow" / "pretrain_32.pth")])
+
+
+def test_another_stretching_is_not_resumed(sets, tmp_path, tokenizer, monkeypatch):
+    write_weights(tmp_path / "pretrain_32.pth", tokenizer)
+    common = ["--tasks", "easy", "--eval_dir", str(sets), "--out_dir", str(tmp_path), "--device", "cpu"]
+    common += ["--weight", "pretrain", "--max_seq_len", "64"]
+    monkeypatch.setattr(evaluate, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit, match="--resume"):
+        main(common)
+    asked, score_options = [], evaluate.score_options
+    monkeypatch.setattr(evaluate, "score_options", lambda *args: asked.append(1) or score_options(*args))
+    for flags, times in ((["--rope_scaling", "4", "--trained_length", "16"], 1), ([], 1)):
+        with pytest.raises(SystemExit, match="--resume"):
+            main([*common, *flags, "--resume"])
+        assert len(asked) == times
+
+
 def test_a_server_gives_the_same_scores(tmp_path, tokenizer, sets):
     out = write_models(tmp_path / "out", tokenizer)
     common = ["--tasks", "ceval", "easy", "--eval_dir", str(sets), "--shots", "1", "--device", "cpu"]
@@ -449,6 +508,7 @@ def test_a_server_gives_the_same_scores(tmp_path, tokenizer, sets):
         assert log_likelihoods_of_server(server.client, "full_sft_32", pairs) == pytest.approx(
             log_likelihoods(model, pairs), rel=1e-4
         )
+        assert evaluate.context_of_server(server.client, "full_sft_32") == server.engine.context_length - 1
     here, there = (json.loads((tmp_path / f"{name}.json").read_text())["tasks"] for name in ("here", "there"))
     assert here == there
 

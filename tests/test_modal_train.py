@@ -114,7 +114,7 @@ def test_without_flags_it_is_one_a100_for_a_day_with_the_volume_minimind():
 def test_the_container_gets_code_and_sample_and_nothing_private():
     wanted = ["model/weights.py", "model/tokenizer.json", "dataset/sample/sft.jsonl", "trainer/train_dpo.py"]
     wanted += ["model/tokenizer_v1/tokenizer.json"]
-    wanted += ["modal_train.py", "scripts/web_page.css", "requirements.txt", "eval_model.py"]
+    wanted += ["modal_train.py", "scripts/web_page.css", "scripts/report.css", "requirements.txt", "eval_model.py"]
     private = [".env", "dataset/pretrain_hq.jsonl", "out/full_sft_512.pth", "out/logs/a.jsonl", ".git/config", ".netrc"]
     private += ["MiniMind2/model.safetensors", ".venv/lib/python3.11/site-packages/torch/__init__.py"]
     assert all(modal_train.FILES(Path(name)) for name in wanted)

@@ -14,6 +14,7 @@ def out(tmp_path):
     folder = tmp_path / "out"
     for name in ("full_sft_32.pth", "full_sft_32.json", "resume/full_sft_32.resume", "logs/full_sft_32.jsonl",
                  "resume/.full_sft_32.lock", "pretrain_32.pth", "lora/lora_a_32.pth", "token_cache/a/tokens.bin",
+                 "stable/token_cache/a/tokens.bin",
                  "resume/full_sft_32.shards/step-1/0.pt", ".env"):  # fmt: skip
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(name.encode() * 50)

@@ -50,7 +50,7 @@ def fresh_copy(folder: Path) -> Path:
                 count=2040 if name in ("pretrain_hq", "sft_mini_512") else 40,
                 seed=seed,
             )
-    question = {"question": "How many are 3 and 4?", "answer": "3 + 4 = 7.\n#### 7"}
+    question = {"question": "三加四等于几？", "answer": "三加四等于七。\n#### 7"}
     write_jsonl(folder / "raw" / "gsm8k.jsonl", [question] * 8)
     problem = {"conversations": [{"role": "user", "content": "How many are 3 and 4?"}], "answer": "7"}
     write_jsonl(folder / "dataset" / "grpo.jsonl", [problem] * 8)
@@ -58,7 +58,7 @@ def fresh_copy(folder: Path) -> Path:
     (folder / "dataset" / "eval").mkdir()
     for name in ("ceval", "cmmlu", "arc_easy"):
         write_jsonl(folder / "dataset" / "eval" / f"{name}.jsonl", [choices] * 4)
-    alpaca = {"instruction": "Name a colour that the sky has on a clear day.", "output": "On a clear day it is blue."}
+    alpaca = {"instruction": "晴天的天空是什么颜色？", "output": "晴天的天空是蓝色的。"}
     (folder / "raw" / "alpaca.json").write_text(json.dumps([alpaca] * 8), encoding="utf-8")
     programs = folder / "bin_of_tests"
     programs.mkdir()
@@ -102,8 +102,9 @@ def after_the_readme(request, tmp_path_factory) -> tuple[Path, str]:
     return folder, request.param
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", sorted(PAGES, key=lambda page: page not in (README, "docs/stages.md")))
 def test_page_runs(after_the_readme, page):
+    """The README first, then the stages, whose data, weights and adapters the other pages go on with."""
     folder, readme = after_the_readme
     if page == README:
         for name in (
@@ -117,4 +118,5 @@ def test_page_runs(after_the_readme, page):
             assert (folder / "out" / f"{name}.pth").is_file()
         assert (folder / "MiniMind2-Small" / "model.safetensors").is_file()
     elif page != HOUSE_PAGE or readme == README:
+        shutil.rmtree(folder / "MiniMind2-Small", ignore_errors=True)  # the README's; the pages convert too
         run_page(folder, page if readme == README else CHINESE[page])

@@ -141,8 +141,9 @@ def test_gsm8k_becomes_problems_with_a_bare_answer(tmp_path):
     expected = {"conversations": [{"role": "user", "content": "How many?"}], "answer": "1234"}
     assert converted(tmp_path, [row], "--to", "problem") == [expected]
     assert converted(tmp_path, [expected], "--to", "problem") == [expected]
-    [numeric] = converted(tmp_path, [{"problem": "How many?", "answer": 7}], "--to", "problem")
-    assert numeric["answer"] == "7"
+    for number in (7, 0):
+        [numeric] = converted(tmp_path, [{"problem": "How many?", "answer": number}], "--to", "problem")
+        assert numeric["answer"] == str(number)
 
 
 def preference(*answers: str) -> dict:
@@ -239,6 +240,13 @@ def test_tools_calls_thoughts_and_results_survive_converting(tmp_path, tokenizer
     text = tokenizer.decode(made[0][0], skip_control=False)
     learned = tokenizer.decode([i for i, kept in zip(*made[0], strict=True) if kept])
     assert '"city"' in text and "<think>" in learned and '"北京"' in learned and "degrees" not in learned
+
+
+def test_a_row_that_offers_no_tools_gets_no_system_turn(tmp_path):
+    turns = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
+    assert converted(tmp_path, [{"conversations": turns, "tools": "[]"}], "--to", "conversation") == [
+        {"conversations": turns}
+    ]
 
 
 def test_what_convert_leaves_out_is_counted(tmp_path):
@@ -548,17 +556,22 @@ def test_answers_that_have_an_end_are_not_cut(answer):
 def test_only_the_chosen_side_of_a_preference_must_be_good(tmp_path):
     question = {"role": "user", "content": "介绍一下这座山"}
     answers = {"good": LONG, "refusal": "很抱歉，我无法回答这个问题，请换一个。", "repeated": "山很高。\n" * 20}
+    answers |= {"open": "```\n" + LONG, "echo": question["content"]}
     rows = [
         {
             side: [question, {"role": "assistant", "content": answers[name]}]
             for side, name in zip(("chosen", "rejected"), pair, strict=True)
         }
-        for pair in (("good", "refusal"), ("good", "repeated"), ("refusal", "good"), ("repeated", "good"))
-    ]
+        for pair in (
+            ("good", "refusal"), ("good", "repeated"), ("good", "open"), ("good", "echo"),
+            ("refusal", "good"), ("repeated", "good"), ("open", "open"), ("echo", "good"),
+        )
+    ]  # fmt: skip
     source = write_jsonl(tmp_path / "a.jsonl", rows)
     prepare("clean", source, "-o", tmp_path / "b.jsonl")
-    assert read(tmp_path / "b.jsonl") == rows[:2]
-    assert reasons(tmp_path / "b.jsonl") == {"refusal": 1, "repeated lines": 1}
+    assert read(tmp_path / "b.jsonl") == rows[:4]
+    reasons_why = {"refusal": 1, "repeated lines": 1, "broken markup": 1, "answer repeats the question": 1}
+    assert reasons(tmp_path / "b.jsonl") == reasons_why
 
 
 def test_a_question_without_answer_at_the_end_goes_and_the_rest_stays(tmp_path):
@@ -749,7 +762,10 @@ def test_decontaminate_finds_shared_text_in_any_layout(tmp_path, evaluation, cap
 def test_decontaminate_says_when_nothing_can_be_found(tmp_path):
     source = write_texts(tmp_path / "a.jsonl", 2)
     evaluation = write_jsonl(tmp_path / "e.jsonl", [{"query": "短", "choices": ["甲"], "gold": 0}])
-    assert "--characters" in error_of("decontaminate", source, "-o", tmp_path / "b.jsonl", "--evaluation", evaluation)
+    command = ("decontaminate", source, "-o", tmp_path / "b.jsonl", "--evaluation", evaluation)
+    assert "--characters" in error_of(*command)
+    assert "--characters 30: from 1 to 24" in error_of(*command, "--characters", "30")
+    assert "--words 40: from 1 to 24" in error_of(*command, "--words", "40")
 
 
 # --- mix and join ----------------------------------------------------------------------------------------------------

@@ -153,9 +153,12 @@ def test_an_adapter_names_its_base(hub, made, tmp_path, tokenizer):
 @HUBS
 def test_data_goes_to_a_dataset_repository(hub, tmp_path, to):
     data = write_conversations(tmp_path / "mine.jsonl")
-    push(to, data, "--dataset", repo_id="me/data")
+    long = tmp_path / "more.jsonl"
+    long.write_text(f'{{"text": "{"word " * 1000}"}}\n' * 5)
+    push(to, data, long, "--dataset", repo_id="me/data")
     files = hub.repos["datasets/me/data"]
     assert files["mine.jsonl"] == data.read_bytes() and "| mine.jsonl | 40 |" in files["README.md"].decode()
+    assert "| more.jsonl | 5 |" in files["README.md"].decode()
 
 
 def test_a_branch_is_made_for_a_revision(hub, made):

@@ -84,6 +84,12 @@ def test_broken_lines_are_skipped_and_counted(tmp_path):
     assert "6 broken lines" in (tmp_path / "report" / "report.html").read_text("utf-8")
 
 
+def test_a_sample_with_an_odd_line_separator_is_one_line(tmp_path):
+    line = json.dumps(evaluation(1) | {"sample": "一\u2028二\x85"}, ensure_ascii=False)
+    run = read_run(write_log(tmp_path, [start(), step(1), line]))
+    assert len(run.evaluations) == 1 and not run.skipped
+
+
 @pytest.mark.parametrize("lines", [None, [], [start()], ["nonsense"]])
 def test_nothing_to_report_is_an_error_that_names_the_folder(tmp_path, lines):
     if lines is not None:

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, write_conversations, write_texts
+from conftest import ROOT, write_conversations, write_texts, write_weights
 
 from scripts import speedrun
 
@@ -36,12 +36,10 @@ def test_a_tiny_run_from_data_to_report_and_again(tmp_path, monkeypatch, capsys)
     """In this process: every script with the flags that it would get."""
     ran = []
 
-    def in_process(title, script, *words, launcher="", input="", **options):
+    def in_process(title, script, *words, launcher="", **options):
         ran.append(script)
         module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
         words, output = [*map(str, words)], io.StringIO()
-        words += ["--max_new_tokens=4", "--device=cpu"] * (script == "eval_model.py")
-        monkeypatch.setattr(sys, "stdin", io.StringIO(input))
         with contextlib.redirect_stdout(output):
             module.main(words)
         return 0, output.getvalue()
@@ -50,7 +48,7 @@ def test_a_tiny_run_from_data_to_report_and_again(tmp_path, monkeypatch, capsys)
     flags = [*write_data(tmp_path), "--estimate=false", "--max_steps=3", "--price_per_hour=2"]
     speedrun.main(flags)
     stages = ["trainer/train_pretrain.py", "trainer/train_full_sft.py"]
-    rest = ["scripts/evaluate.py", "eval_model.py", "scripts/report.py"]
+    rest = ["scripts/evaluate.py", "scripts/report.py"]
     assert ran == stages + rest
     page = (tmp_path / "out" / "report" / "report.md").read_text("utf-8")
     assert "| pretrain_32 | complete |" in page and "| full_sft_32 | complete |" in page
@@ -60,6 +58,27 @@ def test_a_tiny_run_from_data_to_report_and_again(tmp_path, monkeypatch, capsys)
     ran.clear()
     speedrun.main(flags)
     assert ran == rest
+
+
+def test_the_flag_for_a_mixture_names_the_weights_that_are_looked_for(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(speedrun, "train", lambda stage, weights, command, args: trained.append((weights, command)))
+    monkeypatch.setattr(speedrun, "run", lambda *_, **options: (0, ""))
+    monkeypatch.setattr(speedrun, "converse", lambda title, weights, questions: trained.append((weights, [])))
+    speedrun.main([*write_data(tmp_path), "--use_moe"])
+    assert [weights.name for weights, _ in trained] == ["pretrain_32_moe.pth", *["full_sft_32_moe.pth"] * 2]
+    assert trained[0][1][trained[0][1].index("--use_moe") + 1] is True
+
+
+def test_an_answer_of_several_lines_stays_with_its_question(tmp_path, monkeypatch, tokenizer, capsys):
+    weights, questions = write_weights(tmp_path / "full_sft_32.pth", tokenizer), ("如何保持健康？", "1+1等于几？")
+    said = ["1. 多喝水\n\n2. 早睡", "2"]
+    answers = [[*tokenizer.encode_contents([text])[0], tokenizer.eos_id] for text in said]
+    monkeypatch.setattr(speedrun, "generate_batch", lambda *_, **__: answers)
+    speedrun.converse("a conversation", weights, questions)
+    kept = json.loads((tmp_path / "report" / "dialogue.json").read_text("utf-8"))["turns"]
+    assert kept == [{"you": you, "model": text} for you, text in zip(questions, said, strict=True)]
+    assert "model: 1. 多喝水\n\n2. 早睡\n  you:   1+1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ float32, AdamW with betas 0.9 and 0.999 and decay 0.01, a cosine from 1.1 times 
 gradients averaged per micro-batch. `trainer` is transformers' Trainer with its defaults (AdamW without decay, a linear
 decay from the peak to 0, float32) on its Llama: documents joined and cut into rows of 512, attention across their
 borders. `litgpt` is LitGPT's pretraining (`pip install litgpt`; its compiled model, AdamW, a cosine to 4e-5, float32)
-on the same rows, except that it warms up over 20 steps instead of 2,000. The others are trainer/train_pretrain.py with the flags in RECIPES. Further flags for that script follow `--`.
+on the same rows, except that it warms up over 20 steps instead of 2,000. The others are trainer/train_pretrain.py with
+the flags in RECIPES. Further flags for that script follow `--`.
 """
 
 import argparse
