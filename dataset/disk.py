@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
+HEAD_START = 1.0  # seconds
 Opened = TypeVar("Opened")
 CURES = (
     dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space there")
@@ -52,6 +54,8 @@ def _opened(folder: Path, open_folder: Callable[[Path], Opened]) -> Opened | Non
 def _locked(path: Path, what: str, show: bool) -> AcquireReturnProxy:
     """Take a lock for a `with` block; the operating system releases it if its holder dies."""
     lock = FileLock(path)
+    if not show:
+        time.sleep(HEAD_START)  # so that the process that shows its progress makes it
     try:
         return lock.acquire(timeout=0)
     except Timeout:

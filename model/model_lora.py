@@ -229,6 +229,12 @@ def find_lora(name_or_path: str, out_dir: str | Path, hidden_size: int, use_moe:
     )
 
 
+def check_peft(model: nn.Module) -> None:
+    """Raise ValueError if the peft library cannot hold this model's adapter."""
+    if any(".experts." in name or ".shared_experts." in name for name, _ in lora_layers(model)):
+        raise ValueError("the PEFT layout holds adapters of dense models; peft's MoE formats name experts otherwise")
+
+
 def save_peft(folder: str | Path, model: nn.Module, base_model: str = "") -> None:
     """Write the adapter in the layout of the peft library: adapter_config.json and adapter_model.safetensors.
 
@@ -237,8 +243,7 @@ def save_peft(folder: str | Path, model: nn.Module, base_model: str = "") -> Non
     """
     from safetensors.torch import save
 
-    if any(".experts." in name or ".shared_experts." in name for name, _ in lora_layers(model)):
-        raise ValueError("the PEFT layout holds adapters of dense models; peft's MoE formats name experts otherwise")
+    check_peft(model)
     ranks = {layer.lora.A.out_features for _, layer in lora_layers(model)}
     if len(ranks) != 1:
         raise ValueError(f"the PEFT layout takes one rank for all layers; this adapter has {sorted(ranks)}")

@@ -359,5 +359,5 @@ def test_a_preset_that_contradicts_the_base_is_refused(base):
 
 
 def test_a_tokenizer_of_another_size_is_refused(base):
-    with pytest.raises(ValueError, match="--vocab_size is 6400 here and 50 in the file"):
+    with pytest.raises(ValueError, match="the tokenizer has 6400 tokens and the file 50: .* --tokenizer_path"):
         model_config(parse(), 6400, base)

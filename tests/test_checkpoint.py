@@ -14,6 +14,7 @@ import torch
 from conftest import (
     DISTILLATION,
     DPO,
+    FULL_SFT,
     LORA,
     PRETRAIN,
     REASON,
@@ -487,6 +488,20 @@ def test_an_unfinished_run_is_not_replaced_unasked(train, tmp_path, texts, unfin
     train("train_pretrain", unfinished)  # a finished run may be made again
 
 
+def test_what_a_replaced_run_left_is_not_resumed(train, tmp_path, texts, unfinished, capsys, monkeypatch):
+    """The new run breaks off before its first save."""
+
+    def breaks_off(training, lr):
+        raise FloatingPointError("broken off")
+
+    with monkeypatch.context() as patch, pytest.raises(FloatingPointError):
+        patch.setattr(Training, "step", breaks_off)
+        train("train_pretrain", [*unfinished, "--overwrite", "--seed=7"])
+    capsys.readouterr()
+    train("train_pretrain", [*unfinished, "--resume"])
+    assert "nothing is saved" in capsys.readouterr().out
+
+
 def test_an_unfinished_run_is_replaced_when_asked(train, tmp_path, texts, unfinished):
     train("train_pretrain", [*unfinished, "--overwrite"])
     train("train_pretrain", tiny_flags(tmp_path / "whole", texts))
@@ -593,6 +608,61 @@ def test_other_frozen_weights_are_refused(train, tmp_path, inputs, tokenizer, st
     write_weights(frozen, tokenizer, seed=6)
     with pytest.raises(ValueError, match=f"would not be the run.*{said} was [0-9a-f]+, is [0-9a-f]+"):
         train(stage.script, [*line, "--resume"])
+
+
+@pytest.mark.parametrize("stage", [FULL_SFT, DPO, REASON, DISTILLATION], ids=lambda stage: stage.script)
+def test_a_base_that_was_trained_again_is_not_taken_for_the_old_one(train, tmp_path, inputs, tokenizer, stage):
+    base = write_weights(tmp_path / "base.pth", tokenizer, seed=5)
+    line = tiny_flags(tmp_path, **inputs(stage) | {"max_steps": 1, "base_weight": base})
+    train(stage.script, line)
+    write_weights(base, tokenizer, seed=6)
+    with pytest.raises(ValueError, match="would not be the run.*base was [0-9a-f]+, is [0-9a-f]+"):
+        train(stage.script, [*line, "--resume"])
+
+
+def test_weights_may_be_trained_further_in_their_own_file(train, tmp_path, inputs, tokenizer):
+    base = write_weights(tmp_path / "full_sft_32.pth", tokenizer, seed=5)
+    line = tiny_flags(tmp_path, **inputs(FULL_SFT) | {"max_steps": 1, "base_weight": base, "overwrite": True})
+    train(FULL_SFT.script, line)
+    train(FULL_SFT.script, [*line, "--overwrite=false", "--resume"])
+
+
+@pytest.mark.parametrize(
+    ("stage", "flag", "said"),
+    [(DPO, "base_weight", "reference"), (DISTILLATION, "teacher_weight", "teacher")],
+)
+def test_frozen_weights_are_not_replaced_by_the_result(train, tmp_path, inputs, tokenizer, stage, flag, said):
+    frozen = write_weights(tmp_path / f"{stage.name()}.pth", tokenizer, seed=5)
+    flags = inputs(stage) | {flag: frozen, "overwrite": True}
+    flags.pop("reference_weight", None)  # then it is the base
+    before = frozen.read_bytes()
+    with pytest.raises(ValueError, match=f"is the {said} of this run and would be replaced"):
+        train(stage.script, tiny_flags(tmp_path, **flags))
+    assert frozen.read_bytes() == before
+
+
+def test_on_another_number_of_processes_no_answer_of_the_reference_is_missing(train, tmp_path, inputs, monkeypatch):
+    """Two processes took steps of eight pairs; one goes on, with a reference that is asked anew for a part of them."""
+    flags = inputs(DPO) | {"batch_size": 2, "accumulation_steps": 4, "max_steps": 4, "save_interval": 2}
+    whole = tiny_flags(tmp_path / "whole", **flags)
+    train(DPO.script, whole)
+    parts = tiny_flags(tmp_path / "parts", **flags)
+    taken, step = [], Training.step
+
+    def breaks_off(training, lr):
+        taken.append(lr)
+        if len(taken) == 4:
+            raise FloatingPointError("broken off")
+        return step(training, lr)
+
+    with monkeypatch.context() as patch, pytest.raises(FloatingPointError):
+        patch.setattr(Training, "step", breaks_off)
+        train(DPO.script, parts)
+    path = tmp_path / "parts" / "resume" / "rlhf_32.resume"
+    torch.save(torch.load(path, weights_only=True) | {"ranks": 2}, path)
+    fresh = tmp_path / "fresh"
+    train(DPO.script, [*parts, "--resume", "--accumulation_steps=2", f"--cache_dir={fresh}"])
+    assert_identical(*(read_resume(tmp_path / name, "rlhf_32")["model"] for name in ("parts", "whole")))
 
 
 def test_every_flag_is_either_free_or_compared():

@@ -184,16 +184,30 @@ def test_handlers_are_put_back_and_a_second_interrupt_is_at_once(capfd):
 
 
 def test_a_run_whose_launcher_was_killed_stops(monkeypatch):
-    for launched in (False, True):
-        monkeypatch.delenv("LOCAL_RANK", raising=False)
-        if launched:
-            monkeypatch.setenv("LOCAL_RANK", "0")
+    """Without a launcher a run outlives its shell, also where ZeRO has set LOCAL_RANK for its engine."""
+    for name in (None, "LOCAL_RANK", "RANK"):
+        for each in ("LOCAL_RANK", "RANK"):
+            monkeypatch.delenv(each, raising=False)
+        if name:
+            monkeypatch.setenv(name, "0")
         monkeypatch.setattr(os, "getppid", lambda: 1000)  # the tests may themselves be a child of process 1
         stop = StopRequest()
         assert not stop.agreed(ALONE)
         monkeypatch.setattr(os, "getppid", lambda: 1)
+        launched = name == "RANK"
         assert stop.agreed(ALONE) == launched and stop.signal == (signal.SIGTERM if launched else 0)
         monkeypatch.undo()
+
+
+def test_a_long_evaluation_is_not_taken_for_a_process_that_hangs(monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "HANG_SECONDS", 0.05)
+    monkeypatch.setattr(distributed, "sum_over_ranks", lambda values, process: values)
+    with stop_on_signal() as stop:
+        stop.agreed(dataclasses.replace(ALONE, world_size=2))
+        with distributed.between_steps():
+            time.sleep(0.5)
+        stop.watching = False
+    assert "may hang" not in capsys.readouterr().err
 
 
 def test_a_process_that_waits_for_another_one_says_so(monkeypatch, capsys):

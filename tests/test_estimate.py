@@ -298,6 +298,13 @@ def test_pairs_take_as_many_rows_as_were_seen(positions, rows):
     assert made("pretrain", positions=positions, batch_size=4).rows == 4
 
 
+def test_steps_of_grpo_that_taught_nothing_can_be_estimated():
+    steps = [{"seconds": n, "processor_seconds": n, "tokens": 0, "mfu": 0.0} for n in (1, 2)]
+    log = made("rollouts", steps)
+    estimate = Estimate([{k: v for k, v in log.start.items() if k != "tokens_per_step"}, *log.steps])
+    assert estimate.seconds == 10 and "0 tokens/s" in estimate.report({})
+
+
 def test_what_does_not_fit_is_said_with_flags_that_fit_and_keep_the_step():
     lines = card_lines(batch_size=512, accumulation_steps=3)
     rows, steps = map(

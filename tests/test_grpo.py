@@ -159,6 +159,16 @@ def test_the_loss_is_trls(loss, beta):
 # --- rewards ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_reward_of_a_file_with_a_space_in_its_name(tmp_path, tokenizer):
+    path = tmp_path / "my own.py"
+    path.write_text("def vowels(answer, record):\n    return 1\n")
+    prompts = write_jsonl(tmp_path / "p.jsonl", [{"conversations": [{"role": "user", "content": "?"}], "answer": "1"}])
+    flags = ["--reward", "number", f"python:{path}:vowels", "--data_path", str(prompts), "--max_new_tokens", "4"]
+    args = train_grpo.parse([*flags, "--device", "cpu", "--out_dir", str(tmp_path)])
+    sampler = rollouts.Sampler(prompts, args, tokenizer, None)
+    assert [reward.name for reward in sampler.rewards] == ["number", "vowels"]
+
+
 def test_rewards_are_summed_with_their_weights(tmp_path):
     (tmp_path / "own.py").write_text("def vowels(answer, record):\n    return sum(c in 'aeiou' for c in answer)\n")
     rewards = build_rewards(["number", "format=0.2", f"python:{tmp_path / 'own.py'}:vowels=-1"])

@@ -362,6 +362,21 @@ def test_an_adapter_learns_and_evaluates_as_the_loaded_file_does(train, tmp_path
     assert json.loads((tmp_path / "lora" / "mine_32_peft" / "adapter_config.json").read_text())["r"] == 8
 
 
+def test_the_next_command_names_the_stage_of_the_base(train, tmp_path, tokenizer, chats, capsys):
+    base = save_base(tmp_path, tokenizer).rename(tmp_path / "rlhf_32.pth")
+    sidecar = json.loads((tmp_path / "full_sft_32.json").read_text()) | {"stage": "rlhf"}
+    base.with_suffix(".json").write_text(json.dumps(sidecar))
+    train("train_lora", tiny_flags(tmp_path, chats, max_steps=1, base_weight="rlhf"))
+    assert "--model_mode 2" in capsys.readouterr().out
+
+
+def test_an_adapter_that_peft_cannot_hold_is_told_before_training(train, tmp_path, tokenizer, chats):
+    base = save_base(tmp_path, tokenizer, use_moe=True)
+    with pytest.raises(ValueError, match="PEFT layout holds adapters of dense models"):
+        train("train_lora", tiny_flags(tmp_path, chats, base_weight=base, use_moe=True, save_peft=True))
+    assert not (tmp_path / "lora" / "lora_medical_32_moe.pth").exists()
+
+
 def test_wrong_flags_and_missing_base_weights(train, tmp_path, tokenizer, chats):
     with pytest.raises(ValueError, match="full_sft_32.pth not found; run trainer/train_full_sft.py first"):
         train("train_lora", tiny_flags(tmp_path, chats))

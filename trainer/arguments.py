@@ -217,9 +217,13 @@ def model_config(args: argparse.Namespace, vocab_size: int, base: Path | None = 
     config = config_of_file(base, read_state_dict(base), read_sidecar(base), given)
     differing = [
         f"--{name} is {value} here and {getattr(config, name)} in the file"
-        for name, value in (given | {"vocab_size": vocab_size}).items()
+        for name, value in given.items()
         if getattr(config, name) != value
     ]
+    if config.vocab_size != vocab_size:
+        differing.append(
+            f"the tokenizer has {vocab_size} tokens and the file {config.vocab_size}: name its own by --tokenizer_path"
+        )
     if differing:
         raise WeightsError(f"{base} does not fit this model: {'; '.join(differing)}")
     for name in MODEL_FLAGS:

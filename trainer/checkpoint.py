@@ -175,26 +175,40 @@ class Checkpoint:
         tokenizer: ChatTokenizer,
         data: Any,
         write: Callable[[Path, nn.Module, dict], None] = save_weights,
-        **identity: str,
+        base: Path | None = None,
+        **frozen: Path,
     ):
         """data: a PackedData, or train_grpo's Sampler. write(path, model, sidecar): writes the weight file.
 
-        identity: what must not change on resume besides the tokenizer and the data, such as the hash of frozen weights.
+        base: the weights that training starts from. frozen: weights that are read all along. Neither may change on
+        resume; only a base may be the weight file itself. Raises WeightsError if frozen weights would be replaced, and
+        ValueError if the state to resume from is of another run. On another number of processes it changes
+        args.accumulation_steps so that the global batch stays, so it comes before the first pass over the data.
         """
+        for name, path in frozen.items():
+            if weights.exists() and path.samefile(weights):
+                raise WeightsError(
+                    f"{path} is the {name} of this run and would be replaced by its result: copy it to another name "
+                    "first, or choose another --out_dir"
+                )
+        if base and not (weights.exists() and base.samefile(weights)):
+            frozen["base"] = base
         self.weights, self.stage, self.write = weights, stage, write
         self.name = str(weights.relative_to(args.out_dir).with_suffix(""))
         self.path = resume_path(weights, args)
         self.shards = self.path.with_suffix(".shards")
         self.args, self.process, self.tokenizer, self.data = args, process, tokenizer, data
         self.saved_step = 0
-        self.identity = {"tokenizer": tokenizer.sha256, **data.fingerprint(), **identity}
+        hashes = {name: file_sha256(path) for name, path in frozen.items()}
+        self.identity = {"tokenizer": tokenizer.sha256, **data.fingerprint(), **hashes}
+        self.state = self._load()
 
     def restore(self, training: Training, fresh: str = "") -> Progress:
         """Restore trained weights, optimizer and scaler, then RNG states (of as many processes as now), then progress.
 
         Return a new Progress if there is nothing to resume. fresh: what to say then.
         """
-        state = self._load()
+        state, self.state = self.state, None
         if state is None:
             if fresh:
                 self.process.say(fresh)
@@ -214,13 +228,11 @@ class Checkpoint:
         return progress
 
     def _load(self) -> dict | None:
-        """Return the state to resume from, checked against this run's flags and data; None if there is none.
-
-        On another number of processes, accumulation_steps changes so that the global batch does not.
-        """
+        """Return the state to resume from, checked against this run's flags and data; None if there is none."""
         if not self.args.resume:
-            if self.path.exists():
-                self.process.say(f"{self.path} holds the state of an earlier run; this one will replace it")
+            if self.process.is_main and self.path.exists():
+                self.path.unlink()  # or --resume could take it for this run's
+                self.process.say(f"{self.path} held the state of an earlier run, which this one replaces")
             return None
         state = share_from_main(self._read() if self.process.is_main else None, self.process)
         if state is None:
@@ -232,6 +244,7 @@ class Checkpoint:
         flags = result_flags(self.args)
         # a flag that the saved run did not know yet had its default
         saved_flags = {name: flags[name] for name in flags.keys() - set(self.args.changed)} | saved_flags
+        saved_identity = self.identity | saved_identity  # older states lack the hash of a base
         was = {f"--{name}": value for name, value in saved_flags.items()} | saved_identity
         now = {f"--{name}": value for name, value in flags.items()} | self.identity
         differing = [name for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name)]

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import ctypes
 import datetime
+import math
 import os
 import random
 import signal
@@ -184,9 +185,11 @@ class StopRequest:
     long for another one says so.
     """
 
+    current: "StopRequest | None" = None
+
     def __init__(self):
         self.signal = 0
-        self.launcher = os.getppid() if {"LOCAL_RANK", LAUNCHED} & os.environ.keys() else None
+        self.launcher = os.getppid() if {"RANK", LAUNCHED} & os.environ.keys() else None
         self.last, self.longest, self.watching = time.monotonic(), 0.0, False
 
     def _handle(self, number: int, frame) -> None:
@@ -225,12 +228,23 @@ class StopRequest:
 
 
 @contextlib.contextmanager
+def between_steps() -> Iterator[None]:
+    """Wrap an evaluation or a save: however long it takes, it is no sign of a process that hangs."""
+    request = StopRequest.current
+    if request:
+        request.last = math.inf
+    yield
+    if request:
+        request.last = time.monotonic()
+
+
+@contextlib.contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    request = StopRequest()
+    request = StopRequest.current = StopRequest()
     previous = {number: signal.signal(number, request._handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield request
     finally:
-        request.watching = False
+        request.watching, StopRequest.current = False, None
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -180,7 +180,8 @@ class Estimate:
         seconds, processor = gains("seconds"), gains("processor_seconds")
         self.tokens = gains("tokens")
         self.tokens_per_step = self.start.get("tokens_per_step") or fmean(self.tokens[timed])  # unknown for GRPO
-        larger = self.tokens_per_step / fmean(self.tokens[timed])  # the run's mean step relative to the timed ones
+        # the run's mean step relative to the timed ones, in which GRPO may have learned from nothing
+        larger = self.tokens_per_step / fmean(self.tokens[timed]) if any(self.tokens[timed]) else 1.0
         # a step always has the same number of packed rows; pairs take as many rows as they need
         longer = larger if self.start["kind"] == "preference" else 1.0
         self.timed, self.spread = len(seconds[timed]), pstdev(seconds[timed]) / fmean(seconds[timed])

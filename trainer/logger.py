@@ -28,6 +28,7 @@ from trainer.cost import (
     matmul_flops_per_second,
     memory_parts,
 )
+from trainer.distributed import between_steps
 from trainer.estimate import compared
 from trainer.loader import plural
 from trainer.tracking import JsonLines, Tracker, chosen, grouped
@@ -116,7 +117,8 @@ class Logger:
         self.bar.rename(what)
         before = _clocks()
         try:
-            yield
+            with between_steps():
+                yield
         finally:
             self.started = [a + c - b for a, b, c in zip(self.started, before, _clocks(), strict=True)]
             self.bar.rename("training")

@@ -15,6 +15,7 @@ import copy
 import functools
 import hashlib
 import json
+import shlex
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -95,7 +96,7 @@ class Sampler:
         Raises ValueError if a line is not a prompt with an answer (unless --skip_bad_lines), or is too long.
         """
         self.path, self.args, self.process, self.tokenizer = path, args, process, tokenizer
-        self.rewards = build_rewards(args.reward.split())
+        self.rewards = build_rewards(shlex.split(args.reward))
         self.records = read_prompts(path, args.skip_bad_lines)
         self.with_tools = any("tools" in turn for record in self.records for turn in record["conversations"])
         self.prompt_ids = [tokenizer.encode_prompt(record["conversations"]) for record in self.records]

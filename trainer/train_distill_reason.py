@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     model = MiniMindForCausalLM(config).to(process.device)
     load_weights(model, base, tokenizer.sha256)
     training = start_training(model, args, process)
-    checkpoint = Checkpoint(weights, "reason", args, process, tokenizer, data)
+    checkpoint = Checkpoint(weights, "reason", args, process, tokenizer, data, base=base)
     progress = checkpoint.restore(training, fresh=f"starting from {base}")
     logger = Logger(checkpoint.name, args, training, data, progress)
     metrics = {}

@@ -31,7 +31,7 @@ from dataset.tokenization import ChatTokenizer
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import find_weights, load_weights
 from trainer.arguments import add_boolean, chat_command, model_config, parse_arguments, run_script, stage_parser
-from trainer.checkpoint import Checkpoint, file_sha256, output_path
+from trainer.checkpoint import Checkpoint, output_path
 from trainer.distributed import start_process, stop_on_signal, stop_process, sum_over_ranks
 from trainer.evaluation import Evaluator
 from trainer.loader import PackedData, model_inputs
@@ -127,6 +127,7 @@ def main(argv: list[str] | None = None) -> None:
 
     data = PackedData(args, "conversation", tokenizer, process)
     evaluator = Evaluator(args, "conversation", tokenizer, process)
+    checkpoint = Checkpoint(weights, "full_dist", args, process, tokenizer, data, base=base, teacher=teacher_path)
     teacher = Teacher(teacher_path, args, tokenizer, process)
     if args.cache_teacher:
         teacher.keep(data, args.cache_teacher)
@@ -134,7 +135,6 @@ def main(argv: list[str] | None = None) -> None:
     load_weights(model, base, tokenizer.sha256)
     model.recompute_activations(not args.gradient_checkpointing)  # memory is what two models are short of
     training = start_training(model, args, process)
-    checkpoint = Checkpoint(weights, "full_dist", args, process, tokenizer, data, teacher=file_sha256(teacher_path))
     progress = checkpoint.restore(training, fresh=f"student {base}, teacher {teacher_path}")
     logger = Logger(checkpoint.name, args, training, data, progress, teacher.model)
     metrics = {}

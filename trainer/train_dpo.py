@@ -33,7 +33,7 @@ from model.device import to_device
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import find_weights, load_weights
 from trainer.arguments import chat_command, model_config, parse_arguments, run_script, stage_parser
-from trainer.checkpoint import Checkpoint, file_sha256, output_path
+from trainer.checkpoint import Checkpoint, output_path
 from trainer.distributed import start_process, stop_on_signal, stop_process, sum_over_ranks
 from trainer.evaluation import Evaluator
 from trainer.loader import PackedData
@@ -125,6 +125,7 @@ def main(argv: list[str] | None = None) -> None:
 
     data = PackedData(args, "preference", tokenizer, process)
     evaluator = Evaluator(args, "preference", tokenizer, process)
+    checkpoint = Checkpoint(weights, "rlhf", args, process, tokenizer, data, base=base, reference=frozen)
     reference = reference_log_probs(frozen, data, tokenizer)
     measure = None
     if evaluator.data:
@@ -133,7 +134,6 @@ def main(argv: list[str] | None = None) -> None:
     model = MiniMindForCausalLM(config).to(process.device)
     load_weights(model, base, tokenizer.sha256)
     training = start_training(model, args, process)
-    checkpoint = Checkpoint(weights, "rlhf", args, process, tokenizer, data, reference=file_sha256(frozen))
     progress = checkpoint.restore(training, fresh=f"starting from {base}")
     logger = Logger(checkpoint.name, args, training, data, progress)
     metrics = {}

@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     if base:
         load_weights(model, base, tokenizer.sha256)
     training = start_training(model, args, process)
-    checkpoint = Checkpoint(weights, "full_sft", args, process, tokenizer, data)
+    checkpoint = Checkpoint(weights, "full_sft", args, process, tokenizer, data, base=base)
     progress = checkpoint.restore(training, fresh=f"starting from {base or 'random weights'}")
     logger = Logger(checkpoint.name, args, training, data, progress)
     metrics = {}

@@ -23,6 +23,7 @@ Writes  out/grpo_{hidden_size}{_moe}.pth and a .json next to it, out/resume/, ou
     torchrun --nproc_per_node 8 train_grpo.py --data_path FILE.jsonl --reward number
 """
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from model.model_lora import apply_lora, save_merged
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import find_weights, load_weights, save_weights
 from trainer.arguments import chat_command, model_config, parse_arguments, run_script, stage_parser
-from trainer.checkpoint import Checkpoint, file_sha256, output_path
+from trainer.checkpoint import Checkpoint, output_path
 from trainer.distributed import start_process, stop_on_signal, stop_process, sum_over_ranks
 from trainer.logger import Logger
 from trainer.optimization import check_finite, learning_rate
@@ -86,7 +87,7 @@ def parse(argv: list[str] | None):
         accumulation_steps=(lambda n: n == 1, "1: a step takes as many micro-batches as its answers need"),
     )
     build_rewards(args.reward)  # report a mistake before anything is loaded
-    args.reward = " ".join(args.reward)
+    args.reward = shlex.join(args.reward)
     return args
 
 
@@ -150,7 +151,8 @@ def main(argv: list[str] | None = None) -> None:
         apply_lora(model, args.lora_rank)
     training = start_training(model, args, process)
     write = save_merged if args.lora_rank else save_weights
-    checkpoint = Checkpoint(weights, "grpo", args, process, tokenizer, sampler, write, base=file_sha256(base))
+    frozen = {"reference": base} if args.beta or args.lora_rank else {}  # else it only starts from its base
+    checkpoint = Checkpoint(weights, "grpo", args, process, tokenizer, sampler, write, base=base, **frozen)
     progress = checkpoint.restore(training, fresh=f"starting from {base}")
     logger = Logger(checkpoint.name, args, training, sampler, progress)
     metrics = {}

@@ -22,11 +22,11 @@ import model.threads  # isort: skip  # noqa: F401  how torch's threads wait: dec
 import torch
 
 from dataset.tokenization import ChatTokenizer
-from model.model_lora import TARGETS, apply_lora, lora_path, save_lora, save_peft
+from model.model_lora import TARGETS, apply_lora, check_peft, lora_path, save_lora, save_peft
 from model.model_minimind import MiniMindForCausalLM
-from model.weights import find_weights, load_weights
+from model.weights import STAGES, find_weights, load_weights, read_sidecar
 from trainer.arguments import add_boolean, chat_command, model_config, parse_arguments, run_script, stage_parser
-from trainer.checkpoint import Checkpoint, claim, file_sha256, refuse_other_adapter
+from trainer.checkpoint import Checkpoint, claim, refuse_other_adapter
 from trainer.distributed import start_process, stop_on_signal, stop_process, sum_over_ranks
 from trainer.evaluation import Evaluator
 from trainer.loader import PackedData
@@ -90,11 +90,13 @@ def main(argv: list[str] | None = None) -> None:
     load_weights(model, base, tokenizer.sha256)
     refuse_other_adapter(weights, model, args)
     apply_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets.split(","))
+    if args.save_peft:
+        check_peft(model)
     trained, total = (sum(p.numel() for p in part) for part in (trainable(model), model.parameters()))
     process.say(f"adapting {base}: {trained:,} of {total:,} parameters train ({trained / total:.2%})")
     training = start_training(model, args, process)
     checkpoint = Checkpoint(
-        weights, f"lora/{args.lora_name}", args, process, tokenizer, data, write=save_lora, base=file_sha256(base)
+        weights, f"lora/{args.lora_name}", args, process, tokenizer, data, write=save_lora, base=base
     )
     progress = checkpoint.restore(training)
     logger = Logger(checkpoint.name, args, training, data, progress)
@@ -132,7 +134,9 @@ def main(argv: list[str] | None = None) -> None:
         with training.whole_weights() as model:
             if process.is_main:
                 save_peft(weights.with_name(f"{weights.stem}_peft"), model)
-    logger.close(weights, progress, chat_command(args, "full_sft", "--lora_name", args.lora_name))
+    stage = (read_sidecar(base) or {}).get("stage", args.base_weight)
+    stage = stage if stage in STAGES else "full_sft"
+    logger.close(weights, progress, chat_command(args, stage, "--lora_name", args.lora_name))
     stop_process(stop, progress.complete)
 
 

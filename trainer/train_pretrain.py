@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     if base:
         load_weights(model, base, tokenizer.sha256)
     training = start_training(model, args, process)
-    checkpoint = Checkpoint(weights, "pretrain", args, process, tokenizer, data)
+    checkpoint = Checkpoint(weights, "pretrain", args, process, tokenizer, data, base=base)
     progress = checkpoint.restore(training, fresh=f"starting from {base}" if base else "")
     logger = Logger(checkpoint.name, args, training, data, progress)
     metrics = {}
