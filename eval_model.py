@@ -120,7 +120,8 @@ class LocalChat(TerminalChat):
         super().__init__(args)
         ready = load(args)
         lora = put_on_adapter(ready, args, args.lora_name)
-        self._use(ready, STAGE_OF_MODE[args.model_mode])
+        stage = STAGE_OF_MODE[args.model_mode]
+        self._use(ready, ready.sidecar.get("stage", stage) if args.load == 1 else stage)
         note(describe(ready.model, f"{ready.path} with {lora}" if lora else str(ready.path)))
 
     def _use(self, ready: ReadyModel, stage: str) -> None:
@@ -145,7 +146,8 @@ class LocalChat(TerminalChat):
         tokenizer = self.ready.tokenizer
         ids = self.encode(prompt)
         params = sampling_params(self.args, (tokenizer.eos_id, tokenizer.pad_id))
-        text, display = TextStream(tokenizer, split_thoughts=self.stage in THINKING_STAGES), Display()
+        text = TextStream(tokenizer, split_thoughts=self.stage in THINKING_STAGES, prompt_ids=ids)
+        display = Display()
         answer_ids, interrupted = [], False
         started = time.perf_counter()
         try:

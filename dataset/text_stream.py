@@ -22,11 +22,22 @@ class TextStream:
 
     stop: strings that end the text and are not shown; after one, `stopped` is true and the rest is dropped.
     split_thoughts: separate what is inside <think> from the answer, see ThoughtSplitter; otherwise tags are text.
+    prompt_ids: what the answer follows; some chat templates end it with <think>.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer, stop: Sequence[str] = (), split_thoughts: bool = False):
+    def __init__(
+        self,
+        tokenizer: ChatTokenizer,
+        stop: Sequence[str] = (),
+        split_thoughts: bool = False,
+        prompt_ids: Sequence[int] = (),
+    ):
         self._decoder, self._stop = StreamDecoder(tokenizer), StopStrings(stop)
-        self._splitter = ThoughtSplitter() if split_thoughts else None
+        self._splitter = None
+        if split_thoughts:
+            self._splitter = ThoughtSplitter()
+            if tokenizer.decode(prompt_ids[-8:]).rstrip().endswith("<think>"):
+                self._splitter.push("<think>")
 
     @property
     def stopped(self) -> bool:

@@ -130,7 +130,7 @@ class ModelPool:
                 await asyncio.to_thread(self._loaded.pop(oldest).engine.close)
             try:
                 engine, tokenizer = await asyncio.to_thread(self.load, offer)
-            except ValueError as error:
+            except (ValueError, OSError, RuntimeError) as error:  # torch raises the last when memory runs out
                 if old is None:
                     message = f"{offer.root} cannot be loaded: {error}"
                     raise ApiError(503, message, "model", "model_not_loaded") from error

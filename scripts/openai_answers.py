@@ -1,6 +1,8 @@
 """Turn requests into prompts of token ids, and an engine's tokens into answers in OpenAI's format."""
 
 import asyncio
+import contextlib
+import json
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
@@ -40,9 +42,21 @@ def encode_chat(tokenizer: ChatTokenizer, body: ChatRequest, context_length: int
     if _depth(body.offered_tools) > MOST_NESTING:
         raise ApiError(400, "tools: the parameters are nested too deeply", "tools")
     try:
-        return tokenizer.encode_prompt([message.as_turn() for message in body.messages], body.offered_tools)
+        turns = [message.as_turn() for message in body.messages]
+        if not tokenizer.template.is_ours:
+            turns = [with_objects(turn) for turn in turns]
+        return tokenizer.encode_prompt(turns, body.offered_tools)
     except ValueError as error:
         raise ApiError(400, str(error), "messages") from error
+
+
+def with_objects(turn: dict) -> dict:
+    """Return a turn whose calls have their arguments as objects, as templates of others expect; clients send text."""
+    for call in turn.get("tool_calls", ()):
+        with contextlib.suppress(ValueError):
+            arguments = json.loads(call["function"]["arguments"])
+            call["function"] |= {"arguments": arguments} if isinstance(arguments, dict) else {}
+    return turn
 
 
 def _depth(value: object) -> int:
@@ -72,12 +86,15 @@ class Choice:
     new_tokens: those whose log-probs have not been sent yet.
     """
 
-    def __init__(self, index: int, prompt_index: int, request: Request, stream: TextStream, tools: bool):
+    def __init__(
+        self, index: int, prompt_index: int, request: Request, stream: TextStream, tools: bool, one_call: bool = False
+    ):
         self.index, self.prompt_index, self.request = index, prompt_index, request
         self.finish_reason: str | None = None
         self.completion_tokens = 0
         self.new_tokens: list[Token] = []
         self._stream, self._tools, self._called = stream, ToolCallSplitter() if tools else None, False
+        self._one_call = one_call  # ends the answer
 
     def advance(self) -> list[Delta]:
         """Return what is new. Sets finish_reason at the end; raises ApiError if the engine gave up."""
@@ -105,14 +122,22 @@ class Choice:
                 deltas.append(("reasoning_content" if is_thought else "content", text))
             else:
                 deltas += self._read_calls(self._tools.push(text))
+        if self._called and self._one_call and not ending:
+            self.request.cancel()
+            ending = "stop"
         if ending:
             deltas += self._read_calls(self._tools.flush()) if self._tools else []
             self.finish_reason = "tool_calls" if self._called and ending == "stop" else ending
         return deltas
 
     def _read_calls(self, found: list[str | ToolCall]) -> list[Delta]:
-        self._called |= any(isinstance(each, ToolCall) for each in found)
-        return [("tool_calls" if isinstance(each, ToolCall) else "content", each) for each in found]
+        deltas = []
+        for each in found:
+            if self._called and self._one_call:
+                break
+            self._called |= isinstance(each, ToolCall)
+            deltas.append(("tool_calls" if isinstance(each, ToolCall) else "content", each))
+        return deltas
 
 
 class NoAnswer:
@@ -142,9 +167,12 @@ class Generation:
         stop: Sequence[str],
         is_chat: bool,
         tools: bool = False,
+        one_call: bool = False,
         nothing: bool = False,
     ):
-        """params: one for each answer to a prompt. nothing: make no tokens, only echo prompts.
+        """params: one for each answer to a prompt. tools: look for calls. one_call: an answer ends with its first one.
+
+        nothing: make no tokens, only echo prompts.
 
         Raises QueueFull, with nothing left in the queue, and ValueError.
         """
@@ -161,8 +189,8 @@ class Generation:
             for prompt_index, ids in enumerate(prompts):
                 for each in params:
                     request = NoAnswer(each) if nothing else engine.submit(ids, each, notify)
-                    stream = TextStream(tokenizer, stop, split_thoughts=is_chat)
-                    self.choices.append(Choice(len(self.choices), prompt_index, request, stream, tools))
+                    stream = TextStream(tokenizer, stop, split_thoughts=is_chat, prompt_ids=ids)
+                    self.choices.append(Choice(len(self.choices), prompt_index, request, stream, tools, one_call))
         except BaseException:
             self.close()
             raise

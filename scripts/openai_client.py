@@ -3,6 +3,7 @@
 from typing import TypeVar
 from urllib.parse import urlsplit
 
+import httpx
 import openai
 
 Client = TypeVar("Client", openai.OpenAI, openai.AsyncOpenAI)
@@ -22,6 +23,8 @@ def explain(error: openai.OpenAIError, base_url: str) -> str:
     """Return what went wrong with a server, and the cure."""
     if isinstance(error, openai.APITimeoutError):
         return f"{base_url} did not answer in time"
+    if isinstance(error, openai.APIConnectionError) and isinstance(error.__cause__, httpx.RemoteProtocolError):
+        return f"the connection to {base_url} broke before the answer was complete"
     if isinstance(error, openai.APIConnectionError):
         return f"no server at {base_url}; start one with: python scripts/serve_openai_api.py, or name it by --base_url"
     if isinstance(error, openai.AuthenticationError):

@@ -72,22 +72,39 @@ def make_grammar(model: LoadedModel, body: ChatRequest) -> Callable[[], Grammar]
 def _source(body: ChatRequest, tokenizer: ChatTokenizer) -> tuple[str, str | None]:
     """Return (field that asks for it, grammar); the grammar is None if nothing does."""
     tools = [tool.function for tool in body.tools or ()] if body.offered_tools else []
+    several = body.parallel_tool_calls is not False
     opening, closing = (_tag(tokenizer, tag) for tag in (ToolCallSplitter.OPEN, ToolCallSplitter.CLOSE))
     if body.enforced_tools:
         return "tool_choice", f'start: {opening} "\\n" %json {_call_schema(body.enforced_tools)} "\\n" {closing}'
+    answer = _answer_schema(body)
+    if answer and tools:  # calls, or the answer
+        call = f'call: {opening} "\\n" %json {_call_schema(tools)} "\\n" {closing}'
+        more = ' ("\\n" call)*' if several else ""
+        return "response_format", f"start: call{more} | answer\n{call}\nanswer: %json {answer}"
     if any(function.strict for function in tools):
         # Free text, in which a tool call follows the schema. To llguidance, tags that are tokens are not text.
         tags = [f"<[{number}]>" for number in tokenizer.tag_ids if f"<[{number}]>" != opening]
-        source = f"start: call* text\ntext: ({' | '.join(['TEXT', *tags])})*\nTEXT: /(.|\\n)+/\n"
+        source = (
+            f"start: call{'*' if several else '?'} text\ntext: ({' | '.join(['TEXT', *tags])})*\nTEXT: /(.|\\n)+/\n"
+        )
         source += f'call: text call_opening "\\n" %json {_call_schema(tools)} "\\n" {closing}\n'
         source += f"call_opening: spelled | {opening}\n" if opening.startswith("<") else "call_opening: spelled\n"
         return "tools", source + f"spelled[lazy]: /(.|\\n)*{ToolCallSplitter.OPEN}/"
-    if body.response_format and body.response_format.type != "text":
-        schema = {"type": "object"}
-        if body.response_format.type == "json_schema":
-            schema = closed(body.response_format.json_schema.definition)
-        return "response_format", f"start: %json {json.dumps(schema | {'x-guidance': JSON_STYLE})}"
-    return "", None
+    return ("response_format", f"start: %json {answer}") if answer else ("", None)
+
+
+def _answer_schema(body: ChatRequest) -> str:
+    """Return the JSON schema of response_format as text; "" if the answer is free."""
+    if not body.response_format or body.response_format.type == "text":
+        return ""
+    asked = body.response_format.json_schema
+    schema = closed(asked.definition) if body.response_format.type == "json_schema" else {"type": "object"}
+    return json.dumps(schema | {"x-guidance": _style(asked and asked.strict)})
+
+
+def _style(strict: bool | None) -> dict:
+    """Return how JSON is written. Only a strict schema is refused for what llguidance does not know in it."""
+    return JSON_STYLE | {"lenient": not strict}
 
 
 def _tag(tokenizer: ChatTokenizer, tag: str) -> str:
@@ -100,13 +117,14 @@ def _call_schema(functions: list[Function]) -> str:
     """Return the JSON schema of a call of one of these, as text."""
     kinds = []
     for number, function in enumerate(functions):
-        arguments = json.dumps(closed(function.parameters or {"type": "object"}))
-        # references count from the root of the whole schema
+        own = {key: value for key, value in (function.parameters or {"type": "object"}).items() if key != "$id"}
+        arguments = json.dumps(closed(own))
+        # references count from the root of the whole schema, and an $id would make another root
         arguments = re.sub(r'("\$ref": "#)', rf"\1/anyOf/{number}/properties/arguments", arguments)
         properties = {"name": {"const": function.name}, "arguments": json.loads(arguments)}
         kinds.append({"type": "object", "properties": properties, "required": list(properties)})
         kinds[-1]["additionalProperties"] = False
-    return json.dumps({"anyOf": kinds, "x-guidance": JSON_STYLE})
+    return json.dumps({"anyOf": kinds, "x-guidance": _style(all(function.strict for function in functions))})
 
 
 def closed(schema: dict) -> dict:

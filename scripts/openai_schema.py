@@ -93,7 +93,8 @@ class Message(Part):
 
     @model_validator(mode="after")
     def has_content(self):
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+        says_more = self.role == "assistant" and (self.tool_calls or self.reasoning_content is not None)
+        if self.content is None and not says_more:
             raise ValueError(f"a message of role {self.role!r} needs content")
         if self.tool_calls and self.role != "assistant":
             raise ValueError("only an assistant's message has tool_calls")
@@ -124,6 +125,7 @@ class Tool(Part):
 
 class JsonSchema(Part):
     definition: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
 
 
 class ResponseFormat(Part):
@@ -193,6 +195,7 @@ class ChatRequest(Sampling):
     top_logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MOST_TOOLS)] | None = None
     tool_choice: Literal["auto", "none", "required"] | Tool | None = None
+    parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     functions: Any = None
     function_call: Any = None

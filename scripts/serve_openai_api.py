@@ -322,12 +322,13 @@ class Api:
             stop_ids=(tokenizer.eos_id, tokenizer.pad_id),
         )
         tools = is_chat and bool(body.offered_tools)
+        one_call = is_chat and body.parallel_tool_calls is False
         params = sampling_params(body, defaults)
         if grammar:
             params = [replace(each, grammar=grammar, stop_ids=defaults.stop_ids) for each in params]
         nothing, stop = body.max_tokens == 0, body.stop or ()
         try:
-            generation = Generation(model.engine, tokenizer, prompts, params, stop, is_chat, tools, nothing)
+            generation = Generation(model.engine, tokenizer, prompts, params, stop, is_chat, tools, one_call, nothing)
         except ValueError as error:
             raise ApiError(400, str(error), param, "invalid_value") from error
         self.generations.add(generation)
@@ -481,7 +482,8 @@ def listen(host: str, port: int) -> socket.socket:
     """Return a listening socket. Raises ValueError, which names the flag that is wrong."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=1024)
+        both = host == "::" and socket.has_dualstack_ipv6()  # all addresses, those of IPv4 too
+        return socket.create_server(address[:2], family=family, backlog=1024, dualstack_ipv6=both)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             message = f"port {port} of {host} is in use: stop the program that has it, or choose another with --port"

@@ -50,7 +50,7 @@ def answer(question: str, history: list[dict], temperature: float, max_tokens: i
         request = engine.submit(ids, params)
     except (ValueError, QueueFull) as error:
         raise gr.Error(str(error)) from error
-    stream, texts = TextStream(tokenizer, split_thoughts=True), {True: "", False: ""}
+    stream, texts = TextStream(tokenizer, split_thoughts=True, prompt_ids=ids), {True: "", False: ""}
 
     def messages(pieces: list) -> list[gr.ChatMessage]:
         for is_thought, text in pieces:

@@ -144,7 +144,9 @@ class LocalModel:
             raise ValueError(f"The model is busy: {error}.") from error
         except RuntimeError as error:  # it was closed to make room for another model
             raise ValueError(PUT_AWAY) from error
-        return LocalRun(answer, ended, request, TextStream(self.tokenizer, split_thoughts=self.split_thoughts))
+        return LocalRun(
+            answer, ended, request, TextStream(self.tokenizer, split_thoughts=self.split_thoughts, prompt_ids=ids)
+        )
 
     def _encode(self, answer: Answer, messages: list[dict], max_tokens: int) -> list[int]:
         """Return the ids to continue, without the oldest turns if these would leave an answer too little room."""

@@ -105,12 +105,18 @@ def show_other(index: int) -> None:
     keep()
 
 
+def end_waiting() -> None:
+    """End the answer whose model is still being loaded."""
+    state = page()
+    if state.pending is not None:
+        state.conversation.turns[state.pending].answer.ending = STOPPED
+        state.pending = None
+
+
 def stop() -> None:
     """End the answer that is being made or about to be; keep the part that is there."""
     state = page()
-    if state.pending is not None:  # its model is still being loaded
-        state.conversation.turns[state.pending].answer.ending = STOPPED
-        state.pending = None
+    end_waiting()
     if (run := state.conversation.run) is not None:  # it may end by itself at any moment
         run.cancel()
         run.join(timeout=2)
@@ -139,7 +145,8 @@ def change(name: str, *args) -> None:
 
 
 def open_chat(chats: Chats, name: str | None) -> None:
-    """Show another conversation, or a new one; an answer in the making goes on."""
+    """Show another conversation, or a new one; an answer in the making goes on, one that waits for its model ends."""
+    end_waiting()
     page().conversation, page().pending, page().editing = chats.open(page().visitor, name), None, None
 
 
@@ -183,7 +190,7 @@ def load_local(_entry: Entry, label: str, adapter: str | None, stamp: tuple, fla
         ready.tokenizer,
         continues=continues,
         examples=example_prompts(ready.sidecar, continues),
-        split_thoughts=_entry.stage in ("reason", ""),  # folders do not tell their stage: look for thoughts
+        split_thoughts=_entry.stage in ("reason", "grpo", ""),  # folders do not tell their stage: look for thoughts
         warning=" ".join(str(w.message) for w in caught if issubclass(w.category, UserWarning)),
     )
 

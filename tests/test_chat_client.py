@@ -11,12 +11,15 @@ import subprocess
 import sys
 import time
 
+import httpx
+import openai
 import pytest
 import torch
 from conftest import ROOT
 from served import ECHO, running_server, wait_until, write_models
 
 from scripts import chat_openai_api
+from scripts.openai_client import explain
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -57,6 +60,17 @@ def prompts(server, count: int) -> list[str]:
     return [
         server.tokenizer.decode(request.prompt_ids, skip_control=False) for request in server.echo.requests[-count:]
     ]
+
+
+def test_an_answer_that_breaks_off_is_not_told_as_a_missing_server():
+    request = httpx.Request("POST", "http://127.0.0.1:9/v1")
+    for cause, said in (
+        (httpx.RemoteProtocolError("closed"), "broke before"),
+        (httpx.ConnectError("no"), "no server at"),
+    ):
+        error = openai.APIConnectionError(request=request)
+        error.__cause__ = cause
+        assert said in explain(error, "http://127.0.0.1:9/v1")
 
 
 def test_all_lines_are_answered_blank_ones_skipped(run):

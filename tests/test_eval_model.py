@@ -466,6 +466,10 @@ def test_own_architecture_in_hugging_face_format(run, out_dir, tmp_path):
     status, stdout, stderr = run("--load", 1, "--hf_path", tmp_path, *GREEDY, "--prompt", "天空")
     assert status == 0, stderr
     assert stdout == greedy(path, chat_ids("天空")) + "\n"
+    (tmp_path / "minimind.json").write_text(json.dumps({"stage": "pretrain"}))  # as convert_model.py writes it
+    status, stdout, stderr = run("--load", 1, "--hf_path", tmp_path, *GREEDY, "--prompt", "天空")
+    assert status == 0, stderr
+    assert stdout == greedy(path, ChatTokenizer(loading.ROOT / "model").encode_beginning("天空")) + "\n"
 
 
 def save_llama(folder: Path) -> LlamaForCausalLM:

@@ -20,7 +20,7 @@ PROGRAMS = "python python3 torchrun deepspeed streamlit make pip git ssh tmux rs
 PROGRAMS += ["llama-cli", "ollama", "vllm", "modal", "hf", "docker"]
 # files that the commands read, by the kind of their records
 DATA = {
-    write_texts: ["pretrain_hq"],
+    write_texts: ["pretrain_hq", "better"],
     write_conversations: ["sft_mini_512", "sft_512", "lora_medical", "lora_identity"],
     write_reasoning: ["r1_mix_1024", "r1_mix_valid"],
     write_preferences: ["dpo", "dpo_valid"],
@@ -118,5 +118,6 @@ def test_page_runs(after_the_readme, page):
             assert (folder / "out" / f"{name}.pth").is_file()
         assert (folder / "MiniMind2-Small" / "model.safetensors").is_file()
     elif page != HOUSE_PAGE or readme == README:
-        shutil.rmtree(folder / "MiniMind2-Small", ignore_errors=True)  # the README's; the pages convert too
+        for made in folder.glob("MiniMind2-Small*"):  # by the README; the pages convert too
+            shutil.rmtree(made)
         run_page(folder, page if readme == README else CHINESE[page])

@@ -34,7 +34,7 @@ from scripts import chat_openai_api, openai_answers, openai_grammar, openai_http
 from scripts.known_hosts import KnownHosts
 from scripts.model_catalog import entry_of_file
 from scripts.model_pool import ModelPool, Offer
-from scripts.openai_answers import Choice, encode_chat, prompt_log_probs
+from scripts.openai_answers import Choice, encode_chat, prompt_log_probs, with_objects
 from scripts.openai_grammar import closed, make_grammar
 from scripts.openai_schema import ApiError, ChatRequest, CompletionRequest, parse
 
@@ -245,6 +245,34 @@ def test_tool_calls_in_a_stream(server):
     assert all(json.loads(call.function.arguments) == {"city": "北京"} for call in calls)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "ok"
     assert last.choices[0].finish_reason == "tool_calls"
+
+
+def test_who_asks_for_one_call_gets_one(server):
+    options = {"tools": [TOOL], "parallel_tool_calls": False}
+    choice = chat(server, f"Let me look.\n{CALL}\n{CALL} and more", **options).choices[0]
+    assert choice.finish_reason == "tool_calls" and len(choice.message.tool_calls) == 1
+    assert choice.message.content == "Let me look."
+    chunks = list(chat(server, f"{CALL}\n{CALL}", stream=True, **options))
+    assert sum(len(chunk.choices[0].delta.tool_calls or []) for chunk in chunks) == 1
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+def test_arguments_of_earlier_calls_are_objects_to_templates_of_others():
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"city": "北京"}'}}
+    turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert with_objects(turn)["tool_calls"][0]["function"]["arguments"] == {"city": "北京"}
+    for text in ("half a {", "3"):
+        turn["tool_calls"][0]["function"]["arguments"] = text
+        assert with_objects(turn)["tool_calls"][0]["function"]["arguments"] == text
+
+
+def test_a_thought_without_an_answer_is_part_of_a_conversation(server):
+    cut = {"role": "assistant", "content": None, "reasoning_content": "hm"}
+    assert server.client.chat.completions.create(
+        model="minimind", messages=[*QUESTION, cut, *QUESTION], max_tokens=2
+    ).choices
+    with pytest.raises(openai.BadRequestError, match="needs content"):
+        server.client.chat.completions.create(model="minimind", messages=[cut | {"reasoning_content": None}])
 
 
 def test_without_tools_a_call_is_text(server):
@@ -542,7 +570,7 @@ def test_weights_that_cannot_be_loaded_are_told_and_nothing_else_suffers(out_dir
         assert chat(server, max_tokens=2).usage.completion_tokens == 2
 
 
-def test_weights_that_are_replaced_while_served_answer_the_next_request(tmp_path, tokenizer):
+def test_weights_that_are_replaced_while_served_answer_the_next_request(tmp_path, tokenizer, monkeypatch):
     """A request that is being answered keeps the old ones; a broken file changes nothing."""
     path = write_endless_weights(tmp_path / "full_sft_32.pth", tokenizer)
     options = {"max_tokens": 12, "temperature": 0}
@@ -568,6 +596,10 @@ def test_weights_that_are_replaced_while_served_answer_the_next_request(tmp_path
         for _ in range(2):
             assert chat(server, **options).choices[0].message.content == second and loaded() is new
         assert len(caught) == 1 and "answers with the weights it has" in str(caught[0].message)
+        with monkeypatch.context() as patch:
+            patch.setattr(pool, "load", lambda offer: (_ for _ in ()).throw(RuntimeError("out of memory")))
+            write_endless_weights(path, tokenizer, seed=3)
+            assert chat(server, **options).choices[0].message.content == second and loaded() is new
         write_endless_weights(path, tokenizer)
         assert chat(server, **options).choices[0].message.content == first
 
@@ -1140,16 +1172,14 @@ def test_a_tool_call_is_enforced(server, tool_choice, stream):
     assert list(arguments) == {"weather": ["city", "unit"], "switch": ["on"]}[call.function.name]
 
 
-def test_a_strict_tool_may_be_called_only_as_its_schema_says(server):
+def follower(server, **options):
+    """Return a function that tells whether the ids of texts, each encoded on its own, may be the answer."""
     messages = [{"role": "user", "content": "x"}]
-    body = parse(ChatRequest, json.dumps(
-        {"model": "m", "messages": messages, "tools": [function("switch", FLAG, strict=True)]}
-    ).encode())  # fmt: skip
-    assert "strict" not in body.offered_tools[0]["function"], "the prompt is that of training"
+    body = parse(ChatRequest, json.dumps({"model": "m", "messages": messages} | options).encode())
+    assert all("strict" not in tool["function"] for tool in body.offered_tools), "the prompt is that of training"
     make = make_grammar(server.api.pool._loaded[server.api.pool.default.key], body)
 
     def follows(*texts: str) -> bool:
-        """Whether the ids of these texts, each encoded on its own, may be said."""
         grammar = make()
         ids = [token_id for part in server.tokenizer.encode_contents(list(texts)) for token_id in part]
         for token_id in [*ids, server.tokenizer.eos_id]:
@@ -1158,12 +1188,58 @@ def test_a_strict_tool_may_be_called_only_as_its_schema_says(server):
             grammar.advance(token_id)
         return True
 
+    return follows
+
+
+def test_a_strict_tool_may_be_called_only_as_its_schema_says(server):
+    follows = follower(server, tools=[function("switch", FLAG, strict=True)])
     call = '<tool_call>\n{"name": "switch", "arguments": {"on": true}}\n</tool_call>'
     assert follows("any text < at all") and follows(call) and follows(f"so: {call}") and follows(call + call)
     assert not follows(call.replace("true", "1")) and not follows(call.replace("switch", "swatch"))
     assert follows("<think>well</think>") and follows(f"<think>\nwell\n</think>\n{call}")
     rest = call.removeprefix("<tool_call>")  # the tag spelled by letters opens a call too
     assert follows(*"<tool_call>", rest) and not follows(*"<tool_call>", rest.replace("true", "1"))
+    once = follower(server, tools=[function("switch", FLAG, strict=True)], parallel_tool_calls=False)
+    assert once(call) and once("text") and not once(call + call)
+
+
+@pytest.mark.parametrize("strict", [None, True])
+def test_with_tools_and_a_schema_the_answer_is_a_call_or_follows_the_schema(server, strict):
+    options = {"tools": [function("switch", FLAG, strict=strict)], "response_format": json_schema(PERSON)}
+    follows = follower(server, **options)
+    answer, call = (
+        '{"city": "Rome", "unit": "C"}',
+        '<tool_call>\n{"name": "switch", "arguments": {"on": true}}\n</tool_call>',
+    )
+    assert follows(answer) and follows(call) and follows(f"{call}\n{call}")
+    assert not follows("Rome") and not follows(answer.replace("unit", "unity")) and not follows(call + answer)
+    once = follower(server, parallel_tool_calls=False, **options)
+    assert once(answer) and once(call) and not once(f"{call}\n{call}")
+
+
+def test_only_strict_schemas_are_refused_for_what_cannot_be_held(server):
+    schema = {"type": "object", "properties": {"a": {"type": "array", "items": {"enum": ["x"]}, "uniqueItems": True}}}
+    for strict in (None, True):
+        held = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema, "strict": strict}}
+        for change in (
+            {"response_format": held},
+            {"tools": [function("f", schema, strict=strict)], "tool_choice": "required"},
+        ):
+            body = json.dumps({"model": "minimind", "messages": QUESTION, "max_tokens": 4} | change).encode()
+            assert post(server, "/v1/chat/completions", body)[0] == (400 if strict else 200)
+
+
+def test_references_of_a_schema_with_an_address_are_followed(server):
+    schema = {
+        "$id": "http://x/y.json",
+        "$defs": {"c": FLAG},
+        "type": "object",
+        "properties": {"z": {"$ref": "#/$defs/c"}},
+    }
+    schema["required"] = ["z"]
+    options = {"tools": [function("f", schema)], "tool_choice": "required", "max_tokens": 200, "seed": 1}
+    (call,) = chat(server, **options).choices[0].message.tool_calls
+    assert list(json.loads(call.function.arguments)["z"]) == ["on"]
 
 
 def test_answers_with_and_without_a_schema_are_made_together(server):
@@ -1190,7 +1266,7 @@ def test_answers_with_and_without_a_schema_are_made_together(server):
 def test_schemas_that_cannot_be_followed_are_refused(server, schema):
     for change in (
         {"response_format": json_schema(schema)},
-        {"tools": [function("f", schema)], "tool_choice": "required"},
+        {"tools": [function("f", schema, strict=True)], "tool_choice": "required"},
     ):
         body = json.dumps({"model": "minimind", "messages": QUESTION, "max_tokens": 40} | change).encode()
         status, _, answer = post(server, "/v1/chat/completions", body)

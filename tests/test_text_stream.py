@@ -25,6 +25,13 @@ def pushed(splitter, text: str, cuts: list[int]) -> list:
     return [part for a, b in zip(bounds, bounds[1:], strict=False) for part in splitter.push(text[a:b])]
 
 
+def test_a_thought_that_the_prompt_opens_is_one(tokenizer):
+    prompts = [tokenizer.encode_contents([text])[0] for text in ("assistant\n<think>\n", "assistant\n", "")]
+    said = [streamed(tokenizer, "hm\n</think>\n\n42", split_thoughts=True, prompt_ids=ids) for ids in prompts]
+    assert said[0] == ("hm", "42", False)
+    assert said[1] == said[2] and said[1][0] == ""
+
+
 @pytest.mark.parametrize(
     "text", ["你好，世界", "  two spaces, and a newline\n", "👶🏽 emoji ا é", "<think>no tag here"]
 )

@@ -507,6 +507,16 @@ def test_what_takes_away_a_question_whose_model_is_still_loaded_leaves_nothing_t
     assert not page(app).conversation.turns and page(app).pending is None and page(app).conversation.run is None
 
 
+def test_opening_the_same_chat_while_its_model_is_loaded_ends_the_answer(open_page, weights):
+    app = open_page(weights)
+    ask(app, "one")
+    page(app).conversation.ask("two")
+    page(app).pending = 1
+    click(app, f"chat-{page(app).conversation.name}")
+    assert page(app).conversation.turns[1].answer.ending == STOPPED and page(app).pending is None
+    assert ask(app, "three").tokens == 16
+
+
 def test_asked_twice_while_the_model_is_loaded_the_first_is_stopped_and_the_second_answered(open_page, weights):
     app = open_page(weights)
     page(app).conversation.ask("one")

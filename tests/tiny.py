@@ -19,6 +19,7 @@ SIZES = {  # flags that a script is given in place of its own
     "train_distillation.py": f"{STAGE} --teacher_num_hidden_layers 1",
     "train_grpo.py": f"{STAGE} --prompts_per_step 2 --group_size 2 --max_new_tokens 4 --eval_samples 2",
     "eval_model.py": "--max_new_tokens 4 --device cpu",
+    "train_tokenizer.py": "--vocab_size 300",
     "recipe.py": "--tokens 4096 --num_hidden_layers 1 --hidden_size 64 --device cpu",
     "evaluate.py": "--device cpu --limit 2 --max_new_tokens 4",
     "decoding.py": "--prompt_tokens 8 --new_tokens 4 --long_prompt 16 --concurrent 2 --rounds 1",
