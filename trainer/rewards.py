@@ -12,6 +12,7 @@
 
 import importlib.util
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,12 @@ BUILT_IN: dict[str, Score] = {
     "format": lambda answer, record: float(is_well_formed(answer)),
     "length": lambda answer, record: 1.0 - record["length_share"],
 }
+
+
+def checked_rewards(specs: list[str]) -> str:
+    """Return --reward as one text, which shlex divides again. Raises ValueError if a reward is unknown."""
+    build_rewards(specs)
+    return shlex.join(specs)
 
 
 def build_rewards(specs: list[str]) -> list[Reward]:

@@ -23,7 +23,6 @@ Writes  out/grpo_{hidden_size}{_moe}.pth and a .json next to it, out/resume/, ou
     torchrun --nproc_per_node 8 train_grpo.py --data_path FILE.jsonl --reward number
 """
 
-import shlex
 import sys
 from pathlib import Path
 
@@ -41,7 +40,7 @@ from trainer.checkpoint import Checkpoint, output_path
 from trainer.distributed import start_process, stop_on_signal, stop_process, sum_over_ranks
 from trainer.logger import Logger
 from trainer.optimization import check_finite, learning_rate
-from trainer.rewards import REWARD_HELP, build_rewards
+from trainer.rewards import REWARD_HELP, checked_rewards
 from trainer.rollouts import Sampler, starting_point
 from trainer.token_losses import target_log_probs
 from trainer.training import start_training
@@ -86,8 +85,7 @@ def parse(argv: list[str] | None):
         temperature=(lambda t: 0 < t < float("inf"), "above 0: equal answers teach nothing"),
         accumulation_steps=(lambda n: n == 1, "1: a step takes as many micro-batches as its answers need"),
     )
-    build_rewards(args.reward)  # report a mistake before anything is loaded
-    args.reward = shlex.join(args.reward)
+    args.reward = checked_rewards(args.reward)  # a mistake is reported before anything is loaded
     return args
 
 
