@@ -88,7 +88,8 @@ def train(words: list[str], volume: str, gpus: int, price: float, run_id: str, e
             last = first
             while stage.poll() is None:
                 time.sleep(POLL_SECONDS)
-                if last != (last := newest_save()):
+                if (now := newest_save()) > last:  # a fresh run deletes the state of an earlier one
+                    last = now
                     saved_something.touch()
                     sync(volume, "commit")
         finally:
@@ -100,7 +101,7 @@ def train(words: list[str], volume: str, gpus: int, price: float, run_id: str, e
     hours, status = (time.monotonic() - begin) / 3600, stage.returncode
     print(f"{words[0]}: {60 * hours:.1f} min, about ${hours * price:.2f} for the GPU", flush=True)
     # torchrun turns every failure into status 1
-    if status < 0 or status in STOPPED or (status and gpus > 1 and newest_save() != first):
+    if status < 0 or status in STOPPED or (status and gpus > 1 and newest_save() > first):
         raise RuntimeError(f"{words[0]} was interrupted (status {status}); the next attempt goes on from the last save")
     saved_something.unlink(missing_ok=True)
     sync(volume, "commit")

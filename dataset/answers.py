@@ -145,7 +145,12 @@ def choice_matches(answer: str, gold: str) -> bool:
     gold = gold.strip().upper()
     if not re.fullmatch("[A-Z]", gold):
         raise ValueError(f"the gold answer {gold!r} is not the letter of an option")
-    return choice(answer, "".join(sorted({*"ABCD", gold}))) == gold
+    return choice(answer, offered(gold)) == gold
+
+
+def offered(gold: str) -> str:
+    """Return the letters that options may have, as far as the gold letter tells."""
+    return "".join(sorted({*"ABCD", gold.strip().upper()}))
 
 
 def reasoned_parts(text: str) -> tuple[str, str] | None:

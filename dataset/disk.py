@@ -54,7 +54,7 @@ def _opened(folder: Path, open_folder: Callable[[Path], Opened]) -> Opened | Non
 def _locked(path: Path, what: str, show: bool) -> AcquireReturnProxy:
     """Take a lock for a `with` block; the operating system releases it if its holder dies."""
     lock = FileLock(path)
-    if not show:
+    if int(os.environ.get("RANK", 0)) > 0:
         time.sleep(HEAD_START)  # so that the process that shows its progress makes it
     try:
         return lock.acquire(timeout=0)

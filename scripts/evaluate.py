@@ -74,6 +74,7 @@ from dataset.answers import (
     is_well_formed,
     number,
     number_matches,
+    offered,
 )
 from dataset.lm_dataset import tokenize_records
 from dataset.progress import ProgressBar
@@ -116,11 +117,20 @@ class Candidate(NamedTuple):
 # --- what is scored --------------------------------------------------------------------------------------------------
 
 
-def load_candidate(spec: str, args: argparse.Namespace) -> tuple[Candidate, dict]:
-    """Return weights that are ready, and their sidecar."""
+def located(spec: str, args: argparse.Namespace) -> tuple[Path, str, str]:
+    """Return the weights that --weight means, the adapter ("": none), and what both are called."""
     base, _, adapter = (spec, "", "") if Path(spec).exists() else spec.partition("+")
     is_folder = Path(base).is_dir()
     path = Path(base) if is_folder else find_weights(base, args.out_dir, args.hidden_size, args.use_moe)
+    name, folder = path.absolute().name if is_folder else path.stem, path.absolute().parent
+    if not is_folder and folder != Path(args.out_dir).absolute():
+        name = f"{folder.name}_{name}"  # runs in folders of their own have weights of one name
+    return path, adapter, name + (f"+{Path(adapter).stem}" if adapter else "")
+
+
+def load_candidate(spec: str, args: argparse.Namespace) -> tuple[Candidate, dict]:
+    """Return weights that are ready, and their sidecar."""
+    path, adapter, name = located(spec, args)
     ready = load_ready(path, ChatTokenizer, merged_lora=adapter or None, out_dir=args.out_dir, **ready_flags(args))
     sidecar = ready.sidecar
     sizes = ready.model.config
@@ -133,10 +143,6 @@ def load_candidate(spec: str, args: argparse.Namespace) -> tuple[Candidate, dict
         "trained_tokens": sidecar.get("progress", {}).get("tokens"),
         "tokenizer_sha256": ready.tokenizer.sha256,
     }
-    name, folder = path.absolute().name if is_folder else path.stem, path.absolute().parent
-    if not is_folder and folder != Path(args.out_dir).absolute():
-        name = f"{folder.name}_{name}"  # runs in folders of their own have weights of one name
-    name += f"+{Path(adapter).stem}" if adapter else ""
     params = SamplingParams(
         args.temperature, max_new_tokens=args.max_new_tokens, stop_ids=(ready.tokenizer.eos_id,), seed=args.seed
     )
@@ -173,8 +179,9 @@ def reach_candidate(name: str, args: argparse.Namespace) -> tuple[Candidate, dic
 def context_of_server(client: openai.OpenAI, name: str) -> int:
     """Return how many tokens of question and option a server's model reads, one less than its context."""
     client.completions.create(model=name, prompt="1", max_tokens=1)  # our server loads a model with its first request
-    with contextlib.suppress(openai.NotFoundError):  # ours and vLLM say it
-        return ((client.models.retrieve(name).model_extra or {}).get("max_model_len") or CONTEXT) - 1
+    with contextlib.suppress(openai.APIStatusError):  # ours and vLLM say it
+        about = next((model for model in client.models.list() if model.id == name), None)
+        return ((about and about.model_extra or {}).get("max_model_len") or CONTEXT) - 1
     return CONTEXT - 1
 
 
@@ -319,7 +326,7 @@ def write_answers(candidate: Candidate, questions: list[Question], args: argpars
         own = [next(answers) for _ in range(args.samples)]
         match = args.match if args.match != "auto" else kind_of(question.gold)
         right = [matches[match](answer, question.gold) for answer in own]
-        votes = [vote(answer, match) for answer in own]
+        votes = [vote(answer, match, question.gold) for answer in own]
         majority = votes.index(Counter(votes).most_common(1)[0][0])
         records.append({"answers": own, "right": right, "majority": right[majority]})
     return records
@@ -329,9 +336,11 @@ def kind_of(gold: str) -> str:
     return "number" if re.fullmatch(r"[-+\d.,/%\s$¥]*\d[\d.,%\s]*", answer_part(gold)) else "exact"
 
 
-def vote(answer: str, match: str) -> str:
+def vote(answer: str, match: str, gold: str) -> str:
     """Return a key that is equal for answers with the same meaning."""
-    return str({"number": number, "choice": choice}.get(match, core)(answer))
+    if match == "choice":
+        return str(choice(answer, offered(gold)))
+    return str(number(answer)) if match == "number" else core(answer)
 
 
 def pieces_of(ids: list[int], mask: list[int] | None, limit: int) -> Iterator[tuple[str, Pair]]:
@@ -672,18 +681,22 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
     sets = [read_set(name, args.eval_dir, args.limit) for name in args.tasks]
     if len({each.name for each in sets}) < len(sets):
         raise ValueError(f"--tasks {' '.join(args.tasks)}: two of them have one name; rename a file or folder")
-    results, reference, names = [], None, set()
+    results, reference = [], None
     reach = reach_candidate if args.base_url else load_candidate
+    specs = list(dict.fromkeys([args.reference, *args.weight] if args.reference else args.weight))
+    names = Counter(spec if args.base_url else located(spec, args)[2] for spec in specs)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise ValueError(f"--weight: several are called {twice[0]}; score them one by one")
     if args.reference and not args.max_seq_len:  # a reward is the difference of two sums over the same tokens
         args.max_seq_len = max(reach(spec, args)[0].context_length for spec in args.weight)
-    for spec in dict.fromkeys([args.reference, *args.weight] if args.reference else args.weight):
+    for spec in specs:
         start = time.monotonic()
         candidate, sidecar = reach(spec, args)
-        if candidate.name in names:
+        if args.reference and candidate.context_length != args.max_seq_len:
             raise ValueError(
-                f"--weight {spec}: other weights are called {candidate.name} too; score them by themselves"
+                f"{spec} reads {candidate.context_length} tokens, the others {args.max_seq_len}, and a reward compares "
+                "sums over the same tokens; name a --max_seq_len that all have"
             )
-        names.add(candidate.name)
         folder = args.output or Path(args.out_dir) / "scores"
         output = folder if folder.suffix == ".json" else folder / f"{candidate.name}.json"
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from dataset.text_stream import TextStream, ToolCall, ToolCallSplitter
+from dataset.text_stream import Piece, TextStream, ToolCall, ToolCallSplitter
 from dataset.tokenization import ChatTokenizer, StreamDecoder
 from model.batching import Engine, Request, Token, check_prompt
 from model.generation import SamplingParams
@@ -53,9 +53,10 @@ def encode_chat(tokenizer: ChatTokenizer, body: ChatRequest, context_length: int
 def with_objects(turn: dict) -> dict:
     """Return a turn whose calls have their arguments as objects, as templates of others expect; clients send text."""
     for call in turn.get("tool_calls", ()):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             arguments = json.loads(call["function"]["arguments"])
-            call["function"] |= {"arguments": arguments} if isinstance(arguments, dict) else {}
+            if isinstance(arguments, dict) and _depth(arguments) <= MOST_NESTING:
+                call["function"]["arguments"] = arguments
     return turn
 
 
@@ -99,12 +100,12 @@ class Choice:
     def advance(self) -> list[Delta]:
         """Return what is new. Sets finish_reason at the end; raises ApiError if the engine gave up."""
         tokens, ending = self.request.take()
-        pieces = []
+        deltas = []
         for token in tokens:
             self.completion_tokens += 1
             self.new_tokens.append(token)
-            pieces += self._stream.push(token.id)
-            if self._stream.stopped:
+            deltas += self._read(self._stream.push(token.id))
+            if self._stream.stopped or (self._called and self._one_call):
                 self.request.cancel()
                 ending = "stop"
                 break
@@ -115,19 +116,18 @@ class Choice:
         if ending == "cancelled":
             raise ApiError(503, "the server is shutting down", headers={"Retry-After": "10"})
         if ending:
-            pieces += self._stream.flush()
+            deltas += self._read(self._stream.flush())
+            deltas += self._read_calls(self._tools.flush()) if self._tools else []
+            self.finish_reason = "tool_calls" if self._called and ending == "stop" else ending
+        return deltas
+
+    def _read(self, pieces: list[Piece]) -> list[Delta]:
         deltas = []
         for is_thought, text in pieces:
             if is_thought or self._tools is None:
                 deltas.append(("reasoning_content" if is_thought else "content", text))
             else:
                 deltas += self._read_calls(self._tools.push(text))
-        if self._called and self._one_call and not ending:
-            self.request.cancel()
-            ending = "stop"
-        if ending:
-            deltas += self._read_calls(self._tools.flush()) if self._tools else []
-            self.finish_reason = "tool_calls" if self._called and ending == "stop" else ending
         return deltas
 
     def _read_calls(self, found: list[str | ToolCall]) -> list[Delta]:

@@ -124,7 +124,7 @@ def _call_schema(functions: list[Function]) -> str:
         properties = {"name": {"const": function.name}, "arguments": json.loads(arguments)}
         kinds.append({"type": "object", "properties": properties, "required": list(properties)})
         kinds[-1]["additionalProperties"] = False
-    return json.dumps({"anyOf": kinds, "x-guidance": _style(all(function.strict for function in functions))})
+    return json.dumps({"anyOf": kinds, "x-guidance": _style(any(function.strict for function in functions))})
 
 
 def closed(schema: dict) -> dict:

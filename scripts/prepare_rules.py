@@ -94,9 +94,8 @@ class Clean(Step):
             sides = [row[key] for key in ("conversations", "chosen", "rejected") if key in row]
             holders = [(turn, "content") for side in sides for turn in side] or [(row, "text")]
             text = "\n".join(holder[key] or "" for holder, key in holders)
-            # what is rejected may be as bad as it is: the chosen side must be good
-            good = [(turn["role"], turn["content"] or "") for side in sides[:1] for turn in side] or [("", text)]
-            answers = [said for role, said in good if role == "assistant"]
+            if not all("role" in turn for side in sides for turn in side):
+                raise KeyError("role")
         except (TypeError, KeyError):
             raise Dropped("not a record", "convert makes records of other layouts") from None
         lengths = [sum(len(turn["content"] or "") for turn in side) for side in sides] or [len(text)]
@@ -106,6 +105,9 @@ class Clean(Step):
             raise Dropped(reason, f"{min(lengths)} to {max(lengths)} characters")
         for side in sides if self.turns else ():
             check_turns(side, changes, is_good=side is sides[0])
+        # what is rejected may be as bad as it is: the chosen side must be good
+        good = [(turn["role"], turn["content"] or "") for side in sides[:1] for turn in side] or [("", text)]
+        answers = [said for role, said in good if role == "assistant"]
         self.check_characters("\n".join(said for _, said in good))
         for _, said in good if self.markup else ():
             check_markup(said, is_chat=bool(sides))

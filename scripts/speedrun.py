@@ -20,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from dataset.text_stream import TextStream
 from dataset.tokenization import ChatTokenizer
 from model.flags import add_boolean, show_defaults
 from model.generation import SamplingParams, generate_batch
@@ -73,11 +74,18 @@ def converse(title: str, weights: Path, questions: tuple[str, ...]) -> None:
         tokenizer.encode_beginning(you) if continues else tokenizer.encode_prompt([{"role": "user", "content": you}])
         for you in questions
     ]
-    params = SamplingParams(temperature=0, stop_ids=(tokenizer.eos_id, tokenizer.pad_id))
-    answers = generate_batch(ready.model, prompts, params, context_length=ready.context_length)
-    turns = [{"you": you, "model": tokenizer.decode(ids)} for you, ids in zip(questions, answers, strict=True)]
-    for turn in turns:
-        print(f"  you:   {turn['you']}\n  model: {turn['model']}")
+    longest = SHARED_FLAGS["max_new_tokens"]["default"]
+    params = SamplingParams(temperature=0, max_new_tokens=longest, stop_ids=(tokenizer.eos_id, tokenizer.pad_id))
+    try:
+        answers = generate_batch(ready.model, prompts, params, context_length=ready.context_length)
+    except KeyboardInterrupt:
+        sys.exit("stopped; run the same command to go on")
+    turns = []
+    for you, prompt, ids in zip(questions, prompts, answers, strict=True):
+        text = TextStream(tokenizer, split_thoughts=True, prompt_ids=prompt)
+        pieces = [piece for i in ids for piece in text.push(i)] + text.flush()
+        turns.append({"you": you, "model": "".join(piece.text for piece in pieces if not piece.is_thought)})
+        print(f"  you:   {you}\n  model: {turns[-1]['model']}")
     try:
         (out_dir / "report").mkdir(exist_ok=True)
         write_json(out_dir / "report" / "dialogue.json", {"turns": turns})

@@ -642,7 +642,7 @@ def test_frozen_weights_are_not_replaced_by_the_result(train, tmp_path, inputs, 
 
 
 def test_on_another_number_of_processes_no_answer_of_the_reference_is_missing(train, tmp_path, inputs, monkeypatch):
-    """Two processes took steps of eight pairs; one goes on, with a reference that is asked anew for a part of them."""
+    """Two processes took steps of eight pairs; one goes on, and asks the reference again for a part of them."""
     flags = inputs(DPO) | {"batch_size": 2, "accumulation_steps": 4, "max_steps": 4, "save_interval": 2}
     whole = tiny_flags(tmp_path / "whole", **flags)
     train(DPO.script, whole)

@@ -184,7 +184,7 @@ def test_handlers_are_put_back_and_a_second_interrupt_is_at_once(capfd):
 
 
 def test_a_run_whose_launcher_was_killed_stops(monkeypatch):
-    """Without a launcher a run outlives its shell, also where ZeRO has set LOCAL_RANK for its engine."""
+    """Without a launcher a run outlives its shell, even if ZeRO has set LOCAL_RANK for its engine."""
     for name in (None, "LOCAL_RANK", "RANK"):
         for each in ("LOCAL_RANK", "RANK"):
             monkeypatch.delenv(each, raising=False)
@@ -199,15 +199,14 @@ def test_a_run_whose_launcher_was_killed_stops(monkeypatch):
         monkeypatch.undo()
 
 
-def test_a_long_evaluation_is_not_taken_for_a_process_that_hangs(monkeypatch, capsys):
-    monkeypatch.setattr(distributed, "HANG_SECONDS", 0.05)
-    monkeypatch.setattr(distributed, "sum_over_ranks", lambda values, process: values)
+def test_a_long_evaluation_is_not_taken_for_a_process_that_hangs():
+    """The seconds since the last step, which the watching thread compares, do not grow meanwhile."""
     with stop_on_signal() as stop:
-        stop.agreed(dataclasses.replace(ALONE, world_size=2))
         with distributed.between_steps():
-            time.sleep(0.5)
-        stop.watching = False
-    assert "may hang" not in capsys.readouterr().err
+            assert time.monotonic() - stop.last < 0
+        assert time.monotonic() >= stop.last > time.monotonic() - 600
+    with distributed.between_steps():  # outside a run
+        pass
 
 
 def test_a_process_that_waits_for_another_one_says_so(monkeypatch, capsys):

@@ -236,6 +236,7 @@ def test_written_answers_are_counted_by_number_and_by_majority(tokenizer):
     [
         ("exact", "巴黎", ["巴黎。", "巴黎", " 巴黎！", "伦敦", "伦敦"]),
         ("choice", "B", ["B", "答案：B", "(B) it", "A", "A"]),
+        ("choice", "F", ["F", "F", "(F) it", "E", "E"]),
         ("number", "2", ["2", "2.0", "is 2", "3", "3"]),
     ],
 )
@@ -477,7 +478,7 @@ def test_weights_of_one_name_in_two_folders_keep_their_scores_apart(sets, tmp_pa
     main([*common, "--weight", *map(str, paths)])
     for name in ("slow_pretrain_32", "fast_pretrain_32"):
         assert json.loads((tmp_path / "scores" / f"{name}.json").read_text())["format"] == "plain"
-    with pytest.raises(SystemExit, match="score them by themselves"):
+    with pytest.raises(SystemExit, match="score them one by one"):
         main([*common, "--weight", str(paths[0]), str(paths[0].parent / ".." / "slow" / "pretrain_32.pth")])
 
 

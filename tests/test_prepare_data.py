@@ -576,7 +576,8 @@ def test_only_the_chosen_side_of_a_preference_must_be_good(tmp_path):
 
 def test_a_question_without_answer_at_the_end_goes_and_the_rest_stays(tmp_path):
     turns = [{"role": "user", "content": "介绍一下这座山"}, {"role": "assistant", "content": LONG}]
-    source = write_jsonl(tmp_path / "a.jsonl", [{"conversations": [*turns, {"role": "user", "content": "还有吗"}]}])
+    last = {"role": "user", "content": "？" * 200}  # which alone would be noise
+    source = write_jsonl(tmp_path / "a.jsonl", [{"conversations": [*turns, last]}])
     prepare("clean", source, "-o", tmp_path / "b.jsonl")
     assert read(tmp_path / "b.jsonl") == [{"conversations": turns}]
     assert report(tmp_path / "b.jsonl")["changed"]["question without answer at the end"]["rows"] == 1

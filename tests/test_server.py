@@ -261,7 +261,7 @@ def test_arguments_of_earlier_calls_are_objects_to_templates_of_others():
     call = {"type": "function", "function": {"name": "f", "arguments": '{"city": "北京"}'}}
     turn = {"role": "assistant", "content": "", "tool_calls": [call]}
     assert with_objects(turn)["tool_calls"][0]["function"]["arguments"] == {"city": "北京"}
-    for text in ("half a {", "3"):
+    for text in ("half a {", "3", '{"a":' + "[" * 200_000, '{"a":' + "[" * 200 + "]" * 200 + "}"):
         turn["tool_calls"][0]["function"]["arguments"] = text
         assert with_objects(turn)["tool_calls"][0]["function"]["arguments"] == text
 

@@ -73,7 +73,8 @@ def test_the_flag_for_a_mixture_names_the_weights_that_are_looked_for(tmp_path, 
 def test_an_answer_of_several_lines_stays_with_its_question(tmp_path, monkeypatch, tokenizer, capsys):
     weights, questions = write_weights(tmp_path / "full_sft_32.pth", tokenizer), ("如何保持健康？", "1+1等于几？")
     said = ["1. 多喝水\n\n2. 早睡", "2"]
-    answers = [[*tokenizer.encode_contents([text])[0], tokenizer.eos_id] for text in said]
+    thought = "<think>\nhm\n</think>\n<answer>\n"
+    answers = [[*tokenizer.encode_contents([thought * n + text])[0], tokenizer.eos_id] for n, text in enumerate(said)]
     monkeypatch.setattr(speedrun, "generate_batch", lambda *_, **__: answers)
     speedrun.converse("a conversation", weights, questions)
     kept = json.loads((tmp_path / "report" / "dialogue.json").read_text("utf-8"))["turns"]

@@ -210,6 +210,9 @@ class Checkpoint:
         """
         state, self.state = self.state, None
         if state is None:
+            if self.process.is_main and not self.args.resume and self.path.exists():
+                self.path.unlink()  # or --resume could take it for this run's
+                self.process.say(f"{self.path} held the state of an earlier run, which this one replaces")
             if fresh:
                 self.process.say(fresh)
             return Progress()
@@ -230,9 +233,6 @@ class Checkpoint:
     def _load(self) -> dict | None:
         """Return the state to resume from, checked against this run's flags and data; None if there is none."""
         if not self.args.resume:
-            if self.process.is_main and self.path.exists():
-                self.path.unlink()  # or --resume could take it for this run's
-                self.process.say(f"{self.path} held the state of an earlier run, which this one replaces")
             return None
         state = share_from_main(self._read() if self.process.is_main else None, self.process)
         if state is None:
@@ -244,7 +244,8 @@ class Checkpoint:
         flags = result_flags(self.args)
         # a flag that the saved run did not know yet had its default
         saved_flags = {name: flags[name] for name in flags.keys() - set(self.args.changed)} | saved_flags
-        saved_identity = self.identity | saved_identity  # older states lack the hash of a base
+        for name in {"base", "reference"} & self.identity.keys():  # older states of some stages lack them
+            saved_identity.setdefault(name, self.identity[name])
         was = {f"--{name}": value for name, value in saved_flags.items()} | saved_identity
         now = {f"--{name}": value for name, value in flags.items()} | self.identity
         differing = [name for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name)]

@@ -229,7 +229,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def between_steps() -> Iterator[None]:
-    """Wrap an evaluation or a save: however long it takes, it is no sign of a process that hangs."""
+    """Wrap an evaluation or a save: a long one does not mean that a process hangs."""
     request = StopRequest.current
     if request:
         request.last = math.inf

@@ -120,8 +120,8 @@ def short_run(folder: Path, main: Callable, args: argparse.Namespace, rest: list
 def read_log(folder: Path) -> list[dict]:
     """Return the lines of the only log in an output folder; [] if there is none yet."""
     logs = [*folder.glob("logs/**/*.jsonl")]
-    lines = logs[0].read_text("utf-8").splitlines(keepends=True) if logs else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    *lines, _ = logs[0].read_text("utf-8").split("\n") if logs else [""]  # the last is not complete
+    return [json.loads(line) for line in lines]
 
 
 # --- what its log tells ----------------------------------------------------------------------------------------------

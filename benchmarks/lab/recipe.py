@@ -168,16 +168,14 @@ def run_peer(run: dict, args: argparse.Namespace) -> dict:
     stream = torch.tensor([i for ids in read_documents(args.data_path, tokenizer) for i in ids])
     steps = max(1, round(run["tokens"] / (run["rows"] * 512)))
     with tempfile.TemporaryDirectory() as folder:
-        started = time.perf_counter()
-        state, curve = PEERS[run["recipe"]](run, args, config, stream, steps, folder)
-        seconds = time.perf_counter() - started
+        state, curve, seconds = PEERS[run["recipe"]](run, args, config, stream, steps, folder)
     model = MiniMindForCausalLM(config).to(args.device)
     model.load_state_dict(state)
     return held_out(model, tokenizer, args) | {"steps": steps, "seconds": seconds, "curve": curve}
 
 
-def train_with_trainer(run, args, config, stream, steps, folder) -> tuple[dict, list]:
-    """Return the weights and the curve of losses after training transformers' Llama with transformers' Trainer."""
+def train_with_trainer(run, args, config, stream, steps, folder) -> tuple[dict, list, float]:
+    """Train transformers' Llama with transformers' Trainer; return weights, losses and seconds."""
     from transformers import Trainer, TrainingArguments
 
     rows = stream[: len(stream) // 512 * 512].view(-1, 512)
@@ -189,18 +187,23 @@ def train_with_trainer(run, args, config, stream, steps, folder) -> tuple[dict, 
     )  # fmt: skip
     assert options.n_gpu <= 1  # with several, Trainer takes as many times the rows
     trainer = Trainer(model, options, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
+    started = time.perf_counter()
     trainer.train()
+    seconds = time.perf_counter() - started
     curve = [(record["step"], record["loss"]) for record in trainer.state.log_history if "loss" in record]
-    return model.state_dict(), curve
+    return model.state_dict(), curve, seconds
 
 
-def train_with_litgpt(run, args, config, stream, steps, folder) -> tuple[dict, list]:
-    """Return the weights after LitGPT's pretraining, whose log has no curve to read."""
+def train_with_litgpt(run, args, config, stream, steps, folder) -> tuple[dict, list, float]:
+    """Run LitGPT's pretraining; return weights and seconds, compiling included. It logs no curve that could be read."""
     from litgpt import Config, pretrain
     from litgpt.args import EvalArgs, TrainArgs
     from litgpt.data import DataModule
     from litgpt.scripts.convert_lit_checkpoint import copy_weights_llama
     from torch.utils.data import DataLoader
+
+    if torch.cuda.is_available() != args.device.startswith("cuda"):
+        raise ValueError("--recipe litgpt takes the GPU if there is one: --device must say the same")
 
     class Rows(DataModule):
         def connect(self, **_):
@@ -224,14 +227,15 @@ def train_with_litgpt(run, args, config, stream, steps, folder) -> tuple[dict, l
         max_norm=1.0, min_lr=4e-5, lr_warmup_steps=min(20, steps - 1), tie_embeddings=True, save_interval=None,
     )  # fmt: skip
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": run["learning_rate"]}}
+    started = time.perf_counter()
     with mock.patch.object(pretrain, "save_checkpoint") as save:  # it would read the flags of LitGPT's own command
         pretrain.setup(
             "", sizes, Path(folder), "32-true", data=Rows(), train=settings, devices=1, optimizer=optimizer,
             eval=EvalArgs(interval=10**6, final_validation=False), logger_name="csv", seed=run["seed"],
         )  # fmt: skip
-    weights: dict = {}
+    seconds, weights = time.perf_counter() - started, {}
     copy_weights_llama(sizes, weights, save.call_args.args[1]["model"].state_dict())
-    return weights, []
+    return weights, [], seconds
 
 
 PEERS = {"trainer": train_with_trainer, "litgpt": train_with_litgpt}
