@@ -209,6 +209,14 @@ def test_preempted_it_saves_and_commits_before_it_goes(container, monkeypatch):
     assert ended[-1]
 
 
+def test_the_state_that_a_fresh_run_deletes_is_not_taken_for_a_save(container):
+    """A mistake is not tried again, on several GPUs either, where every failure has status 1."""
+    assert train(max_steps=1) == 0
+    commits = container.commits
+    assert train(run_id="2", max_steps=5, save_interval=100, overwrite=True, learning_rate=1e30, gpus=2) == 1
+    assert container.commits - commits <= 2 and not list((container.volume / "out" / "resume").glob(".2"))
+
+
 @pytest.mark.full
 def test_overwrite_starts_anew_but_its_retry_goes_on(container, capfd):
     assert train(max_steps=2) == 0
@@ -216,7 +224,7 @@ def test_overwrite_starts_anew_but_its_retry_goes_on(container, capfd):
     container.on_commit = lambda: kills and kills.pop()()
     with pytest.raises(RuntimeError):
         train(run_id="2", max_steps=6, overwrite=True)
-    assert "this one will replace it" in capfd.readouterr().out
+    assert "which this one replaces" in capfd.readouterr().out
     assert train(run_id="2", max_steps=6, overwrite=True) == 0
     assert "going on" in capfd.readouterr().out
 
