@@ -83,9 +83,15 @@ def play(client: openai.OpenAI, turns: list[dict], model: str) -> list[dict]:
     question = next(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
     messages = [{key: turn[key] for key in ("role", "content")} for turn in turns[:question]]
     for _ in range(MOST_TURNS):
-        completion = client.chat.completions.create(
-            model=model, messages=messages, tools=list(tools.values()), temperature=0, max_tokens=LONGEST_TURN
-        )
+        try:
+            completion = client.chat.completions.create(
+                model=model, messages=messages, tools=list(tools.values()), temperature=0, max_tokens=LONGEST_TURN
+            )
+        except openai.BadRequestError as error:
+            if error.code != "context_length_exceeded":
+                raise
+            messages.append({"role": "assistant", "content": ""})  # no room for an answer
+            break
         said = completion.choices[0].message
         messages.append(said.model_dump(include={"role", "content", "tool_calls"}, exclude_none=True))
         for call in said.tool_calls or ():

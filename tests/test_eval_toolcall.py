@@ -68,6 +68,13 @@ def test_calls_arguments_and_answers_are_scored(server, tmp_path, capsys):
     assert shown.count("clock({})") == eval_toolcall.MOST_TURNS
 
 
+def test_a_conversation_without_room_for_an_answer_has_none(server, tmp_path, capsys):
+    long = conversation("word " * 5000, answer="1")
+    data = write_jsonl(tmp_path / "tools.jsonl", [long, *CONVERSATIONS[2:3]])
+    eval_toolcall.main(["--base_url", server.url, "--data_path", str(data), "--examples", "0"])
+    assert "2 conversations\n" in capsys.readouterr().out
+
+
 def test_scripts_start_a_server_of_their_own(tmp_path, tokenizer, capsys):
     folder = write_models(tmp_path, tokenizer)
     data = write_jsonl(tmp_path / "tools.jsonl", CONVERSATIONS[2:3])
