@@ -105,7 +105,8 @@ class Runs:
         assert -signal.SIGKILL in [child.process.exitcode for child in children], children[0].output
 
 
-def assert_same_log(ours, theirs, tolerance: float = 1e-4) -> None:
+def assert_same_log(ours, theirs, tolerance: float = 5e-4) -> None:
+    """AdamW's first steps are as large for a gradient of rounding errors as for any other, and five steps add up."""
     assert len(ours) == len(theirs) == 5
     for line, expected in zip(ours, theirs, strict=True):
         for name in expected.keys() - SPEEDS - {"event"}:
@@ -248,9 +249,9 @@ def test_a_kill_while_shards_are_written_leaves_the_last_state(launcher, tmp_pat
 
 def killed_in_the_third_save(module) -> None:
     """The first process dies when its shard is written and the other's may be."""
-    from trainer import checkpoint
+    from trainer import training
 
-    save_shards, calls = checkpoint.save_shards, []
+    save_shards, calls = training.save_shards, []
 
     def save(*arguments):
         save_shards(*arguments)
@@ -258,7 +259,7 @@ def killed_in_the_third_save(module) -> None:
         if len(calls) == 3 and os.environ["RANK"] == "0":
             os.kill(os.getpid(), signal.SIGKILL)
 
-    checkpoint.save_shards = save
+    training.save_shards = save
 
 
 @needs_deepspeed
