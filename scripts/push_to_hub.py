@@ -143,8 +143,8 @@ def model_card(
 
     repo_id: on a hub, or the name of a folder. paths: title -> folder or file. files: names of what lies next to it.
     """
-    adapters = [path for path in paths.values() if path.suffix == ".pth" and path.parent.name == "lora"]
-    adapter = "adapter_config.json" in files or bool(adapters)
+    adapter = "adapter_config.json" in files
+    adapter |= any(path.suffix == ".pth" and path.parent.name == "lora" for path in paths.values())
     loads = "config.json" in files  # in transformers
     custom = any(name.endswith(".py") for name in files)
     gguf, pth = (next((n for n in sorted(files) if n.endswith(end)), "") for end in (".gguf", ".pth"))

@@ -37,32 +37,29 @@ QUESTIONS = ("你好，你是谁？", "如何保持健康？", "请用一句话�
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)
 
 
-def run(title: str, *command: object, launcher: str = "", **options) -> tuple[int, str]:
-    """Run one of our scripts as a user would; return its status, and its output if stdout is piped.
+def run(title: str, *command: object, launcher: str = "") -> int:
+    """Run one of our scripts as a user would; return its status.
 
     Ctrl-C reaches the script too, which saves and ends: wait for that and exit.
     """
     words, asked = [*map(str, command)], []
     print(f"\n=== {title}\n$ {launcher or 'python'} {shlex.join(words)}", flush=True)
     words[0] = str(ROOT / words[0])
-    given, options["encoding"] = options.pop("input", None), "utf-8"
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
-    with subprocess.Popen([*(shlex.split(launcher) or [sys.executable]), *words], **options) as child:
+    with subprocess.Popen([*(shlex.split(launcher) or [sys.executable]), *words]) as child:
         signal.signal(signal.SIGTERM, lambda number, frame: (asked.append(number), child.terminate()))
-        output = child.communicate(given)[0] or ""
+        child.wait()
     for number, handler in before.items():
         signal.signal(number, handler)
     if asked or child.returncode in STOPPED:
         sys.exit("stopped; run the same command to go on")
-    return child.returncode, output
+    return child.returncode
 
 
-def must_run(title: str, *command: object, **options) -> str:
-    status, output = run(title, *command, **options)
-    if status:
+def must_run(title: str, *command: object) -> None:
+    if status := run(title, *command):
         sys.exit(f"error: {command[0]} ended with status {status}")
-    return output
 
 
 def converse(title: str, weights: Path, questions: tuple[str, ...]) -> None:
@@ -107,7 +104,7 @@ def train(stage: str, weights: Path, command: list[object], args: argparse.Names
     if args.estimate and not reached["step"]:
         run(f"{stage}: what it will take", *command, "--estimate", launcher=args.launcher)
     while True:
-        status, _ = run(stage, *command, "--resume", launcher=args.launcher)
+        status = run(stage, *command, "--resume", launcher=args.launcher)
         now = progress(weights)
         if not status and now["complete"]:
             return
@@ -140,8 +137,7 @@ def pipeline(args: argparse.Namespace, more: list[str]) -> None:
     if args.tasks:
         known = ["pretrain", *(stage for stage in args.stages if stage in STAGES and stage != "pretrain")]
         tasks = ["--weight", *known, "--tasks", *args.tasks, "--download", "--resume"]
-        status, _ = run("scores", "scripts/evaluate.py", *tasks, *out, *shape)
-        if status:
+        if run("scores", "scripts/evaluate.py", *tasks, *out, *shape):
             print("note: the scores are incomplete; the report goes on without them")
     last = next((stage for stage in reversed(args.stages) if stage in STAGES), "full_sft")
     chat = ["--model_mode", STAGES[last].mode, *shape]

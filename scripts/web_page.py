@@ -147,7 +147,7 @@ def change(name: str, *args) -> None:
 def open_chat(chats: Chats, name: str | None) -> None:
     """Show another conversation, or a new one; an answer in the making goes on, one that waits for its model ends."""
     end_waiting()
-    page().conversation, page().pending, page().editing = chats.open(page().visitor, name), None, None
+    page().conversation, page().editing = chats.open(page().visitor, name), None
 
 
 # --- models ----------------------------------------------------------------------------------------------------------

@@ -457,21 +457,30 @@ def test_without_resume_a_run_starts_anew_and_says_what_it_replaces(train, tmp_p
 
 
 @pytest.fixture
-def unfinished(train, tmp_path, texts, monkeypatch):
+def broken_off(train, monkeypatch):
+    """broken_off(script, flags, number): a run that ends in that step."""
+
+    def run(script, flags, number):
+        steps, step = [], Training.step
+
+        def breaks_off(training, lr):
+            steps.append(lr)
+            if len(steps) == number:
+                raise FloatingPointError("broken off")
+            return step(training, lr)
+
+        with monkeypatch.context() as patch, pytest.raises(FloatingPointError):
+            patch.setattr(Training, "step", breaks_off)
+            train(script, flags)
+
+    return run
+
+
+@pytest.fixture
+def unfinished(broken_off, tmp_path, texts):
     """A run that broke off in its fourth step, saved after the second, and its flags."""
     flags = tiny_flags(tmp_path, texts, save_interval=2)
-    steps, step = [], Training.step
-
-    def breaks_off(training, lr):
-        steps.append(lr)
-        if len(steps) == 4:
-            raise FloatingPointError("broken off")
-        return step(training, lr)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Training, "step", breaks_off)
-        with pytest.raises(FloatingPointError):
-            train("train_pretrain", flags)
+    broken_off("train_pretrain", flags, 4)
     return flags
 
 
@@ -488,15 +497,9 @@ def test_an_unfinished_run_is_not_replaced_unasked(train, tmp_path, texts, unfin
     train("train_pretrain", unfinished)  # a finished run may be made again
 
 
-def test_what_a_replaced_run_left_is_not_resumed(train, tmp_path, texts, unfinished, capsys, monkeypatch):
+def test_what_a_replaced_run_left_is_not_resumed(train, unfinished, broken_off, capsys):
     """The new run breaks off before its first save."""
-
-    def breaks_off(training, lr):
-        raise FloatingPointError("broken off")
-
-    with monkeypatch.context() as patch, pytest.raises(FloatingPointError):
-        patch.setattr(Training, "step", breaks_off)
-        train("train_pretrain", [*unfinished, "--overwrite", "--seed=7"])
+    broken_off("train_pretrain", [*unfinished, "--overwrite", "--seed=7"], 1)
     capsys.readouterr()
     train("train_pretrain", [*unfinished, "--resume"])
     assert "nothing is saved" in capsys.readouterr().out
@@ -641,23 +644,13 @@ def test_frozen_weights_are_not_replaced_by_the_result(train, tmp_path, inputs, 
     assert frozen.read_bytes() == before
 
 
-def test_on_another_number_of_processes_no_answer_of_the_reference_is_missing(train, tmp_path, inputs, monkeypatch):
+def test_on_another_number_of_processes_no_answer_of_the_reference_is_missing(train, tmp_path, inputs, broken_off):
     """Two processes took steps of eight pairs; one goes on, and asks the reference again for a part of them."""
     flags = inputs(DPO) | {"batch_size": 2, "accumulation_steps": 4, "max_steps": 4, "save_interval": 2}
     whole = tiny_flags(tmp_path / "whole", **flags)
     train(DPO.script, whole)
     parts = tiny_flags(tmp_path / "parts", **flags)
-    taken, step = [], Training.step
-
-    def breaks_off(training, lr):
-        taken.append(lr)
-        if len(taken) == 4:
-            raise FloatingPointError("broken off")
-        return step(training, lr)
-
-    with monkeypatch.context() as patch, pytest.raises(FloatingPointError):
-        patch.setattr(Training, "step", breaks_off)
-        train(DPO.script, parts)
+    broken_off(DPO.script, parts, 4)
     path = tmp_path / "parts" / "resume" / "rlhf_32.resume"
     torch.save(torch.load(path, weights_only=True) | {"ranks": 2}, path)
     fresh = tmp_path / "fresh"

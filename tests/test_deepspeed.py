@@ -52,6 +52,17 @@ def keep_float32(module) -> None:
     module.Checkpoint.save = keep
 
 
+def norm_in_float64(module) -> None:
+    """As DeepSpeed's. torch adds squares in float32, and on some CPUs that loses 1e-4 of a large matrix's norm."""
+
+    def clip(parameters, max_norm):
+        norm = torch.stack([p.grad.double().square().sum() for p in parameters]).sum().sqrt()
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm.float())
+        return norm
+
+    torch.nn.utils.clip_grad_norm_ = clip
+
+
 def killed_at_step_4(module) -> None:
     def make(take_step):
         calls = []
@@ -91,7 +102,7 @@ class Runs:
         weights = self.folder / f"{name}.float32"
         self.launcher.run(
             self.stage.script, self.line(name, **flags), 2, SECONDS, env={"WEIGHTS": str(weights)},
-            patches=[keep_float32],
+            patches=[keep_float32, norm_in_float64],
         )  # fmt: skip
         return torch.load(weights)
 
@@ -105,8 +116,7 @@ class Runs:
         assert -signal.SIGKILL in [child.process.exitcode for child in children], children[0].output
 
 
-def assert_same_log(ours, theirs, tolerance: float = 5e-4) -> None:
-    """AdamW's first steps are as large for a gradient of rounding errors as for any other, and five steps add up."""
+def assert_same_log(ours, theirs, tolerance: float = 1e-4) -> None:
     assert len(ours) == len(theirs) == 5
     for line, expected in zip(ours, theirs, strict=True):
         for name in expected.keys() - SPEEDS - {"event"}:

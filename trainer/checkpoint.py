@@ -182,8 +182,8 @@ class Checkpoint:
 
         base: the weights that training starts from. frozen: weights that are read all along. Neither may change on
         resume; only a base may be the weight file itself. Raises WeightsError if frozen weights would be replaced, and
-        ValueError if the state to resume from is of another run. On another number of processes it changes
-        args.accumulation_steps so that the global batch stays, so it comes before the first pass over the data.
+        ValueError if the state to resume from is of another run. Construct it before the first pass over the data: on
+        another number of processes it changes args.accumulation_steps, so that the global batch stays what it was.
         """
         for name, path in frozen.items():
             if weights.exists() and path.samefile(weights):

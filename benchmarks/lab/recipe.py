@@ -277,8 +277,7 @@ def execute(args: argparse.Namespace) -> None:
         }  # fmt: skip
         if key_of(run) in known:
             continue
-        train = run_original if args.recipe == "original" else run_peer if args.recipe in PEERS else run_ours
-        run |= train(run, args)
+        run |= ({"original": run_original} | dict.fromkeys(PEERS, run_peer)).get(args.recipe, run_ours)(run, args)
         run |= {"threads": args.threads, "device": args.device, "torch": torch.__version__, "time": int(time.time())}
         args.results.parent.mkdir(parents=True, exist_ok=True)
         with args.results.open("a", encoding="utf-8") as file:
