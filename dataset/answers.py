@@ -22,7 +22,8 @@ ARABIC = re.compile(
 )
 DIGITS = {character: value for value, character in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
 UNITS = {"十": 10, "百": 100, "千": 1000, "万": 10**4, "亿": 10**8, "万亿": 10**12}
-NUMERAL = r"[零〇一二两三四五六七八九十](?:[零〇一二两三四五六七八九十百万亿]|千(?![克米瓦]))*"
+# 一样, 一起, 一定 and their like are no numbers
+NUMERAL = r"(?!一[样起定直般些切旦边同下再并向味])[零〇一二两三四五六七八九十](?:[零〇一二两三四五六七八九十百万亿]|千(?![克米瓦]))*"
 CHINESE = re.compile(rf"(负)?(?:(百|{NUMERAL})分之)?({NUMERAL})(?:点([零〇一二三四五六七八九]+))?")
 
 
@@ -131,10 +132,10 @@ def choice(answer: str, letters: str = "ABCD") -> str | None:
     text = _plain(answer)
     named = rf"(?!A (?!(?:is|or|and)\b)[a-z])([{letters}])(?![A-Za-z'])"  # "A dog" names no option
     letter = rf"[(\[*\"“【]*{named}"
-    stated = rf"(?:答案|选|(?i:answer|option|choice))(?:应该|应)?\s*(?:(?i:is)|是|为|选|项)?\s*:?\s*{letter}"
+    stated = rf"(?:答案|选择?项?|(?i:answer|option|choice))(?:应该|应当|应)?\s*(?:(?i:is)|是|为|选择?)?\s*:?\s*{letter}"
     if found := re.findall(stated, text):
         return found[-1]
-    if opening := re.match(rf"{letter}(?:\s*$|[.,:;)\]、。】*\"”\n])", text):
+    if opening := re.match(rf"{letter}(?!、[{letters}])(?:\s*$|[.,:;)\]、。】*\"”\n])", text):
         return opening[1]
     alone = set(re.findall(rf"(?<![A-Za-z']){named}", text))
     return alone.pop() if len(alone) == 1 else None

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+CONVERSATIONS = "sft_and_tools.jsonl"  # what the quickstart makes of two files of dataset/sample/
 QUESTIONS = [
     "你好，你是谁？",
     "用两三句话说明什么是光合作用。",
@@ -36,7 +37,7 @@ def example_prompts(sidecar: dict, continues: bool, count: int = 8) -> list[str]
 def sample_questions(sidecar: dict) -> list[dict]:
     """Return the questions of dataset/sample/ if the weights were trained on its data."""
     data = Path(str(sidecar.get("flags", {}).get("data_path", "")))
-    if data.parts[-3:-1] != ("dataset", "sample"):
+    if data.parts[-3:-1] != ("dataset", "sample") and data.name != CONVERSATIONS:
         return []
     lines = (ROOT / "dataset" / "sample" / "questions.jsonl").read_text("utf-8").splitlines()
     return [json.loads(line) for line in lines]

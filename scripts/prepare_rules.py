@@ -60,14 +60,19 @@ REFUSAL = re.compile(
     r"|\bI(?:'m| am) (?:sorry|afraid),? (?:but )?(?:I|that I) (?:can(?:'t|not)|am (?:not able|unable))",
 )
 OTHER_MODELS = (
-    r"ChatGPT|GPT-?[345][\w.]*|OpenAI|Claude|Anthropic|Gemini|Bard|PaLM|LLaMA|Llama|Vicuna|Alpaca|Mistral|Grok"
-    r"|DeepSeek|深度求索|通义千问|千问|Qwen|阿里云|文心一言|百度|讯飞星火|智谱|ChatGLM|GLM-?\d|Kimi|月之暗面|豆包|混元"
-    r"|MOSS|书生|Open ?Assistant"
+    r"ChatGPT|GPT-?[345][\w.]*|Claude|Gemini|Bard|PaLM|LLaMA|Llama|Vicuna|Alpaca|Mistral|Grok|DeepSeek"
+    r"|通义千问|千问|Qwen|文心一言|讯飞星火|ChatGLM|GLM-?\d|Kimi|豆包|混元|MOSS|书生[·・]?浦语|InternLM|Open ?Assistant"
 )
-SELF = r"我是|我叫|我的名字是|我的名字叫|我由|我是由|作为|I am|I'm|I was|[Mm]y name is|call me"
+MAKERS = r"OpenAI|Anthropic|深度求索|阿里云|阿里巴巴|百度|讯飞|智谱|月之暗面"
+# who names a model after one of these speaks of a tool, or of a bun: 我是通过百度地图找到的, 我是吃豆包长大的
+TOOL = r"通过|用|在|从|吃|去|看|买|\b(?:with|using|about|at|by)\b"
+NAMED = r"我是|我叫|我的名字是|我的名字叫|我由|作为|I am|I'm|[Mm]y name is|call me"
+SELF = rf"(?:{NAMED})(?:(?!{TOOL})[^。！？.!?，,\n]){{0,20}}"
 OTHER_NAME = re.compile(
-    rf"(?:{SELF})[^。！？.!?，,\n]{{0,20}}(?:{OTHER_MODELS})"
-    rf"|(?:{OTHER_MODELS})[^。！？.!?\n]{{0,6}}(?:开发|训练|研发|创造|推出)的(?:人工智能|AI|大?语言模型|聊天|助手|模型)"
+    rf"{SELF}(?:{OTHER_MODELS})"
+    rf"|{SELF}(?:{MAKERS})[^。！？.!?\n]{{0,6}}(?:开发|训练|研发|创造|推出|的 ?(?:人工智能|AI|助手|大|语言|模型))"
+    r"|I(?: am|'m| was)[^.!?\n]{0,40} (?:created|developed|trained|made|built) by "
+    rf"(?:{MAKERS}|{OTHER_MODELS}|Google|Meta)\b"
 )
 
 

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from model.streams import set_up_streams
+from scripts.example_prompts import CONVERSATIONS
 from scripts.speedrun import converse, must_run, run
 
 SAMPLE = ROOT / "dataset" / "sample"
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         *("--epochs", PRETRAIN_EPOCHS, *COMMON.split(), "--embedding_lr_scale", 1),
         *afresh,
     )
-    conversations = args.out_dir / "sft_and_tools.jsonl"
+    conversations = args.out_dir / CONVERSATIONS
     conversations.write_bytes(b"".join((SAMPLE / name).read_bytes() for name in ("sft.jsonl", "tools.jsonl")))
     must_run(
         "2. Fine-tuning: answering, and calling a calculator",

@@ -81,9 +81,9 @@ page = gr.ChatInterface(
         latex_delimiters=[{"left": mark, "right": mark, "display": mark == "$$"} for mark in ("$$", "$")],
     ),
     additional_inputs=[
-        gr.Slider(0, 1.5, 0.85, step=0.05, label="Temperature"),
-        gr.Slider(16, LONGEST, min(512, LONGEST), step=16, label="Longest answer (tokens)"),
-        gr.Textbox("", label="System"),
+        gr.Slider(0, 1.5, 0.85, step=0.05, label="温度 · Temperature"),
+        gr.Slider(16, LONGEST, min(512, LONGEST), step=16, label="最大 token 数 · Longest answer"),
+        gr.Textbox("", label="系统提示词 · System prompt"),
     ],
 )
 

@@ -110,7 +110,7 @@ class LineEditor:
                 if warned:
                     return
                 warned = True
-                note("Ctrl-C again, Ctrl-D or /exit leaves. 再按一次 Ctrl-C 退出。")
+                note("Ctrl-C again, Ctrl-D or /exit leaves. 再按一次 Ctrl-C、按 Ctrl-D 或输入 /exit 退出。")
                 continue
             warned = False
             if text.strip():

@@ -19,7 +19,7 @@ from filelock import FileLock
 
 from dataset.lm_dataset import parse_record, tokenize_records
 from scripts import prepare_data
-from scripts.prepare_rules import is_cut
+from scripts.prepare_rules import OTHER_NAME, is_cut
 
 SCRIPT = ROOT / "scripts" / "prepare_data.py"
 CHAT = [{"role": "user", "content": "山有多高？"}, {"role": "assistant", "content": "三千米。"}]
@@ -503,6 +503,26 @@ CHAT_RULES = {
         [("user", "介绍"), ("assistant", "<think>\n想\n</think>\n<answer>\n山很高。\n</answer>")],
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("answer", "foreign"),
+    [
+        ("我是由百度研发的大语言模型。", True),
+        ("我是百度的AI助手。", True),
+        ("作为OpenAI开发的语言模型，我会尽力。", True),
+        ("我是书生·浦语。", True),
+        ("I was created by OpenAI to help.", True),
+        ("I am a large language model, trained by Google.", True),
+        ("我是一个穷书生，家住江南，正要进京赶考。", False),
+        ("我是通过百度地图找到这家店的，味道很好。", False),
+        ("我是吃豆包长大的。", False),
+        ("它是OpenAI开发的聊天机器人，于2022年发布。", False),
+        ("I was surprised by Gemini and its bright stars.", False),
+    ],
+)
+def test_another_models_name_is_one_that_the_answer_gives_itself(answer, foreign):
+    assert bool(OTHER_NAME.search(answer)) == foreign
 
 
 @pytest.mark.parametrize("rule", CHAT_RULES)

@@ -314,8 +314,8 @@ def test_tree_leaves_nothing_out():
 
 @pytest.mark.parametrize("script", STAGE_SCRIPTS, ids=lambda path: path.name)
 def test_every_flag_of_a_stage_is_named(script):
-    aliases = {"--help", "--local-rank"}
-    missing = declared_flags(script) - aliases - flags_in(text_of(STAGES_PAGE))
+    unlisted = {"--help", "--local-rank", "--pass_seconds"}  # an alias, and one that --estimate alone passes
+    missing = declared_flags(script) - unlisted - flags_in(text_of(STAGES_PAGE))
     assert not missing, f"add these to the tables of {STAGES_PAGE}: {missing}"
 
 

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, write_endless_weights
 
 from model.streams import note
-from scripts.example_prompts import BEGINNINGS, QUESTIONS, example_prompts
+from scripts.example_prompts import BEGINNINGS, CONVERSATIONS, QUESTIONS, example_prompts
 from scripts.terminal import Display, LineEditor, TerminalChat, piped_prompts, run_main
 
 GREETING = "你好，今天天气怎么样？"
@@ -207,7 +207,9 @@ def test_an_answer_cannot_command_the_terminal(monkeypatch):
 
 
 def test_examples_come_from_the_world_of_the_sample_if_that_was_trained_on():
-    of_sample = {"flags": {"data_path": "/somewhere/else/dataset/sample/sft.jsonl"}}
+    of_sample = {"flags": {"data_path": "/somewhere/else/dataset/sample/pretrain.jsonl"}}
+    of_quickstart = {"flags": {"data_path": f"/somewhere/out/quickstart/{CONVERSATIONS}"}}
+    assert example_prompts(of_quickstart, continues=False) == example_prompts(of_sample, continues=False)
     questions = example_prompts(of_sample, continues=False)
     known = (ROOT / "dataset" / "sample" / "questions.jsonl").read_text("utf-8")
     assert len(questions) == len(set(questions)) == 8 and all(f'"{question}"' in known for question in questions)
