@@ -4,6 +4,7 @@ In a text that reasons first, the answer is inside the last mark: <answer>…</a
 GSM8K's ####. Without a mark it is what follows </think>, or the whole text.
 """
 
+import math
 import re
 import unicodedata
 from fractions import Fraction
@@ -14,17 +15,22 @@ TAG = re.compile(r"</?(?:think|answer)>")
 
 LONGEST = 100  # characters of a number: a model that repeats a digit forever has not given one
 UNSIGNED = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+UNIT = "[百千]?(?:万亿|[万亿])|千(?![克米瓦])|百(?!分)"
+PARTS = re.compile(rf"({UNSIGNED})({UNIT})")  # of a number like 3万5千
+FRACTION = re.compile(rf"\\[dt]?frac\{{\s*([-+]?(?:{UNSIGNED}))\s*\}}\{{\s*({UNSIGNED})\s*\}}")
 # A minus between two numbers is a subtraction, so it is a sign only if nothing stands before it.
 ARABIC = re.compile(
-    rf"(?P<percent>百分之)?(?P<sign>(?<![\w.)%])[-+]\s?|(?<=[^\x00-\x7f])[-+]|负)?(?P<first>{UNSIGNED})"
+    rf"(?P<percent>百分之)?(?P<sign>(?<![\w.)%])[-+]\s?|(?<=[^\x00-\x7f])[-+]|负)?"
+    rf"(?P<larger>(?:(?:{UNSIGNED})(?:{UNIT}))*)(?P<first>{UNSIGNED})"
     rf"(?:[eE](?P<exponent>[-+]?\d{{1,2}})(?!\d)|\s+(?P<part>\d+)/(?P<of>\d+)|\s*/\s*(?P<divisor>{UNSIGNED}))?"
-    r"\s*(?P<unit>%|万亿|[万亿])?"
+    rf"\s*(?P<unit>%|{UNIT})?"
 )
 DIGITS = {character: value for value, character in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
-UNITS = {"十": 10, "百": 100, "千": 1000, "万": 10**4, "亿": 10**8, "万亿": 10**12}
+UNITS = {"十": 10, "百": 100, "千": 1000, "万": 10**4, "亿": 10**8}
 # 一样, 一起, 一定 and their like are no numbers
-NUMERAL = r"(?!一[样起定直般些切旦边同下再并向味])[零〇一二两三四五六七八九十](?:[零〇一二两三四五六七八九十百万亿]|千(?![克米瓦]))*"
-CHINESE = re.compile(rf"(负)?(?:(百|{NUMERAL})分之)?({NUMERAL})(?:点([零〇一二三四五六七八九]+))?")
+ONE = r"(?!一[样起定直般些切旦边同下再并向味])[零〇一二两三四五六七八九十]"
+NUMERAL = rf"{ONE}(?:[零〇一二两三四五六七八九十百万亿]|千(?![克米瓦]))*"
+CHINESE = re.compile(rf"(负)?(?:(百|{NUMERAL})分之)?({NUMERAL})(?:点([零〇一二三四五六七八九]+)({UNIT})?)?")
 
 
 def answer_part(text: str) -> str:
@@ -35,7 +41,8 @@ def answer_part(text: str) -> str:
 
 def _plain(text: str) -> str:
     """Return the answer with full-width and typographic forms of characters replaced by ASCII."""
-    return unicodedata.normalize("NFKC", answer_part(text)).replace("−", "-").replace("⁄", "/").strip()
+    text = re.sub("([¼-¾⅐-⅞])", r" \1", answer_part(text))  # NFKC makes 11/2 of 1½
+    return unicodedata.normalize("NFKC", text).replace("−", "-").replace("⁄", "/").strip()
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
@@ -66,17 +73,18 @@ def number_matches(answer: str, gold: str) -> bool:
 
 def _read(text: str) -> tuple[Fraction | None, bool]:
     """Return (the number as it is written, whether it is a percentage)."""
-    text = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r" \1/\2", _plain(text)).replace("\\%", "%")
+    text = FRACTION.sub(r" \1/\2", _plain(text)).replace("\\%", "%")
     text = re.sub(r"[$¥€£](?=\s?[\d.])", "", text)
     for match in reversed(list(ARABIC.finditer(text))):
         if len(match[0]) <= LONGEST and (value := _arabic(match)) is not None:
             return value, bool(match["percent"]) or match["unit"] == "%"
     for match in reversed(list(CHINESE.finditer(text))):
         if len(match[0]) <= LONGEST:
-            sign, divisor, whole, decimals = match.groups()
+            sign, divisor, whole, decimals, unit = match.groups()
             value = Fraction(_chinese(whole))
             if decimals:
                 value += Fraction(int("".join(str(DIGITS[digit]) for digit in decimals)), 10 ** len(decimals))
+                value *= _times(unit)
             if divisor not in (None, "百"):
                 value = value / _chinese(divisor) if _chinese(divisor) else None
             return (-value if sign and value is not None else value), divisor == "百"
@@ -84,13 +92,20 @@ def _read(text: str) -> tuple[Fraction | None, bool]:
 
 
 def _arabic(match: re.Match) -> Fraction | None:
-    first, exponent, part, of, divisor, unit = match.group("first", "exponent", "part", "of", "divisor", "unit")
+    names = ("larger", "first", "exponent", "part", "of", "divisor", "unit")
+    larger, first, exponent, part, of, divisor, unit = match.group(*names)
     value = Fraction(first.replace(",", "")) * Fraction(10) ** int(exponent or 0)
     below = Fraction((divisor or of or "1").replace(",", ""))
     if not below:
         return None
     value = value + Fraction(part) / below if part else value / below
-    return value * UNITS.get(unit, 1) * (-1 if (match["sign"] or "").strip() in ("-", "负") else 1)
+    value = value * _times(unit) + sum(Fraction(n.replace(",", "")) * _times(u) for n, u in PARTS.findall(larger))
+    return value * (-1 if (match["sign"] or "").strip() in ("-", "负") else 1)
+
+
+def _times(unit: str | None) -> int:
+    """Return what a unit multiplies by: 千万 by a thousand times ten thousand; "%" and none by one."""
+    return math.prod(UNITS.get(character, 1) for character in unit or "")
 
 
 def _chinese(text: str) -> int:
