@@ -7,6 +7,7 @@ a dict and returns text; a call that cannot be answered returns a line that says
 import ast
 import datetime
 import operator
+import re
 from collections.abc import Callable, Collection
 from fractions import Fraction
 
@@ -41,8 +42,9 @@ def calculator(expression: str) -> str:
     expression = str(expression).replace("×", "*").replace("÷", "/").replace("−", "-")
     if len(expression) > LONGEST:
         raise ToolError(f"the expression is longer than {LONGEST} characters")
+    expression = expression.strip()
     try:
-        value = _value(ast.parse(expression.strip(), mode="eval").body)
+        value = _value(ast.parse(expression, mode="eval").body, expression)
     except ZeroDivisionError as error:
         raise ToolError("division by zero") from error
     except (SyntaxError, RecursionError, MemoryError) as error:
@@ -50,14 +52,15 @@ def calculator(expression: str) -> str:
     return number_text(value)
 
 
-def _value(node: ast.AST) -> Fraction:
+def _value(node: ast.AST, source: str) -> Fraction:
     number = node.value if isinstance(node, ast.Constant) else None
     if isinstance(number, int | float) and not isinstance(number, bool) and abs(number) <= LARGEST:
-        value = Fraction(str(number))
+        # a float has lost digits that its source text holds
+        value = Fraction(number) if isinstance(number, int) else _exact(ast.get_source_segment(source, node))
     elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-        value = Fraction(OPERATORS[type(node.op)](_value(node.left), _value(node.right)))
+        value = Fraction(OPERATORS[type(node.op)](_value(node.left, source), _value(node.right, source)))
     elif isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
-        value = OPERATORS[type(node.op)](_value(node.operand))
+        value = OPERATORS[type(node.op)](_value(node.operand, source))
     else:
         raise ToolError("only numbers up to 1e30, + - * / // % and brackets are understood")
     if abs(value) > LARGEST:
@@ -65,19 +68,26 @@ def _value(node: ast.AST) -> Fraction:
     return value
 
 
+def _exact(text: str) -> Fraction:
+    """Return the number that a text is. Raises ValueError, before an exponent like e10000000 takes hours."""
+    if len(text) > LONGEST or re.search(r"[eE][-+]?[\d_]{4}", text):
+        raise ToolError(f"{text[:40]!r} is too long a number")
+    return Fraction(text)
+
+
 def number_text(value: Fraction) -> str:
     """Return a whole number in full, any other with up to six decimals."""
-    if value.denominator == 1:
-        return str(value.numerator)
-    return f"{float(value):.6f}".rstrip("0").rstrip(".")
+    whole, decimals = divmod(round(abs(value) * 10**6), 10**6)
+    sign = "-" if value < 0 and (whole or decimals) else ""
+    return f"{sign}{whole}.{decimals:06}".rstrip("0").rstrip(".")
 
 
 def convert_units(value: float | str, source: str, target: str) -> str:
     """Return a quantity in another unit of the same kind."""
     try:
-        amount = Fraction(str(value))
+        amount = _exact(str(value))
     except (ValueError, ZeroDivisionError) as error:
-        raise ToolError(f"{value!r} is not a number") from error
+        raise ToolError(f"{value!r} is not a number, or too long a one") from error
     for units in UNITS.values():
         if source in units and target in units:
             return number_text(amount * Fraction(units[source]) / Fraction(units[target]))

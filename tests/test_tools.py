@@ -18,6 +18,10 @@ from dataset.tools import FUNCTIONS, call_tool
         ("7//2 - 5%3", "1"),
         ("-(2 − 5) × 10 ÷ 4", "7.5"),
         ("123456789123456789 * 10", "1234567891234567890"),
+        ("987654321987654321/2", "493827160993827160.5"),
+        ("123456789012345678/7", "17636684144620811.142857"),
+        ("1234567890123456789.5+1", "1234567890123456790.5"),
+        ("-1/10000000", "0"),
     ],
 )
 def test_calculator(expression, value):
@@ -26,7 +30,7 @@ def test_calculator(expression, value):
 
 @pytest.mark.parametrize(
     "expression",
-    ["2**9", "__import__('os')", "1/0", "1e400", "10**20*10**20", "(1+2", "a", "", "True", "9" * 300, "(" * 150 + "1"],
+    ["2**9", "__import__('os')", "1/0", "1e400", "1e-99999999", "10**20*10**20", "(1+2", "a", "", "True", "9" * 300, "(" * 150 + "1"],
 )
 def test_calculator_refuses_what_is_not_arithmetic(expression):
     assert call_tool("calculator", {"expression": expression}).startswith("error: ")
@@ -36,6 +40,8 @@ def test_units_clock_and_length():
     assert call_tool("convert_units", {"value": 3, "source": "km", "target": "m"}) == "3000"
     assert call_tool("convert_units", {"value": "2.5", "source": "h", "target": "min"}) == "150"
     assert "cannot convert 'km' to 'kg'" in call_tool("convert_units", {"value": 3, "source": "km", "target": "kg"})
+    for long in ("1e10000000", "1e-1_000_000_000", "9" * 300):  # which would take hours to multiply
+        assert "too long" in call_tool("convert_units", {"value": long, "source": "km", "target": "m"})
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d", call_tool("clock", {"timezone_hours": 8}))
     assert call_tool("text_length", {"text": "床前明月光"}) == "5"
 
