@@ -142,6 +142,8 @@ def download(hub: HuggingFace, wanted: list[str] | None, target: Path, overwrite
             f"{hub.repo} has no {', '.join(missing)} at revision {hub.revision}; it has {', '.join(sorted(files))}. "
             "Older files may be in an older --revision"
         )
+    if outside := [name for name in wanted or files if not (target / name).resolve().is_relative_to(target.resolve())]:
+        raise ValueError(f"{hub.repo} lists {outside[0]!r}, which would be written outside {target}; nothing is loaded")
     plan = []
     for remote in [files[name] for name in wanted or sorted(files)]:
         path = target / remote.name
@@ -178,7 +180,7 @@ def fetch(hub: HuggingFace, remote: Remote, staging: Path, target: Path) -> None
     # hf_hub_download begins again after every stop; http_get under it goes on, on either hub
     with hub_errors(hub, remote.name), open(part, "ab") as file:
         if file.tell() > remote.size:
-            file.truncate(0)
+            file.seek(file.truncate(0))
         headers = build_hf_headers() if type(hub) is HuggingFace else None
         http_get(hub.url(remote.name), file, resume_size=file.tell(), headers=headers, expected_size=remote.size)
     if fault := fault_of(part, remote):

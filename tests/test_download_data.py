@@ -236,6 +236,22 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_sent(hub, tmp_pa
 
 
 @SOURCES
+def test_a_name_that_leads_out_of_the_folder_is_refused(hub, tmp_path, source):
+    for name in ("x/../../../../escaped.txt", str(tmp_path / "escaped.txt")):
+        hub.files = FILES | {name: b"bad"}
+        assert "outside" in error_of(tmp_path, source, "--weights", "MiniMind2") and not hub.sent
+    assert not list(tmp_path.rglob("*escaped*"))
+
+
+@SOURCES
+def test_a_transfer_that_is_longer_than_the_file_begins_again(hub, tmp_path, source):
+    part = tmp_path / "dataset" / ".download" / "pretrain_hq.jsonl.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"x" * (len(FILES["pretrain_hq.jsonl"]) + 1))
+    assert held(bring(tmp_path, source, "pretrain_hq"))["pretrain_hq.jsonl"] == FILES["pretrain_hq.jsonl"]
+
+
+@SOURCES
 def test_weights_come_as_a_folder(hub, tmp_path, source):
     hub.files = {
         "config.json": b"{}",
