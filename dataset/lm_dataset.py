@@ -65,7 +65,8 @@ def parse_record(
         _count_unused(record, used, "records", unused)
     if kind == "pretrain":
         return _text(values[0], '"text"')
-    sides = [_turns(value, f'"{name}"', record.get("tools"), unused) for name, value in zip(names, values, strict=True)]
+    tools = record.get("tools")
+    sides = [parse_turns(value, f'"{name}"', tools, unused) for name, value in zip(names, values, strict=True)]
     for name, turns in zip(names, sides, strict=True):
         if not any(turn["role"] == "assistant" for turn in turns):
             raise RecordError(f'"{name}" has no assistant turn: there is nothing to learn')
@@ -88,7 +89,7 @@ def parse_prompt(line: str) -> dict:
     Raises RecordError if the line is something else.
     """
     record = json_object(line)
-    turns = _turns(_value(record, "conversations"), '"conversations"', record.get("tools"), Counter())
+    turns = parse_turns(_value(record, "conversations"), '"conversations"', record.get("tools"))
     while turns and turns[-1]["role"] == "assistant":  # accept files of answered prompts
         turns.pop()
     if not turns:
@@ -103,7 +104,13 @@ def render_record(kind: str, record, tokenizer: ChatTokenizer) -> list[str] | li
     """Return the documents of a record as text. Raises ValueError if the chat template cannot write them."""
     if kind == "pretrain":
         return [record]
-    return [tokenizer.render(turns) for turns in ([record] if kind == "conversation" else record)]
+    documents = [tokenizer.render(turns) for turns in ([record] if kind == "conversation" else record)]
+    if not all(any(segment.learned for segment in segments) for segments in documents):
+        raise ValueError(
+            f"the chat template of {tokenizer.template.file} opens no turn with {tokenizer.template.bos}assistant, "
+            "so there is nothing to learn; choose another --tokenizer_path"
+        )
+    return documents
 
 
 def tokenize_rendered(kind: str, documents: list, tokenizer: ChatTokenizer) -> list[tuple[list[int], list[int] | None]]:
@@ -137,12 +144,11 @@ def count_target_bytes(kind: str, record) -> int:
     """Count the UTF-8 bytes of the text that a record teaches, which is what bits per byte divides by."""
     if kind == "pretrain":
         return len(record.encode())
-    turns = record if kind == "conversation" else [*record[0], *record[1]]
-    answers = [turn for turn in turns if turn["role"] == "assistant"]
-    more = [
-        turn.get("reasoning_content", "") + _dumped(turn.get("tool_calls", "")) for turn in answers if len(turn) > 2
-    ]
-    return sum(len(text.encode()) for text in (*(turn["content"] for turn in answers), *more))
+    shared = 0 if kind == "conversation" else shared_beginning(*record)
+    sides = [record] if kind == "conversation" else [side[shared:] for side in record]
+    answers = [turn for side in sides for turn in side if turn["role"] == "assistant"]
+    texts = [turn["content"] + turn.get("reasoning_content", "") + _dumped(turn.get("tool_calls")) for turn in answers]
+    return len("".join(texts).encode())
 
 
 def json_object(line: str) -> dict:
@@ -194,8 +200,13 @@ def _surrogate_fault(value: str) -> str | None:
     return None
 
 
-def _turns(value, name: str, tools, unused: Counter) -> list[dict]:
-    """Return validated turns. tools: of the whole record; they go to the first turn."""
+def parse_turns(value, name: str, tools=None, unused: Counter | None = None, may_be_empty: bool = False) -> list[dict]:
+    """Return validated turns, as parse_record. Raises RecordError.
+
+    name: of the list, for messages. tools: of the whole record; they go to the first turn. may_be_empty: accept blank
+    contents.
+    """
+    unused = Counter() if unused is None else unused
     if not isinstance(value, list):
         raise RecordError(f"{name} must be a list of turns, not {_type_name(value)}")
     if not value:
@@ -205,14 +216,14 @@ def _turns(value, name: str, tools, unused: Counter) -> list[dict]:
         if not isinstance(turn, dict):
             fault = f'must be an object with "role" and "content", not {_type_name(turn)}'
             raise RecordError(f"turn {number} of {name} {fault}")
-        turns.append(_turn(turn, f"in turn {number} of {name}", before, unused))
+        turns.append(_turn(turn, f"in turn {number} of {name}", before, unused, may_be_empty))
         before = turns[-1]["role"]
     if tools:
         turns[0] = {**turns[0], "tools": _objects(tools, f'"tools" next to {name}') + turns[0].get("tools", [])}
     return turns
 
 
-def _turn(given: dict, where: str, before: str | None, unused: Counter) -> dict:
+def _turn(given: dict, where: str, before: str | None, unused: Counter, may_be_empty: bool) -> dict:
     role = "assistant" if before in ("user", "tool") else "user"  # if the record names none
     name = given.get("role", role)
     if name not in ROLES:
@@ -224,11 +235,8 @@ def _turn(given: dict, where: str, before: str | None, unused: Counter) -> dict:
     role, content = ROLE_NAMES[name], given.get("content")
     if isinstance(content, list) and name != "function_call":
         content = _joined_parts(content, f'"content" {where}')
-    if given.keys() == {"role", "content"} and name != "function_call":
-        fault = _text_fault(content)
-        if not fault or (role == "tool" and content == ""):
-            return {"role": role, "content": content}
-        raise RecordError(f'"content" {where} {fault}')
+    if given.keys() == {"role", "content"} and name != "function_call" and not _text_fault(content):
+        return {"role": role, "content": content}
     _count_unused(given, USED_KEYS[role], "turns", unused)
     more = {}
     if role == "system" and given.get("tools"):
@@ -245,8 +253,9 @@ def _turn(given: dict, where: str, before: str | None, unused: Counter) -> dict:
             calls, content = calls + _objects(content, f'"content" {where}'), ""
         if calls:
             more["tool_calls"] = [_call(call, f"call {number} {where}") for number, call in enumerate(calls, 1)]
-    may_be_empty = more.keys() & {"tools", "tool_calls"} or (role == "tool" and content is not None)
-    if not (may_be_empty and content in (None, "")):
+    may_be_empty = "content" in given and (may_be_empty or (role == "tool" and content is not None))
+    is_blank = content is None or (isinstance(content, str) and not content.strip())
+    if not (is_blank and (may_be_empty or more.keys() & {"tools", "tool_calls"})):
         fault = _text_fault(content) if "content" in given else _missing(given)
         if fault:
             raise RecordError(f'"content" {where} {fault}')

@@ -28,13 +28,12 @@ from dataset.lm_dataset import (
     RULES_VERSION,
     RecordError,
     check_kind,
-    count_target_bytes,
     parse_record,
     render_record,
     tokenize_rendered,
 )
 from dataset.progress import ProgressBar
-from dataset.tokenization import ChatTokenizer
+from dataset.tokenization import CONTROL_TOKENS, ChatTokenizer
 from dataset.workers import results_in_order, usable_cores
 
 FORMAT_VERSION = 2
@@ -48,9 +47,9 @@ class TokenCache:
     """An opened cache. Pickles as its folder, so that workers of a DataLoader map the same files.
 
     tokens (meta["tokens"],) uint16, mask the same in uint8 or None, offsets (documents + 1,) int64: memory maps.
-    meta: kind, documents, tokens, bytes (UTF-8 bytes of the text that is a target), records, skipped_lines,
-    first_skipped (messages), contents_sha256 (of tokens, mask and offsets, wherever the data file is), and all that
-    they depend on: data_path, data_bytes, tokenizer_sha256, format_version and so on.
+    meta: kind, lines, documents, tokens, records, skipped_lines, first_skipped (messages), unused (keys that nothing
+    reads), contents_sha256 (of tokens, mask and offsets, wherever the data file is), and all that they depend on:
+    data_path, data_bytes, tokenizer_sha256, format_version and so on.
     """
 
     def __init__(self, folder: str | Path):
@@ -103,6 +102,8 @@ def open_token_cache(
     }
     if kind != "pretrain":
         identity |= {"rules_version": RULES_VERSION, "chat_template_sha256": tokenizer.template.sha256}
+    if (control := [tokenizer.template.bos, tokenizer.template.eos]) != list(CONTROL_TOKENS.values())[:2]:
+        identity["control_tokens"] = control  # tokenizer_config.json names them
     if skip_bad_lines:
         identity["max_record_bytes"] = max_record_bytes
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -131,7 +132,7 @@ def _write_cache(
     """Read the file range by range and write tokens, mask, offsets and meta.json."""
     data_path, size, skip_bad_lines = reader.data_path, identity["data_bytes"], identity["skip_bad_lines"]
     ranges = [(start, min(start + RANGE_BYTES, size)) for start in range(0, size, RANGE_BYTES)]
-    counts = dict.fromkeys(("lines", "records", "bytes", "skipped_lines", "documents", "tokens"), 0)
+    counts = dict.fromkeys(("lines", "records", "skipped_lines", "documents", "tokens"), 0)
     first_skipped, unused = [], Counter()
     # A bad line ends the run, but people want to see all of them: after the first, ranges are only checked.
     tasks = ((byte_range, skip_bad_lines or not counts["skipped_lines"]) for byte_range in ranges)
@@ -214,7 +215,7 @@ class RangeReader:
     def __call__(self, byte_range: tuple[int, int], tokenize: bool) -> Part:
         ids, masks, lengths, bad_lines, unused = [], [], [], [], Counter()
         rendered, characters = [], 0
-        counts = dict.fromkeys(("lines", "records", "bytes", "skipped_lines"), 0)
+        counts = dict.fromkeys(("lines", "records", "skipped_lines"), 0)
 
         def flush() -> None:
             nonlocal rendered, characters
@@ -241,7 +242,6 @@ class RangeReader:
                 reason = str(error)
             else:
                 counts["records"] += 1
-                counts["bytes"] += count_target_bytes(self.kind, record)
                 rendered += documents
                 characters += len(text)
                 if characters > BATCH_CHARACTERS:

@@ -167,8 +167,9 @@ class ChatTokenizer:
                 ids += closing
                 if learned:
                     mask += [0] * len(opening)
-                    mask += [1] * (len(content) + 1)  # the text and its eos
+                    mask += [1] * (len(content) + bool(closing))  # the text and its eos
                 mask += [0] * (len(ids) - len(mask))
+            assert len(mask) == len(ids)
             documents.append((ids, mask))
         return documents
 

@@ -111,7 +111,7 @@ def test_one_line_longer_than_many_ranges(tmp_path, build, tokenizer, monkeypatc
 
 def test_meta_counts(tmp_path, build, tokenizer):
     cache = build(write(tmp_path / "data.jsonl", [{"text": "天a"}, {"text": "bc"}]))
-    expected = {"documents": 2, "bytes": 6, "records": 2, "skipped_lines": 0, "tokenizer_sha256": tokenizer.sha256}
+    expected = {"documents": 2, "lines": 2, "records": 2, "skipped_lines": 0, "tokenizer_sha256": tokenizer.sha256}
     assert expected.items() <= cache.meta.items()
 
 
@@ -275,13 +275,51 @@ def test_keys_that_are_not_used_are_said(tmp_path, build, capsys):
         )
 
 
-def test_a_conversation_that_the_template_refuses_is_a_bad_line(tmp_path):
+def with_template(folder, template):
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(ROOT / "model" / name, tmp_path / name)
-    (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
+        shutil.copy(ROOT / "model" / name, folder / name)
+    (folder / "chat_template.jinja").write_text(template)
+    return ChatTokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", ".*: roles must alternate"),
+        ("{% for m in messages %}<|im_start|>{{ m.role[:2] }}\n{{ m.content }}<|im_end|>{% endfor %}", ".*opens no turn"),
+    ],
+)
+def test_a_conversation_that_the_template_refuses_or_writes_without_answers_is_a_bad_line(tmp_path, template, reason):
     data = write(tmp_path / "data.jsonl", make_records("conversation", 3))
-    with pytest.raises(ValueError, match=f"{data}:1: the chat template of .*: roles must alternate"):
-        open_token_cache(data, ChatTokenizer(tmp_path), "conversation", cache_dir=tmp_path, show_progress=False)
+    tokenizer = with_template(tmp_path, template)
+    with pytest.raises(ValueError, match=f"{data}:1: the chat template of {reason}"):
+        open_token_cache(data, tokenizer, "conversation", cache_dir=tmp_path, show_progress=False)
+
+
+def test_an_answer_that_the_template_leaves_open_is_learned_without_an_end(tmp_path):
+    turn = "<|im_start|>{{ m.role }}\n{{ m.content }}{% if not loop.last %}<|im_end|>\n{% endif %}"
+    tokenizer = with_template(tmp_path, "{% for m in messages %}" + turn + "{% endfor %}")
+    question = {"role": "user", "content": "a"}
+    records = [{"conversations": [question, {"role": "assistant", "content": "天地" * n}]} for n in (1, 2, 3)]
+    data = write(tmp_path / "data.jsonl", records)
+    cache = open_token_cache(data, tokenizer, "conversation", cache_dir=tmp_path, show_progress=False)
+    assert_holds(cache, "conversation", records, tokenizer)
+    for record, end in zip(records, cache.offsets[1:], strict=True):
+        last = tokenizer.encode_contents([record["conversations"][-1]["content"]])[0]
+        assert cache.tokens[end - len(last) : end].tolist() == last
+        assert cache.mask[end - len(last) - 1 : end].tolist() == [0] + [1] * len(last)
+
+
+def test_other_control_tokens_have_a_cache_of_their_own(tmp_path, build):
+    data = write(tmp_path / "data.jsonl", make_records("pretrain", 3))
+    other = with_template(tmp_path, "")
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text("utf-8")) | {"eos_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+    ends = []
+    for tokenizer in (other, ChatTokenizer(tmp_path)):
+        cache = open_token_cache(data, tokenizer, "pretrain", cache_dir=tmp_path / "cache", show_progress=False)
+        ends.append(int(cache.tokens[-1]))
+    assert ends == [2, 0] and build(data).meta.keys() == cache.meta.keys() - {"control_tokens"}
 
 
 def test_a_long_name_and_one_that_is_not_utf8_are_fine(tmp_path, build):
