@@ -2,7 +2,7 @@
 
     python scripts/train_tokenizer.py                                       dataset/pretrain_hq.jsonl -> out/tokenizer/
     python scripts/train_tokenizer.py --data_path a.jsonl b.jsonl --valid_path c.jsonl
-    python scripts/train_tokenizer.py --output_dir model --force            replaces the tokenizer in model/
+    python scripts/train_tokenizer.py --output_dir model --force            replaces the tokenizer there
 
 Weights belong to a tokenizer: after a change of model/tokenizer.json every stage has to be trained again.
 
@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from dataset.chat_template import CHAT_TEMPLATE
 from dataset.data_file import data_identity
-from dataset.lm_dataset import json_object
+from dataset.lm_dataset import json_object, parse_turns
 from dataset.tokenization import CONTROL_TOKENS, ChatTokenizer, StreamDecoder
 from model.flags import add_boolean
 from model.streams import set_up_streams
@@ -52,12 +52,11 @@ HELD_OUT_EVERY, HELD_OUT_MOST = 50, 2000  # records kept from training for the r
 
 def texts_of(record: dict) -> list[str]:
     """Return the texts of one record: {"text"}, {"conversations"} or {"chosen", "rejected"}. Raises ValueError."""
-    try:
-        turns = [turn for key in ("conversations", "chosen", "rejected") for turn in record.get(key, [])]
-        texts = [record["text"]] if "text" in record else [turn["content"] for turn in turns]
-    except (KeyError, TypeError):
-        texts = []
-    if not texts or not all(isinstance(text, str) for text in texts):
+    sides = {key: record[key] for key in ("conversations", "chosen", "rejected") if key in record}
+    turns = [turn for key, side in sides.items() for turn in parse_turns(side, f'"{key}"', may_be_empty=True)]
+    said = [turn.get(key) for turn in turns for key in ("reasoning_content", "content")]
+    texts = [record["text"]] if "text" in record else [text for text in said if text]
+    if not texts or not isinstance(texts[0], str):
         raise ValueError('expected {"text": …}, {"conversations": [turns]} or {"chosen": [turns], "rejected": [turns]}')
     return list(dict.fromkeys(texts))  # a preference record holds its prompt twice
 
@@ -242,7 +241,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--force",
         action="store_true",
-        help="allow --output_dir to be model/, whose tokenizer all weights trained so far depend on",
+        help="replace the tokenizer that --output_dir holds already; weights trained with it depend on it",
     )
     add_boolean(parser, "--skip_bad_lines", False, "drop and count lines that are not valid records")
     args = parser.parse_args(argv)
@@ -257,8 +256,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         mistakes.append(f"--vocab_size {args.vocab_size}: {smallest} ids are fixed, and token files hold up to 65536")
     if args.max_train_mb <= 0:
         mistakes.append(f"--max_train_mb {args.max_train_mb:g} must be positive")
-    if args.output_dir.resolve() == ROOT / "model" and not args.force:
-        mistakes.append(f"{args.output_dir} holds the tokenizer that all weights depend on; replace it with --force")
+    if (args.output_dir / "tokenizer.json").exists() and not args.force:
+        mistakes.append(f"{args.output_dir} holds a tokenizer, on which weights may depend; replace it with --force")
     if mistakes:
         raise ValueError("\n".join(mistakes))
     return args

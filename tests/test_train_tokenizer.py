@@ -72,6 +72,16 @@ def test_the_tokenizer_in_model_is_not_replaced_without_force(corpus, folder, mo
         train_tokenizer.main(["--data_path", str(corpus[0]), "--vocab_size", "300", "--output_dir", str(folder)])
 
 
+def test_another_runs_tokenizer_is_not_replaced_without_force(corpus, tmp_path):
+    arguments = ["--data_path", str(corpus[0]), "--vocab_size", "300", "--output_dir", str(tmp_path)]
+    (tmp_path / "tokenizer.json").write_text("mine")
+    with pytest.raises(ValueError, match="--force"):
+        train_tokenizer.main(arguments)
+    assert (tmp_path / "tokenizer.json").read_text() == "mine"
+    train_tokenizer.main([*arguments, "--force"])
+    assert ChatTokenizer(tmp_path).vocab_size == 300
+
+
 def test_force_allows_it_and_the_default_is_another_folder(corpus):
     parse = train_tokenizer.parse_arguments
     data = ["--data_path", str(corpus[0])]
@@ -123,6 +133,15 @@ def test_other_encodings_and_an_output_dir_that_cannot_be_written_are_told_befor
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="cannot write to .*file.*--output_dir"):
         train_tokenizer.main(["--data_path", str(tmp_path / "a.jsonl"), "--output_dir", str(tmp_path / "file" / "x")])
+
+
+def test_turns_may_hold_parts_calls_and_thoughts():
+    call = {"name": "clock", "arguments": {}}
+    turns = [
+        {"role": "human", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "gpt", "content": None, "reasoning_content": "c", "tool_calls": [call]},
+    ]
+    assert train_tokenizer.texts_of({"conversations": turns}) == ["a\nb", "c"]
 
 
 def test_larger_data_is_thinned_out_evenly(corpus):
