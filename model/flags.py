@@ -28,6 +28,12 @@ def at_least(least: int) -> Callable[[str], int]:
     return number
 
 
+def fraction(text: str) -> float:
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
+    return float(text)
+
+
 def message_count(text: str) -> int:
     """Accept an even number: messages are questions with their answers."""
     if int(text) < 0 or int(text) % 2:

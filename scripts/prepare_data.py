@@ -54,7 +54,7 @@ class Recipe(Step):
     evaluation: tuple = flag((), "evaluation files whose text must not be in the output", type=Path)
 
     def run(self, args) -> None:
-        check_output(args, find_files(args.inputs))
+        check_output(args.output, args, find_files(args.inputs))
         steps = RECIPES[self.name].split(" | ")
         more = {"dedup": ["--held_out", *self.held_out], "decontaminate": ["--evaluation", *self.evaluation]}
         if self.evaluation:
@@ -107,7 +107,7 @@ def options_of(field: dataclasses.Field) -> dict:
     elif kind is tuple:
         options["nargs"] = "*"
     elif kind in (int, float):
-        options["type"] = kind
+        options.setdefault("type", kind)
     return options
 
 

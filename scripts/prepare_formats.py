@@ -7,8 +7,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset.lm_dataset import RecordError, parse_prompt, parse_record
-from scripts.prepare_pipeline import Dropped, Step, flag, rows_of
+from dataset.lm_dataset import parse_prompt, parse_record
+from model.flags import at_least
+from scripts.prepare_pipeline import UNFIT, Dropped, Step, flag, rows_of
 from scripts.prepare_sources import find_files, read_blocks
 
 TURNS = ("conversations", "messages", "conversation", "dialogue", "data")
@@ -36,7 +37,7 @@ class Convert(Step):
         "kind of record (default: what the first rows look like)",
         choices=("pretrain", "conversation", "reason", "preference", "problem"),
     )
-    passage: int = flag(512, "longest passage of a plain text file, in characters (default: %(default)s)")
+    passage: int = flag(512, "longest passage of a text file, in characters (default: %(default)s)", type=at_least(1))
 
     def run(self, args) -> None:
         if self.to is None:
@@ -45,32 +46,28 @@ class Convert(Step):
         super().run(args)
 
     def __call__(self, row: dict, changes: list[str]) -> list[dict]:
-        try:
-            line = json.dumps(CONVERTERS[self.to](row))
-            if self.to == "problem":
-                return [parse_prompt(line)]
-            kind = "conversation" if self.to == "reason" else self.to
-            unused = Counter({f'"{key}" of records': 1 for key in row.keys() - USED if row[key] is not None})
-            parsed = parse_record(kind, line, unused)
-            changes += [f"{name} left out" for name in sorted(unused)]
-            return [dict(zip(KEYS[kind], parsed if kind == "preference" else [parsed], strict=True))]
-        except RecordError as error:
-            raise Dropped(re.sub(r"\bturn \d+", "a turn", str(error))) from None
-        except (AttributeError, TypeError, KeyError) as error:
-            raise Dropped("a value is not of the kind that it should be", str(error)) from None
+        line = json.dumps(CONVERTERS[self.to](row))
+        if self.to == "problem":
+            return [parse_prompt(line)]
+        kind = "conversation" if self.to == "reason" else self.to
+        unused = Counter({f'"{key}" of records': 1 for key in row.keys() - USED if row[key] is not None})
+        parsed = parse_record(kind, line, unused)
+        changes += [f"{name} left out" for name in sorted(unused)]
+        return [dict(zip(KEYS[kind], parsed if kind == "preference" else [parsed], strict=True))]
 
 
 def guess_kind(inputs: list[Path], encoding: str) -> str:
     """Return the kind that most of the first rows can become. Raises ValueError if none can become any."""
-    path = find_files(inputs)[0]
-    rows = [row for _, _, row in itertools.islice(rows_of(next(read_blocks(path, encoding))), 100)]
+    paths, first = find_files(inputs), itertools.islice
+    blocks = (block for path in paths for block in first(read_blocks(path, encoding), 1))
+    rows = [row for block in blocks for _, _, row in first(rows_of(block), 100)]
     kinds = [kind for row in rows if isinstance(row, dict) and (kind := _kind_of(row))]
     if not kinds:
         keys = ", ".join(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row))
         if not keys:
             faults = ", ".join({str(row): 0 for row in rows if isinstance(row, Dropped)}) or "blank"
-            raise ValueError(f"{path} holds no JSON object, one a line; its first lines are: {faults}")
-        raise ValueError(f"{path} has no layout that we know (keys: {keys[:200]}); rename its columns")
+            raise ValueError(f"{paths[0]} holds no JSON object, one a line; its first lines are: {faults}")
+        raise ValueError(f"{paths[0]} has no layout that we know (keys: {keys[:200]}); rename its columns")
     return max(sorted(set(kinds)), key=kinds.count)
 
 
@@ -79,7 +76,7 @@ def _kind_of(row: dict) -> str | None:
         return "preference"
     try:
         last = str(_turns_of(row)[-1])
-    except Dropped:
+    except UNFIT:
         return "pretrain" if _first(row, TEXTS, str) else None
     return (
         "problem" if "answer" in row and _first(row, TURNS, list) else "reason" if "<think>" in last else "conversation"

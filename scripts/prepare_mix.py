@@ -10,13 +10,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from model.flags import at_least, fraction
 from scripts.prepare_overlap import hash_of, strings_of
-from scripts.prepare_pipeline import Dropped, Report, Step, all_blocks, dumped, flag, new_output, rows_of
+from scripts.prepare_pipeline import Dropped, Report, Step, all_blocks, check_output, dumped, flag, new_output, rows_of
 from scripts.prepare_sources import find_files
 
 RUN_CHARACTERS = 16 << 20  # rows that are sorted in memory together
 KEY_CHARACTERS = 32
-MOST_RUNS = 256  # files open at once; beyond 4 GB the runs grow
+RUNS = 64  # after every so many, files that are open at once, runs get twice as long
 SYSTEM_PROMPTS = (
     "你是一个乐于助人的助手。",
     "你是 MiniMind，一个小巧而有用的人工智能助手。",
@@ -47,23 +48,26 @@ class Mix(Step):
 
     epochs: tuple = flag((), "how many times each input is taken; 0.5: half of its rows (default: once)", type=float)
     weights: tuple = flag((), "instead: the share of each input in the output", type=float)
-    rows: int = flag(0, "rows of the output, with --weights (default: as many as there are without repeating any)")
+    rows: int = flag(0, "rows, with --weights (default: as many as there are without repeating any)", type=at_least(0))
     order: str = flag("shuffle", "shuffle, length, or the name of a number in each record (default: %(default)s)")
     descending: bool = flag(False, "from long to short, from high to low")
-    held_out: int = flag(0, "random rows, with all their copies, that go into --held_out_output instead")
+    held_out: int = flag(0, "random rows, with all copies, that go into --held_out_output instead", type=at_least(0))
     held_out_output: Path | None = flag(None, "the file for them", type=Path)
-    random_system: float = flag(0.0, "share of the conversations without a system turn that get a random one")
-    drop_empty_think: float = flag(0.0, "share of the answers with an empty <think> block that lose it")
+    random_system: float = flag(0.0, "share of the conversations without a system turn that get one", type=fraction)
+    drop_empty_think: float = flag(0.0, "share of the answers with an empty <think> block that lose it", type=fraction)
     seed: int = flag(42, "of everything random (default: %(default)s)")
 
     def run(self, args) -> None:
         inputs, report, held_out = find_files(args.inputs), Report(), {}
         if bool(self.held_out) != bool(self.held_out_output):
             raise ValueError("--held_out and --held_out_output go together")
-        epochs, last_held_out = self._plan(inputs, args)
-        with new_output(args, inputs) as (file, scratch), ExitStack() as stack:
+        if self.held_out:
+            check_output(self.held_out_output, args, inputs, "--held_out_output")
+            if self.held_out_output.resolve() == args.output.resolve():
+                raise ValueError(f"{args.output} is --output too; give another --held_out_output")
+        with new_output(args.output, args, inputs) as (file, scratch), ExitStack() as stack:
+            epochs, last_held_out = self._plan(inputs, args)
             runs, keyed, size = [], [], 0
-            longest = max(RUN_CHARACTERS, sum(path.stat().st_size for path in inputs) // MOST_RUNS)
 
             def write_run() -> None:
                 with open(scratch / f"run{len(runs)}", "w", encoding="utf-8", newline="") as run:
@@ -81,15 +85,15 @@ class Mix(Step):
                     keyed.append(f"{self._key(row, f'{index} {copy}')}{made}\n")
                     size += len(made)
                     report.rows_out += 1
-                    if size > longest:
+                    if size > RUN_CHARACTERS << len(runs) // RUNS:
                         size = write_run() or 0
             write_run()
             file.writelines(line[KEY_CHARACTERS:].encode() for line in heapq.merge(*runs))
             if not report.rows_out:
                 raise ValueError("no row is left; see --epochs and --held_out")
             if held_out:
-                lines = "".join(held_out[content] + "\n" for content in sorted(held_out))
-                self.held_out_output.write_text(lines, encoding="utf-8")
+                with new_output(self.held_out_output, args, inputs, "--held_out_output") as (held_out_file, _):
+                    held_out_file.writelines(f"{held_out[content]}\n".encode() for content in sorted(held_out))
             report.write(args.output, args.command, inputs, self.settings())
 
     def _rows(self, inputs: list[Path], title: str, report: Report, args) -> Iterator[tuple[int, Path, str, dict]]:
@@ -103,9 +107,13 @@ class Mix(Step):
 
     def _plan(self, inputs: list[Path], args) -> tuple[dict[Path, float], int]:
         """Return how many times each input is taken, and the largest hash of the rows that are held out."""
+        if (self.weights and self.epochs) or (self.rows and not self.weights):
+            raise ValueError("--weights goes without --epochs, and --rows with --weights")
         given = self.weights or self.epochs or [1.0] * len(inputs)
         if len(given) != len(inputs) or min(given) < 0 or not sum(given):
             raise ValueError(f"--epochs and --weights need a number from 0 up for each of the {len(inputs)} inputs")
+        if len(set(given)) > 1 and len(set(map(Path.resolve, inputs))) < len(inputs):
+            raise ValueError("a file is an input twice; name it once, with the sum of its --epochs or --weights")
         epochs, counts, last = dict(zip(inputs, given, strict=True)), Counter(), -1
         if self.weights or self.held_out:
 
@@ -141,7 +149,9 @@ class Mix(Step):
     def _varied(self, row: dict, copy: str, changed: Counter) -> str | None:
         """Return the record with a random system turn, or without empty thoughts; None if it stays as it is."""
         turns = row.get("conversations")
-        if not turns or not (self.random_system or self.drop_empty_think):
+        if not (self.random_system or self.drop_empty_think) or not turns or not isinstance(turns, list):
+            return None
+        if not all(isinstance(turn, dict) for turn in turns):
             return None
         made = []
         for number, turn in enumerate(turns):
@@ -167,7 +177,7 @@ class Join(Step):
 
     def __call__(self, row: dict, changes: list[str]) -> list[str]:
         turns = row.get("conversations") or [{"role": "user", "content": row.get("text")}]
-        said = [turn["content"] for turn in turns if turn.get("role") in ("user", "assistant")]
+        said = [turn.get("content") for turn in turns if turn.get("role") in ("user", "assistant")]
         if not all(isinstance(text, str) and text.strip() for text in said) or not said:
             raise Dropped("no text in a turn")
         text = self._joined(said if self.plain else [f"<|im_start|>{text.strip()}<|im_end|>" for text in said])
@@ -201,8 +211,8 @@ class Contrast(Step):
     kinds helped.
     """
 
-    alike: float = flag(0.7, "share of the look-alikes of questions about the model that stay (default: %(default)s)")
-    others: float = flag(0.15, "share of the other short questions (default: %(default)s)")
+    alike: float = flag(0.7, "share of look-alikes of such questions that stay (default: %(default)s)", type=fraction)
+    others: float = flag(0.15, "share of the other short questions (default: %(default)s)", type=fraction)
     seed: int = flag(42, "which ones (default: %(default)s)")
 
     def __call__(self, row: dict, changes: list[str]) -> list[dict] | None:

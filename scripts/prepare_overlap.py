@@ -8,13 +8,14 @@ Jaccard similarity. Keys and minima lie in scratch files, so memory does not gro
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from model.flags import fraction
 from scripts.prepare_pipeline import Dropped, Step, all_blocks, flag, in_order, new_output, rows_of
 from scripts.prepare_rules import HAN, WEIGHTS, character_classes, code_points, rolling_hashes
 from scripts.prepare_sources import Block, find_files, read_blocks
@@ -28,6 +29,9 @@ ROUNDS = 20  # rows of one key that the others are compared with
 MULTIPLIERS = np.random.default_rng(1).integers(0, 1 << 32, (2, MINIMA), np.uint32) | np.uint32(1)
 KEY_WEIGHTS = np.random.default_rng(2).integers(0, 1 << 63, BAND_ROWS, np.uint64) | np.uint64(1)
 NOT_ALNUM = re.compile(r"[\W_]+")
+# what ends or divides sentences; in front of a digit, a Latin letter or "=" it may be part of a number or of code
+SENTENCE_MARK = re.compile(r"(?<!\d)!(?![\w=])|[.,:;?'\"。、“”‘’](?![\w=])", re.ASCII)
+NEEDLESS_SPACE = re.compile(r"(?<!\w) | (?!\w)", re.ASCII)
 
 
 def strings_of(value: object) -> Iterator[str]:
@@ -46,6 +50,12 @@ def normal(text: str) -> str:
     return NOT_ALNUM.sub("", unicodedata.normalize("NFKC", text).casefold())
 
 
+def exact(texts: Iterable[str]) -> str:
+    """Return the texts without what does not count in an exact repeat: width, case, spaces, marks of sentences."""
+    marked = SENTENCE_MARK.sub(" ", unicodedata.normalize("NFKC", "\0".join(texts)).casefold())
+    return NEEDLESS_SPACE.sub("", " ".join(marked.split()))
+
+
 def minima_of(text: str) -> np.ndarray | None:
     """Return the MinHash of a normal text, (MINIMA,) uint32; None if it is shorter than a shingle."""
     runs = rolling_hashes(code_points(text), SHINGLE).astype(np.uint64)
@@ -58,12 +68,13 @@ def minima_of(text: str) -> np.ndarray | None:
 
 def sign_block(near: float, block: Block) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (rows,) keys of equal texts, (BANDS, rows) keys of near ones, (rows, MINIMA) low bytes; key 0: none."""
-    texts = [None if isinstance(row, Dropped) else normal("".join(strings_of(row))) for _, _, row in rows_of(block)]
-    exact = np.array([hash_of(text) if text else 0 for text in texts], np.uint64)
+    rows = [[] if isinstance(row, Dropped) else list(strings_of(row)) for _, _, row in rows_of(block)]
+    keys = np.array([hash_of(exact(texts)) if any(map(str.strip, texts)) else 0 for texts in rows], np.uint64)
+    texts = [normal("".join(texts)) for texts in rows]
     minima = [minima_of(text) if text and near else None for text in texts]
     table = np.array([np.zeros(MINIMA, np.uint32) if row is None else row for row in minima]).reshape(-1, MINIMA)
     bands = (table.reshape(-1, BANDS, BAND_ROWS) * KEY_WEIGHTS).sum(axis=2)
-    return exact, np.ascontiguousarray(bands.T), table.astype(np.uint8)
+    return keys, np.ascontiguousarray(bands.T), table.astype(np.uint8)
 
 
 def hash_of(text: str) -> int:
@@ -74,16 +85,15 @@ def hash_of(text: str) -> int:
 class Dedup(Step):
     """Leave out rows that repeat an earlier row, exactly or nearly; held-out files count as earlier."""
 
-    near: float = flag(
-        0.8, "similarity (Jaccard) from which rows are near duplicates, 0: exact ones only (default: 0.8)"
-    )
+    near: float = flag(0.8, "Jaccard similarity of near duplicates, 0: exact ones only (default: 0.8)", type=fraction)
     held_out: tuple = flag((), "files whose rows must not be in the output", type=Path)
 
     def run(self, args) -> None:
         inputs, held_out = find_files(args.inputs), find_files(self.held_out)
-        with new_output(args, [*inputs, *held_out]) as (file, scratch):
+        with new_output(args.output, args, [*inputs, *held_out]) as (file, scratch):
             counts = self._sign(held_out, scratch, args), self._sign(inputs, scratch, args)
-            total = sum(map(sum, counts))
+            if not (total := sum(map(sum, counts))):
+                raise ValueError(f"{', '.join(map(str, inputs))}: nothing but blank lines")
             repeats = np.memmap(scratch / "repeats", np.int64, "w+", shape=total)  # the row that it repeats, plus one
             near = np.memmap(scratch / "near", np.bool_, "w+", shape=total)
             for name in ["exact", *(f"band{band}" for band in range(BANDS if self.near else 0))]:
@@ -103,7 +113,7 @@ class Dedup(Step):
             ):
                 counts.append(len(exact))
                 for file, array in zip(files, [exact, *bands, minima], strict=True):
-                    file.write(memoryview(array).cast("B"))
+                    file.write(array.tobytes())
         return counts
 
     def _alike(self, scratch: Path, name: str, repeats: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

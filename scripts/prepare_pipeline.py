@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from dataset.disk import writing_errors
+from dataset.lm_dataset import RecordError
 from dataset.progress import ProgressBar
 from dataset.workers import results_in_order, usable_cores
 from scripts.prepare_sources import Block, find_files, layout, passages, read_blocks
@@ -34,6 +36,9 @@ class Dropped(Exception):
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason)
         self.reason, self.detail = reason, detail
+
+
+UNFIT = (Dropped, RecordError, AttributeError, LookupError, TypeError)  # what a row of another layout can raise
 
 
 @dataclass
@@ -83,7 +88,7 @@ def rows_of(block: Block, passage: int = 512) -> Iterator[tuple[int, str, object
     """Yield (number, source text, decoded row or Dropped) of each row of a block."""
     if isinstance(block.rows, list):
         for number, row in enumerate(block.rows, block.first):
-            yield number, dumped(row), row if isinstance(row, dict) else Dropped("not a JSON object")
+            yield number, (text := dumped(row)), _checked(row, text)
     elif layout(block.path) == "text":
         for text in filter(None, map(str.strip, passages(block.rows, passage))):
             yield block.first, text, {"text": text} if _is_utf8(text) else Dropped("not UTF-8")
@@ -101,8 +106,13 @@ def _decoded(line: str) -> object:
         return Dropped("broken JSON" if _is_utf8(line) else "not UTF-8", str(error))
     if not _is_utf8(line):
         return Dropped("not UTF-8")
-    if "\\u" in line and "\\ud" in line.lower() and not _is_utf8(dumped(row)):
-        return Dropped("half a surrogate pair")
+    return _checked(row, dumped(row) if "\\u" in line and "\\ud" in line.lower() else "")
+
+
+def _checked(row: object, text: str) -> object:
+    """Return a row, or Dropped if it is no record; text: the row as JSON, in which a bad byte is U+DC80 to U+DCFF."""
+    if not _is_utf8(text):
+        return Dropped("not UTF-8" if re.search("[\udc80-\udcff]", text) else "half a surrogate pair")
     return row if isinstance(row, dict) else Dropped("not a JSON object")
 
 
@@ -125,8 +135,9 @@ def filter_block(step: "Step", block: Block) -> tuple[bytes, Report]:
             if isinstance(row, Dropped):
                 raise Dropped(row.reason, row.detail)  # a raised row would hold this frame, and so the block
             made = step(row, changes)
-        except Dropped as dropped:
-            report.count(report.dropped, dropped.reason, where, source, dropped.detail)
+        except UNFIT as error:
+            reason, detail = fault_of(error)
+            report.count(report.dropped, reason, where, source, detail)
             continue
         records += [source] if made is None else made
         for change in changes:
@@ -134,6 +145,15 @@ def filter_block(step: "Step", block: Block) -> tuple[bytes, Report]:
     lines = [record if isinstance(record, str) else dumped(record) for record in step.finish(records)]
     report.rows_out = len(lines)
     return "".join(line + "\n" for line in lines).encode(), report
+
+
+def fault_of(error: Exception) -> tuple[str, str]:
+    """Return (reason, detail) of one of UNFIT; a reason is the same for all rows that have it."""
+    if isinstance(error, Dropped):
+        return error.reason, error.detail
+    if isinstance(error, RecordError):
+        return re.sub(r"\bturn \d+", "a turn", str(error)), ""
+    return "not a record", f"{type(error).__name__}: {error}"
 
 
 def in_order(function: Callable, argument: object, blocks: Iterable[Block], args) -> Iterator:
@@ -151,27 +171,26 @@ def all_blocks(paths: list[Path], title: str, args) -> Iterator[Block]:
                 bar.update(block.size)
 
 
-def check_output(args, inputs: list[Path]) -> None:
-    """Raise ValueError if args.output is one of the inputs, or is there and must not be replaced."""
-    if any(args.output.exists() and args.output.samefile(source) for source in inputs):
-        raise ValueError(f"{args.output} is an input too; give another --output")
-    if args.output.exists() and not args.overwrite:
-        raise ValueError(f"{args.output} is there already; give another --output, or --overwrite")
+def check_output(path: Path, args, inputs: list[Path], name: str = "--output") -> None:
+    """Raise ValueError if a path, given by the flag of that name, is an input, or is there and must not be replaced."""
+    if any(path.exists() and path.samefile(source) for source in inputs):
+        raise ValueError(f"{path} is an input too; give another {name}")
+    if path.exists() and not args.overwrite:
+        raise ValueError(f"{path} is there already; give another {name}, or --overwrite")
 
 
 @contextmanager
-def new_output(args, inputs: list[Path]):
-    """Yield (file to write bytes to, folder for scratch files); the file becomes args.output if all went well."""
-    check_output(args, inputs)
-    path = args.output
+def new_output(path: Path, args, inputs: list[Path], name: str = "--output"):
+    """Yield (file to write bytes to, folder for scratch files); the file gets its name if all went well."""
+    check_output(path, args, inputs, name)
     unfinished = path.with_name(path.name + ".unfinished")
-    with writing_errors(path.parent, path.name, "--output"):
+    with writing_errors(path.parent, path.name, name):
         unfinished.mkdir(parents=True, exist_ok=True)
         lock = FileLock(unfinished / "lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise ValueError(f"another run is writing {path}; wait for it, or give another --output") from None
+            raise ValueError(f"another run is writing {path}; wait for it, or give another {name}") from None
         try:
             for stale in set(unfinished.iterdir()) - {unfinished / "lock"}:  # of a run that was killed
                 stale.unlink()
@@ -206,7 +225,7 @@ class Step:
 
     def run(self, args) -> None:
         inputs = find_files(args.inputs)
-        with new_output(args, inputs) as (file, _):
+        with new_output(args.output, args, inputs) as (file, _):
             self.write(file, all_blocks(inputs, args.command, args), inputs, args)
 
     def write(self, file, blocks: Iterable[Block], inputs: list[Path], args) -> None:

@@ -1,14 +1,18 @@
 """The rules of `prepare_data.py clean`: which rows are unfit to learn from, and what is masked in the others."""
 
 import functools
+import json
 import re
 import sys
 import unicodedata
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from dataset.lm_dataset import parse_turns
+from model.flags import at_least, fraction
 from scripts.prepare_pipeline import Dropped, Step, flag
 
 REPEAT = 10  # characters of the n-grams whose repetition is measured
@@ -80,12 +84,12 @@ OTHER_NAME = re.compile(
 class Clean(Step):
     """Leave out rows that are unfit to learn from, and mask personal data."""
 
-    min_chars: int = flag(10, "drop shorter rows (default: %(default)s)")
-    max_chars: int = flag(0, "drop rows of as many characters (default: 512; of preferences, sides of 3000)")
-    min_chinese: float = flag(0.0, "least share of Han characters (default: %(default)s)")
-    max_marks: float = flag(0.6, "largest share of punctuation and symbols (default: %(default)s)")
-    max_repeated_lines: float = flag(0.3, "largest share of text in lines seen before (default: %(default)s)")
-    max_repeated_ngrams: float = flag(0.5, "largest share of 10-grams seen before (default: %(default)s)")
+    min_chars: int = flag(10, "drop shorter rows (default: %(default)s)", type=at_least(0))
+    max_chars: int = flag(0, "drop rows of as many (default: 512; of preferences, sides of 3000)", type=at_least(0))
+    min_chinese: float = flag(0.0, "least share of Han characters (default: %(default)s)", type=fraction)
+    max_marks: float = flag(0.6, "largest share of punctuation and symbols (default: %(default)s)", type=fraction)
+    max_repeated_lines: float = flag(0.3, "largest share of repeated lines (default: %(default)s)", type=fraction)
+    max_repeated_ngrams: float = flag(0.5, "largest share of repeated 10-grams (default: %(default)s)", type=fraction)
     mojibake: bool = flag(True, "drop text that was decoded wrongly")
     markup: bool = flag(True, "drop HTML left over, tags and code fences without their other half")
     turns: bool = flag(True, "drop empty turns and one-sided conversations")
@@ -95,29 +99,25 @@ class Clean(Step):
     mask: tuple = flag(tuple(MASKS), "what to mask (default: all)", choices=tuple(MASKS))
 
     def __call__(self, row: dict, changes: list[str]) -> list[dict] | None:
-        try:
-            sides = [row[key] for key in ("conversations", "chosen", "rejected") if key in row]
-            holders = [(turn, "content") for side in sides for turn in side] or [(row, "text")]
-            text = "\n".join(holder[key] or "" for holder, key in holders)
-            if not all("role" in turn for side in sides for turn in side):
-                raise KeyError("role")
-        except (TypeError, KeyError):
-            raise Dropped("not a record", "convert makes records of other layouts") from None
-        lengths = [sum(len(turn["content"] or "") for turn in side) for side in sides] or [len(text)]
+        record = {key: turns_of(row[key], f'"{key}"') for key in ("conversations", "chosen", "rejected") if key in row}
+        if not record and not isinstance(row.get("text"), str):
+            raise Dropped("not a record", "convert makes records of other layouts")
+        sides = list(record.values()) or [[{"role": "text", "content": row["text"]}]]
+        text = "\n".join(said(turn) for side in sides for turn in side)
+        lengths = [sum(len(holder[key]) for turn in side for holder, key in holders(turn)) for side in sides]
         bound = self.max_chars or (3000 if "chosen" in row else 512)
         if not self.min_chars <= min(lengths) <= max(lengths) < bound:
             reason = "too short" if min(lengths) < self.min_chars else "too long"
             raise Dropped(reason, f"{min(lengths)} to {max(lengths)} characters")
-        for side in sides if self.turns else ():
+        for side in sides if record and self.turns else ():
             check_turns(side, changes, is_good=side is sides[0])
         # what is rejected may be as bad as it is: the chosen side must be good
-        good = [(turn["role"], turn["content"] or "") for side in sides[:1] for turn in side] or [("", text)]
-        answers = [said for role, said in good if role == "assistant"]
-        self.check_characters("\n".join(said for _, said in good))
-        for _, said in good if self.markup else ():
-            check_markup(said, is_chat=bool(sides))
-        for answer in answers:
-            if self.cut and is_cut(answer):
+        self.check_characters("\n".join(map(said, sides[0])))
+        for turn in sides[0] if self.markup else ():
+            check_markup(said(turn), is_chat=bool(record))
+        for turn in (turn for turn in sides[0] if turn["role"] == "assistant"):
+            answer = said(turn)
+            if self.cut and is_cut(turn["content"]):
                 raise Dropped("answer cut in the middle", "…" + answer[-40:])
             if CLAIM_SIGN.search(answer):
                 if self.refusals and (match := REFUSAL.search(answer)):
@@ -127,12 +127,12 @@ class Clean(Step):
         signs = {"url": "://" in text or "www." in text, "mail": "@" in text}
         signs["id"] = signs["phone"] = NUMBER_SIGN.search(text)
         masks = [name for name in self.mask if signs[name]]
-        for holder, key in holders if masks else ():
-            for name in masks if holder[key] else ():
+        for holder, key in (place for side in sides for turn in side for place in holders(turn)) if masks else ():
+            for name in masks:
                 holder[key], count = MASKS[name].subn(f"[{name}]", holder[key])
                 if count and f"{name} masked" not in changes:
                     changes.append(f"{name} masked")
-        return [row] if changes else None
+        return [row | (record or {"text": sides[0][0]["content"]})] if changes else None
 
     def check_characters(self, text: str) -> None:
         codes = code_points(text)
@@ -192,6 +192,37 @@ def rolling_hashes(codes: np.ndarray, size: int) -> np.ndarray:
     return np.correlate(codes.astype(np.float64), WEIGHTS[:size], "valid") if len(codes) >= size else np.empty(0)
 
 
+def turns_of(value: object, name: str) -> list[dict]:
+    """Return validated turns with what else the given ones hold, arguments of calls as objects. Raises RecordError."""
+    turns = parse_turns(value, name, may_be_empty=True)
+    for call in (call["function"] for turn in turns for call in turn.get("tool_calls", ())):
+        call["arguments"] = json.loads(call["arguments"]) if isinstance(call["arguments"], str) else call["arguments"]
+    return [
+        {key: given[key] for key in given if key != "function_call"} | turn
+        for given, turn in zip(value, turns, strict=True)
+    ]
+
+
+def holders(turn: dict) -> Iterator[tuple]:
+    """Yield (dict or list, key) of each text that a turn says: thought, strings in calls, content."""
+    if turn.get("reasoning_content"):
+        yield turn, "reasoning_content"
+    yield from strings_in([call["function"]["arguments"] for call in turn.get("tool_calls") or ()])
+    yield turn, "content"
+
+
+def strings_in(value: dict | list) -> Iterator[tuple]:
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(inner, str):
+            yield value, key
+        elif isinstance(inner, dict | list):
+            yield from strings_in(inner)
+
+
+def said(turn: dict) -> str:
+    return "\n".join(holder[key] for holder, key in holders(turn))
+
+
 def check_turns(turns: list[dict], changes: list[str], is_good: bool) -> None:
     """Remove unanswered questions from the end. Raises Dropped if a turn is empty, or one side never speaks.
 
@@ -204,10 +235,10 @@ def check_turns(turns: list[dict], changes: list[str], is_good: bool) -> None:
         raise Dropped("one-sided conversation")
     before = None
     for turn in turns:
-        content = (turn["content"] or "").strip()
-        if not content and not turn.get("tool_calls") and turn["role"] != "system":
+        content = turn["content"].strip()
+        if not content and not turn.get("tool_calls") and turn["role"] in ("user", "assistant"):
             raise Dropped("empty turn")
-        if is_good and turn["role"] == "assistant" and content == before:
+        if is_good and turn["role"] == "assistant" and content and content == before:
             raise Dropped("answer repeats the question")
         before = content
 

@@ -22,6 +22,7 @@ BLOCK_ROWS = 1000  # of csv, parquet and JSON arrays
 LONGEST_ITEM = 64 << 20  # characters of one item of a JSON array
 LAYOUTS = {".jsonl": "lines", ".ndjson": "lines", ".json": "lines", ".txt": "text", ".md": "text"}
 LAYOUTS |= {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+NO_DATA = re.compile(r"\..*|readme.*|license.*|.*\.report\.json", re.IGNORECASE)  # names inside a folder
 
 
 class Block(NamedTuple):
@@ -39,14 +40,18 @@ class Block(NamedTuple):
 
 
 def layout(path: Path) -> str | None:
-    return LAYOUTS.get(Path(path.name.removesuffix(".gz").removesuffix(".zst")).suffix.lower())
+    return LAYOUTS.get(Path(path.name.lower().removesuffix(".gz").removesuffix(".zst")).suffix)
 
 
 def find_files(paths: Iterable[Path]) -> list[Path]:
-    """Return the data files that paths name, those of a folder sorted. Raises ValueError if one is missing or empty."""
+    """Return the data files that paths name, those of a folder sorted; READMEs, licences and reports are none.
+
+    Raises ValueError if one is missing or empty.
+    """
     files = []
     for path in paths:
         inside = sorted(p for p in path.rglob("*") if p.is_file() and layout(p)) if path.is_dir() else [path]
+        inside = [p for p in inside if p == path or not any(map(NO_DATA.fullmatch, p.relative_to(path).parts))]
         if not inside:
             raise ValueError(f"{path} holds no {', '.join(LAYOUTS)} file (.gz and .zst are read too)")
         files += inside
@@ -105,9 +110,9 @@ def _batches(path: Path, raw: io.BufferedReader, encoding: str) -> Iterator[str 
             yield batch.to_pylist()
         return
     binary = raw
-    if kind == "gzip" or path.suffix == ".gz":
+    if kind == "gzip" or path.suffix.lower() == ".gz":
         binary = gzip.open(raw)
-    elif kind == "zstd" or path.suffix == ".zst":
+    elif kind == "zstd" or path.suffix.lower() == ".zst":
         import pyarrow
 
         binary = io.BufferedReader(pyarrow.input_stream(raw, compression="zstd"), BLOCK_CHARACTERS)
@@ -123,30 +128,54 @@ def _batches(path: Path, raw: io.BufferedReader, encoding: str) -> Iterator[str 
     if layout(path) == "csv":
         csv.field_size_limit(1 << 30)
         lines = (line.removeprefix("\ufeff") for line in text)  # of files put together
-        rows = csv.DictReader(lines, delimiter="\t" if ".tsv" in path.suffixes else ",")
-    elif layout(path) == "lines" and head.lstrip(b"\xef\xbb\xbf\xff\xfe\0 \t\r\n").startswith(b"["):
-        rows = _array_items(iter(partial(text.read, BLOCK_CHARACTERS), ""))
+        rows = _csv_rows(lines, "\t" if ".tsv" in path.name.lower() else ",")
     else:
-        while lines := text.readlines(BLOCK_CHARACTERS):
-            yield "".join(lines)
-        return
+        beginning = text.read(BLOCK_CHARACTERS)
+        chunks = itertools.chain([beginning], iter(partial(text.read, BLOCK_CHARACTERS), ""))
+        if layout(path) != "lines" or not _is_array(beginning):
+            yield from (chunk + text.readline() for chunk in chunks)
+            return
+        rows = _array_items(chunks)
     while batch := list(itertools.islice(rows, BLOCK_ROWS)):
         yield batch
 
 
+def _csv_rows(lines: Iterator[str], delimiter: str) -> Iterator[dict]:
+    reader, last = csv.DictReader(lines, delimiter=delimiter, restkey="columns beyond the first row's", strict=True), 0
+    try:
+        for row in reader:
+            last = reader.line_num
+            yield row
+    except csv.Error as error:
+        raise ValueError(f"it is broken in the row that begins in line {last + 1}, see its quotes: {error}") from error
+
+
+def _is_array(beginning: str) -> bool:
+    """Tell whether a file holds JSON arrays to be taken apart, not one of many arrays in each line."""
+    line, _, more = beginning.lstrip("\ufeff \t\r\n").partition("\n")
+    try:
+        return line.startswith("[") and not (isinstance(json.loads(line), list) and more.strip())
+    except (ValueError, RecursionError):  # it goes on in the next line
+        return True
+
+
 def _array_items(chunks: Iterator[str]) -> Iterator:
-    """Yield the items of a JSON array, decoded as they come: memory holds a chunk and an item."""
-    decode, between = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
-    buffer, count = next(chunks), 0
-    start = buffer.index("[") + 1
+    """Yield the items of a JSON array, or of several, decoded as they come: memory holds a chunk and an item."""
+    decode, between = json.JSONDecoder().raw_decode, re.compile(r"[\s,\ufeff]*")
+    buffer, start, count, is_open = "", 0, 0, False
     while True:
         start = between.match(buffer, start).end()
-        if buffer.startswith("]", start):
-            return
+        if buffer.startswith("]" if is_open else "[", start):
+            is_open, start = not is_open, start + 1
+            continue
+        if not is_open and start < len(buffer):
+            raise ValueError(f"it goes on after a JSON array, item {count:,}, with {buffer[start : start + 20]!r}")
         try:
             item, start = decode(buffer, start)
         except (ValueError, RecursionError) as error:  # broken, or not all there yet
             chunk = next(chunks, "") if len(buffer) - start < LONGEST_ITEM else ""
+            if not chunk and not is_open and start == len(buffer):
+                return
             if not chunk:
                 raise ValueError(f"the JSON array is broken after item {count:,}: {error}") from error
             buffer, start = buffer[start:] + chunk, 0

@@ -255,4 +255,5 @@ def test_target_bytes_are_those_of_the_text_that_is_learned():
     )
     assert count_target_bytes("preference", ([turn("assistant", "ab")], [turn("assistant", "c")])) == 3
     prompt = [turn("user", "a"), turn("assistant", "not learned"), turn("user", "b")]
-    assert count_target_bytes("preference", ([*prompt, turn("assistant", "ab")], [*prompt, turn("assistant", "c")])) == 3
+    sides = [*prompt, turn("assistant", "ab")], [*prompt, turn("assistant", "c")]
+    assert count_target_bytes("preference", sides) == 3

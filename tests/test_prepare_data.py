@@ -314,6 +314,40 @@ def test_every_file_layout_gives_the_same_records(tmp_path, name):
     assert [[t["content"] for t in r["conversations"]] for r in made] == [[p["question"], p["answer"]] for p in PAIRS]
 
 
+@pytest.mark.parametrize("indent", [1, None])
+def test_json_arrays_one_after_another_are_all_read(tmp_path, monkeypatch, indent):
+    parts = [json.dumps(PAIRS[n : n + 20], indent=indent) for n in (0, 20)]
+    (tmp_path / "a.json").write_text(" ".join(parts) + "\n", "utf-8")
+    for characters in (1 << 20, 7):
+        monkeypatch.setattr("scripts.prepare_sources.BLOCK_CHARACTERS", characters)
+        prepare("convert", tmp_path / "a.json", "-o", tmp_path / "made.jsonl", "--to", "conversation", "--overwrite")
+        assert [r["conversations"][1]["content"] for r in read(tmp_path / "made.jsonl")] == [
+            pair["answer"] for pair in PAIRS[:40]
+        ]
+
+
+def test_a_list_in_each_line_is_a_row_that_is_no_record(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", [CHAT] * 9)
+    assert "no row is left of 9: {'not a JSON object': 9}" in error_of("clean", source, "-o", tmp_path / "b.jsonl")
+
+
+def test_tabs_divide_a_tsv_whose_name_is_in_capitals(tmp_path):
+    source = write_as(tmp_path / "a.tsv", PAIRS[:9]).rename(tmp_path / "A.TSV")
+    prepare("convert", source, "-o", tmp_path / "made.jsonl")
+    assert len(read(tmp_path / "made.jsonl")) == 9
+
+
+def test_a_folder_is_read_without_what_describes_it_and_every_file_says_what_the_rows_are(tmp_path):
+    folder = tmp_path / "raw"
+    (folder / ".cache").mkdir(parents=True)
+    for name in ("README.md", "LICENSE.txt", ".cache/a.jsonl", "a.jsonl.report.json"):
+        (folder / name).write_text("{}", "utf-8")
+    write_texts(folder / "a.jsonl", 2)
+    write_conversations(folder / "b.jsonl", 9)
+    prepare("convert", folder, "-o", tmp_path / "made.jsonl")
+    assert len(read(tmp_path / "made.jsonl")) == 9 and reasons(tmp_path / "made.jsonl") == {"no layout that we know": 2}
+
+
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
 def test_a_file_is_what_it_holds_whatever_its_name(tmp_path, name):
     write_as(tmp_path / name, PAIRS[:50]).rename(tmp_path / "b.jsonl")
@@ -389,6 +423,32 @@ def test_bad_lines_are_counted_by_reason_with_file_and_line(tmp_path):
     assert report(output)["dropped"]["broken JSON"]["examples"][0]["where"] == f"{source}:2"
 
 
+def test_rows_of_arrays_and_tables_are_checked_as_lines_are(tmp_path):
+    array, table = tmp_path / "a.json", tmp_path / "b.csv"
+    array.write_bytes(b'[{"text": "good"}, {"text": "\\ud83d"}, {"text": "\xff"}, [1]]')
+    table.write_bytes(b"text\ngood too\nb\xffd\none,more\n")
+    for command, flags in (("convert", ["--to=pretrain"]), ("clean", ["--min_chars=1"]), ("dedup", []), ("mix", [])):
+        output = tmp_path / f"{command}.jsonl"
+        prepare(command, array, table, "-o", output, *flags)
+        assert reasons(output) == {"half a surrogate pair": 1, "not UTF-8": 2, "not a JSON object": 1}
+        assert sorted(record["text"] for record in read(output)) == ["good", "good too", "one"]
+
+
+ODD = [{"conversations": odd} for odd in (["问", "答"], [None], "text", 3, [{"role": ["user"], "content": "x" * 20}])]
+ODD += [{"messages": [None]}, {"conversations": [CHAT[0], {"role": "assistant", "tool_calls": [{"name": "f"}]}]}]
+
+
+@pytest.mark.parametrize("command", ["convert", "clean", "join", "contrast", "mix --random_system 1", "dedup"])
+def test_an_odd_row_does_not_end_a_run(tmp_path, command):
+    name, *flags = command.split()
+    question = {"role": "user", "content": "请扮演一位老师，介绍一下这座山"}
+    good = {"conversations": [question, {"role": "assistant", "content": LONG}]}
+    source = write_jsonl(tmp_path / "a.jsonl", [*ODD, good])
+    prepare(name, source, "-o", tmp_path / "b.jsonl", *flags)
+    assert any(LONG in json.dumps(record, ensure_ascii=False) for record in read(tmp_path / "b.jsonl"))
+    assert report(tmp_path / "b.jsonl")["rows_in"] == len(ODD) + 1
+
+
 @pytest.mark.parametrize(
     ("name", "data", "said"),
     [
@@ -399,6 +459,8 @@ def test_bad_lines_are_counted_by_reason_with_file_and_line(tmp_path):
         ("a.parquet", b"PAR1 no table", "Parquet"),
         ("a.json", b'[{"text": "one"}, {"text": ', "broken after item 1"),
         ("a.json", b'[{"text": "one"} oops]', "broken after item 1"),
+        ("a.json", b'[{"text": "one"}] oops', "goes on after a JSON array, item 1, with 'oops'"),
+        ("a.csv", b'text\none\n"two\nthree\nfour\n', "row that begins in line 3"),
         ("a.jsonl", b"", "is empty"),
         ("a.jsonl", b"PK\x03\x04" + bytes(range(250)), "is a zip file; unpack it"),
         ("a.jsonl", b"<!DOCTYPE html><p>log in", "is a web page"),
@@ -441,6 +503,47 @@ def test_an_output_never_replaces_its_input_nor_another_file_unasked(tmp_path):
     assert "--overwrite" in error_of("clean", source, "-o", tmp_path / "b.jsonl")
     assert source.read_bytes() == before and (tmp_path / "b.jsonl").read_text() == "mine"
     prepare("clean", source, "-o", tmp_path / "b.jsonl", "--overwrite")
+
+
+def test_the_file_for_held_out_rows_replaces_nothing_unasked(tmp_path):
+    source, mine = numbered(tmp_path / "a.jsonl", 200), tmp_path / "mine.jsonl"
+    before = source.read_bytes()
+    mine.write_text("mine")
+    command = ("mix", source, "-o", tmp_path / "b.jsonl", "--held_out", 10, "--held_out_output")
+    for path, said in (
+        (source, "is an input too"),
+        (mine, "is there already"),
+        (tmp_path / "x" / ".." / "b.jsonl", "is --output too"),
+        (source / "c.jsonl", "cannot write"),
+    ):
+        message = error_of(*command, path)
+        assert said in message and "another --held_out_output" in message
+    assert source.read_bytes() == before and mine.read_text() == "mine" and not (tmp_path / "b.jsonl").exists()
+    prepare(*command, mine, "--overwrite")
+    assert len(read(mine)) == 10 and len(read(tmp_path / "b.jsonl")) == 190
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "mix --held_out -5", "mix --random_system 50", "mix --drop_empty_think -0.1", "dedup --near 80",
+        "convert --passage 0", "clean --max_marks 60", "contrast --alike 70",
+    ],
+)  # fmt: skip
+def test_a_value_out_of_range_is_refused(tmp_path, capsys, command):
+    name, flag, value = command.split()
+    with pytest.raises(SystemExit):
+        prepare(name, write_texts(tmp_path / "a.jsonl", 2), "-o", tmp_path / "b.jsonl", f"{flag}={value}")
+    assert flag in capsys.readouterr().err and not (tmp_path / "b.jsonl").exists()
+
+
+def test_flags_of_mix_that_do_not_go_together_are_refused(tmp_path):
+    source, output = write_texts(tmp_path / "a.jsonl", 2), tmp_path / "b.jsonl"
+    assert "--rows with --weights" in error_of("mix", source, "-o", output, "--rows", 1)
+    assert "--weights goes without" in error_of("mix", source, "-o", output, "--weights", 1, "--epochs", 1)
+    assert "an input twice" in error_of("mix", source, source, "-o", output, "--epochs", 1, 2)
+    prepare("mix", source, source, "-o", output)
+    assert len(read(output)) == 4
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
@@ -623,6 +726,56 @@ def test_personal_data_is_masked_and_numbers_that_are_none_stay(tmp_path):
     assert (tmp_path / "c.jsonl").read_bytes() == source.read_bytes()
 
 
+def test_what_a_turn_holds_besides_its_content_is_masked_counted_and_checked(tmp_path):
+    def row(content: object, arguments: object, thought: str = "想一想") -> dict:
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        calling = {"role": "gpt", "content": content, "reasoning_content": thought, "tool_calls": [call], "weight": 1}
+        said = {"role": "assistant", "content": [{"type": "text", "text": "三千米，写信到 a@b.example 即可。"}]}
+        return {
+            "conversations": [
+                {"role": "human", "content": "山有多高？"},
+                calling,
+                {"role": "tool", "content": ""},
+                said,
+            ]
+        }
+
+    rows = [
+        row(None, {"to": ["打13812345678找我"], "n": 13812345678}, "见 https://a.example/b"),
+        row("", json.dumps({"to": "打13812345678找我"}, ensure_ascii=False)),
+        row("", {}, "长" * 512),
+        row("", {"to": "锟斤拷" * 9}),
+        row("", {}, "我是由OpenAI开发的ChatGPT，想一想。"),
+    ]
+    source = write_jsonl(tmp_path / "a.jsonl", rows)
+    prepare("clean", source, "-o", tmp_path / "b.jsonl")
+    first, second = (record["conversations"] for record in read(tmp_path / "b.jsonl"))
+    assert [turn["role"] for turn in first] == ["user", "assistant", "tool", "assistant"]
+    assert first[1]["tool_calls"][0]["function"]["arguments"] == {"to": ["打[phone]找我"], "n": 13812345678}
+    assert first[1]["reasoning_content"] == "见 [url]" and first[1]["weight"] == 1
+    assert second[1]["tool_calls"][0]["function"]["arguments"] == {"to": "打[phone]找我"}
+    assert first[3]["content"] == second[3]["content"] == "三千米，写信到 [mail] 即可。"
+    assert reasons(tmp_path / "b.jsonl") == {"too long": 1, "mojibake": 1, "another model's name": 1}
+    prepare("clean", source, "-o", tmp_path / "c.jsonl", "--mask")
+    assert (tmp_path / "c.jsonl").read_bytes() == b"".join(source.read_bytes().splitlines(True)[:2])
+
+
+def test_a_side_of_a_preference_may_have_3000_characters_and_a_report_ten_examples(tmp_path):
+    rows = [
+        {
+            side: [{"role": "user", "content": "问"}, {"role": "assistant", "content": content}]
+            for side, content in (("chosen", LONG), ("rejected", f"{n:04}" * 750))
+        }
+        for n in range(12)
+    ]
+    rows[0]["rejected"][1]["content"] = "长" * 2998
+    source = write_jsonl(tmp_path / "a.jsonl", rows)
+    prepare("clean", source, "-o", tmp_path / "b.jsonl")
+    assert read(tmp_path / "b.jsonl") == rows[:1] and reasons(tmp_path / "b.jsonl") == {"too long": 11}
+    examples = report(tmp_path / "b.jsonl")["dropped"]["too long"]["examples"]
+    assert len(examples) == 10 and all(len(example["row"]) == 301 for example in examples)
+
+
 def test_every_rule_can_be_turned_off(tmp_path):
     rows = [{"text": bad} for bad, _ in TEXT_RULES.values()]
     rows += [
@@ -670,6 +823,19 @@ def test_inspect_agrees_with_the_token_cache(tmp_path, capsys, write, kind, toke
     )
 
 
+def test_inspect_counts_bytes_that_are_learned_and_tokens_beyond_a_row(tmp_path, capsys, tokenizer):
+    prompt = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "not learned"}]
+    sides = [[*prompt, {"role": "user", "content": "b"}, {"role": "assistant", "content": c}] for c in ("cd", "天")]
+    source = write_jsonl(tmp_path / "a.jsonl", [dict(zip(("chosen", "rejected"), sides, strict=True))])
+    prepare("inspect", source, "--max_seq_len", 20)
+    documents = tokenize_records("preference", [sides], tokenizer)
+    learned = sum(sum(mask) for _, mask in documents)
+    tokens, beyond = (sum(len(ids) - n for ids, _ in documents) for n in (0, 21))
+    text = capsys.readouterr().out
+    assert f"{learned} learned, {5 / learned:.2f} bytes per learned token" in text
+    assert f"2 documents (100.0%) are longer, {beyond:,} tokens ({beyond / tokens:.1%}) are beyond it" in text
+
+
 # --- overlap ---------------------------------------------------------------------------------------------------------
 
 
@@ -701,6 +867,21 @@ def test_dedup_keeps_the_first_and_ignores_width_case_and_marks(tmp_path):
     assert (
         report(tmp_path / "c.jsonl")["dropped"]["exact duplicate"]["examples"][0]["detail"] == "of row 1 of all files"
     )
+
+
+@pytest.mark.parametrize(
+    "texts", [["x < 0", "x > 0"], ["3 - 4", "3 + 4"], ["15 米", "1.5 米"], ["C#", "c", "C++"], ["a != b", "a = b"]]
+)
+def test_a_symbol_makes_another_text(tmp_path, texts):
+    rows = [{"text": text} for text in texts] + [{"a": "一二", "b": "三"}, {"a": "一", "b": "二三"}]
+    source = write_jsonl(tmp_path / "a.jsonl", rows)
+    prepare("dedup", source, "-o", tmp_path / "b.jsonl", "--near", "0")
+    assert read(tmp_path / "b.jsonl") == rows
+
+
+def test_blank_lines_are_nothing_to_compare(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\n \n")
+    assert "a.jsonl: nothing but blank" in error_of("dedup", tmp_path / "a.jsonl", "-o", tmp_path / "b.jsonl")
 
 
 def test_near_duplicates_are_those_whose_runs_are_alike(tmp_path):
@@ -822,6 +1003,16 @@ def test_mix_by_weights_and_rows(tmp_path):
     assert Counter(record["text"][0] for record in read(tmp_path / "d.jsonl")) == {"a": 3000, "b": 1000}
 
 
+def test_mix_opens_few_files_however_often_the_rows_are_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr("scripts.prepare_mix.RUN_CHARACTERS", 500)
+    monkeypatch.setattr("scripts.prepare_mix.RUNS", 4)
+    opened, plain = [], open
+    monkeypatch.setattr("builtins.open", lambda *a, **k: opened.append(str(a[0])) or plain(*a, **k))
+    prepare("mix", numbered(tmp_path / "a.jsonl", 100), "-o", tmp_path / "b.jsonl", "--epochs", "300")
+    assert len(read(tmp_path / "b.jsonl")) == 30_000
+    assert 8 < len({path for path in opened if "/run" in path}) < 40  # 800,000 characters, and runs that double
+
+
 @pytest.mark.parametrize("order", ["length", "score"])
 def test_mix_in_order_of_a_measure(tmp_path, order):
     source = numbered(tmp_path / "a.jsonl", 1200)
@@ -935,6 +1126,18 @@ def test_every_recipe_makes_a_file_that_trains(tmp_path, capsys, tokenizer, name
     steps = len(prepare_data.RECIPES[name].split(" | ")) + bool(flags)
     assert len(shown) == steps == len(list(output.parent.glob("*.report.json")))
     assert [path.name for path in output.parent.glob("*.jsonl")] == [output.name]
+
+
+def test_a_recipe_passes_on_encoding_and_held_out_files(tmp_path):
+    rows = raw_of("sft_512", random.Random(3))
+    source = tmp_path / "raw.jsonl"
+    source.write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("gb18030"))
+    turns = [{"role": "user", "content": rows[7]["input"] or rows[7]["instruction"]}]
+    turns += [{"role": "assistant", "content": rows[7]["output"]}]
+    held_out = write_jsonl(tmp_path / "valid.jsonl", [{"conversations": turns}])
+    prepare("recipe", source, "-o", tmp_path / "b.jsonl", "--encoding", "gb18030", "--held_out", held_out)
+    made = read(tmp_path / "b.jsonl")
+    assert len(made) == 79 and {"conversations": turns} not in made
 
 
 def written(path: Path) -> int:

@@ -286,7 +286,7 @@ def with_template(folder, template):
     ("template", "reason"),
     [
         ("{{ raise_exception('roles must alternate') }}", ".*: roles must alternate"),
-        ("{% for m in messages %}<|im_start|>{{ m.role[:2] }}\n{{ m.content }}<|im_end|>{% endfor %}", ".*opens no turn"),
+        ("{% for m in messages %}<|im_start|>{{ m.role[:2] }}\n{{ m.content }}<|im_end|>{% endfor %}", ".*no turn"),
     ],
 )
 def test_a_conversation_that_the_template_refuses_or_writes_without_answers_is_a_bad_line(tmp_path, template, reason):
