@@ -92,15 +92,14 @@ def _read(text: str) -> tuple[Fraction | None, bool]:
 
 
 def _arabic(match: re.Match) -> Fraction | None:
-    names = ("larger", "first", "exponent", "part", "of", "divisor", "unit")
-    larger, first, exponent, part, of, divisor, unit = match.group(*names)
+    _, sign, larger, first, exponent, part, of, divisor, unit = match.groups()
     value = Fraction(first.replace(",", "")) * Fraction(10) ** int(exponent or 0)
     below = Fraction((divisor or of or "1").replace(",", ""))
     if not below:
         return None
     value = value + Fraction(part) / below if part else value / below
     value = value * _times(unit) + sum(Fraction(n.replace(",", "")) * _times(u) for n, u in PARTS.findall(larger))
-    return value * (-1 if (match["sign"] or "").strip() in ("-", "负") else 1)
+    return value * (-1 if (sign or "").strip() in ("-", "负") else 1)
 
 
 def _times(unit: str | None) -> int:

@@ -107,8 +107,8 @@ def render_record(kind: str, record, tokenizer: ChatTokenizer) -> list[str] | li
     documents = [tokenizer.render(turns) for turns in ([record] if kind == "conversation" else record)]
     if not all(any(segment.learned for segment in segments) for segments in documents):
         raise ValueError(
-            f"the chat template of {tokenizer.template.file} opens no turn with {tokenizer.template.bos}assistant, "
-            "so there is nothing to learn; choose another --tokenizer_path"
+            f"the chat template of {tokenizer.template.file} opens no turn with {tokenizer.template.bos}assistant; "
+            "nothing would be learned. Choose another --tokenizer_path"
         )
     return documents
 

@@ -24,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from model.flags import at_least, fraction
 from model.streams import set_up_streams
 from scripts.prepare_formats import Convert
 from scripts.prepare_inspect import Inspect
@@ -90,7 +91,7 @@ def new_parser() -> argparse.ArgumentParser:
         if getattr(step, "writes", True):
             add("--output", "-o", type=Path, required=True, help="the jsonl file to write")
             add("--overwrite", action="store_true", help="replace an output that is there")
-        add("--workers", type=int, help="processes (default: one per core)")
+        add("--workers", type=at_least(1), help="processes (default: one per core)")
         add("--encoding", default="utf-8", help="of the inputs: gb18030, utf-16 … (default: %(default)s)")
         add("--quiet", action="store_true", help="no progress bar")
         for field in dataclasses.fields(step):
@@ -106,8 +107,8 @@ def options_of(field: dataclasses.Field) -> dict:
         options["action"] = argparse.BooleanOptionalAction
     elif kind is tuple:
         options["nargs"] = "*"
-    elif kind in (int, float):
-        options.setdefault("type", kind)
+    elif kind in (int, float):  # a step's numbers are counts and shares
+        options.setdefault("type", at_least(0) if kind is int else fraction)
     return options
 
 

@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.flags import at_least, fraction
 from scripts.prepare_overlap import hash_of, strings_of
 from scripts.prepare_pipeline import Dropped, Report, Step, all_blocks, check_output, dumped, flag, new_output, rows_of
 from scripts.prepare_sources import find_files
@@ -48,13 +47,13 @@ class Mix(Step):
 
     epochs: tuple = flag((), "how many times each input is taken; 0.5: half of its rows (default: once)", type=float)
     weights: tuple = flag((), "instead: the share of each input in the output", type=float)
-    rows: int = flag(0, "rows, with --weights (default: as many as there are without repeating any)", type=at_least(0))
+    rows: int = flag(0, "rows of the output, with --weights (default: as many as there are without repeating any)")
     order: str = flag("shuffle", "shuffle, length, or the name of a number in each record (default: %(default)s)")
     descending: bool = flag(False, "from long to short, from high to low")
-    held_out: int = flag(0, "random rows, with all copies, that go into --held_out_output instead", type=at_least(0))
+    held_out: int = flag(0, "random rows, with all their copies, that go into --held_out_output instead")
     held_out_output: Path | None = flag(None, "the file for them", type=Path)
-    random_system: float = flag(0.0, "share of the conversations without a system turn that get one", type=fraction)
-    drop_empty_think: float = flag(0.0, "share of the answers with an empty <think> block that lose it", type=fraction)
+    random_system: float = flag(0.0, "share of the conversations without a system turn that get a random one")
+    drop_empty_think: float = flag(0.0, "share of the answers with an empty <think> block that lose it")
     seed: int = flag(42, "of everything random (default: %(default)s)")
 
     def run(self, args) -> None:
@@ -149,9 +148,8 @@ class Mix(Step):
     def _varied(self, row: dict, copy: str, changed: Counter) -> str | None:
         """Return the record with a random system turn, or without empty thoughts; None if it stays as it is."""
         turns = row.get("conversations")
-        if not (self.random_system or self.drop_empty_think) or not turns or not isinstance(turns, list):
-            return None
-        if not all(isinstance(turn, dict) for turn in turns):
+        is_chat = turns and isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)
+        if not is_chat or not (self.random_system or self.drop_empty_think):
             return None
         made = []
         for number, turn in enumerate(turns):
@@ -211,8 +209,8 @@ class Contrast(Step):
     kinds helped.
     """
 
-    alike: float = flag(0.7, "share of look-alikes of such questions that stay (default: %(default)s)", type=fraction)
-    others: float = flag(0.15, "share of the other short questions (default: %(default)s)", type=fraction)
+    alike: float = flag(0.7, "share of the look-alikes of questions about the model that stay (default: %(default)s)")
+    others: float = flag(0.15, "share of the other short questions (default: %(default)s)")
     seed: int = flag(42, "which ones (default: %(default)s)")
 
     def __call__(self, row: dict, changes: list[str]) -> list[dict] | None:

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from model.flags import fraction
 from scripts.prepare_pipeline import Dropped, Step, all_blocks, flag, in_order, new_output, rows_of
-from scripts.prepare_rules import HAN, WEIGHTS, character_classes, code_points, rolling_hashes
+from scripts.prepare_rules import HAN, WEIGHTS, character_classes, code_points, rolling_hashes, strings_in
 from scripts.prepare_sources import Block, find_files, read_blocks
 
 SHINGLE = 5  # characters
@@ -36,13 +35,7 @@ NEEDLESS_SPACE = re.compile(r"(?<!\w) | (?!\w)", re.ASCII)
 
 def strings_of(value: object) -> Iterator[str]:
     """Return all texts in a row, at any depth, except roles."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, inner in pairs:
-            if key not in ("role", "from"):
-                yield from strings_of(inner)
+    return (holder[key] for holder, key in strings_in([value], but=("role", "from")))
 
 
 def normal(text: str) -> str:
@@ -85,7 +78,9 @@ def hash_of(text: str) -> int:
 class Dedup(Step):
     """Leave out rows that repeat an earlier row, exactly or nearly; held-out files count as earlier."""
 
-    near: float = flag(0.8, "Jaccard similarity of near duplicates, 0: exact ones only (default: 0.8)", type=fraction)
+    near: float = flag(
+        0.8, "similarity (Jaccard) from which rows are near duplicates, 0: exact ones only (default: 0.8)"
+    )
     held_out: tuple = flag((), "files whose rows must not be in the output", type=Path)
 
     def run(self, args) -> None:

@@ -136,7 +136,9 @@ def filter_block(step: "Step", block: Block) -> tuple[bytes, Report]:
                 raise Dropped(row.reason, row.detail)  # a raised row would hold this frame, and so the block
             made = step(row, changes)
         except UNFIT as error:
-            reason, detail = fault_of(error)
+            is_named = isinstance(error, Dropped | RecordError)
+            reason = re.sub(r"\bturn \d+", "a turn", str(error)) if is_named else "not a record"
+            detail = getattr(error, "detail", "" if is_named else repr(error))
             report.count(report.dropped, reason, where, source, detail)
             continue
         records += [source] if made is None else made
@@ -145,15 +147,6 @@ def filter_block(step: "Step", block: Block) -> tuple[bytes, Report]:
     lines = [record if isinstance(record, str) else dumped(record) for record in step.finish(records)]
     report.rows_out = len(lines)
     return "".join(line + "\n" for line in lines).encode(), report
-
-
-def fault_of(error: Exception) -> tuple[str, str]:
-    """Return (reason, detail) of one of UNFIT; a reason is the same for all rows that have it."""
-    if isinstance(error, Dropped):
-        return error.reason, error.detail
-    if isinstance(error, RecordError):
-        return re.sub(r"\bturn \d+", "a turn", str(error)), ""
-    return "not a record", f"{type(error).__name__}: {error}"
 
 
 def in_order(function: Callable, argument: object, blocks: Iterable[Block], args) -> Iterator:

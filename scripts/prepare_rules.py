@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from dataset.lm_dataset import parse_turns
-from model.flags import at_least, fraction
 from scripts.prepare_pipeline import Dropped, Step, flag
 
 REPEAT = 10  # characters of the n-grams whose repetition is measured
@@ -84,12 +83,12 @@ OTHER_NAME = re.compile(
 class Clean(Step):
     """Leave out rows that are unfit to learn from, and mask personal data."""
 
-    min_chars: int = flag(10, "drop shorter rows (default: %(default)s)", type=at_least(0))
-    max_chars: int = flag(0, "drop rows of as many (default: 512; of preferences, sides of 3000)", type=at_least(0))
-    min_chinese: float = flag(0.0, "least share of Han characters (default: %(default)s)", type=fraction)
-    max_marks: float = flag(0.6, "largest share of punctuation and symbols (default: %(default)s)", type=fraction)
-    max_repeated_lines: float = flag(0.3, "largest share of repeated lines (default: %(default)s)", type=fraction)
-    max_repeated_ngrams: float = flag(0.5, "largest share of repeated 10-grams (default: %(default)s)", type=fraction)
+    min_chars: int = flag(10, "drop shorter rows (default: %(default)s)")
+    max_chars: int = flag(0, "drop rows of as many characters (default: 512; of preferences, sides of 3000)")
+    min_chinese: float = flag(0.0, "least share of Han characters (default: %(default)s)")
+    max_marks: float = flag(0.6, "largest share of punctuation and symbols (default: %(default)s)")
+    max_repeated_lines: float = flag(0.3, "largest share of text in lines seen before (default: %(default)s)")
+    max_repeated_ngrams: float = flag(0.5, "largest share of 10-grams seen before (default: %(default)s)")
     mojibake: bool = flag(True, "drop text that was decoded wrongly")
     markup: bool = flag(True, "drop HTML left over, tags and code fences without their other half")
     turns: bool = flag(True, "drop empty turns and one-sided conversations")
@@ -197,10 +196,9 @@ def turns_of(value: object, name: str) -> list[dict]:
     turns = parse_turns(value, name, may_be_empty=True)
     for call in (call["function"] for turn in turns for call in turn.get("tool_calls", ())):
         call["arguments"] = json.loads(call["arguments"]) if isinstance(call["arguments"], str) else call["arguments"]
-    return [
-        {key: given[key] for key in given if key != "function_call"} | turn
-        for given, turn in zip(value, turns, strict=True)
-    ]
+    for given in value:
+        given.pop("function_call", None)  # it is one of the calls now
+    return [given | turn for given, turn in zip(value, turns, strict=True)]
 
 
 def holders(turn: dict) -> Iterator[tuple]:
@@ -211,12 +209,13 @@ def holders(turn: dict) -> Iterator[tuple]:
     yield turn, "content"
 
 
-def strings_in(value: dict | list) -> Iterator[tuple]:
+def strings_in(value: dict | list, but: tuple = ()) -> Iterator[tuple]:
+    """Yield (dict or list, key) of each string, at any depth, but not under these keys."""
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-        if isinstance(inner, str):
+        if isinstance(inner, str) and key not in but:
             yield value, key
-        elif isinstance(inner, dict | list):
-            yield from strings_in(inner)
+        elif isinstance(inner, dict | list) and key not in but:
+            yield from strings_in(inner, but)
 
 
 def said(turn: dict) -> str:
