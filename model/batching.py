@@ -294,8 +294,8 @@ class Engine:
         if slot is not source and count:
             self._decoder.copy(source.index, slot.index, count)
         slot.ids = source.ids[:count]
+        self._counters["cached_tokens"] += count - request.cached_tokens
         request.cached_tokens = count
-        self._counters["cached_tokens"] += count
         if request.params.penalises:
             self._count_prompt(request)
 
@@ -313,6 +313,11 @@ class Engine:
     def _read(self, request: Request, budget: int) -> int:
         """Read up to `budget` more tokens of a prompt; at its end choose the first token of the answer."""
         slot = request._slot
+        if len(slot.ids) == request.cached_tokens:  # a prompt like this one may have been read since it was admitted
+            shared = {other: common_prefix(other.ids, request._prompt_ids[:-1]) for other in self._slots}
+            source = max(self._slots, key=lambda other: shared[other])
+            if shared[source] > request.cached_tokens:
+                self._make_ready(request, source, shared[source])
         start = len(slot.ids)
         chunk = request._prompt_ids[start : start + budget]
 
@@ -353,7 +358,7 @@ class Engine:
         if request._grammar:
             request._grammar.advance(token.id)
         if request.params.penalises:
-            self._seen[request._slot.index, token.id] = True
+            self._seen[request._slot.index, token.id].fill_(True)  # an assignment would wait for a GPU
             self._counts[request._slot.index, token.id] += 1
         with request._changed:
             request._new.append(token)

@@ -263,7 +263,7 @@ class LeanExperts:
         out = torch.zeros_like(x)
         for shared in self.shared:
             out += shared(x)
-        if x.is_cuda and len(x) <= QUERY_TILE:
+        if x.is_cuda and (len(x) <= QUERY_TILE or torch.cuda.is_current_stream_capturing()):  # never waits
             # (tokens, experts), zero for experts that were not chosen
             shares = torch.zeros(len(x), len(self.experts), device=x.device).scatter_(1, chosen, weights).to(x.dtype)
             for number, expert in enumerate(self.experts):

@@ -42,12 +42,12 @@ class LowRank(nn.Module):
 
     def __init__(self, linear: nn.Linear, rank: int, scale: float):
         super().__init__()
-        place = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-        self.A = nn.Linear(linear.in_features, rank, bias=False, **place)
-        self.B = nn.Linear(rank, linear.out_features, bias=False, **place)
+        self.A = nn.Linear(linear.in_features, rank, bias=False, dtype=linear.weight.dtype)
+        self.B = nn.Linear(rank, linear.out_features, bias=False, dtype=linear.weight.dtype)
         nn.init.normal_(self.A.weight, std=1 / math.sqrt(linear.in_features))
         nn.init.zeros_(self.B.weight)
         self.scale = scale
+        self.to(linear.weight.device)  # drawn on the CPU: one seed gives one adapter, whatever the device
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         low = self.B(self.A(x))  # (..., in) -> (..., rank) -> (..., out)

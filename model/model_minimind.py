@@ -470,7 +470,8 @@ class MoEFeedForward(nn.Module):
         counts = torch.zeros(len(self.experts), dtype=torch.int64, device=x.device)
         counts = counts.index_add_(0, experts.flatten(), torch.ones_like(order))  # pairs of each expert
         plain = all(type(layer) is nn.Linear for expert in self.experts for layer in expert.children())  # no adapters
-        grouped = plain and x.is_cuda and hasattr(F, "grouped_mm") and compute_dtype(x) == torch.bfloat16
+        aligned = not any(size % 8 for size in self.experts[0].gate_proj.weight.shape)  # rows of 16 bytes
+        grouped = plain and aligned and x.is_cuda and hasattr(F, "grouped_mm") and compute_dtype(x) == torch.bfloat16
         outputs = self._grouped(inputs, counts) if grouped else self._sliced(inputs, counts)
         outputs = Permuted.apply(outputs, inverse, order, 1).view(len(x), top_k, -1)  # back in the tokens' order
         return (outputs * weights.unsqueeze(-1).to(outputs.dtype)).sum(dim=1)

@@ -384,6 +384,17 @@ def test_a_beginning_that_many_share_is_read_once(model):
     assert again.prompt_tokens - again.cached_tokens == 1
 
 
+def test_requests_that_come_together_read_their_common_prompt_once(model):
+    """As the answers of a GRPO group do."""
+    engine, prompt = Engine(model, slots=4), random_ids(40)
+    requests = [engine.submit(prompt, GREEDY) for _ in range(4)]
+    answers = [ids_of(request) for request in requests]
+    assert [request.cached_tokens for request in requests] == [0, 39, 39, 39]
+    assert engine.stats()["cached_tokens"] == 3 * 39
+    for answer in answers:
+        assert_same_answer(model, prompt, answer, list(stream(model, prompt, GREEDY)))
+
+
 def test_weights_and_adapters_that_change_take_effect():
     model = tiny_model()
     engine = Engine(model, slots=2)

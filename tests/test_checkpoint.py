@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,7 +37,8 @@ from model.weights import WeightsError, save_weights
 from scripts import convert_model
 from trainer import checkpoint, frozen_outputs
 from trainer.arguments import FREE_ON_RESUME, parse_arguments, stage_parser
-from trainer.checkpoint import refuse_other_weights, result_flags
+from trainer.checkpoint import Checkpoint, Progress, refuse_other_weights, result_flags
+from trainer.distributed import Process
 from trainer.training import Training
 
 
@@ -396,6 +398,17 @@ def test_a_signal_while_the_frozen_model_is_asked(launcher, tmp_path, inputs, st
 
 
 # --- what may change on resume, and what may not ---------------------------------------------------------------------
+
+
+def test_without_an_interval_saving_takes_at_most_a_thirtieth_of_the_time(monkeypatch):
+    alone = Process(0, 0, 1, torch.device("cpu"))
+    now = SimpleNamespace(args=SimpleNamespace(save_interval=None), process=alone, _saved_at=1000, _save_seconds=2)
+    for seconds, due in ((59, False), (61, True)):
+        monkeypatch.setattr(checkpoint.time, "monotonic", lambda seconds=seconds: 1000 + seconds)
+        assert Checkpoint.due(now, Progress(step=300)) == due
+        assert Checkpoint.due(now, Progress(step=301, complete=True)) and not Checkpoint.due(now, Progress(step=301))
+    now.args.save_interval, now._save_seconds = 7, 10**6
+    assert Checkpoint.due(now, Progress(step=14)), "as often as the user says"
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -336,10 +337,18 @@ def test_steps_of_pairs_are_scaled_to_the_tokens_of_an_average_step():
     for kind, longer in (("preference", 1.5), ("pretrain", 1.0)):
         estimate = made(kind, steps)
         assert estimate.step_seconds == pytest.approx(3 * longer) and estimate.timed == 2
-        assert estimate.first_seconds == 9 and estimate.first_processor == 9
+        assert estimate.compiling == pytest.approx(9 - 3 * longer) and estimate.first_processor == 9
         assert estimate.processor == pytest.approx(1.5 * longer)
         assert estimate.seconds == pytest.approx(10 * 3 * longer + 9 - 3 * longer)
         assert estimate.flops == pytest.approx(100 * 0.5 * 3 * 1.5) and estimate.memory == 7
+
+
+def test_a_later_step_that_compiles_is_counted_once():
+    """Steps of a second, of which the first took 31 and the fifth 21: 50 seconds of compiling in all."""
+    ends = np.cumsum([31, 1, 1, 1, 21, 1, 1])
+    estimate = made(steps=[{"seconds": n, "processor_seconds": n, "tokens": 300 * i} for i, n in enumerate(ends, 1)])
+    assert (estimate.step_seconds, estimate.spread, estimate.timed) == (1, 0, 5)
+    assert estimate.seconds == 10 * 1 + 50
 
 
 def test_the_rest_of_the_mapped_tokens_counts_as_far_as_the_run_will_read_it(tmp_path):

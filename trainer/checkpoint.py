@@ -10,6 +10,7 @@ import platform
 import random
 import secrets
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -198,7 +199,7 @@ class Checkpoint:
         self.path = resume_path(weights, args)
         self.shards = self.path.with_suffix(".shards")
         self.args, self.process, self.tokenizer, self.data = args, process, tokenizer, data
-        self.saved_step = 0
+        self.saved_step, self._saved_at, self._save_seconds = 0, time.monotonic(), 0.0
         hashes = {name: file_sha256(path) for name, path in frozen.items()}
         self.identity = {"tokenizer": tokenizer.sha256, **data.fingerprint(), **hashes}
         self.state = self._load()
@@ -296,6 +297,16 @@ class Checkpoint:
             f"--accumulation_steps so that the product is {saved}"
         )
 
+    def due(self, progress: Progress) -> bool:
+        """Tell whether to save now: the same in all processes.
+
+        Without --save_interval every hundred steps, but more rarely if saving took over 3 % of the time.
+        """
+        if self.args.save_interval or progress.complete or not progress.due(100):
+            return progress.due(self.args.save_interval or 100)
+        rested = time.monotonic() - self._saved_at > 30 * self._save_seconds
+        return share_from_main(rested, self.process)
+
     def save(self, training: Training, progress: Progress, metrics: dict) -> None:
         """Write weights, sidecar and resume state, unless they are on disk already.
 
@@ -303,6 +314,7 @@ class Checkpoint:
         """
         if progress.step == self.saved_step:
             return
+        start = time.monotonic()
         rng = gather_objects(_rng_state(self.process.device), self.process)
         # the tag is unique: shards of an earlier run that stopped at this step must not be overwritten
         tag = share_from_main(f"step-{progress.step}-{secrets.token_hex(4)}", self.process)
@@ -328,6 +340,8 @@ class Checkpoint:
                     shutil.rmtree(folder, ignore_errors=True)
             if not shards:
                 self.shards.rmdir()
+        self._saved_at = time.monotonic()
+        self._save_seconds = self._saved_at - start
 
     def _sidecar(self, config: MiniMindConfig, progress: Progress, metrics: dict) -> dict:
         """Return what the sidecar of the weights says: what they are, and how they were made."""

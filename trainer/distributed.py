@@ -88,7 +88,8 @@ def start_process(args: argparse.Namespace) -> Process:
                 f"process {local_rank} of this machine has no GPU of its own ({count} are here); lower --nproc_per_node"
             )
         module_of(device).set_device(device)
-        torch.set_float32_matmul_precision("high")
+        if args.dtype != "float32":
+            torch.set_float32_matmul_precision("high")  # TF32 for the products that autocast leaves in float32
     else:
         keep_freed_memory()
     if (world_size > 1 or args.zero_stage) and not dist.is_initialized():
@@ -97,7 +98,8 @@ def start_process(args: argparse.Namespace) -> Process:
         if "gloo" in collectives(device) and several_machines and sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_towards(os.environ["MASTER_ADDR"]))
         timeout = datetime.timedelta(seconds=args.rank_timeout)
-        dist.init_process_group(collectives(device), timeout=timeout, **alone)
+        bound = device if device.type == "cuda" else None  # without it torch guesses, and warns
+        dist.init_process_group(collectives(device), timeout=timeout, device_id=bound, **alone)
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)

@@ -7,7 +7,6 @@ A later run with the same flags says at its end how far off the estimate was.
 """
 
 import argparse
-import itertools
 import json
 import math
 import os
@@ -20,7 +19,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, pstdev
+
+import numpy as np
 
 from model.device import has_own_memory, named_device
 from model.flags import add_boolean
@@ -173,24 +173,25 @@ class Estimate:
         self.config = MiniMindConfig(**self.start["config"])
         self.total_steps, self.passes = self.start["total_steps"], sum(self.start["passes"].values())
 
-        def gains(name: str) -> list[float]:
-            return [after - before for before, after in itertools.pairwise([0, *(line[name] for line in steps)])]
+        def gains(name: str) -> np.ndarray:
+            return np.diff([float(line[name]) for line in steps], prepend=0)
 
-        timed = slice(min(1, len(steps) - 1), None)  # the first step compiles and fills caches
-        seconds, processor = gains("seconds"), gains("processor_seconds")
-        self.tokens = gains("tokens")
-        self.tokens_per_step = self.start.get("tokens_per_step") or fmean(self.tokens[timed])  # unknown for GRPO
+        seconds, processor, self.tokens = gains("seconds"), gains("processor_seconds"), gains("tokens")
+        # the first step compiles and fills caches; on a GPU a later one may compile for pairs that take more rows
+        timed = seconds <= 5 * np.median(seconds[1:] if len(steps) > 1 else seconds)
+        timed[0] = len(steps) == 1
+        self.tokens_per_step = self.start.get("tokens_per_step") or self.tokens[timed].mean()  # unknown for GRPO
         # the run's mean step relative to the timed ones, in which GRPO may have learned from nothing
-        larger = self.tokens_per_step / fmean(self.tokens[timed]) if any(self.tokens[timed]) else 1.0
+        larger = self.tokens_per_step / self.tokens[timed].mean() if self.tokens[timed].any() else 1.0
         # a step always has the same number of packed rows; pairs take as many rows as they need
         longer = larger if self.start["kind"] == "preference" else 1.0
-        self.timed, self.spread = len(seconds[timed]), pstdev(seconds[timed]) / fmean(seconds[timed])
-        self.step_seconds, self.processor = fmean(seconds[timed]) * longer, fmean(processor[timed]) * longer
-        self.first_seconds, self.first_processor = seconds[0], processor[0]
-        flops = [line["mfu"] * line["seconds_per_step"] for line in steps[timed]]
-        self.flops = fmean(flops) * self.start["peak_flops_per_second"] * larger
-        self.seconds = self.passes + self.total_steps * self.step_seconds
-        self.seconds += max(self.first_seconds - self.step_seconds, 0)
+        self.timed, self.spread = len(seconds[timed]), seconds[timed].std() / seconds[timed].mean()
+        self.step_seconds, self.processor = seconds[timed].mean() * longer, processor[timed].mean() * longer
+        self.compiling = np.maximum(seconds[~timed] - self.step_seconds, 0).sum()
+        self.first_processor = processor[0]
+        flops = np.array([line["mfu"] * line["seconds_per_step"] for line in steps])
+        self.flops = flops[timed].mean() * self.start["peak_flops_per_second"] * larger
+        self.seconds = self.passes + self.total_steps * self.step_seconds + self.compiling
         self.to_come, self.cached = 0, []
         if "cache" in self.start:
             self.cached = [(path, path.stat().st_size) for path in Path(self.start["cache"]).glob("*")]

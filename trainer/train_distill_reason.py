@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
 
             if progress.due(args.eval_interval):
                 metrics |= evaluator.run(training, logger, progress.step)
-            if progress.due(args.save_interval):
+            if checkpoint.due(progress):
                 with logger.paused("saving"):
                     checkpoint.save(training, progress, metrics)
     logger.close(weights, progress, chat_command(args, "reason"))

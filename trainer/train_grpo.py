@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
 
             if held_out and progress.due(args.eval_interval):
                 metrics |= {f"valid_{k}": v for k, v in held_out.evaluate(training, logger, progress.step).items()}
-            if progress.due(args.save_interval):
+            if checkpoint.due(progress):
                 with logger.paused("saving"):
                     checkpoint.save(training, progress, metrics)
     logger.close(weights, progress, chat_command(args, "grpo"))

@@ -118,7 +118,7 @@ class ZeroTraining(Training):
     """Several processes that divide optimizer state, gradients or weights among them: see trainer/zero.py."""
 
     def _distributed(self, args: argparse.Namespace) -> nn.Module:
-        self.engine = start_engine(self.model, self.optimizer, args, self.precision.dtype, self.process.device.type)
+        self.engine = start_engine(self.model, self.optimizer, args, self.precision.dtype, self.process.device)
         self.optimizer = self.engine.optimizer
         return self.engine
 

@@ -119,12 +119,16 @@ def _merged(settings: dict, over: dict) -> dict:
 
 
 def start_engine(
-    model: nn.Module, optimizer: torch.optim.Optimizer, args: argparse.Namespace, dtype: torch.dtype, device_type: str
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    args: argparse.Namespace,
+    dtype: torch.dtype,
+    device: torch.device,
 ):
     """Wrap a model that holds its first weights in a DeepSpeed engine. The process group must exist."""
-    if device_type == "cpu":
+    if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for GPUs and warns that there are none
-    os.environ.setdefault("LOCAL_RANK", "0")  # it insists on a launcher even for one process
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # it insists on a launcher even for one process
     import deepspeed
     from deepspeed.utils import logger
 
@@ -139,7 +143,7 @@ def start_engine(
             deepspeed.utils.set_z3_leaf_modules(model, [MoEFeedForward])
         # forward hands this weight to `head` without calling the layer that owns it
         deepspeed.zero.register_external_parameter(model, model.lm_head.weight)
-    settings = zero_settings(args, dtype, device_type == "cuda")
+    settings = zero_settings(args, dtype, device.type == "cuda")
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     return engine
 
