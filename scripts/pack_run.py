@@ -35,7 +35,7 @@ def chosen(out_dir: Path, runs: list[str], token_cache: bool) -> list[Path]:
     for path in sorted(out_dir.rglob("*")):
         parts = path.relative_to(out_dir).parts
         name = next((run for run in runs if any(part.split(".")[0] == run for part in parts)), "")
-        if not path.is_file() or path.is_symlink() or any(part.startswith(".") for part in parts):
+        if not path.is_file() or any(part.startswith(".") for part in parts):
             continue
         if "token_cache" in parts:
             found += [path] * token_cache
@@ -77,11 +77,14 @@ def unpack(args: argparse.Namespace) -> None:
     try:
         with tarfile.open(args.archive) as tar:
             tar.extractall(staging, filter="data")
-        if not (staging / MANIFEST).is_file():
+        files = [path for path in staging.rglob("*") if path.is_file() and not path.is_symlink()]
+        manifest = json.loads((staging / MANIFEST).read_text("utf-8")) if staging / MANIFEST in files else None
+        held = {path.relative_to(staging).as_posix() for path in files} - {MANIFEST}
+        if not isinstance(manifest, dict) or manifest.keys() != held:  # names that lead elsewhere are not in it either
             raise ValueError(
-                f"{args.archive} has no {MANIFEST}: it did not arrive whole, or pack_run.py did not make it"
+                f"{args.archive} has no {MANIFEST} that lists its files: it did not arrive whole, or pack_run.py did "
+                "not make it"
             )
-        manifest = json.loads((staging / MANIFEST).read_text("utf-8"))
         for name, digest in manifest.items():
             if digest != digest_of(staging / name):
                 raise ValueError(f"{name} in {args.archive} is damaged; copy the archive again")

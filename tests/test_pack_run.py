@@ -1,5 +1,8 @@
 """Runs that move: packed, checked, unpacked elsewhere, and resumed there with the same bits."""
 
+import hashlib
+import io
+import json
 import shutil
 import tarfile
 
@@ -63,13 +66,40 @@ def test_nothing_is_replaced_unasked_and_nothing_damaged_arrives(out, tmp_path):
     assert not list((tmp_path / "new").iterdir())
 
 
-def test_an_archive_cannot_write_elsewhere(out, tmp_path):
-    archive = tmp_path / "evil.tar"
+DIGEST = hashlib.sha256(b"code").hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("name", "manifest"),
+    [
+        ("../a.py", None),
+        ("a.py", {"a.py": DIGEST, "../a.py": ""}),
+        ("a.py", {"a.py": DIGEST, "../../a.py": ""}),
+        ("a.py", {"a.py": DIGEST, "b.py": ""}),
+        ("a.py", {"a.py": ""}),
+        ("a.py", {}),
+        ("a.py", []),
+        ("a.py", None),
+    ],
+)
+def test_an_archive_cannot_write_elsewhere_nor_what_its_manifest_does_not_list(name, manifest, tmp_path):
+    archive, there = tmp_path / "evil.tar", tmp_path / "new" / "deep"
     with tarfile.open(archive, "w") as tar:
-        tar.add(out / "full_sft_32.pth", arcname="../outside.pth")
-    with pytest.raises(SystemExit, match="error: "):
-        pack_run.main(["unpack", str(archive), "--out_dir", str(tmp_path / "new" / "deep")])
-    assert not (tmp_path / "new" / "outside.pth").exists()
+        for member, data in ((name, b"code"), ("manifest.json", json.dumps(manifest).encode())):
+            info = tarfile.TarInfo(member)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    with pytest.raises(SystemExit, match="error: .*(outside|lists its files|damaged)"):
+        pack_run.main(["unpack", str(archive), "--out_dir", str(there)])
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [archive]
+
+
+def test_weights_behind_a_link_are_packed(out, tmp_path):
+    shutil.move(out / "pretrain_32.pth", tmp_path / "large_disk.pth")
+    (out / "pretrain_32.pth").symlink_to(tmp_path / "large_disk.pth")
+    assert "pretrain_32.pth" in move(out, tmp_path / "there")
+    there = tmp_path / "there" / "pretrain_32.pth"
+    assert not there.is_symlink() and there.read_bytes() == b"pretrain_32.pth" * 50
 
 
 def test_unknown_runs_and_empty_folders_are_told(out, tmp_path):
