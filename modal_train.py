@@ -16,6 +16,7 @@ goes on with --resume by itself, and so does the same command given again; --ove
 import argparse
 import contextlib
 import os
+import posixpath
 import subprocess
 import sys
 import time
@@ -31,6 +32,7 @@ PRICES = {
     "H100": 3.95, "H200": 4.54, "B200": 6.25,
 }  # fmt: skip
 KEYS = ("WANDB_API_KEY", "SWANLAB_API_KEY", "HF_TOKEN")  # go along as a secret if they are set here
+PUBLISHED = ("pretrain_hq", "sft_mini_512", "sft_512", "dpo", "r1_mix_1024", "lora_medical")  # read by default
 IN_CONTAINER, VOLUME = Path("/minimind"), Path("/vol")
 CODE = Path(__file__).resolve().parent if modal.is_local() else IN_CONTAINER
 DAY = 24 * 3600  # the longest that Modal lets a function run; a retry goes on from there
@@ -48,6 +50,7 @@ FILES = modal.FilePatternMatcher(
     "scripts/web_*",
     "scripts/*.css",
     "requirements.txt",
+    "!out",
 )
 image = (
     modal.Image.debian_slim("3.11")
@@ -110,11 +113,18 @@ def train(words: list[str], volume: str, gpus: int, price: float, run_id: str, e
 
 @app.function(**defaults)
 def execute(words: list[str], volume: str, unless: str = "") -> int:
-    """Run a command in the repository; return its exit status. unless: a file on the volume that makes it needless."""
+    """Run a command in the repository; return its exit status. unless: a file on the volume that makes it needless.
+
+    What it leaves in the repository's folder, as convert_model.py does by default, is copied into out/.
+    """
     enter(volume)
     if unless and (VOLUME / unless).exists():
         return 0
+    before = set(CODE.iterdir())
     status = subprocess.run([*launcher(0)[: words[0].endswith(".py")], *words], cwd=CODE).returncode
+    for path in sorted(set(CODE.iterdir()) - before):
+        print(f"{path} is on the volume as out/{path.name}", flush=True)
+        subprocess.run(["cp", "-r", path, VOLUME / "out"], check=True)
     sync(volume, "commit")
     return status
 
@@ -148,13 +158,13 @@ def sync(volume: str, action: str) -> None:
         return
     try:
         getattr(modal.Volume.from_name(volume), action)()
-    except modal.exception.Error as error:  # Modal commits in the background too, and when a container ends
+    except (modal.exception.Error, RuntimeError) as error:  # Modal also commits in the background and at the end
         print(f"note: the volume did not {action}: {error}", flush=True)
 
 
 def newest_save() -> int:
     """Return when a resume state was last replaced, in nanoseconds; 0 if there is none."""
-    return max((path.stat().st_mtime_ns for path in (VOLUME / "out" / "resume").rglob("*.resume")), default=0)
+    return max((path.stat().st_mtime_ns for path in (VOLUME / "out").rglob("*.resume")), default=0)
 
 
 def launcher(gpus: int) -> list[str]:
@@ -201,11 +211,18 @@ def submit(script: str, data: str, words: tuple[str, ...]) -> None:
     paths = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     paths.add_argument("--data_path", default=data and f"dataset/{data}.jsonl")
     paths.add_argument("--valid_path", default="")
+    paths.add_argument("--out_dir", default="out")
     given, rest = paths.parse_known_args(rest)
-    for flag, path in vars(given).items():
-        if path:
-            bring(Path(path), args)
-            rest.append(f"--{flag}=dataset/{Path(path).name}")
+    if posixpath.normpath(given.out_dir).split("/")[0] != "out":
+        sys.exit(f"error: --out_dir {given.out_dir}: must be in out/, which is what the volume keeps")
+    rest += [f"--out_dir={given.out_dir}"] * (given.out_dir != "out")
+    data, valid = Path(given.data_path), Path(given.valid_path)
+    if data.name == valid.name and data.resolve() != valid.resolve():
+        sys.exit(f"error: {data} and {valid} would both be dataset/{data.name} on the volume; rename one")
+    for flag, path in (("data_path", data), ("valid_path", valid)):
+        if path.name:
+            bring(path, args)
+            rest.append(f"--{flag}=dataset/{path.name}")
     words = [f"trainer/{script}", *rest]
     run_id, estimate = uuid.uuid4().hex, not args.skip_estimate
     status = configured(train, args).remote(words, args.volume, args.count, args.price, run_id, estimate)
@@ -219,6 +236,8 @@ def submit(script: str, data: str, words: tuple[str, ...]) -> None:
 def bring(path: Path, args: argparse.Namespace) -> None:
     """Have a data file on the volume: uploaded from here, else downloaded there as one of the published files."""
     if path.is_file():
+        if path.stem in PUBLISHED and path.resolve() != CODE / "dataset" / path.name:
+            sys.exit(f"error: {path} has the name of a published file, which it would replace on the volume; rename it")
         volume = modal.Volume.from_name(args.volume, create_if_missing=True)
         with volume.batch_upload(force=True) as batch:  # blocks that are there already are not sent again
             batch.put_file(path, f"/dataset/{path.name}")

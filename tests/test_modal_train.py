@@ -116,6 +116,7 @@ def test_the_container_gets_code_and_sample_and_nothing_private():
     wanted += ["model/tokenizer_v1/tokenizer.json"]
     wanted += ["modal_train.py", "scripts/web_page.css", "scripts/report.css", "requirements.txt", "eval_model.py"]
     private = [".env", "dataset/pretrain_hq.jsonl", "out/full_sft_512.pth", "out/logs/a.jsonl", ".git/config", ".netrc"]
+    private += ["out/mine.py", "out/exp/mine.py"]  # they would make out/ there a folder of the container's own
     private += ["MiniMind2/model.safetensors", ".venv/lib/python3.11/site-packages/torch/__init__.py"]
     assert all(modal_train.FILES(Path(name)) for name in wanted)
     assert not any(modal_train.FILES(Path(name)) for name in private)
@@ -130,6 +131,7 @@ def test_every_stage_has_an_entry_that_starts_its_script(monkeypatch):
         getattr(modal_train, name)("--epochs", "2")
     scripts = {stage.script for stage in STAGES.values()} | {"train_lora.py"}
     assert started.keys() == scripts and {"train_pretrain", "train_sft"} <= set(entries)
+    assert {data for data, _ in started.values()} - {""} == set(modal_train.PUBLISHED)
     for script, (data, words) in started.items():
         assert words == ("--epochs", "2")
         text = (ROOT / "trainer" / script).read_text("utf-8")
@@ -143,12 +145,45 @@ def test_every_stage_has_an_entry_that_starts_its_script(monkeypatch):
         (["--gpu", "H100:9"], "1 to 8"),
         (["--gpu=H100:many"], "--gpu"),
         (["--timeout", "100000"], "--timeout"),
+        (["--out_dir", "/data"], "must be in out/"),
+        (["--out_dir=out/../exp"], "must be in out/"),
+        (["--data_path=a/d.jsonl", "--valid_path=b/d.jsonl"], "both be dataset/d.jsonl"),
     ],
 )
 def test_wrong_flags_are_told_before_anything_is_started(words, said):
     with pytest.raises(SystemExit) as stopped:
         modal_train.train_pretrain(*words)
     assert str(stopped.value).startswith("error: ") and said in str(stopped.value)
+
+
+def test_a_file_from_home_is_uploaded_and_never_replaces_a_published_one(tmp_path, monkeypatch):
+    uploads, jobs = [], []
+    batch = contextlib.nullcontext(types.SimpleNamespace(put_file=lambda path, name: uploads.append((path, name))))
+    volume = types.SimpleNamespace(batch_upload=lambda force: batch)
+    job = types.SimpleNamespace(remote=lambda words, *_: jobs.append(words))
+    monkeypatch.setattr(modal.Volume, "from_name", lambda name, **_: volume)
+    monkeypatch.setattr(modal_train, "configured", lambda function, args: job)
+    published, mine = tmp_path / "pretrain_hq.jsonl", tmp_path / "mine.jsonl"
+    for path in (published, mine):
+        write_texts(path, 4)
+    with pytest.raises(SystemExit, match="name of a published file.*rename it"):
+        modal_train.train_pretrain("--data_path", str(published))
+    assert not uploads
+    modal_train.train_pretrain("--data_path", str(mine), "--valid_path", str(mine), "--out_dir", "out/exp")
+    assert uploads == [(mine, "/dataset/mine.jsonl")] * 2
+    assert {"--data_path=dataset/mine.jsonl", "--valid_path=dataset/mine.jsonl", "--out_dir=out/exp"} < set(jobs[0])
+
+
+@pytest.mark.parametrize("error", [RuntimeError("open files"), modal.exception.ConflictError("open files")])
+def test_a_volume_that_cannot_sync_now_is_told_and_ends_nothing(monkeypatch, capsys, error):
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(modal, "is_local", lambda: False)
+    monkeypatch.setattr(modal.Volume, "from_name", lambda name: types.SimpleNamespace(commit=fail, reload=fail))
+    for action in ("reload", "commit"):
+        modal_train.sync("minimind", action)
+        assert f"did not {action}: open files" in capsys.readouterr().out
 
 
 def test_the_command_line_reaches_the_entry(tmp_path):
@@ -190,6 +225,12 @@ def test_killed_with_a_volume_that_lags_the_same_command_ends_with_the_same_bits
     assert_identical(read_resume(out)["model"], read_resume(whole)["model"])
     assert_identical(read_resume(out)["optimizer"], read_resume(whole)["optimizer"])
     assert_identical(read_state_dict(out / "pretrain_32.pth"), read_state_dict(whole / "pretrain_32.pth"))
+
+
+def test_saves_in_a_folder_of_out_are_seen_too(container):
+    assert modal_train.newest_save() == 0
+    (_folder(container.volume / "out" / "exp" / "resume") / "pretrain_32.resume").touch()
+    assert modal_train.newest_save() > 0
 
 
 def test_preempted_it_saves_and_commits_before_it_goes(container, monkeypatch):
@@ -275,6 +316,17 @@ def test_any_command_runs_and_its_status_comes_back(at_home, container):
     assert stopped.value.code == 3 and at_home[0][1] == "T4" and (container.volume / "out" / "made").is_file()
     with pytest.raises(SystemExit, match="run what"):
         modal_train.run()
+
+
+def test_what_a_command_leaves_in_the_repository_is_kept_in_out(at_home, container, code, capfd):
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            modal_train.run("sh", "-c", "mkdir MiniMind2-x && touch MiniMind2-x/model.safetensors out/here")
+    finally:
+        shutil.rmtree(code / "MiniMind2-x", ignore_errors=True)
+    assert stopped.value.code == 0 and "is on the volume as out/MiniMind2-x" in capfd.readouterr().out
+    held = {path.name for path in (container.volume / "out").rglob("*")}
+    assert {"model.safetensors", "here"} < held and "pretrain_hq.jsonl" not in held
 
 
 @pytest.mark.full
