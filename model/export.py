@@ -69,10 +69,10 @@ def from_old_names(state: State, num_attention_heads: int) -> State:
             raise ValueError(f"{key} is not a name that the original project used before April 2025")
         new = re.sub(r"\bw[123]\b", lambda match: OLD_PROJECTIONS[match[0]], new)
         if ".attention.wq." in key or ".attention.wk." in key:
-            if tensor.shape[0] % head_dim:
+            if head_dim < 2 or head_dim % 2 or tensor.shape[0] % head_dim:
                 raise ValueError(
-                    f"{key} has {tensor.shape[0]} rows, which is not a multiple of {head_dim} for "
-                    f"{num_attention_heads} heads; set --num_attention_heads to the number it was trained with"
+                    f"the {tensor.shape[0]} rows of {key} are not heads of an even size, {head_dim} if there are "
+                    f"{num_attention_heads}; set --num_attention_heads to the number it was trained with"
                 )
             tensor = split_rows(tensor, head_dim)
         renamed[new] = tensor

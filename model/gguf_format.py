@@ -20,6 +20,7 @@ import torch
 
 from model.export import SHARED_DIMS, State, interleave_rows, renormalises, split_rows, stretched_length
 from model.model_minimind import MINIMIND3, MiniMindConfig, MiniMindForCausalLM, yarn_parameters
+from model.weights import reads_a_file
 
 GGUF_TYPES = ("F16", "Q8_0")
 ARCHITECTURES = {(False, False): "llama", (True, False): "bailingmoe"}  # by use_moe and qk_norm
@@ -114,9 +115,15 @@ def to_gguf(state: State, config: MiniMindConfig) -> State:
 
 
 def from_gguf(tensors: State, config: MiniMindConfig) -> State:
-    """Undo to_gguf."""
+    """Undo to_gguf. Raises ValueError for tensors that our architecture has no place for."""
+    embedding = tensors["token_embd.weight"]
+    unknown = sorted(tensors.keys() - {name for _, name, _ in gguf_names(config)} - {"output.weight"})
+    if not torch.equal(tensors.get("output.weight", embedding), embedding):
+        unknown.append("output.weight, which is not the embedding")
+    if unknown:
+        raise ValueError(f"our architecture has no place for {', '.join(unknown[:3])}")
     interleaved = () if config.qk_norm else INTERLEAVED
-    state = {"lm_head.weight": tensors["token_embd.weight"]}
+    state = {"lm_head.weight": embedding}
     for key, name, expert in gguf_names(config):
         tensor = tensors[name]
         if name.endswith("_shexp.weight"):
@@ -310,10 +317,11 @@ def pre_tokenizer(content: dict, folder: Path) -> str:
     return PRE_TOKENIZERS[pattern]
 
 
+@reads_a_file
 def read_gguf(path: str | Path) -> tuple[State, MiniMindConfig]:
     """Return the tensors in float32 under our names, and the configuration, of a file that write_gguf wrote.
 
-    Raises ValueError if it is not a GGUF file or has an architecture that is not ours.
+    Raises ValueError if it is damaged, not a GGUF file or has an architecture that is not ours.
     """
     import gguf
 
@@ -336,7 +344,9 @@ def read_gguf(path: str | Path) -> tuple[State, MiniMindConfig]:
     fields["rms_norm_eps"] = float(f"{held['rms_norm_eps']:.6g}")  # a float32 in the file
     for name in ("bos", "eos", "pad"):
         fields[f"{name}_token_id"] = field(f"tokenizer.ggml.{'padding' if name == 'pad' else name}_token_id")
-    if field(f"{kind}.rope.scaling.type") == "yarn":
+    if (stretched := field(f"{kind}.rope.scaling.type", "none")) not in ("none", "yarn"):
+        raise ValueError(f"{path} stretches its positions by rope scaling of type {stretched}; ours is yarn")
+    if stretched == "yarn":
         fields["rope_scaling"] = {"rope_type": "yarn", **yarn}
     fields["use_moe"] = kind.endswith("moe")
     if kind == "bailingmoe":

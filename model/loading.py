@@ -180,9 +180,12 @@ def read_config(folder: Path) -> dict:
         there = f"; there are: {', '.join(others)}" if others else ""
         raise ValueError(f"{config_file} not found; --hf_path takes a folder that save_pretrained wrote{there}")
     try:
-        return json.loads(config_file.read_text(encoding="utf-8"))
+        config = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{config_file} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{config_file} is not a JSON object")
+    return config
 
 
 def load_folder(folder: Path, trust_remote_code: bool, dtype: torch.dtype) -> nn.Module:
@@ -263,7 +266,7 @@ def choose_context(config: Any, sidecar: dict | None, wanted: int | None = None)
     """Return how many tokens conversation and answer may have; warn if the model was not trained on so many."""
     known = row_length(sidecar)
     scaling = getattr(config, "rope_parameters" if config.model_type != "minimind" else "rope_scaling", None) or {}
-    if "original_max_position_embeddings" in scaling:
+    if scaling.get("factor") and "original_max_position_embeddings" in scaling:
         known = round(scaling["original_max_position_embeddings"] * scaling["factor"])
     if wanted and known and wanted > known:
         warnings.warn(

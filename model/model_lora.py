@@ -28,12 +28,21 @@ from model.weights import (
     listed_weights,
     read_sidecar,
     read_state_dict,
+    reads_a_file,
     save_weights,
     weight_path,
     write_atomically,
     write_json,
 )
 
+# Fields of adapter_config.json that may be set; any other, if only to {}, changes what the tensors mean.
+PEFT_FIELDS = {
+    "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights", "bias", "eva_config",
+    "loftq_config", "megatron_core", "qalora_group_size",
+}  # fmt: skip
+PEFT_INITS = ("true", "false", "none", "gaussian", "eva", "orthogonal")  # the others change the base weights as well
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -146,6 +155,16 @@ def load_lora(model: nn.Module, path: str | Path, tokenizer_sha256: str | None =
     pairs, sidecar = read_lora(path), read_sidecar(path)
     check_tokenizer(path, sidecar, tokenizer_sha256)
     _check_depth(model, pairs, sidecar, path)
+    put_on(model, pairs, path)
+    return model
+
+
+@torch.no_grad()
+def put_on(model: nn.Module, pairs: dict[str, tuple[torch.Tensor, torch.Tensor]], path: str | Path) -> None:
+    """Add the adapters (A, B) of a file to the layers of these names, replacing an earlier one.
+
+    Raises WeightsError if they do not fit; the model is then unchanged.
+    """
     layers = dict(block_linears(model))
     for name, (a, b) in pairs.items():
         if name not in layers:
@@ -161,13 +180,6 @@ def load_lora(model: nn.Module, path: str | Path, tokenizer_sha256: str | None =
                 "another --hidden_size"
             )
     remove_lora(model)
-    put_on(model, pairs)
-    return model
-
-
-@torch.no_grad()
-def put_on(model: nn.Module, pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Add adapters (A, B) to the layers of these names, which must have none and fit."""
     for name, (a, b) in pairs.items():
         lora = attach(model.get_submodule(name), rank=a.shape[0], scale=1.0)
         lora.A.weight.copy_(a)
@@ -193,10 +205,11 @@ def read_lora(path: str | Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     state = read_state_dict(path)
     names = {clean_key(key).removesuffix(".lora.A.weight") for key in state if key.endswith(".lora.A.weight")}
     keys = {f"{name}.lora.{side}.weight" for name in names for side in "AB"}
-    if not names or keys != state.keys():
-        odd = sorted(keys ^ state.keys())[:3] or ["nothing"]
+    odd = (keys ^ state.keys()) | {key for key, tensor in state.items() if tensor.dim() != 2}
+    if not names or odd:
         raise WeightsError(
-            f"{path} is not an adapter file (pairs of *.lora.A.weight and *.lora.B.weight); look at: {odd}"
+            f"{path} is not an adapter file (pairs of matrices *.lora.A.weight and *.lora.B.weight); look at: "
+            f"{sorted(odd)[:3] or ['nothing']}"
         )
     return {name: (state[f"{name}.lora.A.weight"], state[f"{name}.lora.B.weight"]) for name in sorted(names)}
 
@@ -235,11 +248,11 @@ def check_peft(model: nn.Module) -> None:
         raise ValueError("the PEFT layout holds adapters of dense models; peft's MoE formats name experts otherwise")
 
 
-def save_peft(folder: str | Path, model: nn.Module, base_model: str = "") -> None:
+def save_peft(folder: str | Path, model: nn.Module) -> None:
     """Write the adapter in the layout of the peft library: adapter_config.json and adapter_model.safetensors.
 
-    It fits the dense model in Llama's or Qwen3's format, whose layers have the same names. base_model: its folder, if
-    known. Raises ValueError for a mixture of experts, or for different ranks.
+    It fits the dense model in Llama's or Qwen3's format, whose layers have the same names. The name of that model stays
+    empty. Raises ValueError for a mixture of experts, or for different ranks.
     """
     from safetensors.torch import save
 
@@ -255,7 +268,7 @@ def save_peft(folder: str | Path, model: nn.Module, base_model: str = "") -> Non
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": "",
         "r": rank,
         "lora_alpha": rank,  # the scale is in B already
         "lora_dropout": 0.0,
@@ -269,6 +282,7 @@ def save_peft(folder: str | Path, model: nn.Module, base_model: str = "") -> Non
     write_json(Path(folder) / "adapter_config.json", config)
 
 
+@reads_a_file
 def read_peft(folder: str | Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Return layer name -> (A, B in float32 with the scale folded in) of an adapter that the peft library saved.
 
@@ -282,28 +296,24 @@ def read_peft(folder: str | Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]
         tensors = load_file(folder / "adapter_model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise WeightsError(f"{folder} is not a readable PEFT folder (adapter_model.safetensors): {error}") from error
-    beyond = {
-        f"peft_type {config.get('peft_type')}": config.get("peft_type") != "LORA",
-        "use_dora": config.get("use_dora"),
-        f"bias {config.get('bias')}": config.get("bias", "none") != "none",
-        "fan_in_fan_out": config.get("fan_in_fan_out"),
-        "modules_to_save": config.get("modules_to_save"),
-        # these change the base weights as well
-        f"init_lora_weights {config.get('init_lora_weights')}": str(config.get("init_lora_weights")).lower()[:4]
-        in ("piss", "olor", "loft", "cord"),
-    }
-    if any(beyond.values()):
-        kinds = ", ".join(name for name, there in beyond.items() if there)
+    allowed = {"peft_type": ("lora",), "bias": ("none",), "init_lora_weights": PEFT_INITS}
+    beyond = [name for name, values in allowed.items() if str(config.get(name)).lower() not in values]
+    beyond += [name for name, value in config.items() if name not in PEFT_FIELDS and value not in (None, False, [])]
+    if beyond:
+        kinds = ", ".join(f"{name} {config.get(name)}" for name in beyond)
         raise WeightsError(f"{folder}: our adapter files hold W x + B(A x) and nothing else, so not {kinds}")
     pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for key in sorted(tensors):
         name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         other = key.replace(".lora_A.", ".lora_B.")
         if key.endswith(".lora_A.weight") and ".layers." in name and other in tensors:
-            scale = _peft_scale(config, name, tensors[key].shape[0])
-            pairs[name] = tensors[key].float(), tensors[other].float() * scale
+            a, b = tensors[key].float(), tensors[other].float()
+            if a.dim() == b.dim() == 2 and len(a) == b.shape[1]:
+                pairs[name] = a, b * _peft_scale(config, name, len(a))
     if not pairs or 2 * len(pairs) != len(tensors):
-        raise WeightsError(f"{folder} adapts more than the linear layers of the blocks; our adapters hold only these")
+        raise WeightsError(
+            f"{folder} holds more than pairs of matrices, A and B of one rank, for the linear layers of the blocks"
+        )
     return pairs
 
 

@@ -137,8 +137,8 @@ class MiniMindConfig(PretrainedConfig):
                 raise ValueError(f"{name} must be at least {least}, a whole number up to {most}, got {value!r}")
         for name in ("rms_norm_eps", "rope_theta", "initializer_range", "intermediate_ratio", "aux_loss_alpha"):
             value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or value < 0 or (value == 0 and name != "aux_loss_alpha"):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0 <= value < 1e300 or (value == 0 and name != "aux_loss_alpha"):
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
         for name in ("qk_norm", "use_moe", "norm_topk_prob", "norm_top1_prob", "seq_aux"):
             if type(getattr(self, name)) is not bool:

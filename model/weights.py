@@ -5,6 +5,7 @@ says what the weights are (configuration, stage, tokenizer, losses); it is used 
 """
 
 import errno
+import functools
 import glob
 import hashlib
 import inspect
@@ -15,7 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -60,6 +61,23 @@ WEIGHT_NAME = re.compile(rf"(?P<stage>{'|'.join(STAGES)})_(?P<hidden_size>\d+)(?
 
 class WeightsError(ValueError):
     """Weights are missing, unreadable or do not fit; the message says what to do."""
+
+
+T = TypeVar("T")
+
+
+def reads_a_file(read: Callable[..., T]) -> Callable[..., T]:
+    """Make a reader raise WeightsError, naming the file (its first argument), for whatever it stumbles over."""
+
+    @functools.wraps(read)
+    def reading(path: str | Path, *args: Any, **options: Any) -> T:
+        try:
+            return read(path, *args, **options)
+        except (ArithmeticError, AttributeError, LookupError, MemoryError, re.error, RuntimeError, TypeError) as error:
+            what = f"{type(error).__name__}, {' '.join(str(error).split())[:200]}"
+            raise WeightsError(f"{path} is damaged, or not what it seems: {what}") from error
+
+    return reading
 
 
 def weight_path(out_dir: str | Path, stage: str, hidden_size: int, use_moe: bool) -> Path:
@@ -124,7 +142,8 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # what a killed process left behind
-            stale.unlink(missing_ok=True)
+            if stale.is_file():
+                stale.unlink(missing_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         with os.fdopen(descriptor, "wb") as file:
             write(file)
@@ -238,7 +257,8 @@ def read_state_dict(path: str | Path, old_names: bool = False) -> dict[str, torc
     except Exception as error:  # torch raises many kinds here: UnpicklingError, RuntimeError, EOFError, KeyError ...
         what = mistaken_file(path) or "it is damaged, or holds more than tensors, which could run code"
         raise WeightsError(f"{path} is not a weight file of tensors only, so it was not loaded: {what}") from error
-    if not isinstance(state, dict) or not state or not all(isinstance(t, torch.Tensor) for t in state.values()):
+    named = list(state.items()) if isinstance(state, dict) else []
+    if not named or not all(isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in named):
         raise WeightsError(
             f"{path} does not hold a plain state dict (names to tensors); it is not a weight file of ours"
         )
@@ -311,7 +331,7 @@ def config_from_state_dict(
     heads = (
         query_rows // head_dim if head_dim else told.get("num_attention_heads", MiniMindConfig().num_attention_heads)
     )
-    if type(heads) is not int or heads < 1 or query_rows % heads or key_rows % (query_rows // heads):
+    if type(heads) is not int or not 1 <= heads <= query_rows or query_rows % heads or key_rows % (query_rows // heads):
         raise WeightsError(
             f"{heads} attention heads do not divide the {query_rows} rows of q_proj and the {key_rows} of k_proj; name "
             "the number that these weights were trained with by --num_attention_heads"

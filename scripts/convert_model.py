@@ -51,7 +51,6 @@ from model.loading import (
     unseen_fields,
 )
 from model.model_lora import (
-    block_linears,
     find_lora,
     load_lora,
     lora_path,
@@ -78,6 +77,7 @@ from model.weights import (
     missing_message,
     read_sidecar,
     read_state_dict,
+    reads_a_file,
     save_weights,
     sidecar_path,
     tie_head,
@@ -92,6 +92,12 @@ FORMATS = (*HF_FORMATS, "gguf", "pth", "peft", "lora")
 # The original's names for its models, by hidden size, mixture and query/key norm.
 NAMES = {(512, False, False): "MiniMind2-Small", (768, False, False): "MiniMind2", (640, True, False): "MiniMind2-MoE"}
 NAMES |= {(768, False, True): "MiniMind3", (768, True, True): "MiniMind3-MoE"}
+# what else transformers and others read in a folder of weights
+READ_BY_RUNTIMES = (
+    "model-*-of-*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*", "model_minimind.py",
+    "adapter_config.json", "adapter_model.*", "tokenizer.*", "tokenizer_config.json", "chat_template.*",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+)  # fmt: skip
 NO_TEMPLATE = "note: the tokenizer has no chat template, so runtimes cannot chat with these weights by themselves"
 # float32 arithmetic in another order: largest difference of logits, relative to the largest logit
 TOLERANCE = 1e-4
@@ -115,7 +121,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "lora)")  # fmt: skip
     add("--output", default=None, help="folder, .pth or .gguf to write (named after the weights)")
     add("--dtype", default=None, choices=list(DTYPES), help="of the tensors in a Hugging Face folder (float16)")
-    add("--gguf_type", default="F16", help="of the tensors in a GGUF file: F16 or Q8_0 (F16)")
+    add("--gguf_type", default=None, help="of the tensors in a GGUF file: F16 or Q8_0 (F16)")
     add_flags(group, "rope_scaling", "trained_length")
     add("--force", action="store_true", help="replace files of the target that are there already")
     show_defaults(parser)
@@ -200,6 +206,7 @@ def input_kind(path: Path) -> str:
     return "adapter" if any(key.endswith(".lora.A.weight") for key in keys) else "pth"
 
 
+@reads_a_file
 def read_source(path: Path, kind: str, args: argparse.Namespace) -> Source:
     own_tokenizer = kind == "hf" and (path / "tokenizer.json").is_file()
     tokenizer = ChatTokenizer(tokenizer_folder(path, args.tokenizer_path))
@@ -311,6 +318,8 @@ def check_rounding(model: torch.nn.Module, dtype: torch.dtype) -> None:
     changed = total = 0
     for name, parameter in model.named_parameters():
         rounded = parameter.detach().to(dtype)
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"{name} holds NaN or infinity; nothing was written")
         if not torch.isfinite(rounded).all():
             raise ValueError(f"{name} reaches {parameter.abs().max():.3g}, beyond {dtype_name(dtype)}; see --dtype")
         changed += int((rounded.to(parameter.dtype) != parameter).sum())
@@ -330,9 +339,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 def staging(target: Path) -> Iterator[Path]:
     """Provide an empty folder next to the target, removed at the end; `publish` moves its files to their place."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    for stale in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):  # what a killed process left behind
+    for stale in target.parent.glob(f".{glob.escape(target.name)}.*.staged"):  # what a killed process left behind
         shutil.rmtree(stale, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
+    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".staged"))
     try:
         yield folder
     finally:
@@ -342,7 +351,7 @@ def staging(target: Path) -> Iterator[Path]:
 def publish(staged: Path, folder: Path) -> None:
     """Move the checked files into the folder, weights first.
 
-    Other files there stay, except the shards of an older export, which some runtimes would load as well.
+    Other files there stay, except those of an older export that runtimes would load as well.
     """
     folder.mkdir(exist_ok=True)
     names = {file.name for file in staged.iterdir()}
@@ -350,8 +359,8 @@ def publish(staged: Path, folder: Path) -> None:
         os.chmod(staged / name, file_mode())  # save_pretrained makes weights readable by their owner alone
         os.replace(staged / name, folder / name)
     if "model.safetensors" in names:
-        for shard in [*folder.glob("model-*-of-*.safetensors"), *folder.glob("model.safetensors.index.json")]:
-            shard.unlink()
+        for file in {file for pattern in READ_BY_RUNTIMES for file in folder.glob(pattern) if file.name not in names}:
+            file.unlink()
 
 
 def check_not_read(target: Path, *read: Path | None) -> None:
@@ -464,8 +473,12 @@ def write_gguf_folder(source: Source, target: Path, gguf_type: str, args: argpar
 def modelfile(tokenizer: ChatTokenizer, file_name: str) -> str:
     """Return ollama's Modelfile; its template is Go's spelling of the tokenizer's chat template."""
     bos, eos = (tokenizer.decode([number], skip_control=False) for number in (tokenizer.bos_id, tokenizer.eos_id))
-    template = go_template(tokenizer.template)
-    template = "# the tokenizer has no chat template" if template is None else f'TEMPLATE """{template}"""'
+    try:
+        template = go_template(tokenizer.template)
+        template = "# the tokenizer has no chat template" if template is None else f'TEMPLATE """{template}"""'
+    except ValueError as error:  # it refuses tools, say; runtimes have it in the .gguf as well
+        say(f"note: the Modelfile has no template: {error}")
+        template = "# the tokenizer's chat template is in the .gguf only"
     return f'''# ollama create minimind -f Modelfile && ollama run minimind
 FROM ./{file_name}
 
@@ -504,6 +517,7 @@ def convert_adapter(path: Path, kind: str, args: argparse.Namespace) -> None:
         pairs, sidecar = read_peft(path), read_sidecar(path) or {}
         if args.tokenizer_path:
             sidecar = agreed_sidecar(path, ChatTokenizer(args.tokenizer_path).sha256)
+    sidecar = without_paths(sidecar) | {"converted_from": path.name}
     base = None if args.base is None else base_path(args)
     model = adapter_base(path, sidecar, base)
     if kind == "adapter":
@@ -512,23 +526,23 @@ def convert_adapter(path: Path, kind: str, args: argparse.Namespace) -> None:
         check_not_read(target, path, base)
         check_target(target, args.force)
         with staging(target) as folder:
-            save_peft(folder, model, base_model=args.base or "")
-            write_json(sidecar_path(folder), {**sidecar, "converted_from": path.name})
+            save_peft(folder, model)
+            write_json(sidecar_path(folder), sidecar)
             compare(logits_of(model), logits_of(with_peft(model, folder)))
             publish(folder, target)
     else:
+        put_on(model, pairs, path)
         before = logits_of(with_peft(model, path))
         size = model.config.hidden_size, model.config.use_moe
         name = path.absolute().name.removesuffix(lora_path("", "", *size).stem)  # export names folders with the size
         target = Path(args.output or lora_path(args.out_dir, name, *size))
         check_not_read(target, path, base)
         check_target(target, args.force, target, sidecar_path(target))
-        put_on_fitting(model, pairs)
-        about = {**sidecar, "config": model.config.to_diff_dict(), "converted_from": path.name}
+        sidecar["config"] = model.config.to_diff_dict()
         if args.tokenizer_path:
-            about["tokenizer_sha256"] = ChatTokenizer(args.tokenizer_path).sha256
+            sidecar["tokenizer_sha256"] = ChatTokenizer(args.tokenizer_path).sha256
         with staging(target) as folder:
-            save_lora(folder / target.name, model, about)
+            save_lora(folder / target.name, model, sidecar)
             compare(before, logits_of(load_lora(model, folder / target.name)), "float16")
             publish(folder, target.parent)
     say(f"wrote {target}")
@@ -552,15 +566,6 @@ def base_path(args: argparse.Namespace) -> Path:
         raise WeightsError(f"--base {error}") from error
 
 
-def put_on_fitting(model: MiniMindForCausalLM, pairs: dict) -> None:
-    """Put the adapter on the model, as float32 layers. Raises ValueError if it does not fit."""
-    layers = dict(block_linears(model))
-    for name, (a, b) in pairs.items():
-        if name not in layers or (b.shape[0], a.shape[1]) != tuple(layers[name].weight.shape):
-            raise ValueError(f"the adapter's {name} does not fit the base model; name the right one with --base")
-    put_on(model, pairs)
-
-
 def with_peft(model: MiniMindForCausalLM, folder: Path) -> torch.nn.Module:
     """Return the base of `model` in transformers' class with the folder's adapter.
 
@@ -570,7 +575,7 @@ def with_peft(model: MiniMindForCausalLM, folder: Path) -> torch.nn.Module:
     remove_lora(base)
     if importlib.util.find_spec("peft") is None:
         say("the peft library is not installed, so the adapter is read back by our own code")
-        put_on_fitting(base, read_peft(folder))
+        put_on(base, read_peft(folder), folder)
         return base
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -588,7 +593,8 @@ def with_peft(model: MiniMindForCausalLM, folder: Path) -> torch.nn.Module:
 
 def default_output(source: Source, to: str, gguf_type: str, args: argparse.Namespace) -> Path:
     if to == "pth":
-        stage = STAGE_OF_MODE[args.model_mode]
+        known = source.sidecar.get("stage")
+        stage = known if known in STAGE_OF_MODE.values() else STAGE_OF_MODE[args.model_mode]
         return weight_path(args.out_dir, stage, source.config.hidden_size, source.config.use_moe)
     return ROOT / (f"{source.name}-{gguf_type}-GGUF" if to == "gguf" else source.name)
 
@@ -597,13 +603,14 @@ def convert(args: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    gguf_type = check_gguf_type(args.gguf_type)
+    gguf_type = check_gguf_type(args.gguf_type or "F16")
     path = input_path(args)
     kind = input_kind(path)
     if kind in ("adapter", "peft"):
         wanted = "peft" if kind == "adapter" else "lora"
         if args.to not in ("auto", wanted):
             raise ValueError(f"{path} is an adapter and becomes --to {wanted}; to merge it, give it as --lora_name")
+        check_read(args, path, kind, wanted)
         return convert_adapter(path, kind, args)
     if args.to in ("peft", "lora"):
         raise ValueError(f"--to {args.to} is for adapters, and {path} holds the weights of a model")
@@ -611,8 +618,7 @@ def convert(args: argparse.Namespace) -> None:
     to = args.to
     if to == "auto":
         to = hf_format(source.config) if kind == "pth" else "pth"
-    if args.dtype is not None and to not in HF_FORMATS:
-        raise ValueError(f"--dtype is for folders in Hugging Face format; a .{to} file has a type of its own")
+    check_read(args, path, kind, to)
     if to not in ("pth", "minimind") and source.config.rope_dtype != "float32":
         say(f"note: {path} rounds its rotary tables to float16; {to} computes them in float32, and so does the check")
         source.config.rope_dtype = "float32"
@@ -625,6 +631,21 @@ def convert(args: argparse.Namespace) -> None:
         write_pth(source, target, args)
     else:
         write_hf(source, target, to, args)
+
+
+def check_read(args: argparse.Namespace, path: Path, kind: str, to: str) -> None:
+    """Raise ValueError for a flag that this conversion would not read."""
+    adapter, tensors_only = kind in ("adapter", "peft"), kind in ("pth", "old")
+    for names, read, why in (
+        (("dtype",), to in HF_FORMATS, f"folders in Hugging Face format; --to {to} has a type of its own"),
+        (("gguf_type",), to == "gguf", "--to gguf"),
+        (("base",), adapter, f"adapters, and {path} is none"),
+        (("rope_theta", "num_attention_heads"), tensors_only, f".pth files; {path} says it itself"),
+        (("lora_name", "rope_scaling", "trained_length"), not adapter, f"models; {path} is an adapter"),
+    ):
+        given = [name for name in names if str(getattr(args, name)).lower() != "none"]
+        if given and not read:
+            raise ValueError(f"--{given[0]} is for {why}; leave it out")
 
 
 def describe(source: Source) -> str:

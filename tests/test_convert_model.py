@@ -12,14 +12,14 @@ import pytest
 import torch
 from conftest import ROOT, run_python, sharp_model, write_weights
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from dataset.chat_template import without_marks
 from dataset.tokenization import ChatTokenizer
-from model import loading
+from model import gguf_format, loading
 from model.export import CLASSES, hf_config, hf_format, interleave_rows, split_rows, to_hf
-from model.gguf_format import pre_tokenizer, read_gguf
+from model.gguf_format import pre_tokenizer, read_gguf, write_gguf
 from model.model_lora import apply_lora, load_lora, lora_layers, save_lora
 from model.model_minimind import MINIMIND3, MiniMindConfig, MiniMindForCausalLM
 from model.weights import WeightsError, load_model, read_sidecar, read_state_dict, save_weights
@@ -484,6 +484,44 @@ def test_weights_from_before_april_2025_give_the_logits_that_they_gave_then(use_
     assert torch.allclose(logits(theirs, torch.tensor([ids]))[0].double(), expected, rtol=0, atol=1e-4)
 
 
+HEADS = ["--num_attention_heads", "4"]
+HOSTILE = {
+    "more heads than columns": (old_weights(False), {}, ["--num_attention_heads", "1000"], "--num_attention_heads"),
+    "as many heads as columns": (old_weights(False), {}, ["--num_attention_heads", "32"], "even size, 1 if"),
+    "no embedding": ({"layers.0.attention.wq.weight": torch.zeros(4, 4)}, {}, [], "damaged.*tok_embeddings"),
+    "old names, one dimension": (
+        old_weights(False) | {"layers.0.attention.wq.weight": torch.zeros(32)}, {}, HEADS, "x.pth is damaged"
+    ),
+    "numbers for names": ({1: torch.zeros(3)}, {}, [], "plain state dict"),
+    "a query without rows": ({**sharp_model(**SHAPE).state_dict(), **{
+        f"model.layers.0.self_attn.{name}_proj.weight": torch.zeros(0, 64) for name in "qk"}}, {}, HEADS, "the 0 rows"),
+    "a theta of 400 digits": (
+        sharp_model(**SHAPE).state_dict(), {"config": {"num_attention_heads": 4, "rope_theta": 10**400}}, [],
+        "rope_theta must be a positive number",
+    ),
+    "NaN": (
+        sharp_model(**SHAPE).state_dict() | {"model.norm.weight": torch.full((64,), torch.nan)}, {}, HEADS,
+        "model.norm.weight holds NaN",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("state, sidecar, flags, named", HOSTILE.values(), ids=HOSTILE)
+def test_a_file_that_no_model_of_ours_wrote_is_one_message(state, sidecar, flags, named, tmp_path, refused):
+    torch.save(state, tmp_path / "x.pth")
+    if sidecar:
+        (tmp_path / "x.json").write_text(json.dumps(sidecar))
+    assert re.search(named, refused("--input", tmp_path / "x.pth", "--output", tmp_path / "out", *flags))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("config", ["[]", "null", '{"model_type": ["x"]}', '{"model_type": "llama", "head_dim": "x"}'])
+def test_a_folder_with_a_strange_config_is_one_message(config, tmp_path, refused):
+    (tmp_path / "config.json").write_text(config)
+    save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
+    assert str(tmp_path) in refused("--input", tmp_path, "--output", tmp_path / "x.pth")
+
+
 def test_old_weights_with_an_unknown_tensor_or_wrong_heads_are_refused(tmp_path, refused):
     torch.save(old_weights(False), tmp_path / "old.pth")
     flags = ["--input", tmp_path / "old.pth", "--output", tmp_path / "x.pth"]
@@ -511,6 +549,36 @@ def test_gguf_comes_back_bit_identical_in_float16(weights, tmp_path, convert):
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     old, new = load_model(weights)[0].config.to_dict(), load_model(tmp_path / "back.pth")[0].config.to_dict()
     assert old == new
+
+
+@pytest.mark.parametrize(
+    "changes, scaling, named",
+    [
+        ({"output.weight": torch.ones(6400, 64)}, "", "no place for output.weight, which is not the embedding"),
+        ({"blk.1.attn_q.bias": torch.ones(64)}, "", "no place for blk.1.attn_q.bias"),
+        ({"rope_freqs.weight": torch.ones(8)}, "", "no place for rope_freqs.weight"),
+        ({"output_norm.weight": None}, "", "is damaged.*output_norm.weight"),
+        ({}, "LINEAR", "rope scaling of type linear"),
+    ],
+)
+def test_a_gguf_of_others_that_ours_cannot_hold_is_refused(
+    changes, scaling, named, dense, tmp_path, tokenizer, monkeypatch, refused
+):
+    model, right, sizes = load_model(dense)[0], gguf_format.to_gguf, gguf_format._add_sizes
+
+    def tensors(*arguments) -> dict:
+        return {key: tensor for key, tensor in (right(*arguments) | changes).items() if tensor is not None}
+
+    def add_sizes(writer, config) -> None:
+        sizes(writer, config)
+        if scaling:
+            writer.add_rope_scaling_type(gguf.RopeScalingType[scaling])
+
+    monkeypatch.setattr(gguf_format, "to_gguf", tensors)
+    monkeypatch.setattr(gguf_format, "_add_sizes", add_sizes)
+    write_gguf(tmp_path / "x.gguf", model.state_dict(), model.config, tokenizer, "F16", "x")
+    assert re.search(named, refused("--input", tmp_path / "x.gguf", "--output", tmp_path / "x.pth"))
+    assert not (tmp_path / "x.pth").exists()
 
 
 def test_gguf_quantises_whole_blocks_and_says_what_stays(dense, tmp_path, tokenizer, convert):
@@ -702,6 +770,17 @@ def test_the_modelfile_spells_the_chat_template(dense, tmp_path, tokenizer, conv
         talk, tokenize=False, add_generation_prompt=True)])[0] == tokenizer_ids  # fmt: skip
 
 
+def test_a_template_that_refuses_tools_goes_into_the_gguf_alone(dense, tmp_path, tokenizer, convert):
+    text = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}x{% endfor %}"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ROOT / "model" / name, tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(text)
+    printed = convert("--input", dense, "--output", tmp_path / "g", "--to", "gguf", "--tokenizer_path", tmp_path)
+    assert "the Modelfile has no template" in printed and "TEMPLATE" not in (tmp_path / "g" / "Modelfile").read_text()
+    reader = gguf.GGUFReader(next((tmp_path / "g").glob("*.gguf")))
+    assert reader.get_field("tokenizer.chat_template").contents() == text
+
+
 def test_the_template_marks_what_training_learns_and_gguf_goes_without_the_marks(dense, tmp_path, tokenizer, convert):
     """transformers' assistant mask is our loss mask; a runtime without that extension renders the same text."""
     convert("--input", dense, "--output", tmp_path / "hf")
@@ -775,7 +854,13 @@ def test_an_adapter_works_in_the_peft_library(weights, tmp_path, tokenizer, conv
 def test_an_adapter_comes_back_from_peft_under_its_name(dense, tmp_path, tokenizer, convert, refused, recwarn):
     path = adapter(tmp_path / "lora" / "identity8_64.pth", dense, tokenizer)
     before = torch.load(path)
-    convert("--input", path, "--out_dir", tmp_path)
+    path.with_suffix(".json").write_text(
+        json.dumps(read_sidecar(path) | {"flags": {"data_path": "/home/me/d.jsonl", "base_weight": "/home/me/b.pth"}})
+    )
+    convert("--input", path, "--out_dir", tmp_path, "--base", dense)
+    written = files(tmp_path / "peft" / "identity8_64")
+    assert json.loads(written["adapter_config.json"])["base_model_name_or_path"] == ""
+    assert json.loads(written["minimind.json"])["flags"] == {"data_path": "d.jsonl"}
     back = ["--input", tmp_path / "peft" / "identity8_64", "--out_dir", tmp_path]
     assert f"{path} exists; --force" in refused(*back)
     convert(*back, "--force")
@@ -794,7 +879,13 @@ def test_an_unknown_base_is_named_with_what_there_is(dense, tmp_path, tokenizer,
     assert f"{dense.parent} holds: full_sft_64.pth" in message
 
 
-@pytest.mark.parametrize("options", [{"lora_alpha": 32}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 2.0}}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lora_alpha": 32}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 2.0}}, {"rank_pattern": {"q_proj": 2}},
+        {"init_lora_weights": "gaussian"}, {"init_lora_weights": "orthogonal"},
+    ],
+)  # fmt: skip
 def test_an_adapter_of_the_peft_library_becomes_ours(options, dense, tmp_path, convert):
     convert("--input", dense, "--output", tmp_path / "hf", "--dtype", "float32")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
@@ -820,6 +911,38 @@ def test_adapters_that_ours_cannot_express_are_refused(options, named, dense, tm
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], **options)).save_pretrained(tmp_path / "peft")
     assert named in refused("--input", tmp_path / "peft", "--output", tmp_path / "x.pth")
+
+
+LAYER = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+
+
+@pytest.mark.parametrize(
+    "config, shapes, named",
+    [
+        ({"init_lora_weights": "lora_ga"}, (), "not init_lora_weights lora_ga"),
+        ({"init_lora_weights": "mica"}, (), "not init_lora_weights mica"),
+        ({"alora_invocation_tokens": [5, 6]}, (), "not alora_invocation_tokens"),
+        ({"kasa_config": {}}, (), "not kasa_config"),
+        ({"lora_bias": True}, (), "not lora_bias"),
+        ({"peft_type": None}, (), "not peft_type None"),
+        ([], (), "peft is damaged"),
+        ({"lora_alpha": "x"}, (), "peft is damaged"),
+        ({"alpha_pattern": {"(": 1}}, (), "peft is damaged"),
+        ({}, ((0, 64), (64, 0)), "peft is damaged"),
+        ({}, ((4, 64), (64, 8)), "A and B of one rank"),
+        ({}, ((4,), (64,)), "A and B of one rank"),
+    ],
+)
+def test_an_adapter_whose_file_says_more_or_nonsense_is_refused(config, shapes, named, dense, tmp_path, refused):
+    if isinstance(config, dict):
+        config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"], **config}
+    shapes = dict(zip("AB", shapes or ((4, 64), (64, 4)), strict=True))
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(config))
+    tensors = {LAYER.format(side): torch.ones(shape) for side, shape in shapes.items()}
+    save_file(tensors, tmp_path / "peft" / "adapter_model.safetensors")
+    assert named in refused("--input", tmp_path / "peft", "--base", dense, "--output", tmp_path / "x.pth")
+    assert not (tmp_path / "x.pth").exists()
 
 
 def test_an_adapter_for_another_size_is_refused(dense, tmp_path, tokenizer, refused):
@@ -852,6 +975,8 @@ def test_without_flags_it_does_what_it_always_did(tmp_path, tokenizer, monkeypat
         ("dense", ["--to", "qwen2_moe"], "dense.*--to llama"),
         ("dense", ["--to", "gguf", "--gguf_type", "Q4_K_M"], "Q4_K_M.*F16 and Q8_0.*llama-quantize"),
         ("dense", ["--to", "gguf", "--dtype", "float32"], "--dtype"),
+        ("dense", ["--gguf_type", "F16"], "--gguf_type is for --to gguf"),
+        ("dense", ["--base", "full_sft"], "--base is for adapters"),
         ("dense", ["--to", "peft"], "--to peft is for adapters"),
         ("dense", ["--num_hidden_layers", "5"], "--num_hidden_layers is 5.*has 2"),
         ("dense", ["--num_attention_heads", "8"], "--num_attention_heads is 8.*says 4"),
@@ -864,6 +989,18 @@ def test_what_cannot_be_is_said_and_nothing_written(source, flags, named, reques
     path = request.getfixturevalue(source)
     assert re.search(named, refused("--input", path, "--output", tmp_path / "target", *flags))
     assert not list(tmp_path.iterdir())
+
+
+def test_flags_that_an_input_has_no_use_for_are_refused(dense, tmp_path, tokenizer, convert, refused):
+    convert("--input", dense, "--output", tmp_path / "hf")
+    lora = adapter(tmp_path / "lora_x_64.pth", dense, tokenizer)
+    for path, flags in (
+        (tmp_path / "hf", (["--rope_theta", "1e4"], ["--num_attention_heads", "4"])),
+        (lora, (["--dtype", "float32"], ["--lora_name", "x"], ["--rope_scaling", "4"], ["--gguf_type", "F16"])),
+    ):
+        for words in flags:
+            message = refused("--input", path, "--output", tmp_path / "target", *words)
+            assert f"{words[0]} is for" in message and not (tmp_path / "target").exists()
 
 
 def test_missing_and_foreign_input_is_named(dense, tmp_path, refused):
@@ -885,8 +1022,9 @@ def test_a_target_that_holds_something_is_replaced_only_by_force(dense, moe, tmp
     target = tmp_path / "hf"
     convert("--input", dense, "--output", target)
     (target / "notes.txt").write_text("mine")
-    for shard in ("model-00001-of-00002.safetensors", "model.safetensors.index.json"):
-        (target / shard).write_text("of an older export")
+    for old in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "chat_template.jinja",
+                "model_minimind.py", "adapter_config.json", "special_tokens_map.json"):  # fmt: skip
+        (target / old).write_text("of an older export")
     before = files(target)
     message = refused("--input", moe, "--output", target)
     assert "is not empty" in message and "--force" in message and files(target) == before
@@ -894,6 +1032,7 @@ def test_a_target_that_holds_something_is_replaced_only_by_force(dense, moe, tmp
     assert json.loads((target / "config.json").read_text())["model_type"] == "qwen2_moe"
     assert (target / "notes.txt").read_text() == "mine"
     assert [path.name for path in target.glob("model*")] == ["model.safetensors"]
+    assert not [name for name, data in files(target).items() if data == b"of an older export"]
     assert torch.allclose(
         logits(AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)),
         logits(load_model(moe)[0]),
@@ -942,8 +1081,11 @@ def test_what_the_sidecar_tells_comes_back(flags, tmp_path, tokenizer, other_tok
     source = next((tmp_path / "there").glob("*.gguf"), tmp_path / "there")
     convert("--input", source, "--to", "pth", "--output", tmp_path / "back.pth")
     sidecar = read_sidecar(tmp_path / "back.pth")
+    about["flags"]["data_path"] = "data.jsonl"
     expected = {**read_sidecar(path), "flags": about["flags"], "converted_from": source.name}
     assert sidecar == expected | {"config": sidecar["config"]}
+    convert("--input", source, "--to", "pth", "--out_dir", tmp_path / "out")
+    assert [file.name for file in (tmp_path / "out").glob("*.pth")] == ["rlhf_64.pth"]
     convert("--input", source, "--to", "gguf", "--output", tmp_path / "long.gguf", "--rope_scaling", "4")
     assert read_gguf(tmp_path / "long.gguf")[1].rope_scaling["original_max_position_embeddings"] == 96
     # with another tokenizer they are not these weights' facts

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import eval_model
 from model.export import hf_config
-from model.loading import stretch_context, trained_length
+from model.loading import choose_context, stretch_context, trained_length
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, rotary_frequencies, rotary_tables
 from model.weights import save_weights
 from scripts import convert_model
@@ -150,3 +150,12 @@ def test_a_converted_folder_knows_its_trained_length(tmp_path, tokenizer):
     flags[3] = str(tmp_path / "MiniMind3")
     with pytest.raises(ValueError, match=r"MiniMind3/config.json not found.*; there are: MiniMind2$"):
         eval_model.load(eval_model.parse_args(flags))
+
+
+def test_a_stretch_without_a_factor_leaves_the_context_to_the_sidecar():
+    """LongRoPE, of other people's folders, has factors for each pair instead."""
+    scaling = {"rope_type": "longrope", "original_max_position_embeddings": 64, "long_factor": [1.0], "factor": None}
+    config = LlamaConfig(max_position_embeddings=256)
+    config.rope_parameters = scaling
+    assert choose_context(config, {"flags": {"max_seq_len": 128}}) == 128
+    assert choose_context(config, {}) == 256

@@ -160,6 +160,7 @@ def test_what_a_killed_process_left_half_written_goes_with_the_next_save(tmp_pat
     """Of the same file only."""
     stale, other = tmp_path / ".pretrain_64.pth.abc.tmp", tmp_path / ".pretrain_64_moe.pth.abc.tmp"
     stale.write_bytes(b"half")
+    (tmp_path / ".pretrain_64.pth.def.tmp").mkdir()  # of another program
     other.write_bytes(b"half")
     save_weights(tmp_path / "pretrain_64.pth", tiny_model())
     assert not stale.exists() and other.exists()
