@@ -18,17 +18,18 @@ import re
 import sys
 import tempfile
 from collections.abc import Collection, Iterable, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from huggingface_hub import DatasetCardData, HfApi, ModelCardData, get_token
-from huggingface_hub.utils import RepositoryNotFoundError, validate_repo_id
+from huggingface_hub.utils import RepositoryNotFoundError, RevisionNotFoundError, validate_repo_id
 
 from model.flags import utf8_path
+from model.loading import read_config
 from model.streams import set_up_streams
-from model.weights import STAGES, read_sidecar, sidecar_path
+from model.weights import STAGES, WEIGHT_NAME, read_sidecar, sidecar_path
 from scripts.model_catalog import count_parameters
 
 FOLDER_FILES = ("*.safetensors", "*.json", "*.py", "*.jinja", "Modelfile", "merges.txt", "*.model")
@@ -74,9 +75,15 @@ def collect(paths: list[Path]) -> dict[str, Path | bytes]:
             add(path.name, path)
             if path.suffix in (".pth", ".gguf") and sidecar_path(path).is_file():
                 add(sidecar_path(path).name, public(sidecar_path(path)))
-            if path.suffix == ".gguf" and (modelfile := path.with_name("Modelfile")).is_file():
-                add("Modelfile", modelfile)
+            modelfile = path.with_name("Modelfile")
+            if path.suffix == ".gguf" and modelfile.is_file() and modelfile not in files.values():
+                add(f"{path.stem}.Modelfile" if "Modelfile" in files else "Modelfile", modelfile)
     return files
+
+
+def weights_in(path: Path) -> list[Path]:
+    """Return the .gguf files of a folder that holds no other weights; else the path itself."""
+    return [path] if any(path.glob("*.safetensors")) else sorted(path.glob("*.gguf")) or [path]
 
 
 def public(sidecar: Path) -> bytes:
@@ -85,11 +92,19 @@ def public(sidecar: Path) -> bytes:
 
 
 def without_paths(sidecar: dict) -> dict:
-    """Return a sidecar without the paths of this machine, which are private."""
+    """Return a sidecar without the paths of this machine, which are private; the data's name stays."""
     if "flags" not in sidecar:
         return sidecar
     flags = sidecar["flags"].items()
-    return sidecar | {"flags": {k: v for k, v in flags if not (isinstance(v, str) and re.search(r"[/\\]", v))}}
+    flags = {k: v for k, v in flags if not (isinstance(v, str) and re.search(r"[/\\]", v))}
+    if data := data_name(sidecar):
+        flags["data_path"] = data
+    return sidecar | {"flags": flags}
+
+
+def data_name(sidecar: dict) -> str:
+    """Return the name of the training data without its folders, "" if the sidecar does not tell."""
+    return PureWindowsPath(str(sidecar.get("flags", {}).get("data_path") or "")).name  # splits at / and at \\
 
 
 # --- the card --------------------------------------------------------------------------------------------------------
@@ -101,7 +116,7 @@ def facts(path: Path) -> dict[str, str]:
     files = path.glob("*.safetensors") if path.is_dir() else [path] if path.suffix == ".pth" else []
     count, config = count_parameters(files), sidecar.get("config", {})
     if (path / "config.json").is_file():
-        config = json.loads((path / "config.json").read_text("utf-8"))
+        config = read_config(path)
     stage, flags = sidecar.get("stage", ""), sidecar.get("flags", {})
     metrics, progress = sidecar.get("metrics", {}), sidecar.get("progress", {})
     heads, kind = config.get("num_attention_heads"), config.get("model_type", "")
@@ -118,10 +133,10 @@ def facts(path: Path) -> dict[str, str]:
         "context": factor and f"stretched by YaRN, factor {factor:g}",
         "made from": sidecar.get("converted_from"),
         "adapter merged in": sidecar.get("merged_adapter"),
-        "trained on": Path(re.sub(r"\\", "/", flags.get("data_path", ""))).name,
+        "trained on": data_name(sidecar),
         "length of rows": flags.get("max_seq_len"),
-        "tokens seen": f"{progress['tokens']:,}" if "tokens" in progress else "",
-        "optimizer steps": f"{progress['step']:,}" if "step" in progress else "",
+        "tokens seen": f"{progress['tokens']:,}" if isinstance(progress.get("tokens"), int) else "",
+        "optimizer steps": f"{progress['step']:,}" if isinstance(progress.get("step"), int) else "",
         "optimizer": flags.get("optimizer"),
         "learning rate": flags.get("learning_rate"),
     }
@@ -143,15 +158,15 @@ def model_card(
 
     repo_id: on a hub, or the name of a folder. paths: title -> folder or file. files: names of what lies next to it.
     """
-    adapter = "adapter_config.json" in files
-    adapter |= any(path.suffix == ".pth" and path.parent.name == "lora" for path in paths.values())
+    peft = "adapter_config.json" in files
+    adapter = peft or any(path.suffix == ".pth" and path.parent.name == "lora" for path in paths.values())
     loads = "config.json" in files  # in transformers
     custom = any(name.endswith(".py") for name in files)
     gguf, pth = (next((n for n in sorted(files) if n.endswith(end)), "") for end in (".gguf", ".pth"))
     data = ModelCardData(
         language=list(language),
         license=license,
-        library_name="peft" if "adapter_config.json" in files else "transformers" if loads else "pytorch",
+        library_name="peft" if peft else "transformers" if loads else "pytorch",
         pipeline_tag="text-generation",
         tags=["pytorch", "gpt", "transformers", "text-generation-inference"] + ["custom_code"] * custom,
         base_model=base_model,
@@ -167,12 +182,14 @@ def model_card(
     for path in scores:
         parts += [f"## Scores of {path.stem}", path.with_suffix(".md").read_text("utf-8").strip()]
     parts.append("## Use")
-    if loads:
+    if loads or peft:
         trust = ", trust_remote_code=True" * custom
+        library, loader = ("peft", "AutoPeftModelForCausalLM") if peft else ("transformers", "AutoModelForCausalLM")
+        base = base_model or "OWNER/NAME of its base" if peft else repo_id
         parts.append(
-            "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}"{trust})\n'
-            f'model = AutoModelForCausalLM.from_pretrained("{repo_id}"{trust})\n'
+            f"```python\nfrom {library} import {loader}\nfrom transformers import AutoTokenizer\n\n"
+            f'tokenizer = AutoTokenizer.from_pretrained("{base}"{trust})\n'
+            f'model = {loader}.from_pretrained("{repo_id}"{trust})\n'
             'turns = [{"role": "user", "content": "你好"}]\n'
             "inputs = tokenizer.apply_chat_template(\n"
             '    turns, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n)\n'
@@ -183,12 +200,14 @@ def model_card(
         commands += [f"llama-cli -hf {repo_id}", f"ollama run hf.co/{repo_id}"]
     local = [f"hf download {repo_id} --local-dir "] if "/" in repo_id else []
     if pth:
-        stage, where = pth.rsplit("_", 1)[0], "out/lora" if adapter else "out"
-        mode = f"--model_mode {STAGES[stage].mode}" if stage in STAGES else f"--lora_name {stage}"
+        match, where = WEIGHT_NAME.fullmatch(Path(pth).stem), "out/lora" if adapter else "out"
+        lora_name = Path(pth).stem.removesuffix("_moe").rsplit("_", 1)[0]
+        mode = f"--model_mode {STAGES[match['stage']].mode}" if match else f"--lora_name {lora_name}"
         commands += [*(command + where for command in local), f"python eval_model.py {mode}"]
     elif loads:
         commands += [*(command + name for command in local), f"python eval_model.py --load 1 --hf_path {name}"]
-    parts.append("```bash\n" + "\n".join(commands) + "\n```")
+    if commands:
+        parts.append("```bash\n" + "\n".join(commands) + "\n```")
     return f"---\n{data.to_yaml()}\n---\n\n{MARK}\n\n" + "\n\n".join(parts) + "\n"
 
 
@@ -222,22 +241,24 @@ class HuggingFace:
     name, login = "the Hugging Face Hub", "run `hf auth login`, or set HF_TOKEN"
 
     def __init__(self, args: argparse.Namespace, kind: str):
-        self.args, self.kind, self.token = args, kind, get_token()
+        self.args, self.kind, self.token, self.branch = args, kind, get_token(), args.revision
         self.api = HfApi(token=self.token)
 
     def held(self) -> list[str] | None:
         """Return the names of the files in the repository; None if there is none."""
         try:
+            return self.api.list_repo_files(self.args.repo_id, repo_type=self.kind, revision=self.branch)
+        except RevisionNotFoundError:
+            self.branch = None  # it will start as a copy of the main one
             return self.api.list_repo_files(self.args.repo_id, repo_type=self.kind)
         except RepositoryNotFoundError as error:
             if error.response.status_code == 401:
                 self.api.whoami()  # the hub says 401 both of a bad token and of what it hides
             return None
 
-    def read(self, name: str) -> str:
-        with tempfile.TemporaryDirectory() as folder:
-            path = self.api.hf_hub_download(self.args.repo_id, name, repo_type=self.kind, local_dir=folder)
-            return Path(path).read_text("utf-8")
+    def download(self, name: str, folder: str) -> str:
+        options = {"repo_type": self.kind, "revision": self.branch, "local_dir": folder}
+        return self.api.hf_hub_download(self.args.repo_id, name, **options)
 
     def create(self) -> None:
         options = {"private": self.args.private, "space_sdk": "gradio" if self.kind == "space" else None}
@@ -264,12 +285,12 @@ class ModelScope:
     def held(self) -> list[str] | None:
         if not self.api.repo_exists(self.args.repo_id, self.kind):
             return None
-        return [file.path for file in self.api.list_repo_files(self.args.repo_id, self.kind)]
+        files = self.api.list_repo_files(self.args.repo_id, self.kind, revision=self.args.revision)
+        return [file.path for file in files]
 
-    def read(self, name: str) -> str:
-        with tempfile.TemporaryDirectory() as folder:
-            path = self.api.download_file(self.args.repo_id, self.kind, name, local_dir=folder)
-            return Path(path).read_text("utf-8")
+    def download(self, name: str, folder: str) -> Path:
+        options = {"revision": self.args.revision, "local_dir": folder}
+        return self.api.download_file(self.args.repo_id, self.kind, name, **options)
 
     def create(self) -> None:
         if not self.api.repo_exists(self.args.repo_id, self.kind):
@@ -299,9 +320,10 @@ def push(hub: HuggingFace | ModelScope, files: dict[str, Path | bytes], args: ar
             f"{args.repo_id} holds other files: {', '.join(others[:8])}. Give --keep_others to add to it, or name "
             "another repository"
         )
-    if "README.md" in held and MARK not in hub.read("README.md"):
-        print("README.md there was not written by this script; it stays as it is", flush=True)
-        files = {name: content for name, content in files.items() if name != "README.md"}
+    with tempfile.TemporaryDirectory() as folder:
+        if "README.md" in held and MARK not in Path(hub.download("README.md", folder)).read_text("utf-8"):
+            print("README.md there was not written by this script; it stays as it is", flush=True)
+            files = {name: content for name, content in files.items() if name != "README.md"}
     hub.create()
     with tempfile.TemporaryDirectory(prefix="push-") as folder:
         for name, content in files.items():
@@ -367,12 +389,16 @@ def main(argv: list[str] | None = None) -> None:
     set_up_streams()
     args = parse(argv)
     try:
-        files = collect(args.paths)
+        paths = [path for each in args.paths for path in weights_in(each)]
+        files = collect(paths)
+        if args.base_model and isinstance(config := files.get("adapter_config.json"), Path):
+            filled = json.loads(config.read_text("utf-8")) | {"base_model_name_or_path": args.base_model}
+            files[config.name] = json.dumps(filled, indent=2).encode()
         if args.dataset:
             card = dataset_card(args, files)
         else:
-            titles = {path.name + "/" * path.is_dir(): path for path in args.paths}
-            scores = found_scores(args.paths) if args.scores is None else args.scores
+            titles = {path.name + "/" * path.is_dir(): path for path in paths}
+            scores = found_scores(paths) if args.scores is None else args.scores
             card = model_card(args.repo_id, titles, files, scores, args.base_model, args.language, args.license)
         files["README.md"] = card.encode()
         hub = HUBS[args.to](args, "dataset" if args.dataset else "model")

@@ -1,5 +1,6 @@
 """Uploads through the real client libraries to a hub on this machine that refuses, breaks off and starts again."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from conftest import run_python, write_conversations, write_weights
 from fake_hub import TOKEN, FakeHub
 from huggingface_hub import ModelCard, constants, snapshot_download
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model.weights import load_model, save_weights, write_json
@@ -42,6 +44,7 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))  # yours may hold such a commit
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # the libraries wait before they try again
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", server.url)
     for name in ("HF_TOKEN", "MODELSCOPE_API_TOKEN"):
@@ -122,6 +125,47 @@ def test_the_card_says_what_is_known_and_its_front_matter_is_valid(hub, made, tm
     compile(code, "card", "exec")
 
 
+def test_the_card_of_a_converted_folder_names_the_data_but_not_where_it_was(hub, made):
+    push("huggingface", made / "Tiny")
+    files = hub.repos["models/me/tiny"]
+    assert "| trained on | sft.jsonl |" in files["README.md"].decode() and b"secret" not in b"".join(files.values())
+
+
+def test_the_card_survives_sidecars_of_others(tmp_path):
+    odd = {"flags": {"data_path": None}, "progress": {"tokens": None, "step": "many"}, "metrics": {"loss": "low"}}
+    save_weights(tmp_path / "a.pth", {"x": torch.zeros(2)}, odd)
+    assert "trained on" not in push_to_hub.model_card("me/a", {"a": tmp_path / "a.pth"}, ["a.pth"])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("full_sft_640_moe.pth", "--model_mode 1"),
+        ("rlhf_512.pth", "--model_mode 2"),
+        ("lora_x_640_moe.pth", "--lora_name lora_x"),
+    ],
+)
+def test_the_command_of_the_card_is_that_of_the_file(name, said, tmp_path):
+    save_weights(tmp_path / name, {"x": torch.zeros(2)})
+    card = push_to_hub.model_card("me/a", {name: tmp_path / name}, [name])
+    assert f"python eval_model.py {said}\n" in card
+
+
+def test_folders_of_gguf_files_go_up_with_their_facts(hub, made, tmp_path, capsys):
+    for kind in ("F16", "Q8_0"):
+        words = ["--input", str(made / "out" / "full_sft_32.pth"), "--to", "gguf", "--gguf_type", kind]
+        convert_model.main([*words, "--output", str(tmp_path / kind)])
+    capsys.readouterr()
+    push("huggingface", tmp_path / "F16", tmp_path / "Q8_0")
+    names = [f"MiniMind2-32-{kind}" for kind in ("F16", "Q8_0")]
+    wanted = {"README.md", "Modelfile", f"{names[1]}.Modelfile"}
+    wanted |= {f"{name}.gguf{end}" for name in names for end in ("", ".json")}
+    files = hub.repos["models/me/tiny"]
+    assert set(files) == wanted == listed(capsys.readouterr().out)
+    assert f"FROM ./{names[1]}.gguf".encode() in files[f"{names[1]}.Modelfile"]
+    assert files["README.md"].decode().count("| trained on | sft.jsonl |") == 2
+
+
 @pytest.mark.full
 def test_the_python_of_the_card_runs(hub, made, tmp_path):
     push("huggingface", made / "Tiny")
@@ -150,6 +194,18 @@ def test_an_adapter_names_its_base(hub, made, tmp_path, tokenizer):
     assert ModelCard(text).data.base_model == "me/tiny" and "--lora_name lora_mine" in text and "out/lora" in text
 
 
+def test_a_peft_folder_is_told_its_base(hub, tmp_path):
+    write_json(tmp_path / "peft" / "adapter_config.json", {"base_model_name_or_path": "", "r": 8})
+    save_file({"x": torch.zeros(2)}, tmp_path / "peft" / "adapter_model.safetensors")
+    push("huggingface", tmp_path / "peft", "--base_model", "me/tiny", repo_id="me/adapter")
+    files = hub.repos["models/me/adapter"]
+    assert json.loads(files["adapter_config.json"]) == {"base_model_name_or_path": "me/tiny", "r": 8}
+    text = files["README.md"].decode()
+    assert 'AutoPeftModelForCausalLM.from_pretrained("me/adapter")' in text and "```bash" not in text
+    assert 'AutoTokenizer.from_pretrained("me/tiny")' in text
+    compile(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], "card", "exec")
+
+
 @HUBS
 def test_data_goes_to_a_dataset_repository(hub, tmp_path, to):
     data = write_conversations(tmp_path / "mine.jsonl")
@@ -165,6 +221,9 @@ def test_a_branch_is_made_for_a_revision(hub, made):
     push("huggingface", made / "Tiny", "--revision", "v2")
     assert hub.branches["models/me/tiny"] == {"v2"}
     assert "POST /api/models/me/tiny/commit/v2" in hub.asked
+    push("huggingface", made / "Tiny", "--revision", "v2")  # its files are asked for, not those of the main branch
+    assert "GET /api/models/me/tiny/tree/v2" in hub.asked
+    assert any("/resolve/v2/README.md" in line for line in hub.asked)
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------
