@@ -207,20 +207,17 @@ def configured(function: modal.Function, args: argparse.Namespace) -> modal.Func
 
 def submit(script: str, data: str, words: tuple[str, ...]) -> None:
     """Train with a stage's script. data: the published file that it reads by default, "" if there is none."""
-    args, rest = own_flags(words, "A100", ("--skip_estimate", {"action": "store_true"}))
-    paths = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    paths.add_argument("--data_path", default=data and f"dataset/{data}.jsonl")
-    paths.add_argument("--valid_path", default="")
-    paths.add_argument("--out_dir", default="out")
-    given, rest = paths.parse_known_args(rest)
-    if posixpath.normpath(given.out_dir).split("/")[0] != "out":
-        sys.exit(f"error: --out_dir {given.out_dir}: must be in out/, which is what the volume keeps")
-    rest += [f"--out_dir={given.out_dir}"] * (given.out_dir != "out")
-    data, valid = Path(given.data_path), Path(given.valid_path)
-    if data.name == valid.name and data.resolve() != valid.resolve():
-        sys.exit(f"error: {data} and {valid} would both be dataset/{data.name} on the volume; rename one")
-    for flag, path in (("data_path", data), ("valid_path", valid)):
-        if path.name:
+    data_path = {"type": Path, "default": data and f"dataset/{data}.jsonl"}
+    paths = ("--data_path", data_path), ("--valid_path", {"type": Path, "default": ""}), ("--out_dir", {})
+    args, rest = own_flags(words, "A100", ("--skip_estimate", {"action": "store_true"}), *paths)
+    if args.out_dir:
+        if posixpath.normpath(args.out_dir).split("/")[0] != "out":
+            sys.exit(f"error: --out_dir {args.out_dir}: must be in out/, which is what the volume keeps")
+        rest.append(f"--out_dir={args.out_dir}")
+    if args.data_path.name == args.valid_path.name and args.data_path.resolve() != args.valid_path.resolve():
+        sys.exit(f"error: {args.data_path} and {args.valid_path} have one name on the volume; rename one")
+    for flag in ("data_path", "valid_path"):
+        if (path := getattr(args, flag)).name:
             bring(path, args)
             rest.append(f"--{flag}=dataset/{path.name}")
     words = [f"trainer/{script}", *rest]

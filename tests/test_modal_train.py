@@ -147,7 +147,7 @@ def test_every_stage_has_an_entry_that_starts_its_script(monkeypatch):
         (["--timeout", "100000"], "--timeout"),
         (["--out_dir", "/data"], "must be in out/"),
         (["--out_dir=out/../exp"], "must be in out/"),
-        (["--data_path=a/d.jsonl", "--valid_path=b/d.jsonl"], "both be dataset/d.jsonl"),
+        (["--data_path=a/d.jsonl", "--valid_path=b/d.jsonl"], "have one name on the volume"),
     ],
 )
 def test_wrong_flags_are_told_before_anything_is_started(words, said):
