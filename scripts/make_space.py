@@ -11,6 +11,7 @@ decodes them; nothing else is needed, and nothing is asked of another host. A fr
 
 import argparse
 import json
+import os
 import re
 import shutil
 import sys
@@ -29,6 +30,7 @@ from model.generation import SamplingParams, stream
 from model.loading import add_flags, load_ready, tokenizer_folder
 from model.streams import set_up_streams
 from model.weights import find_weights, read_sidecar, sidecar_path
+from scripts.convert_model import staging
 from scripts.example_prompts import example_prompts
 from scripts.push_to_hub import MARK, SOURCE, HuggingFace, public, upload
 
@@ -40,18 +42,18 @@ NEEDED = ("torch", "transformers", "tokenizers", "numpy", "filelock", "jinja2")
 CORES = 2
 
 
-def write_space(weights: Path, tokenizer: Path, title: str, license_name: str, target: Path) -> None:
-    """Write the folder. Raises ValueError if the weights cannot be loaded."""
+def write_space(weights: Path, tokenizer: Path, title: str, license_name: str, target: Path) -> str:
+    """Fill the folder; return what it holds. Raises ValueError if the weights cannot be loaded."""
     ready = load_ready(weights, ChatTokenizer, tokenizer_path=tokenizer)
     sidecar = read_sidecar(weights) or {}
     continues = sidecar.get("stage", weights.stem).startswith("pretrain")
-    target.mkdir(parents=True, exist_ok=True)
     for pattern in CODE:
         for path in ROOT.glob(pattern):
             copy(path, target / path.relative_to(ROOT))
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        if (tokenizer / name).is_file():
-            copy(tokenizer / name, target / "model" / name)
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        if (ready.tokenizer.path / name).is_file():
+            copy(ready.tokenizer.path / name, target / "model" / name)
+    copy(tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer, target / "model" / "tokenizer.json")
     copy(ROOT / "scripts" / "space_app.py", target / "app.py")
     copy(weights, target / weights.name)
     if sidecar:
@@ -77,7 +79,7 @@ def write_space(weights: Path, tokenizer: Path, title: str, license_name: str, t
         "page was made. Run it at home: `pip install -r requirements.txt && python app.py`.\n"
     )
     (target / "README.md").write_text(text, "utf-8")
-    print(f"{target}: {weights.name}, {count:.2f}M parameters, about {rate:.0f} tokens/s on {CORES} cores", flush=True)
+    return f"{weights.name}, {count:.2f}M parameters, about {rate:.0f} tokens/s on {CORES} cores"
 
 
 def copy(source: Path, target: Path) -> None:
@@ -109,7 +111,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--title", help="of the page (default: the name of the Space, or of the weights)")
     add("--license", default="apache-2.0", help="of the weights")
     add("--private", action="store_true", help="make the Space private")
-    add("--dry_run", action="store_true", help="write the folder and list what would be uploaded")
+    add("--dry_run", action="store_true", help="with --repo_id: write the folder and list what would be uploaded")
     show_defaults(parser)
     return parser.parse_args(argv)
 
@@ -122,9 +124,15 @@ def main(argv: list[str] | None = None) -> None:
         target = args.output or Path(args.out_dir) / "space"
         if target.exists() and any(target.iterdir()) and not (target / "space.json").exists():
             raise ValueError(f"--output {target} holds other files; name a new folder")
-        shutil.rmtree(target, ignore_errors=True)
+        if target.resolve() in weights.resolve().parents:
+            raise ValueError(f"{weights} is in the folder that would be replaced; name another with --output")
         title = args.title or (args.repo_id or weights.stem).split("/")[-1]
-        write_space(weights, tokenizer_folder(weights, args.tokenizer_path), title, args.license, target)
+        tokenizer = tokenizer_folder(weights, args.tokenizer_path)
+        with staging(target) as folder:
+            told = write_space(weights, tokenizer, title, args.license, folder / "space")
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(folder / "space", target)
+        print(f"{target}: {told}", flush=True)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     if not args.repo_id:

@@ -88,6 +88,30 @@ def test_wrong_weights_and_folders_of_others_are_told(tmp_path, tokenizer):
     assert str(stopped.value).startswith("error: ") and (tmp_path / "full" / "mine.txt").is_file()
 
 
+@pytest.mark.parametrize("weights", ["broken.pth", "space/full_sft_32.pth"])
+def test_what_goes_wrong_leaves_the_space_that_is_there_as_it_is(folder, tmp_path, weights):
+    shutil.copytree(folder, tmp_path / "space", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "broken.pth").write_bytes(b"no weights")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit, match="is not a weight file" if weights == "broken.pth" else "name another with --out"):
+        make_space.main(["--weight", str(tmp_path / weights), "--output", str(tmp_path / "space")])
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_tokenizer_may_be_named_by_its_file_and_a_broken_off_run_is_repeated(folder, tmp_path, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    flags = ["--out_dir", str(folder.parent), "--output", str(tmp_path / "space")]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(make_space, "tokens_per_second", interrupted)
+        make_space.main(flags)
+    assert not list(tmp_path.iterdir())
+    make_space.main([*flags, "--tokenizer_path", str(ROOT / "model" / "tokenizer.json")])
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "space" / "model" / name).read_bytes() == (ROOT / "model" / name).read_bytes()
+
+
 def test_a_full_disk_is_told(folder, tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
