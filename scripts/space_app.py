@@ -29,15 +29,19 @@ SAFE = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
 HEAD = f'<meta http-equiv="Content-Security-Policy" content="{SAFE}">'
 
 
-def text_of(content: str | list) -> str:
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+def said(message: dict) -> str:
+    """Return what a message said; its content is Markdown changed for display if its metadata holds a log."""
+    content, raw = message["content"], (message.get("metadata") or {}).get("log")
+    return raw or (content if isinstance(content, str) else "".join(part.get("text", "") for part in content))
 
 
 def answer(question: str, history: list[dict], temperature: float, max_tokens: int, system: str):
     """Yield the messages of the answer so far: a folded thought, if there is one, and the answer."""
     turns = [{"role": "system", "content": system}] if system.strip() else []
     turns += [
-        {"role": turn["role"], "content": text_of(turn["content"])} for turn in history if not turn.get("metadata")
+        {"role": turn["role"], "content": said(turn)}
+        for turn in history
+        if not (turn.get("metadata") or {}).get("title")
     ]
     turns.append({"role": "user", "content": question})
     if SPACE["continues"]:
@@ -56,7 +60,8 @@ def answer(question: str, history: list[dict], temperature: float, max_tokens: i
         for is_thought, text in pieces:
             texts[is_thought] += text
         thought = [gr.ChatMessage(texts[True], metadata={"title": "思考 · Reasoning"})] if texts[True] else []
-        return [*thought, gr.ChatMessage(safe_markdown(texts[False]))]
+        # a log is shown only with a title: here it keeps the text for the next prompt
+        return [*thought, gr.ChatMessage(safe_markdown(texts[False]), metadata={"log": texts[False]})]
 
     try:
         for token in request:

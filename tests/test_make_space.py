@@ -2,6 +2,7 @@
 
 import errno
 import importlib.util
+import json
 import os
 import shutil
 import socket
@@ -93,7 +94,8 @@ def test_what_goes_wrong_leaves_the_space_that_is_there_as_it_is(folder, tmp_pat
     shutil.copytree(folder, tmp_path / "space", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "broken.pth").write_bytes(b"no weights")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(SystemExit, match="is not a weight file" if weights == "broken.pth" else "name another with --out"):
+    told = "is not a weight file" if weights == "broken.pth" else "name another with --output"
+    with pytest.raises(SystemExit, match=told):
         make_space.main(["--weight", str(tmp_path / weights), "--output", str(tmp_path / "space")])
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
@@ -139,16 +141,21 @@ def test_thoughts_are_folded_and_earlier_ones_are_not_read_again(folder, tokeniz
         return Request(types.SimpleNamespace(id=number) for number in written)
 
     app.engine = types.SimpleNamespace(submit=submit, context_length=512)
+    *_, first = app.answer("first", [], 0.0, 16, "")
     history = [
         {"role": "user", "content": [{"type": "text", "text": "before"}]},
         {"role": "assistant", "content": "a thought", "metadata": {"title": "Reasoning"}},
         {"role": "assistant", "content": "an answer", "metadata": None},
+        {"role": "user", "content": "then"},
+        *(json.loads(json.dumps(vars(m))) for m in first),
     ]
     *_, last = app.answer("and now?", history, 0.0, 16, "Be brief.")
     assert [(m.content, bool(m.metadata and m.metadata.get("title"))) for m in last] == [
         ("well", True), ("!\u2060[yes](x)", False)
     ]  # fmt: skip
-    assert "before" in asked[0] and "an answer" in asked[0] and "Be brief." in asked[0] and "a thought" not in asked[0]
+    prompt = asked[2]
+    assert "before" in prompt and "an answer" in prompt and "Be brief." in prompt and "a thought" not in prompt
+    assert "\n![yes](x)" in prompt and "well" not in prompt, "as the model wrote it, not as it was shown"
     assert asked[-1] == "cancelled"
 
 
