@@ -170,7 +170,8 @@ class LocalChat(TerminalChat):
             ending += ", repeats itself: try --repetition_penalty 1.1"
         seed = f", seed {params.seed}" if params.temperature > 0 else ""
         note(f"[{len(answer_ids)} tokens, {len(answer_ids) / seconds:.1f} tokens/s{seed}{ending}]")
-        self.remember(prompt, tokenizer.decode(answer_ids))
+        if answer_ids:
+            self.remember(prompt, tokenizer.decode(answer_ids))
         return not interrupted
 
     def check_settings(self) -> None:

@@ -19,7 +19,7 @@ import openai
 from model.flags import HISTORY, message_count, show_defaults, utf8
 from model.streams import note, set_up_streams
 from scripts.openai_client import explain, new_client
-from scripts.terminal import Display, LineEditor, TerminalChat, is_typed, piped_prompts, run_main
+from scripts.terminal import CONTROL_CHARACTERS, Display, LineEditor, TerminalChat, is_typed, piped_prompts, run_main
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -41,7 +41,7 @@ class ServerChat(TerminalChat):
     """A chat with a server, which knows only what each request sends of the conversation."""
 
     settings = {"temperature": float, "top_p": float, "max_tokens": int, "history_cnt": message_count}
-    errors = (ValueError, openai.OpenAIError)
+    errors = (Exception,)  # whatever a server sends
 
     def __init__(self, args: argparse.Namespace):
         super().__init__(args)
@@ -55,7 +55,7 @@ class ServerChat(TerminalChat):
                 raise ValueError(f"there is no model {args.model!r} here; there are: {', '.join(names)}") from error
 
     def models(self) -> list[str]:
-        names = [model.id for model in self.client.models.list()]
+        names = [CONTROL_CHARACTERS.sub("", str(model.id)) for model in self.client.models.list()]
         if not names:
             raise ValueError(f"{self.args.base_url} offers no model")
         return names
@@ -65,7 +65,7 @@ class ServerChat(TerminalChat):
         try:
             with self._ask(self.messages(prompt)) as chunks:
                 for chunk in chunks:
-                    for choice in chunk.choices:
+                    for choice in (chunk.choices or ())[:1]:
                         finish_reason = choice.finish_reason or finish_reason
                         display.show([(True, getattr(choice.delta, "reasoning_content", None) or "")])
                         display.show([(False, choice.delta.content or "")])
@@ -79,6 +79,8 @@ class ServerChat(TerminalChat):
             note("[stopped]" if interrupted else "[cut: the length is reached]")
         if text or finish_reason:
             self.remember(prompt, text)
+        if not finish_reason and not interrupted:
+            raise ValueError("the server broke off before the answer was complete")
         return not interrupted
 
     def _ask(self, messages: list[dict]) -> openai.Stream:
@@ -112,13 +114,13 @@ class ServerChat(TerminalChat):
         self.switch_model(base if name.lower() == "none" else f"{base}:{name}")
 
     def explain(self, error: Exception) -> str:
-        return explain(error, self.args.base_url) if isinstance(error, openai.OpenAIError) else str(error)
+        return explain(error, self.args.base_url)
 
 
 def converse(args: argparse.Namespace) -> int:
     try:
         chat = ServerChat(args)
-    except openai.OpenAIError as error:
+    except Exception as error:  # whatever a server sends
         raise ValueError(explain(error, args.base_url)) from error
     note(f"{chat.model} at {args.base_url}" + (" (/help lists the commands)" if is_typed() else ""))
     lines = LineEditor(chat.words()).prompts("👶: ") if is_typed() else piped_prompts()

@@ -155,7 +155,7 @@ class TerminalChat:
         self.commands = {
             "help": ("", "this", lambda _: note(self.help())),
             "reset": ("", "forget what was said", self.reset),
-            "system": ("[TEXT]", "start again with this system message, or without one", self.set_system),
+            "system": ("[TEXT]", "start again with this system message, or the default one", self.set_system),
             "model": ("[NAME]", "continue with another model, or list them", self.switch_model),
             "lora": ("NAME|none", "continue with another adapter, or without one", self.switch_lora),
             "set": ("NAME VALUE", f"change a setting: {', '.join(self.settings)}", self.set),
@@ -200,7 +200,7 @@ class TerminalChat:
 
     def set_system(self, text: str) -> None:
         self.system, self.history = text or None, []
-        note(f"[starting again, {'with this' if text else 'without a'} system message]")
+        note(f"[starting again, with {'this' if text else 'the default'} system message]")
 
     def set(self, text: str) -> None:
         name, _, value = text.partition(" ")
@@ -224,6 +224,8 @@ class TerminalChat:
         status = 0
         for line in lines:
             command = COMMAND.fullmatch(line)
+            if command and not typed and command[1].lower() not in self.commands:
+                command = None  # a prompt that begins with a slash
             try:
                 if command and command[1].lower() == "exit":
                     break
@@ -235,8 +237,8 @@ class TerminalChat:
                 if not self.answer(line) and not typed:
                     return 130
             except self.errors as error:
-                note(f"error: {self.explain(error)}")
-                status = 1 if not typed and not command else status
+                tell_error(self.explain(error))
+                status = 0 if typed else 1
             except KeyboardInterrupt:
                 if not typed:
                     raise
@@ -262,5 +264,9 @@ def run_main(chat: Callable[[], int]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError) as error:
-        note(f"error: {error}")
+        tell_error(str(error))
         return 1
+
+
+def tell_error(text: str) -> None:
+    note(f"error: {CONTROL_CHARACTERS.sub('', text)}")  # a server must not command the terminal

@@ -6,19 +6,20 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-MODELS = ("says", "thinks", "ponders", "endless", "silent", "full", "broken", "breaks-off", "odd", "flood")
+MODELS = ("says", "thinks", "ponders", "endless", "silent", "full", "broken", "breaks-off", "dies", "odd", "flood")
 KEY = "secret"
 
 
 class FakeOpenAI(ThreadingHTTPServer):
-    """text: what `says` answers, in pieces of three characters. requests: the bodies that came; paths: what else was
+    """names: the models, or None for a web page in place of an API. text: what `says` answers, in pieces of three
+    characters. requests: the bodies that came; paths: what else was
     asked for. gone: set when a client has dropped an answer that has no end."""
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.text, self.needs_key = "Hello.", False
+        self.names, self.text, self.needs_key = list(MODELS), "Hello.", False
         self.requests, self.paths, self.gone = [], [], threading.Event()
         self.first_chunk = {}  # what `odd` says first
 
@@ -36,7 +37,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(401, {"error": {"message": "wrong key", "type": "invalid_request_error"}})
         if self.path != "/v1/models":
             self.server.paths.append(self.path)
-        self.reply(200, {"object": "list", "data": [{"id": name, "object": "model"} for name in MODELS]})
+        if self.server.names is None:
+            return self.reply(200, "<html>")
+        self.reply(200, {"object": "list", "data": [{"id": name, "object": "model"} for name in self.server.names]})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -49,7 +52,11 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(500, {"error": {"message": "out of memory", "type": "server_error"}})
         self.send_response(200)
         self.send_header("content-type", "text/event-stream")
+        if model == "dies":
+            self.send_header("transfer-encoding", "chunked")
         self.end_headers()
+        if model == "dies":
+            self.wfile.write(b"ffff\r\n")  # the length of a chunk that does not come to its end
         with contextlib.suppress(ConnectionError):
             self.answer(model)
 
@@ -76,7 +83,7 @@ class Handler(BaseHTTPRequestHandler):
             self.event({"content": "on and " * 100})
         for start in range(0, len(self.server.text), 3):
             self.event({"content": self.server.text[start : start + 3]})
-        if model == "breaks-off":
+        if model in ("breaks-off", "dies"):
             return
         self.event({}, finish_reason="stop")
         self.chunk({"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 42, "total_tokens": 47}})
@@ -92,10 +99,10 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(f"data: {json.dumps(content)}\n\n".encode())
         self.wfile.flush()
 
-    def reply(self, status: int, body: dict) -> None:
-        content = json.dumps(body).encode()
+    def reply(self, status: int, body: dict | str) -> None:
+        content = (body if isinstance(body, str) else json.dumps(body)).encode()
         self.send_response(status)
-        self.send_header("content-type", "application/json")
+        self.send_header("content-type", "text/html" if isinstance(body, str) else "application/json")
         self.send_header("content-length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)

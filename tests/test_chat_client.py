@@ -11,15 +11,13 @@ import subprocess
 import sys
 import time
 
-import httpx
-import openai
 import pytest
 import torch
 from conftest import ROOT
+from fake_openai import fake_openai
 from served import ECHO, running_server, wait_until, write_models
 
 from scripts import chat_openai_api
-from scripts.openai_client import explain
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -62,15 +60,33 @@ def prompts(server, count: int) -> list[str]:
     ]
 
 
-def test_an_answer_that_breaks_off_is_not_told_as_a_missing_server():
-    request = httpx.Request("POST", "http://127.0.0.1:9/v1")
-    for cause, said in (
-        (httpx.RemoteProtocolError("closed"), "broke before"),
-        (httpx.ConnectError("no"), "no server at"),
-    ):
-        error = openai.APIConnectionError(request=request)
-        error.__cause__ = cause
-        assert said in explain(error, "http://127.0.0.1:9/v1")
+@pytest.mark.parametrize(
+    ("model", "first", "told"),
+    [
+        ("dies", None, "broke before the answer was complete"),
+        ("breaks-off", None, "broke off before the answer was complete"),
+        ("odd", {"choices": [{"delta": None}]}, "gave no usable answer"),
+        ("odd", {"choices": 5}, "gave no usable answer"),
+        ("odd", {"error": {"message": "no\x1b]0;owned\x07 memory"}}, "error: no]0;owned memory\n"),
+    ],
+)
+def test_whatever_a_server_sends_ends_the_answer_in_a_line(monkeypatch, capsys, model, first, told):
+    with fake_openai() as server:
+        server.first_chunk = first
+        monkeypatch.setattr(sys, "stdin", io.StringIO("hi\nagain\n"))
+        assert chat_openai_api.main(["--base_url", server.base_url, "--model", model]) == 1
+    said = capsys.readouterr()
+    assert said.err.count(told) == 2 and "no server at" not in said.err
+    assert said.out == ("" if model == "odd" else "Hello.\nHello.\n")
+
+
+def test_a_web_page_is_no_api_and_a_models_name_is_only_text(monkeypatch, capsys):
+    with fake_openai() as server:
+        for names, status, told in ((None, 1, "gave no usable answer"), (["a\x1b[2Jb"], 0, "a[2Jb at http")):
+            server.names = names
+            monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+            assert chat_openai_api.main(["--base_url", server.base_url]) == status
+            assert told in capsys.readouterr().err
 
 
 def test_all_lines_are_answered_blank_ones_skipped(run):
@@ -95,13 +111,13 @@ def test_commands(run, server):
         "one", "/reset", "two", "/system be brief", "three", "/model", "/model nothing", f"/model {ECHO}", "/help",
         "/unknown", "/system", "four",
     )  # fmt: skip
-    assert (status, out) == (0, "one\ntwo\nthree\nfour\n")
-    _, two, three, four = prompts(server, 4)
+    assert (status, out) == (1, "one\ntwo\nthree\n/unknown\nfour\n"), "/model nothing failed"
+    two, three, _, four = prompts(server, 4)
     assert "one" not in two and "helpful assistant" in two
     assert "system\nbe brief<|im_end|>" in three and "two" not in three
     assert "helpful assistant" in four
     assert f"* {ECHO}" in err and "  minimind\n" in err and "there is no model nothing; there are: minimind" in err
-    assert "/reset  " in err and "there is no /unknown" in err
+    assert "/reset  " in err and "the default system message" in err
 
 
 def test_a_text_that_begins_with_a_slash_and_is_no_command(run):

@@ -671,7 +671,7 @@ def test_switching_models_in_a_conversation(run, adapters):
     lines += ["/system be brief", f"/model {adapters / 'hf'}", "/system be brief", "天空"]
     flags = ["--out_dir", adapters, *GREEDY, "--history_cnt", "20"]
     status, stdout, stderr = run(*flags, stdin="\n".join(lines))
-    assert status == 0
+    assert status == 1, "two commands failed"
     paths = {stage: weight_path(adapters, stage, 32, False) for stage in ("full_sft", "rlhf", "pretrain")}
     first = greedy(paths["full_sft"], chat_ids("天空"))
     second = greedy(paths["rlhf"], chat_ids("天空", first, "天空"))
@@ -713,6 +713,15 @@ def test_a_conversation_remembers_by_default_and_a_file_of_prompts_does_not(run,
     monkeypatch.setattr(io, "StringIO", Typed)
     run("--out_dir", out_dir, *GREEDY, stdin="\n".join(["1", *lines]))
     assert asked[-1] == chat_ids("1", "", "2", "", "3", "", "4")
+
+
+def test_an_answer_stopped_before_its_first_token_is_not_remembered(out_dir, monkeypatch):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    chat = eval_model.LocalChat(eval_model.parse_args(["--out_dir", str(out_dir), *map(str, GREEDY)]))
+    monkeypatch.setattr(eval_model, "stream", stopped)
+    assert not chat.answer("天空") and chat.history == []
 
 
 def test_an_adapter_on_a_llama_folder(run, tmp_path):

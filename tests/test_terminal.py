@@ -155,6 +155,8 @@ def test_an_error_or_ctrl_c_ends_the_answer_and_not_the_chat(capsys):
     chat = EchoChat()
     assert chat.run(["too long", "interrupt", "stop", "a"], typed=True) == 0
     assert [messages[-1]["content"] for messages in chat.asked] == ["stop", "a"]
+    assert chat.run(["/set x 1", "/imagine a cat"], typed=False) == 1, "a pipe may hold what only looks like a command"
+    assert chat.asked[-1][-1]["content"] == "/imagine a cat"
     assert chat.run(["too long", "b"], typed=False) == 1 and chat.asked[-1][-1]["content"] == "b"
     assert chat.run(["stop", "c"], typed=False) == 130 and chat.asked[-1][-1]["content"] == "stop"
     with pytest.raises(KeyboardInterrupt):
