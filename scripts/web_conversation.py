@@ -44,7 +44,7 @@ class Answer:
         return " · ".join(parts)
 
 
-@dataclass
+@dataclass(eq=False)
 class Turn:
     """A question with every answer to it; `chosen` is the one that is shown and that later answers see."""
 
@@ -63,7 +63,9 @@ class Conversation:
     def __init__(self, path: Path | None = None):
         """path: the file that keeps it, or None."""
         self.path, self.turns = path, []
+        self.pending: Turn | None = None  # whose answer begins as soon as a tab that shows it has a model
         self.run = None  # the thread that makes an answer (web_answers.Run), if one does
+        self.unread: Path | None = None  # the file that was to be opened, if it could not be read
         self.undo_label = ""  # what can be undone, or ""
         self._before: list[Turn] = []
 
@@ -75,22 +77,27 @@ class Conversation:
         """Add a question; return its empty answer."""
         self.undo_label = ""
         self.turns.append(Turn(question))
-        return self.turns[-1].answer
+        return self._wait(self.turns[-1])
 
-    def again(self, index: int) -> Answer:
+    # the next three raise ValueError if the turn is gone: another tab may have deleted it
+
+    def again(self, turn: Turn) -> Answer:
         """Add another answer to a question. Earlier ones stay, to be chosen again."""
-        turn = self.turns[index]
+        self.turns.index(turn)
+        self.undo_label = ""
         turn.answers.append(Answer())
         turn.chosen = len(turn.answers) - 1
-        return turn.answer
+        return self._wait(turn)
 
-    def edit(self, index: int, question: str) -> Answer:
+    def edit(self, turn: Turn, question: str) -> Answer:
         """Ask another question in place of an earlier one; drop what came after."""
+        index = self.turns.index(turn)
         self._remember("edited")
         self.turns[index:] = [Turn(question)]
-        return self.turns[-1].answer
+        return self._wait(self.turns[-1])
 
-    def delete(self, index: int) -> None:
+    def delete(self, turn: Turn) -> None:
+        index = self.turns.index(turn)
         self._remember("deleted")
         del self.turns[index]
 
@@ -102,6 +109,18 @@ class Conversation:
         if self.undo_label:
             self.turns, self.undo_label = self._before, ""
 
+    def stop(self) -> None:
+        """End the answer that is being made or about to be; keep the part that is there."""
+        if self.pending is not None:
+            self.pending.answer.ending, self.pending = STOPPED, None
+        if (run := self.run) is not None:  # it may end by itself at any moment
+            run.cancel()
+            run.join(timeout=2)
+
+    def _wait(self, turn: Turn) -> Answer:
+        self.pending = turn
+        return turn.answer
+
     def answered(self) -> None:
         """Save the conversation; the thread that makes an answer calls this at its end."""
         with contextlib.suppress(OSError):  # the page says so at the next question
@@ -111,11 +130,11 @@ class Conversation:
     def _remember(self, label: str) -> None:
         self._before, self.undo_label = copy.deepcopy(self.turns), label
 
-    def messages(self, history_turns: int, system: str = "", index: int = -1) -> list[dict]:
-        """Return the question at `index` and the turns before it as a model takes them, without thoughts and without
-        turns that have no answer."""
-        before, turn = self.turns[:index], self.turns[index]
-        earlier = [turn for turn in before if turn.answer.text.strip()]
+    def messages(self, history_turns: int, system: str = "", turn: Turn | None = None) -> list[dict]:
+        """Return a turn's question (default: the last) and the turns before it as a model takes them, without thoughts
+        and without turns that have no answer."""
+        turn = turn or self.turns[-1]
+        earlier = [each for each in self.turns[: self.turns.index(turn)] if each.answer.text.strip()]
         messages = [{"role": "system", "content": system.strip()}] if system.strip() else []
         for each in earlier[max(len(earlier) - history_turns, 0) :]:
             messages.append({"role": "user", "content": each.question})
@@ -125,10 +144,12 @@ class Conversation:
     # --- files
 
     def to_json(self) -> str:
-        """Return one object: "conversations" is a record of the training format, "turns" is all that the page knows."""
+        """Return one object: "conversations" is a record of the training format, of complete answers alone; "turns" is
+        all that the page knows."""
         said = [
             {"role": role, "content": content}
             for turn in self.turns
+            if turn.answer.text.strip() and turn.answer.ending not in (STOPPED, CUT, FAILED, "")
             for role, content in (("user", turn.question), ("assistant", turn.answer.text))
         ]
         turns = [asdict(turn) for turn in self.turns]
@@ -162,6 +183,15 @@ class Conversation:
             partial.unlink(missing_ok=True)
 
 
+def _turn(question: str, answers: list[dict], chosen: int, **_) -> Turn:
+    """Return a turn from its file, without what another version of the page wrote there."""
+    known = [{key: value for key, value in answer.items() if key in Answer.__annotations__} for answer in answers]
+    turn = Turn(question, [Answer(**answer) for answer in known], chosen)
+    for answer in (turn.answer, *turn.answers):  # the first raises IndexError if `chosen` is wrong
+        answer.ending = answer.ending or STOPPED  # the page was closed while it was made
+    return turn
+
+
 def _quote(text: str) -> str:
     return "\n".join(f"> {line}".rstrip() for line in text.splitlines())
 
@@ -174,21 +204,20 @@ class Chats:
         self._open: WeakValueDictionary[Path, Conversation] = WeakValueDictionary()
 
     def open(self, visitor: str, name: str | None = None) -> Conversation:
-        """Return a visitor's conversation; a new one without a name, and an empty one if the file cannot be read."""
+        """Return a visitor's conversation; a new one without a name, or if the file cannot be read."""
         if name is None or not SAFE_NAME.fullmatch(name):
             name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
         path = self._folder_of(visitor) / f"{name}.json"
         conversation = self._open.get(path)
         if conversation is None:
-            conversation = self._open[path] = Conversation(path)
-            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-                turns = json.loads(path.read_text("utf-8"))["turns"]
-                conversation.turns = [
-                    Turn(turn["question"], [Answer(**answer) for answer in turn["answers"]], turn["chosen"])
-                    for turn in turns
-                ]
-                for answer in (answer for turn in conversation.turns for answer in turn.answers):
-                    answer.ending = answer.ending or STOPPED  # the page was closed while it was made
+            conversation = Conversation(path)
+            try:
+                if os.path.exists(path):
+                    conversation.turns = [_turn(**turn) for turn in json.loads(path.read_text("utf-8"))["turns"]]
+            except Exception:  # whatever is in the file, it stays as it is
+                conversation = self.open(visitor)
+                conversation.unread = path
+            self._open[conversation.path] = conversation
         return conversation
 
     def _folder_of(self, visitor: str) -> Path:

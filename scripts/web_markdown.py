@@ -10,9 +10,12 @@ import re
 
 DIRECTIVE = r":(?=[a-z][a-z0-9-]*\[|material[/_]|streamlit:)"
 PIECE = re.compile(
-    # a fenced block, open to the end while it streams, or a code span
-    r"(?P<code>^ *(?P<fence>`{3,}(?=[^`\n]*$)|~{3,}).*?(?:^ *(?P=fence)[`~]* *$|\Z)"
-    r"|(?<!`)(?P<ticks>`+)(?!`)[^\n]+?(?<!`)(?P=ticks)(?!`))"
+    # a fenced block, maybe in a list or a quote, open to the end while it streams
+    r"(?P<code>^(?:[ >]|[-*+] |\d+[.)] )*(?P<fence>`{3,}(?=[^`\n]*$)|~{3,}).*?(?:^[ >]*(?P=fence)[`~]* *$|\Z)"
+    # a code span, over lines that go on with a paragraph
+    r"|(?<!`)(?P<ticks>`+)(?!`)(?:[^\n]|\n(?!\s*(?:\n|[-*+>#|]|\d+[.)]|```|~~~)))+?(?<!`)(?P=ticks)(?!`))"
+    # an indented block after a paragraph; in a list it would be text
+    r"|(?P<before>^(?![ \t]|[-*+] |\d+[.)] )[^\n]+\n\n+)(?P<block>(?:(?: {4}|\t)[^\n]*(?:\n+|\Z))+)"
     r"|\$\$(?P<display>(?:(?!\n\s*\n|\$\$).)+)\$\$"
     r"|\\\[(?P<bracketed>(?:(?!\n\s*\n|\\\]).)+)\\\]"
     r"|\\\((?P<inline>[^\n]+?)\\\)"
@@ -34,12 +37,15 @@ def safe_markdown(text: str) -> str:
 def literal(text: str) -> str:
     """Return Markdown that shows the text as it is, each line on its own."""
     text = re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", re.sub(DIRECTIVE, f":{JOINER}", text))
+    text = re.sub(r"^[ \t]+", lambda indent: "&nbsp;" * len(indent[0].expandtabs(4)), text, flags=re.MULTILINE)
     return re.sub(r"\n(?=[^\n])", "  \n", text)
 
 
 def _piece(match: re.Match) -> str:
     if match["code"] or match["escaped"]:
         return match[0]
+    if match["block"]:
+        return PIECE.sub(_piece, match["before"]) + match["block"]
     if maths := match["display"] or match["bracketed"]:
         inside_a_line = match.string[: match.start()].rpartition("\n")[2].strip() and "\n" not in maths
         return f"${maths.strip()}$" if inside_a_line else f"\n\n$$\n{maths.strip()}\n$$\n\n"

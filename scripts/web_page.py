@@ -5,6 +5,7 @@ thread (web_answers.py). So a run of this file may end at any line, and a reload
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -43,8 +44,7 @@ class Page:
 
     visitor: str
     conversation: Conversation
-    pending: int | None = None  # index of the turn whose answer begins as soon as the model is there
-    editing: int | None = None  # index of the question that is being edited
+    editing: Turn | None = None  # whose question is being edited
     drawn: int = 0  # turns that the browser shows
     problem: str = ""
     opened: float = field(default_factory=time.monotonic)
@@ -81,72 +81,45 @@ def keep() -> None:
         page().problem = words("not_kept").format(error)
 
 
-def ask(question: str) -> None:
+def change(name: str, *args) -> None:
+    """Call the conversation's ask, again, edit, delete, clear or undo."""
     stop()
-    page().conversation.ask(question)
-    page().pending = len(page().conversation.turns) - 1
+    with contextlib.suppress(ValueError):  # another tab has deleted the turn
+        getattr(page().conversation, name)(*args)
     keep()
 
 
 def ask_typed() -> None:
     if (st.session_state.question or "").strip():
-        ask(st.session_state.question.strip())
+        change("ask", st.session_state.question.strip())
 
 
-def again(index: int) -> None:
-    stop()
-    page().conversation.again(index)
-    page().pending = index
-
-
-def show_other(index: int) -> None:
-    turn = page().conversation.turns[index]
+def show_other(turn: Turn) -> None:
     turn.chosen = (turn.chosen + 1) % len(turn.answers)
     keep()
 
 
-def end_waiting() -> None:
-    """End the answer whose model is still being loaded."""
-    state = page()
-    if state.pending is not None:
-        state.conversation.turns[state.pending].answer.ending = STOPPED
-        state.pending = None
-
-
 def stop() -> None:
-    """End the answer that is being made or about to be; keep the part that is there."""
-    state = page()
-    end_waiting()
-    if (run := state.conversation.run) is not None:  # it may end by itself at any moment
-        run.cancel()
-        run.join(timeout=2)
-    state.editing = None
+    page().conversation.stop()
+    page().editing = None
 
 
-def begin_edit(index: int) -> None:
+def begin_edit(turn: Turn) -> None:
     stop()
-    page().editing = index
+    page().editing = turn
 
 
-def end_edit(index: int) -> None:
-    question = st.session_state[f"edited-{index}"].strip()
+def end_edit(turn: Turn, key: str) -> None:
+    question = st.session_state[key].strip()
     stop()
     if question:
-        page().conversation.edit(index, question)
-        page().pending = index
-        keep()
-
-
-def change(name: str, *args) -> None:
-    """Call the conversation's delete, clear or undo."""
-    stop()
-    getattr(page().conversation, name)(*args)
-    keep()
+        change("edit", turn, question)
 
 
 def open_chat(chats: Chats, name: str | None) -> None:
     """Show another conversation, or a new one; an answer in the making goes on, one that waits for its model ends."""
-    end_waiting()
+    if page().conversation.pending:
+        stop()
     page().conversation, page().editing = chats.open(page().visitor, name), None
 
 
@@ -170,7 +143,7 @@ api_models = st.cache_data(ttl=20, show_spinner=False)(list_api_models)
 def label_of(entry: Entry) -> str:
     """Return full_sft · 26M dense · quickstart."""
     size = entry.size if entry.use_moe or not entry.size else f"{entry.size} dense"
-    place = "quickstart" if entry.out_dir.name == "quickstart" else ""
+    place = "quickstart" if entry.path.parent.name == "quickstart" else ""
     return " · ".join(filter(None, (entry.stage or entry.name, size, place)))
 
 
@@ -201,21 +174,22 @@ def choose_local(flags: argparse.Namespace) -> tuple[LocalModel | None, str]:
     if not entries:
         return None, ""
     by_path = {str(entry.path): entry for entry in entries}
-    turns = page().conversation.turns
-    last = turns[-1].answer.model.partition(" + ")[0] if turns else ""  # a reload goes on with the same model
+    used = [turn.answer.model for turn in page().conversation.turns if turn.answer.model]
+    last, _, last_adapter = (used or [""])[-1].partition(" + ")  # a reload goes on with the same model
     index = next((number for number, entry in enumerate(entries) if label_of(entry) == last), 0)
     path = choose_model("model", list(by_path), index=index, format_func=lambda path: label_of(by_path[path]))
     entry, adapter = by_path[path], None
     if entry.adapters:
         none = words("none")
         adapters = [None, *entry.adapters]
+        index = adapters.index(last_adapter) if label_of(entry) == last and last_adapter in adapters else 0
         adapter = st.selectbox(
-            words("adapter"), adapters, format_func=lambda name: printable(name or none), key=printable(path)
+            words("adapter"), adapters, index, lambda name: printable(name or none), key=printable(path)
         )
     try:
         with st.spinner(words("loading")):
             model = load_local(entry, label_of(entry), adapter, stamp_of(entry, adapter), vars(flags))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: memory has run out
         return None, str(error)
     if model.warning:
         st.caption(literal(model.warning))
@@ -297,11 +271,12 @@ def sidebar(flags: argparse.Namespace, chats: Chats) -> tuple[LocalModel | ApiMo
 
 def draw_question(index: int, turn: Turn) -> None:
     with st.container(key=f"question-{index}", gap=None):
-        if page().editing == index:
+        if page().editing is turn:
             st.text_area(words("question"), turn.question, key=f"edited-{index}", label_visibility="collapsed")
             with st.container(horizontal=True, horizontal_alignment="right", key=f"editing-{index}"):
                 st.button(words("cancel"), on_click=stop, key=f"cancel-{index}")
-                st.button(words("send"), type="primary", on_click=end_edit, args=(index,), key=f"send-{index}")
+                args = (turn, f"edited-{index}")
+                st.button(words("send"), type="primary", on_click=end_edit, args=args, key=f"send-{index}")
             return
         bubble = st.empty()
         if not turn.answer.continues:
@@ -310,8 +285,8 @@ def draw_question(index: int, turn: Turn) -> None:
         with st.container(horizontal=True, horizontal_alignment="right", key=f"actions-question-{index}"):
             edit, delete = st.empty(), st.empty()
             if page().conversation.run is None:
-                edit.button(words("edit"), on_click=begin_edit, args=(index,), type="tertiary", key=f"edit-{index}")
-                args = ("delete", index)
+                edit.button(words("edit"), on_click=begin_edit, args=(turn,), type="tertiary", key=f"edit-{index}")
+                args = ("delete", turn)
                 delete.button(words("delete"), on_click=change, args=args, type="tertiary", key=f"delete-{index}")
 
 
@@ -360,14 +335,15 @@ class AnswerPlaces:
         if self._text(answer):
             with self.copy.container(key=f"copy-{index}", width="content"):
                 copy_button()(data={"text": self._text(answer), "label": words("copy")}, key=f"copied-{index}")
-        refresh = ":material/refresh:"
+        refresh, args = ":material/refresh:", ("again", self.turn)
         self.again.button(
-            words("again"), icon=refresh, on_click=again, args=(index,), type="tertiary", key=f"again-{index}"
+            words("again"), icon=refresh, on_click=change, args=args, type="tertiary", key=f"again-{index}"
         )
         if (count := len(self.turn.answers)) > 1:
+            label, swap = f"{self.turn.chosen + 1} / {count}", ":material/swap_horiz:"
             self.other.button(
-                f"{self.turn.chosen + 1} / {count}", icon=":material/swap_horiz:", on_click=show_other, args=(index,),
-                help=words("other"), type="tertiary", key=f"other-{index}",
+                label, icon=swap, on_click=show_other, args=(self.turn,), help=words("other"), type="tertiary",
+                key=f"other-{index}",
             )  # fmt: skip
 
     def _text(self, answer: Answer) -> str:
@@ -425,7 +401,7 @@ def draw_welcome(model: LocalModel | ApiModel | None) -> None:
         examples = getattr(model, "examples", None) or example_prompts({}, continues)
         with st.container(key="suggestions", horizontal=True, horizontal_alignment="center"):
             for number, text in enumerate(examples[::2]):
-                st.button(text, on_click=ask, args=(text,), disabled=model is None, key=f"suggestion-{number}")
+                st.button(text, on_click=change, args=("ask", text), disabled=model is None, key=f"suggestion-{number}")
 
 
 def draw_no_weights(flags: argparse.Namespace) -> None:
@@ -441,13 +417,13 @@ def draw_no_weights(flags: argparse.Namespace) -> None:
         st.button(words("look"), icon=refresh, on_click=reload_models, type="primary", key="look-again")
 
 
-def begin_answer(index: int, model: LocalModel | ApiModel | None, problem: str, settings: Settings) -> None:
+def begin_answer(turn: Turn, model: LocalModel | ApiModel | None, problem: str, settings: Settings) -> None:
     conversation = page().conversation
-    answer = conversation.turns[index].answer
+    answer = turn.answer
     try:
         if model is None:
             raise ValueError(problem or words("choose"))
-        messages = conversation.messages(settings.history_turns, settings.system, index)
+        messages = conversation.messages(settings.history_turns, settings.system, turn)
         conversation.run = model.start(answer, messages, settings, conversation.answered)
     except ValueError as error:
         answer.ending, answer.error = FAILED, str(error)
@@ -463,9 +439,9 @@ def main() -> None:
     with st.sidebar:
         model, problem, settings = sidebar(flags, chats)
     conversation = state.conversation
-    if state.pending is not None:
-        index, state.pending = state.pending, None
-        begin_answer(index, model, problem, settings)
+    if (turn := conversation.pending) is not None:
+        conversation.pending = None
+        begin_answer(turn, model, problem, settings)
     if conversation.turns:
         st.query_params["chat"] = conversation.name
     else:
@@ -474,16 +450,16 @@ def main() -> None:
     with st.container(key="topbar"):
         st.text(model.name if model else "MiniMind")
     welcome_place = st.empty()
-    if not conversation.turns:
-        with welcome_place:
-            if model or problem:
-                draw_welcome(model)
-            else:
-                draw_no_weights(flags)
+    with welcome_place:
+        if not model and not problem:
+            draw_no_weights(flags)
+        elif not conversation.turns:
+            draw_welcome(model)
     growing = draw_turns()
     problem_place, undo_place = st.empty(), st.empty()
-    if problem or state.problem:
-        problem_place.error(literal(problem or state.problem))
+    unread = words("unread").format(conversation.unread) if conversation.unread else ""
+    if problem := problem or state.problem or unread:
+        problem_place.error(literal(problem))
     if conversation.undo_label and growing is None:
         with undo_place.container(horizontal=True, vertical_alignment="center", key="actions-undo"):
             st.caption(words(conversation.undo_label), width="content")

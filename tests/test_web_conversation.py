@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from scripts.web_conversation import COMPLETE, Answer, Conversation
+from scripts.web_conversation import COMPLETE, FAILED, STOPPED, Answer, Conversation
 from scripts.web_markdown import literal, safe_markdown
 
 
@@ -26,24 +26,26 @@ def said(conversation: Conversation) -> list[str]:
 
 
 def test_another_answer_keeps_the_earlier_ones(conversation):
-    answer = conversation.again(1)
+    answer = conversation.again(conversation.turns[1])
     assert said(conversation)[2:4] == ["question 1", ""] and len(conversation.turns) == 3
     assert conversation.turns[1].answer is answer and conversation.turns[1].answers[0].text == "answer 1"
-    messages = conversation.messages(5, index=1)
+    messages = conversation.messages(5, turn=conversation.turns[1])
     assert [message["content"] for message in messages] == ["question 0", "answer 0", "question 1"]
 
 
 def test_an_edited_question_cuts_off_what_came_after(conversation):
-    conversation.edit(1, "another")
+    conversation.edit(conversation.turns[1], "another")
     assert said(conversation) == ["question 0", "answer 0", "another", ""]
 
 
 def test_deleting_takes_out_one_turn(conversation):
-    conversation.delete(1)
+    conversation.delete(conversation.turns[1])
     assert said(conversation) == ["question 0", "answer 0", "question 2", "answer 2"]
 
 
-@pytest.mark.parametrize("change", [lambda c: c.clear(), lambda c: c.delete(0), lambda c: c.edit(0, "x")])
+@pytest.mark.parametrize(
+    "change", [lambda c: c.clear(), lambda c: c.delete(c.turns[0]), lambda c: c.edit(c.turns[0], "x")]
+)
 def test_what_takes_something_away_can_be_undone_once(conversation, change):
     before = said(conversation)
     change(conversation)
@@ -54,7 +56,11 @@ def test_what_takes_something_away_can_be_undone_once(conversation, change):
     assert said(conversation) == before
 
 
-def test_undo_ends_with_the_next_question(conversation):
+def test_undo_ends_with_the_next_answer_or_question(conversation):
+    conversation.delete(conversation.turns[1])
+    conversation.again(conversation.turns[0])
+    conversation.undo()
+    assert len(conversation.turns) == 2 and len(conversation.turns[0].answers) == 2
     conversation.clear()
     conversation.ask("new")
     conversation.undo()
@@ -108,6 +114,11 @@ def test_exported_json_is_a_training_record_with_everything_said(conversation):
     assert [turn["content"] for turn in record["conversations"]] == said(conversation)
     assert [turn["role"] for turn in record["conversations"]] == ["user", "assistant"] * 3
     assert record["turns"][1]["answers"][0]["thought"] == "想一想"
+    for turn, ending in zip(conversation.turns, (STOPPED, FAILED, ""), strict=True):
+        turn.answer.ending = ending
+    conversation.ask("three").ending = COMPLETE
+    record = json.loads(conversation.to_json())
+    assert record["conversations"] == [] and len(record["turns"]) == 4, "training learns only from complete answers"
 
 
 def test_exported_markdown_holds_questions_thoughts_and_answers(conversation):
@@ -149,6 +160,17 @@ def test_code_blocks_are_kept_to_the_letter():
     assert safe_markdown("```x```\n<b>") == "```x```  \n&lt;b>"
 
 
+@pytest.mark.parametrize(
+    "code",
+    ["- ```\n  a < b\n  ```", "> ```c\n> a < b\n> ```", "12. ```\n    a < b\n    ```", "`a <\nb`",
+     "text\n\n    if a < b:\n        $x$\n\n    ![1]\n"],
+)  # fmt: skip
+def test_code_in_lists_quotes_paragraphs_and_indented_is_kept_and_what_follows_is_text(code):
+    assert safe_markdown(f"{code}\n\na < b") == f"{code}\n\na &lt; b"
+    for text in ("1. a\n\n    b < c", "`a\n\nb < c`", "- `a\n- b < c`", "text <b\n\n    x\n\nb < c"):
+        assert safe_markdown(text).endswith("b &lt; c" + "`" * text.endswith("`")) and "<" not in safe_markdown(text)
+
+
 def test_tables_are_kept():
     table = "| a | b |\n|---|---|\n| 1 | `x` |"
     assert [line.strip() for line in safe_markdown(table).splitlines()] == table.splitlines()
@@ -163,3 +185,12 @@ def test_literal_text_has_no_markdown():
         ":red", ":\u2060red"
     )
     assert {child.type for child in inline.children} <= {"text", "text_special", "softbreak"}
+
+
+def test_literal_text_keeps_its_indentation():
+    from markdown_it import MarkdownIt
+
+    tokens = MarkdownIt().parse(literal("if x:\n    *y*\n\n\tz"))
+    assert [token.type for token in tokens] == ["paragraph_open", "inline", "paragraph_close"] * 2
+    lines = ["".join(child.content or "\n" for child in token.children) for token in tokens if token.children]
+    assert lines == ["if x:\n\u00a0\u00a0\u00a0\u00a0*y*", "\u00a0\u00a0\u00a0\u00a0z"]

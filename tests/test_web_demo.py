@@ -7,6 +7,7 @@ import time
 import pytest
 from conftest import ROOT, sharp_model, write_endless_weights
 from fake_openai import KEY, MODELS, fake_openai
+from streamlit import cache_data as web_cache
 from streamlit.testing.v1 import AppTest
 
 import eval_model
@@ -14,6 +15,7 @@ from dataset.tokenization import DEFAULT_SYSTEM
 from model.batching import Engine
 from model.flags import HISTORY_MESSAGES
 from model.model_lora import apply_lora, save_lora
+from model.weights import load_model
 from scripts import chat_openai_api, serve_openai_api
 from scripts.web_answers import LONGEST, ApiModel, LocalModel, Settings, list_api_models
 from scripts.web_conversation import CUT, FAILED, STOPPED, Answer, Chats
@@ -197,6 +199,14 @@ def test_without_weights_the_page_says_how_to_make_them(open_page, tmp_path, tok
     assert ask(app).tokens == 16
 
 
+def test_only_what_is_in_the_quickstarts_folder_is_named_after_it(open_page, tmp_path, tokenizer):
+    path = write_endless_weights(tmp_path / "quickstart" / "full_sft_32.pth", tokenizer)
+    model, _ = load_model(path, tokenizer.sha256)
+    model.save_pretrained(tmp_path / "folders" / "mine")
+    options = open_page(tmp_path / "quickstart").selectbox(key="model").options
+    assert options == ["full_sft · 0.2M dense · quickstart", "mine · 0.2M dense"]
+
+
 def test_weights_that_were_trained_again_are_loaded_again(open_page, tmp_path, tokenizer):
     path = write_endless_weights(tmp_path / "full_sft_32.pth", tokenizer)
     app = open_page(tmp_path)
@@ -338,6 +348,62 @@ def test_two_tabs_show_one_chat_and_an_answer_goes_on_without_its_tab(open_page,
     assert kept["turns"][1]["answers"][0]["ending"] == STOPPED
 
 
+def test_a_button_of_a_turn_that_another_tab_has_deleted_does_nothing(open_page, weights):
+    first = open_page(weights)
+    for question in ("one", "two", "three"):
+        ask(first, question)
+    conversation = page(first).conversation
+    second = open_page(weights, query={"chat": conversation.name})
+    click(second, "delete-0")
+    click(first, "delete-0")
+    assert [turn.question for turn in conversation.turns] == ["two", "three"]
+    click(second, "clear")
+    click(first, "again-0")
+    assert not conversation.turns
+
+
+def test_a_reload_while_the_model_is_loaded_begins_the_answer(open_page, weights):
+    app = open_page(weights)
+    ask(app, "one")
+    conversation = page(app).conversation
+    conversation.ask("two")  # and the run of the page ends in loading
+    open_page(weights, query={"chat": conversation.name})
+    wait_for(lambda: conversation.turns[1].answer.ending)
+    assert conversation.turns[1].answer.tokens and conversation.turns[1].answer.ending != STOPPED
+
+
+def test_a_reload_keeps_the_adapter(open_page, weights):
+    app = open_page(weights)
+    next(box for box in app.selectbox if box.label == "Adapter").set_value("lora_poems").run()
+    ask(app)
+    app = open_page(weights, query={"chat": page(app).conversation.name})
+    adapter = next(box for box in app.selectbox if box.label == "Adapter")
+    assert adapter.value == "lora_poems"
+    assert ask(app).model.endswith(" + lora_poems")
+    adapter.set_value("none").run()
+    assert not ask(app).model.endswith(" + lora_poems")
+
+
+def test_when_the_weights_are_gone_a_chat_says_how_to_make_some(open_page, tmp_path, tokenizer):
+    path = write_endless_weights(tmp_path / "full_sft_32.pth", tokenizer)
+    app = open_page(tmp_path)
+    ask(app)
+    path.unlink()
+    web_cache.clear()
+    app = open_page(tmp_path, query={"chat": page(app).conversation.name})
+    assert "make quickstart" in shown(app) and len(page(app).conversation.turns) == 1
+    assert app.button(key="look-again")
+
+
+def test_a_model_for_which_memory_runs_out_is_said(open_page, tmp_path, tokenizer, monkeypatch):
+    def no_memory(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    write_endless_weights(tmp_path / "full_sft_32.pth", tokenizer)
+    monkeypatch.setattr(Engine, "__init__", no_memory)
+    assert "can't allocate memory" in shown(open_page(tmp_path))
+
+
 def test_nobody_opens_the_chats_of_another_visitor(tmp_path):
     chats = Chats(tmp_path)
     secret = chats.open("me", "20260101-000000-aaaaaaaa")
@@ -349,16 +415,29 @@ def test_nobody_opens_the_chats_of_another_visitor(tmp_path):
         assert chats.open(visitor, name).path.parent.parent == tmp_path
 
 
-def test_a_damaged_chat_is_an_empty_one_and_an_unfinished_answer_was_stopped(tmp_path):
+def test_a_damaged_chat_is_left_for_a_new_one_and_an_unfinished_answer_was_stopped(tmp_path):
     chats = Chats(tmp_path)
     conversation = chats.open("me", "unfinished")
     conversation.ask("one").text = "so far"
     conversation.save()
     del conversation
     assert chats.open("me", "unfinished").turns[0].answer.ending == STOPPED
-    for text in ("{", "[]", '{"turns": [{}]}', '{"turns": [{"question": "a", "answers": [{"x": 1}], "chosen": 0}]}'):
-        (tmp_path / "me" / "damaged.json").write_text(text)
-        assert chats.open("me", "damaged").turns == [] and "damaged" not in chats.titles("me") or "x" in text
+    turn = '{"turns": [{"question": "a", "answers": [%s], "chosen": 0}]}'
+    for text in ("{", "[]", '{"turns": [{}]}', turn % "", turn % 5):
+        (path := tmp_path / "me" / "damaged.json").write_text(text)
+        opened = chats.open("me", "damaged")
+        assert opened.turns == [] and opened.unread == path
+        opened.ask("two")
+        opened.save()
+        assert path.read_text() == text and opened.name in chats.titles("me"), "what was there is not written over"
+    path.write_text(turn % '{"text": "b", "from a later version": 1}')
+    assert chats.open("me", "damaged").turns[0].answer.text == "b"
+
+
+def test_a_chat_that_cannot_be_read_is_said(open_page, tmp_path):
+    (tmp_path / "chats" / "local").mkdir(parents=True)
+    (tmp_path / "chats" / "local" / "damaged.json").write_text("{")
+    assert "damaged.json cannot be read" in shown(open_page(tmp_path, query={"chat": "damaged"}))
 
 
 def test_a_disk_that_takes_no_chats_is_said(open_page, server, tmp_path):
@@ -408,7 +487,7 @@ def test_tool_calls_are_folded(open_page, server):
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [("full", "the context 512"), ("broken", "out of memory"), ("breaks-off", "broke off")],
+    [("full", "the context 512"), ("broken", "out of memory"), ("breaks-off", "broke off"), ("dies", "broke before")],
 )
 def test_what_a_server_refuses_is_said_and_kept(open_page, server, model, message):
     app = open_page()
@@ -418,7 +497,7 @@ def test_what_a_server_refuses_is_said_and_kept(open_page, server, model, messag
     assert app.error[0].value
     use_api(app, server.base_url, "says")
     assert ask(app).text == "Hello." and len(page(app).conversation.turns) == 2
-    assert len(server.requests[-1]["messages"]) == (4 if model == "breaks-off" else 2)
+    assert len(server.requests[-1]["messages"]) == (4 if model in ("breaks-off", "dies") else 2)
 
 
 def test_a_server_that_is_not_there_is_said(open_page):
@@ -432,7 +511,8 @@ def test_models_of_a_server_are_listed_or_the_reason_why_not(server, monkeypatch
     assert "base URL" in list_api_models("localhost:1", "")[1]
     server.needs_key = True
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    assert "API key" in list_api_models(server.base_url, "")[1], "the environment's key goes to no server by itself"
+    told = list_api_models(server.base_url, "")[1]
+    assert told.endswith("API key: enter it in the sidebar"), "the environment's key goes to no server by itself"
     assert list_api_models(server.base_url, KEY)[0] == list(MODELS)
 
 
@@ -500,27 +580,25 @@ def wait_for(condition, seconds: float = 10) -> None:
 def test_what_takes_away_a_question_whose_model_is_still_loaded_leaves_nothing_to_begin(open_page, weights, key):
     app = open_page(weights)
     ask(app, "one")
-    page(app).conversation.turns.clear()
-    page(app).conversation.ask("two")
-    page(app).pending = 0  # as it is while weights are read
+    conversation = page(app).conversation
+    conversation.again(conversation.turns[0])
+    assert conversation.pending, "as it is while weights are read"
     click(app, key)
-    assert not page(app).conversation.turns and page(app).pending is None and page(app).conversation.run is None
+    assert not conversation.turns and conversation.pending is None and conversation.run is None
 
 
 def test_opening_the_same_chat_while_its_model_is_loaded_ends_the_answer(open_page, weights):
     app = open_page(weights)
     ask(app, "one")
     page(app).conversation.ask("two")
-    page(app).pending = 1
     click(app, f"chat-{page(app).conversation.name}")
-    assert page(app).conversation.turns[1].answer.ending == STOPPED and page(app).pending is None
+    assert page(app).conversation.turns[1].answer.ending == STOPPED and page(app).conversation.pending is None
     assert ask(app, "three").tokens == 16
 
 
 def test_asked_twice_while_the_model_is_loaded_the_first_is_stopped_and_the_second_answered(open_page, weights):
     app = open_page(weights)
     page(app).conversation.ask("one")
-    page(app).pending = 0
     assert ask(app, "two").tokens == 16
     first, _ = page(app).conversation.turns
     assert first.answer.ending == STOPPED and "stopped" in shown(app)
