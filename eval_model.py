@@ -160,10 +160,8 @@ class LocalChat(TerminalChat):
         display.show(text.flush())
         display.end()
 
-        ending = ""
-        if interrupted:
-            ending = ", stopped"
-        elif answer_ids[-1] not in params.stop_ids:
+        ending = ", stopped" if interrupted else ""
+        if not interrupted and answer_ids[-1] not in params.stop_ids:
             full = len(answer_ids) < params.max_new_tokens
             ending = ", cut: --max_seq_len is reached" if full else ", cut: --max_new_tokens is reached"
         if loop_length(answer_ids):

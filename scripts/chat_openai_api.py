@@ -41,7 +41,7 @@ class ServerChat(TerminalChat):
     """A chat with a server, which knows only what each request sends of the conversation."""
 
     settings = {"temperature": float, "top_p": float, "max_tokens": int, "history_cnt": message_count}
-    errors = (Exception,)  # whatever a server sends
+    errors = (ValueError, TypeError, LookupError, AttributeError, openai.OpenAIError)  # whatever a server sends
 
     def __init__(self, args: argparse.Namespace):
         super().__init__(args)
@@ -120,7 +120,7 @@ class ServerChat(TerminalChat):
 def converse(args: argparse.Namespace) -> int:
     try:
         chat = ServerChat(args)
-    except Exception as error:  # whatever a server sends
+    except ServerChat.errors as error:
         raise ValueError(explain(error, args.base_url)) from error
     note(f"{chat.model} at {args.base_url}" + (" (/help lists the commands)" if is_typed() else ""))
     lines = LineEditor(chat.words()).prompts("👶: ") if is_typed() else piped_prompts()

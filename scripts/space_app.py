@@ -38,11 +38,8 @@ def said(message: dict) -> str:
 def answer(question: str, history: list[dict], temperature: float, max_tokens: int, system: str):
     """Yield the messages of the answer so far: a folded thought, if there is one, and the answer."""
     turns = [{"role": "system", "content": system}] if system.strip() else []
-    turns += [
-        {"role": turn["role"], "content": said(turn)}
-        for turn in history
-        if not (turn.get("metadata") or {}).get("title")
-    ]
+    without_thoughts = [turn for turn in history if not (turn.get("metadata") or {}).get("title")]
+    turns += [{"role": turn["role"], "content": said(turn)} for turn in without_thoughts]
     turns.append({"role": "user", "content": question})
     if SPACE["continues"]:
         ids = tokenizer.encode_beginning(question)

@@ -224,13 +224,12 @@ class TerminalChat:
         status = 0
         for line in lines:
             command = COMMAND.fullmatch(line)
-            if command and not typed and command[1].lower() not in self.commands:
-                command = None  # a prompt that begins with a slash
+            name = command[1].lower() if command else ""
+            if name == "exit":
+                break
             try:
-                if command and command[1].lower() == "exit":
-                    break
-                if command:
-                    self.obey(command[1].lower(), command[2] or "")
+                if command and (typed or name in self.commands):  # in a pipe a prompt may begin with a slash
+                    self.obey(name, command[2] or "")
                     continue
                 if typed:
                     note("🤖: ", end="")

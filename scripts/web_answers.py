@@ -39,10 +39,6 @@ class Settings:
     system: str = ""
 
 
-class TooLong(Exception):
-    pass
-
-
 class Run(threading.Thread):
     """Fills in an answer. Only this thread writes to it, and it calls `ended` at the end."""
 
@@ -55,8 +51,6 @@ class Run(threading.Thread):
     def run(self) -> None:
         try:
             ending, error = self._read()
-        except TooLong:
-            ending, error = FAILED, f"The answer was cut: it has more than {LONGEST:,} characters."
         except Exception as failure:  # whatever a server sends, the answer must come to its end
             ending, error = self._explain(failure)
         self._show()
@@ -68,7 +62,7 @@ class Run(threading.Thread):
         raise NotImplementedError
 
     def _explain(self, failure: Exception) -> tuple[str, str]:
-        return FAILED, f"The model failed: {failure}"
+        return FAILED, str(failure) if type(failure) is ValueError else f"The model failed: {failure}"
 
     def _count(self, tokens: int) -> None:
         """Count tokens; the rate starts at the first one, because waiting and reading the prompt are not generation."""
@@ -94,7 +88,7 @@ class Run(threading.Thread):
     def _limit(self, part: str) -> None:
         self._length += len(part)
         if self._length > LONGEST:
-            raise TooLong
+            raise ValueError(f"The answer was cut: it has more than {LONGEST:,} characters.")
 
     def _show(self) -> None:
         for is_thought, name in ((False, "text"), (True, "thought")):
@@ -129,7 +123,7 @@ class LocalModel:
     def start(
         self, answer: Answer, messages: list[dict], settings: Settings, ended: Callable[[], None] = lambda: None
     ) -> "LocalRun":
-        """Start an answer. Raises ValueError if the question is too long or the engine is busy."""
+        """Start an answer. Raises ValueError with a key of web_words.json if it is too long or the engine is busy."""
         answer.model, answer.continues = self.name, self.continues
         ids = self._encode(answer, messages, settings.max_tokens)
         params = SamplingParams(
@@ -142,7 +136,7 @@ class LocalModel:
         try:
             request = self.engine.submit(ids, params)
         except QueueFull as error:
-            raise ValueError(f"The model is busy: {error}.") from error
+            raise ValueError("busy", error) from error
         except RuntimeError as error:  # it was closed to make room for another model
             raise ValueError(PUT_AWAY) from error
         return LocalRun(
@@ -157,10 +151,7 @@ class LocalModel:
         ids, left_out = self.tokenizer.encode_fitting(messages, context, max_tokens)
         answer.left_out = left_out // 2
         if len(ids) >= context:
-            raise ValueError(
-                f"This question is too long: with its frame it has {len(ids)} tokens, and the context holds {context}. "
-                "Shorten it, or start the page with a larger --max_seq_len."
-            )
+            raise ValueError("too_long", len(ids), context)
         return ids
 
 

@@ -135,25 +135,19 @@ class Conversation:
         and without turns that have no answer."""
         turn = turn or self.turns[-1]
         earlier = [each for each in self.turns[: self.turns.index(turn)] if each.answer.text.strip()]
-        messages = [{"role": "system", "content": system.strip()}] if system.strip() else []
-        for each in earlier[max(len(earlier) - history_turns, 0) :]:
-            messages.append({"role": "user", "content": each.question})
-            messages.append({"role": "assistant", "content": each.answer.text})
-        return [*messages, {"role": "user", "content": turn.question}]
+        first = [{"role": "system", "content": system.strip()}] if system.strip() else []
+        told = _messages_of(earlier[max(len(earlier) - history_turns, 0) :])
+        return [*first, *told, {"role": "user", "content": turn.question}]
 
     # --- files
 
     def to_json(self) -> str:
         """Return one object: "conversations" is a record of the training format, of complete answers alone; "turns" is
         all that the page knows."""
-        said = [
-            {"role": role, "content": content}
-            for turn in self.turns
-            if turn.answer.text.strip() and turn.answer.ending not in (STOPPED, CUT, FAILED, "")
-            for role, content in (("user", turn.question), ("assistant", turn.answer.text))
-        ]
-        turns = [asdict(turn) for turn in self.turns]
-        return json.dumps({"conversations": said, "turns": turns}, ensure_ascii=False, indent=2) + "\n"
+        unfinished = (STOPPED, CUT, FAILED, "")
+        complete = [turn for turn in self.turns if turn.answer.text.strip() and turn.answer.ending not in unfinished]
+        content = {"conversations": _messages_of(complete), "turns": [asdict(turn) for turn in self.turns]}
+        return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
 
     def to_markdown(self) -> str:
         parts = ["# MiniMind"]
@@ -181,6 +175,11 @@ class Conversation:
             os.replace(partial, self.path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _messages_of(turns: list[Turn]) -> list[dict]:
+    said = (each for turn in turns for each in (("user", turn.question), ("assistant", turn.answer.text)))
+    return [{"role": role, "content": content} for role, content in said]
 
 
 def _turn(question: str, answers: list[dict], chosen: int, **_) -> Turn:

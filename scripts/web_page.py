@@ -11,6 +11,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -123,11 +124,12 @@ def open_chat(chats: Chats, name: str | None) -> None:
     page().conversation, page().editing = chats.open(page().visitor, name), None
 
 
+def action(place, label: str, key: str, on_click: Callable[..., None], *args, **look: str) -> None:
+    """Draw a button without a frame."""
+    place.button(label, key, on_click=on_click, args=args, type="tertiary", **look)
+
+
 # --- models ----------------------------------------------------------------------------------------------------------
-
-
-def read_flags() -> argparse.Namespace:
-    return argparse.Namespace(**json.loads(os.environ["MINIMIND_WEB_FLAGS"]))
 
 
 @st.cache_data(ttl=60, show_spinner=False)
@@ -180,11 +182,10 @@ def choose_local(flags: argparse.Namespace) -> tuple[LocalModel | None, str]:
     path = choose_model("model", list(by_path), index=index, format_func=lambda path: label_of(by_path[path]))
     entry, adapter = by_path[path], None
     if entry.adapters:
-        none = words("none")
         adapters = [None, *entry.adapters]
         index = adapters.index(last_adapter) if label_of(entry) == last and last_adapter in adapters else 0
         adapter = st.selectbox(
-            words("adapter"), adapters, index, lambda name: printable(name or none), key=printable(path)
+            words("adapter"), adapters, index, lambda name: printable(name or words("none")), key=printable(path)
         )
     try:
         with st.spinner(words("loading")):
@@ -225,8 +226,7 @@ def sidebar(flags: argparse.Namespace, chats: Chats) -> tuple[LocalModel | ApiMo
     """Draw the sidebar; return the model, what is wrong if there is none, and the settings."""
     with st.container(horizontal=True, vertical_alignment="center", key="head"):
         st.markdown("### MiniMind")
-        new = ":material/edit_square:"
-        st.button(words("new"), icon=new, on_click=open_chat, args=(chats, None), type="tertiary", key="new")
+        action(st, words("new"), "new", open_chat, chats, None, icon=":material/edit_square:")
     labels = {"local": words("local"), "api": words("api")}
     source = st.segmented_control(
         words("source"), labels, format_func=labels.get, default="local", required=True,
@@ -285,9 +285,8 @@ def draw_question(index: int, turn: Turn) -> None:
         with st.container(horizontal=True, horizontal_alignment="right", key=f"actions-question-{index}"):
             edit, delete = st.empty(), st.empty()
             if page().conversation.run is None:
-                edit.button(words("edit"), on_click=begin_edit, args=(turn,), type="tertiary", key=f"edit-{index}")
-                args = ("delete", turn)
-                delete.button(words("delete"), on_click=change, args=args, type="tertiary", key=f"delete-{index}")
+                action(edit, words("edit"), f"edit-{index}", begin_edit, turn)
+                action(delete, words("delete"), f"delete-{index}", change, "delete", turn)
 
 
 class AnswerPlaces:
@@ -335,16 +334,10 @@ class AnswerPlaces:
         if self._text(answer):
             with self.copy.container(key=f"copy-{index}", width="content"):
                 copy_button()(data={"text": self._text(answer), "label": words("copy")}, key=f"copied-{index}")
-        refresh, args = ":material/refresh:", ("again", self.turn)
-        self.again.button(
-            words("again"), icon=refresh, on_click=change, args=args, type="tertiary", key=f"again-{index}"
-        )
+        action(self.again, words("again"), f"again-{index}", change, "again", self.turn, icon=":material/refresh:")
         if (count := len(self.turn.answers)) > 1:
-            label, swap = f"{self.turn.chosen + 1} / {count}", ":material/swap_horiz:"
-            self.other.button(
-                label, icon=swap, on_click=show_other, args=(self.turn,), help=words("other"), type="tertiary",
-                key=f"other-{index}",
-            )  # fmt: skip
+            label, look = f"{self.turn.chosen + 1} / {count}", {"icon": ":material/swap_horiz:", "help": words("other")}
+            action(self.other, label, f"other-{index}", show_other, self.turn, **look)
 
     def _text(self, answer: Answer) -> str:
         return self.turn.question + answer.text if answer.continues else answer.text
@@ -413,8 +406,7 @@ def draw_no_weights(flags: argparse.Namespace) -> None:
         st.code("cd trainer\npython train_pretrain.py\npython train_full_sft.py", language="bash")
         st.markdown(words("or_api"))
         st.code("python scripts/serve_openai_api.py", language="bash")
-        refresh = ":material/refresh:"
-        st.button(words("look"), icon=refresh, on_click=reload_models, type="primary", key="look-again")
+        st.button(words("look"), icon=":material/refresh:", on_click=reload_models, type="primary", key="look-again")
 
 
 def begin_answer(turn: Turn, model: LocalModel | ApiModel | None, problem: str, settings: Settings) -> None:
@@ -426,14 +418,15 @@ def begin_answer(turn: Turn, model: LocalModel | ApiModel | None, problem: str, 
         messages = conversation.messages(settings.history_turns, settings.system, turn)
         conversation.run = model.start(answer, messages, settings, conversation.answered)
     except ValueError as error:
-        answer.ending, answer.error = FAILED, str(error)
+        key, *numbers = error.args
+        answer.ending, answer.error = FAILED, words(key).format(*numbers) if key in WORDS["en"] else str(error)
         keep()
 
 
 def main() -> None:
     st.set_page_config("MiniMind", page_icon=str(ICON), layout="centered", initial_sidebar_state="auto")
     st.html(STYLE)
-    flags = read_flags()
+    flags = argparse.Namespace(**json.loads(os.environ["MINIMIND_WEB_FLAGS"]))
     chats = all_chats(Path(flags.out_dir) / "chats")
     state = open_page(chats)
     with st.sidebar:
@@ -463,8 +456,7 @@ def main() -> None:
     if conversation.undo_label and growing is None:
         with undo_place.container(horizontal=True, vertical_alignment="center", key="actions-undo"):
             st.caption(words(conversation.undo_label), width="content")
-            undo = ":material/undo:"
-            st.button(words("undo"), icon=undo, on_click=change, args=("undo",), type="tertiary", key="undo")
+            action(st, words("undo"), "undo", change, "undo", icon=":material/undo:")
     st.chat_input(
         words("message").format(model.name) if model else words("choose"),
         on_submit=ask_typed,

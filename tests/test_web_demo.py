@@ -297,7 +297,7 @@ def test_the_default_system_prompt_is_shown_and_sent(open_page, server):
 def test_the_page_speaks_the_browsers_language():
     assert set(WORDS["en"]) == set(WORDS["zh"])
     code = "".join(
-        (ROOT / "scripts" / f"{name}.py").read_text("utf-8") for name in ("web_demo", "web_page", "web_conversation")
+        (ROOT / "scripts" / f"web_{name}.py").read_text("utf-8") for name in ("demo", "page", "conversation", "answers")
     )
     code = code.replace("'", '"')  # words named inside f-strings
     named = {key for key in WORDS["en"] for name in (key, key.removesuffix("_help")) if f'"{name}"' in code}
