@@ -22,6 +22,7 @@ Writes OUT_DIR/scores/{weights}.json, and the table as .md next to it:
 
     weights, source, format ("chat" or "plain"), shots, permutations, date, seconds (null if resumed), versions
     stage, parameters, trained_tokens, tokenizer_sha256                            null if unknown
+    settings: {name: what decided the scores of a set}
     tasks: {name: {
         questions, chance, mean_shots, cut (questions that lost their beginning),
         letters, sum, per_token, per_byte: {
@@ -32,10 +33,14 @@ Writes OUT_DIR/scores/{weights}.json, and the table as .md next to it:
             shares but no look at the question), permuted (accuracy with the options in other orders), same_option
             (share of questions answered with the same option in every order)
         subjects: {name: {questions, chance, letters, sum, per_token, per_byte: {accuracy, stderr}}}}}
-    tasks without options: questions, samples, pass@1, stderr, majority, subjects: {name: the same but samples}
-    texts and answers: questions, tokens, loss (nats per token), bits_per_byte, subjects: {positions: the same}
-    pairs: questions, sum, per_token, reward (with --reference): {accuracy, stderr}, subjects: {name: the same}
-All shares are between 0 and 1.
+    tasks without options: questions, samples, cut (no room for an answer: wrong), pass@1, stderr, majority,
+        subjects: {name: questions, pass@1, stderr, majority}
+    texts and answers: questions, tokens, loss (nats per token), bits_per_byte, subjects: {positions: the last three},
+        beyond_context (share of the tokens to learn that the context has no room for)
+    pairs: questions, sum, per_token, reward (with --reference): {accuracy, stderr}, subjects: {name: the same},
+        beyond_context, left_out (pairs without two answers that differ within the context)
+All shares are between 0 and 1. calibrated, without_question, permuted and same_option have a ..._stderr each; a
+standard error of one question is null. Sets that the same weights were scored on before stay in the file.
 """
 
 import argparse
@@ -90,6 +95,7 @@ from scripts.log_likelihoods import Pair, log_likelihoods, log_likelihoods_of_se
 from scripts.openai_client import explain, new_client
 from scripts.prepare_overlap import Decontaminate
 from scripts.prepare_pipeline import all_blocks, filter_block, in_order
+from scripts.report_logs import read_json
 
 UNIT = 64  # questions that are scored together, and lost together when a run is killed
 TEXT_WAYS = ("sum", "per_token", "per_byte")
@@ -148,7 +154,8 @@ def load_candidate(spec: str, args: argparse.Namespace) -> tuple[Candidate, dict
     )
 
     def write(prompts: list[list[int]]) -> list[str]:
-        return [ready.tokenizer.decode(ids) for ids in generate_batch(ready.model, prompts, params)]
+        answers = generate_batch(ready.model, prompts, params, context_length=ready.context_length)
+        return [ready.tokenizer.decode(ids) for ids in answers]
 
     score = partial(log_likelihoods, ready.model)
     chat = is_chat(path.stem, args)
@@ -165,8 +172,12 @@ def reach_candidate(name: str, args: argparse.Namespace) -> tuple[Candidate, dic
     tokenizer = ChatTokenizer(tokenizer_folder(Path(name), args.tokenizer_path))
 
     def write(prompts: list[list[int]]) -> list[str]:
-        options = dict(model=name, max_tokens=args.max_new_tokens, temperature=args.temperature)
-        asked = (client.completions.create(prompt=ids, seed=args.seed + n, **options) for n, ids in enumerate(prompts))
+        room = (min(args.max_new_tokens, context_length - len(ids)) for ids in prompts)
+        options = dict(model=name, temperature=args.temperature)
+        asked = (
+            client.completions.create(prompt=ids, seed=args.seed + n, max_tokens=longest, **options)
+            for n, (ids, longest) in enumerate(zip(prompts, room, strict=True))
+        )
         return [answer.choices[0].text for answer in asked]
 
     facts = dict.fromkeys(("adapter", "stage", "parameters", "trained_tokens")) | {"source": args.base_url}
@@ -320,15 +331,17 @@ def write_answers(candidate: Candidate, questions: list[Question], args: argpars
         else candidate.tokenizer.encode_beginning("\n\n".join(turn["content"] for turn in q.text) + "\n")
         for q in questions
     ]
-    answers = iter(candidate.write([ids for ids in prompts for _ in range(args.samples)]))
+    fit = [len(ids) < candidate.context_length for ids in prompts]
+    asked = [ids for ids, fits in zip(prompts, fit, strict=True) if fits for _ in range(args.samples)]
+    answers = iter(candidate.write(asked))
     records = []
-    for question in questions:
-        own = [next(answers) for _ in range(args.samples)]
+    for question, fits in zip(questions, fit, strict=True):
+        own = [next(answers) if fits else "" for _ in range(args.samples)]
         match = args.match if args.match != "auto" else kind_of(question.gold)
-        right = [matches[match](answer, question.gold) for answer in own]
+        right = [fits and matches[match](answer, question.gold) for answer in own]
         votes = [vote(answer, match, question.gold) for answer in own]
         majority = votes.index(Counter(votes).most_common(1)[0][0])
-        records.append({"answers": own, "right": right, "majority": right[majority]})
+        records.append({"answers": own, "right": right, "majority": right[majority], "cut": not fits})
     return records
 
 
@@ -359,7 +372,8 @@ def pieces_of(ids: list[int], mask: list[int] | None, limit: int) -> Iterator[tu
 def read_records(candidate: Candidate, questions: list[Question]) -> list[dict]:
     """Return for each held-out record the [positions, nats, tokens, bytes] of its documents' pieces.
 
-    A pair has two documents, chosen and rejected; all else has one.
+    A pair has two documents, chosen and rejected; all else has one. beyond: learned tokens beyond the context.
+    compares: a pair's answers both begin within the context, and differ there.
     """
     tokenizer = candidate.tokenizer
     documents = [tokenize_records(kind, [record], tokenizer) for kind, record in (q.record for q in questions)]
@@ -371,8 +385,12 @@ def read_records(candidate: Candidate, questions: list[Question]) -> list[dict]:
         return [positions, -next(scores), len(learned), sum(len(tokenizer.token_bytes(i)) for i in learned)]
 
     return [
-        {"documents": [[measured(name, learned) for name, (_, learned) in document] for document in each]}
-        for each in pieces
+        {
+            "documents": [[measured(name, learned) for name, (_, learned) in document] for document in each],
+            "beyond": sum(len(ids[limit:]) if mask is None else sum(mask[limit:]) for ids, mask in whole),
+            "compares": all(each) and whole[0][0][:limit] != whole[-1][0][:limit],
+        }
+        for each, whole in zip(pieces, documents, strict=True)
     ]
 
 
@@ -392,20 +410,28 @@ def units_of(sets: list[QuestionSet]) -> list[tuple[str, int, int]]:
     return units
 
 
-def run(candidate: Candidate, sets: list[QuestionSet], output: Path, args: argparse.Namespace) -> dict[str, list[dict]]:
+def settings_of(candidate: Candidate, each: QuestionSet, args: argparse.Namespace) -> dict[str, Any]:
+    """Return what decides the scores of a set, as JSON keeps it."""
+    names = ("preset", "num_attention_heads", "rope_scaling", "trained_length", "dtype", "shots", "permutations")
+    names += ("samples", "match", "name", "temperature", "max_new_tokens", "seed")
+    sources = [Path(path) for path in (candidate.facts["source"], candidate.facts["adapter"]) if path]
+    return {name: getattr(args, name) for name in names} | {
+        "format": "chat" if candidate.chat else "plain",
+        "context": candidate.context_length,
+        "set": hashlib.sha256(repr((each.questions, each.examples)).encode("utf-8", "replace")).hexdigest()[:12],
+        "tokenizer": candidate.facts["tokenizer_sha256"],
+        "weights": [candidate.name, *(p.stat().st_mtime_ns if p.exists() else str(p) for p in sources)],
+    }
+
+
+def run(
+    candidate: Candidate, sets: list[QuestionSet], output: Path, key: str, args: argparse.Namespace
+) -> dict[str, list[dict]]:
     """Return the records of each set. Work that is done is in files next to the output, one for each process."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     by_name = {each.name: each for each in sets}
-    settings = [candidate.facts, candidate.chat, candidate.context_length, args.shots, args.permutations, args.samples]
-    settings += [args.rope_scaling, args.trained_length]
-    settings += [args.match, args.name, args.temperature, args.max_new_tokens, args.seed, args.dtype, args.limit]
-    settings += [[each.name, *map(str, each.files)] for each in sets]
-    sources = [Path(path) for path in (candidate.facts["source"], candidate.facts["adapter"]) if path]
-    settings += [path.stat().st_mtime_ns if path.exists() else 0 for path in sources]
-    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     if not args.resume and rank == 0:
-        for part in output.parent.glob(f"{output.stem}.*.part"):
-            part.unlink()
+        remove_parts(output, key)
     wait(world)
     done = read_parts(output, key)
     wait(world)
@@ -427,8 +453,13 @@ def run(candidate: Candidate, sets: list[QuestionSet], output: Path, args: argpa
             part.flush()
             bar.update(len(questions))
     wait(world)
-    done = read_parts(output, key) if rank == 0 else {}
-    return {name: [r for unit in units_of([each]) for r in done.get(unit, [])] for name, each in by_name.items()}
+    done = read_parts(output, key) if rank == 0 else dict.fromkeys(units_of(sets), [])
+    if missing := [unit for unit in units_of(sets) if unit not in done]:
+        raise ValueError(
+            f"{output.stem}: {len(missing)} parts of the work are gone; did another process score the same? Let one "
+            "finish, then run this command with --resume"
+        )
+    return {name: [r for unit in units_of([each]) for r in done[unit]] for name, each in by_name.items()}
 
 
 def is_read(question: Question, args: argparse.Namespace) -> bool:
@@ -447,6 +478,11 @@ def wait(world: int) -> None:
         dist.barrier()
 
 
+def remove_parts(output: Path, key: str) -> None:
+    for part in output.parent.glob(f"{output.stem}.{key}.*.part"):
+        part.unlink(missing_ok=True)
+
+
 def read_parts(output: Path, key: str) -> dict[tuple, list[dict]]:
     done = {}
     for part in output.parent.glob(f"{output.stem}.{key}.*.part"):
@@ -461,10 +497,22 @@ def read_parts(output: Path, key: str) -> dict[tuple, list[dict]]:
 # --- what it means ---------------------------------------------------------------------------------------------------
 
 
-def accuracy(hits: list[bool] | np.ndarray) -> dict[str, float]:
-    """Return an accuracy and its standard error."""
-    mean = float(np.mean(hits))
-    return {"accuracy": mean, "stderr": math.sqrt(mean * (1 - mean) / max(len(hits) - 1, 1))}
+def standard_error(shares: Sequence[float] | np.ndarray) -> float | None:
+    """Return the standard error of a mean of shares between 0 and 1; None of a single one.
+
+    Where all are alike, their spread would say 0. Then two right and two wrong answers are added (Agresti and Coull).
+    """
+    count = len(shares)
+    if count < 2:
+        return None
+    if min(shares) < max(shares):
+        return float(np.std(shares, ddof=1) / math.sqrt(count))
+    mean = (float(np.sum(shares)) + 2) / (count + 4)
+    return math.sqrt(mean * (1 - mean) / (count + 4))
+
+
+def accuracy(hits: Sequence[float] | np.ndarray, name: str = "accuracy", error: str = "stderr") -> dict[str, Any]:
+    return {name: float(np.mean(hits)), error: standard_error(hits)}
 
 
 def scores_of(record: dict, way: str) -> tuple[np.ndarray, np.ndarray]:
@@ -483,10 +531,17 @@ def summary(questions: list[Question], records: list[dict], reference: list[dict
     if "documents" in records[0]:
         if questions[0].record[0] != "preference":
             return losses(records)
-        result = preferred(records, range(len(records)), reference)
+        members = {s: [n for n in m if records[n]["compares"]] for s, m in members.items()}
+        members = {s: m for s, m in members.items() if m}
+        rows = sorted(itertools.chain(*members.values()))
+        if not rows:
+            raise ValueError("no pair has two answers that differ within the context; see --max_seq_len")
+        result = preferred(records, rows, reference)
+        result |= {"left_out": len(records) - len(rows), "beyond_context": beyond(records)}
         return result | {"subjects": {s: preferred(records, m, reference) for s, m in members.items()}}
     if not questions[0].options:
-        result = {"questions": len(questions), "samples": len(records[0]["right"])} | passed(records)
+        samples, cut = len(records[0]["right"]), sum(record["cut"] for record in records)
+        result = {"questions": len(questions), "samples": samples, "cut": cut} | passed(records)
         result["subjects"] = {s: {"questions": len(m)} | passed([records[n] for n in m]) for s, m in members.items()}
         return result
     chances = np.array([1 / len(question.options) for question in questions])
@@ -501,14 +556,20 @@ def summary(questions: list[Question], records: list[dict], reference: list[dict
         hits = np.array([row.argmax() for row in scores]) == golds
         for subject, where in members.items():
             by_subject[subject][way] = accuracy(hits[where])
+        result[way] = accuracy(hits)
+        result[way]["macro"] = float(np.mean([by_subject[subject][way]["accuracy"] for subject in subjects]))
         calibrated = [(row - prior).argmax() for row, prior in zip(scores, priors, strict=True)]
-        result[way] = accuracy(hits) | {
-            "macro": float(np.mean([by_subject[subject][way]["accuracy"] for subject in subjects])),
-            "calibrated": float((np.array(calibrated) == golds).mean()),
-            "without_question": float((np.array([prior.argmax() for prior in priors]) == golds).mean()),
-        }
+        for name, picks in (("calibrated", calibrated), ("without_question", [prior.argmax() for prior in priors])):
+            result[way] |= accuracy(np.array(picks) == golds, name, f"{name}_stderr")
     result["letters"] |= letter_bias(records, golds)
     return result | {"subjects": by_subject}
+
+
+def beyond(records: list[dict]) -> float:
+    """Return the share of the tokens to learn that are beyond the context."""
+    left = sum(record["beyond"] for record in records)
+    read = sum(piece[2] for record in records for document in record["documents"] for piece in document)
+    return left / max(left + read, 1)
 
 
 def losses(records: list[dict]) -> dict:
@@ -523,7 +584,7 @@ def losses(records: list[dict]) -> dict:
         raise ValueError("held-out data without anything to learn in the context; see --max_seq_len")
     ranges = sorted({piece[0] for piece in pieces}, key=lambda name: int(name.split("-")[1]))
     by_range = {name: rates([piece for piece in pieces if piece[0] == name]) for name in ranges}
-    return {"questions": len(records)} | rates(pieces) | {"subjects": by_range}
+    return {"questions": len(records), "beyond_context": beyond(records)} | rates(pieces) | {"subjects": by_range}
 
 
 def preferred(records: list[dict], rows: Sequence[int], reference: list[dict] | None) -> dict:
@@ -542,31 +603,33 @@ def preferred(records: list[dict], rows: Sequence[int], reference: list[dict] | 
 
 def letter_bias(records: list[dict], golds: np.ndarray) -> dict:
     """Return what the letters alone explain, and what listing the options in other orders changes."""
-    picks = np.array([np.argmax(record["letters"][0]) for record in records])
-    accuracy = float((picks == golds).mean())
-    blind = sum(float((picks == place).mean() * (golds == place).mean()) for place in set(golds.tolist()))
     orders = [[int(np.argmax(row)) for row in record["letters"]] for record in records]
-    permuted = [pick == gold for row, gold in zip(orders, golds, strict=True) for pick in row[1:]]
-    return {
+    picks = np.array([row[0] for row in orders])
+    accurate = float((picks == golds).mean())
+    blind = sum(float((picks == place).mean() * (golds == place).mean()) for place in set(golds.tolist()))
+    result: dict[str, Any] = {
         "picked": {LETTERS[place]: float((picks == place).mean()) for place in sorted(set(picks.tolist()))},
-        "explained": min(blind / accuracy, 1.0) if accuracy else None,
-        "permuted": float(np.mean(permuted)) if permuted else None,
-        "same_option": float(np.mean([len(set(row)) == 1 for row in orders])) if permuted else None,
-    }
+        "explained": min(blind / accurate, 1.0) if accurate else None,
+        "permuted": None, "same_option": None,
+    }  # fmt: skip
+    if len(orders[0]) > 1:
+        permuted = [float(np.mean(np.array(row[1:]) == gold)) for row, gold in zip(orders, golds, strict=True)]
+        result |= accuracy(permuted, "permuted", "permuted_stderr")
+        result |= accuracy([len(set(row)) == 1 for row in orders], "same_option", "same_option_stderr")
+    return result
 
 
-def passed(records: list[dict]) -> dict[str, float]:
+def passed(records: list[dict]) -> dict[str, Any]:
     shares = [float(np.mean(record["right"])) for record in records]
-    error = float(np.std(shares, ddof=1) / math.sqrt(len(shares))) if len(shares) > 1 else 0.0
-    return {
-        "pass@1": float(np.mean(shares)),
-        "stderr": error,
-        "majority": float(np.mean([record["majority"] for record in records])),
-    }
+    return accuracy(shares, "pass@1") | {"majority": float(np.mean([record["majority"] for record in records]))}
 
 
 def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
+
+
+def with_error(task: dict, name: str, error: str) -> str:
+    return percent(task[name]) + (f" ± {percent(task[error])}" if error in task else "")
 
 
 def figures(task: dict) -> dict[str, tuple[str, str, str]]:
@@ -576,16 +639,20 @@ def figures(task: dict) -> dict[str, tuple[str, str, str]]:
     if "loss" in task:
         shown = {"loss": f"{task['loss']:.4f}", "bits per byte": f"{task['bits_per_byte']:.4f}"}
     if "pass@1" in task:
-        shown["pass@1"] = f"{percent(task['pass@1'])} ± {percent(task['stderr'])}"
+        shown["pass@1"] = with_error(task, "pass@1", "stderr")
     if task.get("samples", 1) > 1:
         shown["majority"] = percent(task["majority"])
     for way in ("reward", *WAYS):
         if way in task:
-            shown[way] = f"{percent(task[way]['accuracy'])} ± {percent(task[way]['stderr'])}"
+            shown[way] = with_error(task[way], "accuracy", "stderr")
     rows = {title: (*counts, figure) for title, figure in shown.items()}
     for title in ("calibrated", "without_question", "permuted", "same_option", "explained"):
         if "calibrated" in task.get("letters", {}):
-            rows[f"letters: {title}"] = "", "", percent(task["letters"][title])
+            rows[f"letters: {title}"] = "", "", with_error(task["letters"], title, f"{title}_stderr")
+    if task.get("beyond_context"):
+        rows["beyond the context, %"] = "", "", percent(task["beyond_context"])
+    limits = {"left_out": "pairs left out", "cut": "cut to the context", "mean_shots": "worked examples, mean"}
+    rows |= {title: ("", "", f"{task[name]:.4g}") for name, title in limits.items() if task.get(name)}
     subjects = {name: figures(entry) for name, entry in task.get("subjects", {}).items()}
     parts = {f"{title}: {name}": found[title] for title in shown for name, found in subjects.items() if title in found}
     return rows | parts if 1 < len(subjects) and len(parts) <= MOST_PARTS else rows
@@ -687,22 +754,32 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
     names = Counter(spec if args.base_url else located(spec, args)[2] for spec in specs)
     if twice := [name for name, count in names.items() if count > 1]:
         raise ValueError(f"--weight: several are called {twice[0]}; score them one by one")
-    if args.reference and not args.max_seq_len:  # a reward is the difference of two sums over the same tokens
+    compared = len(specs) > 1 and any(is_read(each.questions[0], args) for each in sets)
+    if compared and not args.max_seq_len:
         args.max_seq_len = max(reach(spec, args)[0].context_length for spec in args.weight)
+    scored = []
     for spec in specs:
         start = time.monotonic()
         candidate, sidecar = reach(spec, args)
-        if args.reference and candidate.context_length != args.max_seq_len:
+        if compared and candidate.context_length != args.max_seq_len:
             raise ValueError(
-                f"{spec} reads {candidate.context_length} tokens, the others {args.max_seq_len}, and a reward compares "
-                "sums over the same tokens; name a --max_seq_len that all have"
+                f"{spec} reads {candidate.context_length} tokens, the others {args.max_seq_len}, and held-out data is "
+                "compared over the same tokens; name a --max_seq_len that all have"
             )
         folder = args.output or Path(args.out_dir) / "scores"
         output = folder if folder.suffix == ".json" else folder / f"{candidate.name}.json"
         output.parent.mkdir(parents=True, exist_ok=True)
+        settings = {each.name: settings_of(candidate, each, args) for each in sets}
+        key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+        scored.append((output, key))
+        earlier = read_json(output)
+        known = [name for name, made in settings.items() if earlier.get("settings", {}).get(name) == made]
+        if args.resume and not args.reference and len(known) == len(sets):
+            results.append(earlier | {"tasks": {name: earlier["tasks"][name] for name in known}})
+            continue
         if args.overlap and is_main and not args.base_url:
             print_overlap(sidecar, sets)
-        records = run(candidate, sets, output, args)
+        records = run(candidate, sets, output, key, args)
         if not is_main:
             continue
         result = {
@@ -710,6 +787,7 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
             "shots": args.shots, "permutations": args.permutations, "date": time.strftime("%Y-%m-%d"),
             "seconds": None if args.resume else round(time.monotonic() - start, 1),
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "settings": settings,
             "tasks": {
                 each.name: summary(each.questions, records[each.name], reference and reference[each.name])
                 for each in sets
@@ -719,13 +797,22 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
             reference = reference or records
         for each in sets:
             print_wrong(each.questions, records[each.name], args.wrong_answers)
-        write_json(output, result)
-        write_atomically(output.with_suffix(".md"), lambda file, made=result: file.write(table_of([made]).encode()))
-        for part in output.parent.glob(f"{output.stem}.*.part"):
-            part.unlink()
-        print(f"{candidate.name}: {output}", flush=True)
         results.append(result)
-    return results
+        written = with_earlier(result, read_json(output))
+        write_json(output, written)
+        write_atomically(output.with_suffix(".md"), lambda file, made=written: file.write(table_of([made]).encode()))
+        print(f"{candidate.name}: {output}", flush=True)
+    for output, key in scored if is_main else ():
+        remove_parts(output, key)
+    return results if is_main else []
+
+
+def with_earlier(result: dict, earlier: dict) -> dict:
+    """Return a result with the other sets that the same weights were scored on before."""
+    weights = next(iter(result["settings"].values()))["weights"]
+    kept = [name for name, made in earlier.get("settings", {}).items() if made["weights"] == weights]
+    parts = ("settings", "tasks")
+    return result | {part: {name: earlier[part][name] for name in kept} | result[part] for part in parts}
 
 
 def main(argv: list[str] | None = None) -> None:

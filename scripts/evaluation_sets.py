@@ -13,6 +13,7 @@ examples, test or val the questions. Layouts of a row, in csv, jsonl or parquet:
 import csv
 import json
 import shutil
+import string
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,11 +22,12 @@ from typing import Any, NamedTuple
 from huggingface_hub import hf_hub_download
 
 from dataset.answers import answer_part
-from dataset.lm_dataset import parse_record
+from dataset.lm_dataset import parse_prompt, parse_record
 from scripts.prepare_pipeline import Dropped, rows_of
 from scripts.prepare_sources import find_files, layout, read_blocks
 
-LETTERS = "ABCDEFGHIJ"
+LETTERS = string.ascii_uppercase
+COLUMNS = LETTERS[:10].lower()  # that hold an option
 SPLITS = ("test", "val", "validation")
 # name: (repository on Hugging Face, revision, files); a .zip is unpacked, other files become {split}/{name}.parquet
 ARC = ("allenai/ai2_arc", "210d026faf9955653af8916fad021475a3f00453")
@@ -169,26 +171,27 @@ def _question(subject: str, row: dict) -> Question:
         return _held_out(subject, row)
     if not names or gold is None:
         raise ValueError(f"a question or its answer is missing among the columns {', '.join(row)}")
-    subject = row.get("subject") or row.get("category") or subject
-    text, choices = row[names[0]], row.get("choices")
-    labels = list(LETTERS)
+    subject = str(row.get("subject") or row.get("category") or subject)
+    text, choices, labels = row[names[0]], row.get("choices"), list(LETTERS)
     if isinstance(choices, dict):
-        choices, labels = choices["text"], list(choices["label"])
+        choices, labels = choices["text"], [*map(str, choices["label"])]
         text = f"Question: {text}" if names[0] == "question" else text
-    options = (
-        [str(c) for c in choices] if choices else [row[n] for n in LETTERS.lower() if row.get(n) not in (None, "")]
-    )
+    listed = list(choices or [row.get(name) for name in COLUMNS])
+    if len(listed) > len(LETTERS):
+        raise ValueError(f"{len(listed)} choices are more than there are letters")
+    options = {place: str(option).strip() for place, option in enumerate(listed) if option not in (None, "")}
     if not options:
-        turns = text if names[0] == "conversations" else [{"role": "user", "content": text}]
+        turns = text if names[0] == "conversations" else [{"role": "user", "content": str(text)}]
+        turns = parse_prompt(json.dumps({"conversations": turns, "answer": str(gold)}))["conversations"]
         if turns[-1]["role"] != "user":
             raise ValueError("the last turn is not the user's")
         if not answer_part(str(gold)).strip():
             raise ValueError("the answer is empty")
         return Question(subject, turns, [], str(gold))
-    index = gold if isinstance(gold, int) else labels.index(gold.strip()) if gold.strip() in labels else -1
-    if not 0 <= index < len(options) or len(options) < 2:
+    place = gold if isinstance(gold, int) else labels.index(gold.strip()) if gold.strip() in labels else -1
+    if place not in options or len(options) < 2:
         raise ValueError(f"the answer {gold!r} is none of {len(options)} options")
-    return Question(subject, text.strip(), [option.strip() for option in options], index)
+    return Question(subject, str(text).strip(), list(options.values()), list(options).index(place))
 
 
 def _held_out(subject: str, row: dict) -> Question:

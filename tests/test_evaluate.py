@@ -127,12 +127,32 @@ def test_a_set_is_read_in_its_published_layout(sets, name, subjects, first):
         ([{"prompt": "q"}], "missing among the columns prompt"),
         ([{"question": "q", "A": "a", "answer": "A"}], "none of 1 options"),
         ([{"question": "q", "answer": "####"}], "the answer is empty"),
+        ([{"conversations": [{"role": "user"}], "answer": "a"}], 'row 1: "content" in turn 1 of "conversations"'),
+        ([{"query": "q", "choices": ["a"] * 27, "gold": 2}], "27 choices are more than there are letters"),
     ],
 )
 def test_a_wrong_row_is_named(tmp_path, rows, message):
     path = write_jsonl(tmp_path / "set.jsonl", rows)
     with pytest.raises(ValueError, match=re.escape(str(path)) + ".*" + re.escape(message)):
         read_set(str(path), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"question": "q", "A": "aa", "B": "bb", "C": "", "D": "dd", "E": "e", "answer": "D"}, (["aa", "bb", "dd", "e"], 2)),
+        ({"question": "q", "A": "aa", "B": "bb", "C": "", "D": "dd", "answer": 3}, (["aa", "bb", "dd"], 2)),
+        ({"question": "q", "choices": [*map(str, range(12))], "answer": "L"}, ([*map(str, range(12))], 11)),
+        ({"question": 7, "A": 1, "B": 0, "answer": "B"}, (["1", "0"], 1)),
+        ({"question": "q", "A": "a", "B": "b", "answer": "A", "subject": 3}, (["a", "b"], 0)),
+    ],
+    ids=["empty option", "counted from 0", "twelve choices", "numbers", "numbered subject"],
+)  # fmt: skip
+def test_the_gold_option_is_the_one_that_is_named(tmp_path, row, expected):
+    rows = [row, {"question": "q", "A": "a", "B": "b", "answer": "A"}]
+    found = read_set(str(write_jsonl(tmp_path / "set.jsonl", rows)), tmp_path).questions
+    assert expected in [(question.options, question.gold) for question in found]
+    assert all(isinstance(text, str) for question in found for text in (question.subject, question.text))
 
 
 def test_a_set_that_is_not_there_is_named_with_its_download(sets):
@@ -246,6 +266,48 @@ def test_answers_that_mean_the_same_vote_together(tokenizer, match, gold, said):
     asked = Namespace(**vars(ASKED) | {"samples": 5, "match": match})
     [record] = evaluate.write_answers(candidate, [question], asked)
     assert record["right"] == [True, True, True, False, False] and record["majority"]
+
+
+@pytest.mark.parametrize(
+    ("shares", "error"),
+    [
+        ([1] * 25 + [0] * 75, 0.04352),  # sqrt(0.25 * 0.75 / 99)
+        ([0.5, 1, 0, 0.5], 0.20412),  # sqrt((0 + 0.25 + 0.25 + 0) / 3 / 4)
+        ([1] * 382, 0.00365),  # 384 of 386: sqrt(384 * 2 / 386^3)
+        ([0, 0], 0.19245),  # 2 of 6: sqrt(1/3 * 2/3 / 6)
+        ([1], None),
+    ],
+)
+def test_a_standard_error_by_hand(shares, error):
+    assert evaluate.standard_error(shares) == (error and pytest.approx(error, abs=5e-6))
+    found = evaluate.figures(
+        {"questions": len(shares)} | evaluate.passed([{"right": [s], "majority": s} for s in shares])
+    )
+    mean = 100 * sum(shares) / len(shares)
+    assert found["pass@1"][2] == f"{mean:.1f} ± " + ("–" if error is None else f"{100 * error:.1f}")
+
+
+def test_shares_of_permuted_options_have_an_error_too(tokenizer):
+    result = scored(tokenizer, lambda _, option: float(option in ("C", "red")), quiz())
+    shown = {title: figure for title, (*_, figure) in evaluate.figures(result).items()}
+    for title in ("calibrated", "without_question", "permuted", "same_option"):
+        share = result["letters"][title]
+        assert 0 < result["letters"][f"{title}_stderr"] < 0.04 and shown[f"letters: {title}"].startswith(
+            f"{100 * share:.1f} ± "
+        )
+    assert "±" not in shown["letters: explained"] and shown["worked examples, mean"] == "2"
+
+
+def test_a_prompt_that_leaves_no_room_is_a_wrong_answer_and_counted(tokenizer):
+    questions = [Question("s", [{"role": "user", "content": text}], [], "yes") for text in ("a?", "b? " * 50)]
+    asked = []
+    candidate = Candidate(
+        "m", tokenizer, 32, True, {}, None, lambda prompts: asked.extend(prompts) or ["yes"] * len(prompts)
+    )
+    records = evaluate.write_answers(candidate, questions, Namespace(**vars(ASKED) | {"match": "name"}))
+    result = summary(questions, records)
+    assert len(asked) == ASKED.samples and (result["pass@1"], result["cut"]) == (0.5, 1)
+    assert evaluate.figures(result)["cut to the context"][2] == "1"
 
 
 def test_examples_and_then_the_beginning_give_way_in_a_short_context(tokenizer):
@@ -374,6 +436,41 @@ def test_a_reward_compares_sums_over_the_same_tokens(tmp_path, tokenizer, pairs)
     assert found["reward"]["accuracy"] == 0 and found["sum"]["accuracy"] > 0
 
 
+def test_pairs_without_answers_to_compare_are_left_out_and_tokens_beyond_the_context_told(tmp_path, tokenizer, capsys):
+    long = "one two three four five six seven eight nine ten " * 4
+    talks = [("?", "yes", "no"), ("?", "no", "yes"), ("?", long + "yes", long + "no"), (long, "yes", "no")]
+    records = []
+    for asked, *answers in talks:
+        sides = [[{"role": "user", "content": asked}, {"role": "assistant", "content": answer}] for answer in answers]
+        records.append(dict(zip(("chosen", "rejected"), sides, strict=True)))
+    data = write_jsonl(tmp_path / "pairs.jsonl", records)
+    write_weights(tmp_path / "full_sft_32.pth", tokenizer, scale=3.0)
+    found = evaluated(tmp_path, data, "--max_seq_len", 40)["full_sft_32"]
+    assert (found["questions"], found["left_out"]) == (2, 2)
+    ids = [[tokenizer.encode_conversation(turns) for turns in record.values()] for record in records]
+    learned = [sum(mask) for pair in ids for _, mask in pair]
+    beyond = [sum(mask[40:]) for pair in ids for _, mask in pair]
+    assert found["beyond_context"] == pytest.approx(sum(beyond) / sum(learned)) and found["beyond_context"] > 0.5
+    assert re.search(r"pairs left out +\| +\| +\| 2 ", capsys.readouterr().out)
+    with pytest.raises(SystemExit, match="no pair has two answers that differ within the context"):
+        evaluated(tmp_path, data, "--max_seq_len", 4)
+
+
+def test_held_out_data_is_read_to_one_length_by_all_weights(tmp_path, tokenizer, capsys):
+    for name, length in (("full_sft", 16), ("reason", 64)):
+        path = write_weights(tmp_path / f"{name}_32.pth", tokenizer, scale=3.0)
+        sidecar = json.loads(path.with_suffix(".json").read_text()) | {"flags": {"max_seq_len": length}}
+        path.with_suffix(".json").write_text(json.dumps(sidecar))
+    text = " ".join(f"word {n}" for n in range(50))
+    data = write_jsonl(tmp_path / "texts.jsonl", [{"text": text}])
+    alone = evaluated(tmp_path, data, "--weight", "full_sft")["full_sft_32"]
+    both = evaluated(tmp_path, data, "--weight", "full_sft", "reason")
+    assert both["full_sft_32"]["tokens"] == both["reason_32"]["tokens"] == 63 and alone["tokens"] == 15
+    learned = len(tokenizer.encode_documents([text])[0]) + 1  # and eos
+    assert [each["beyond_context"] for each in (alone, both["reason_32"])] == [1 - 15 / learned, 1 - 63 / learned]
+    assert "beyond the context, %" in capsys.readouterr().out
+
+
 def test_accuracies_of_pairs_by_hand():
     def record(*sides: tuple[float, int]) -> dict:  # nats and tokens, in two pieces
         return {"documents": [[["0-256", nats - 1, tokens - 1, 0], ["256-512", 1, 1, 0]] for nats, tokens in sides]}
@@ -464,9 +561,77 @@ def test_the_command_writes_scores_and_goes_on_after_a_kill(sets, tmp_path, toke
     assert again["tasks"] == whole["tasks"] and again["seconds"] is None
 
 
+def test_sets_scored_one_after_another_stay_until_the_weights_change(sets, tmp_path, tokenizer, capsys, monkeypatch):
+    def score(*flags, weights="full_sft"):
+        main([*"--device cpu --max_new_tokens 4 --max_seq_len 256 --eval_dir".split(), str(sets),
+              "--out_dir", str(tmp_path), "--weight", weights, "--tasks", *flags])  # fmt: skip
+        shown = capsys.readouterr().out
+        return json.loads((tmp_path / "scores" / "full_sft_32.json").read_text()), shown
+
+    def scored_again(*_):
+        raise AssertionError
+
+    write_weights(tmp_path / "full_sft_32.pth", tokenizer)
+    first, _ = score("easy")
+    second, shown = score("sums", "--match", "exact")
+    assert second["tasks"].keys() == {"easy", "sums"} and second["tasks"]["easy"] == first["tasks"]["easy"]
+    assert [second["settings"][name]["match"] for name in ("easy", "sums")] == ["auto", "exact"]
+    assert "sums, pass@1" in shown and "easy, letters" not in shown
+    assert "easy, letters" in (tmp_path / "scores" / "full_sft_32.md").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "run", scored_again)
+        again, shown = score("easy", "--resume")
+        assert again == second and "easy, letters" in shown
+    write_jsonl(sets / "core" / "easy.jsonl", [{"query": "Question: Two?", "choices": ["2", "1", "0"], "gold": 1}])
+    changed, _ = score("easy", "--resume")
+    assert changed["tasks"]["easy"]["chance"] == pytest.approx(1 / 3) and "sums" in changed["tasks"]
+    write_weights(tmp_path / "full_sft_32.pth", tokenizer, seed=1)
+    assert score("sums")[0]["tasks"].keys() == {"sums"}
+
+
+def test_weights_scored_at_once_leave_each_other_their_work(sets, tmp_path, tokenizer, monkeypatch):
+    write_weights(tmp_path / "full_sft_32.pth", tokenizer)
+    common = ["--eval_dir", str(sets), "--out_dir", str(tmp_path), "--device", "cpu", "--max_seq_len", "256", "--tasks"]
+    score_options, others = evaluate.score_options, [["ceval"], ["easy"]]
+
+    def meanwhile(*asked):
+        if others:
+            main([*common, *others.pop(0)])
+        return score_options(*asked)
+
+    monkeypatch.setattr(evaluate, "score_options", meanwhile)
+    main([*common, "easy", "ceval"])  # others score ceval, and easy, from within
+    written = json.loads((tmp_path / "scores" / "full_sft_32.json").read_text())
+    assert written["tasks"].keys() == {"easy", "ceval"} and not list((tmp_path / "scores").glob("*.part"))
+    others.append(["easy", "ceval"])
+    with pytest.raises(SystemExit, match="parts of the work are gone.*--resume"):
+        main([*common, "easy", "ceval"])
+
+
+def test_weights_that_are_done_are_not_scored_again_where_another_stopped(tmp_path, tokenizer, pairs, monkeypatch):
+    for seed, name in enumerate(("full_sft", "rlhf")):
+        write_weights(tmp_path / f"{name}_32.pth", tokenizer, seed=seed, scale=3.0)
+    asked, read_records = [], evaluate.read_records
+
+    def counted(candidate, questions):
+        asked.append(candidate.name)
+        if asked.count("rlhf_32") == 1:
+            raise KeyboardInterrupt
+        return read_records(candidate, questions)
+
+    monkeypatch.setattr(evaluate, "read_records", counted)
+    for more in (["--reference", "full_sft"], ["--weight", "full_sft", "rlhf"]):
+        flags = ["--weight", "rlhf", *more, "--max_seq_len", 256]
+        with pytest.raises(SystemExit, match="--resume"):
+            evaluated(tmp_path, pairs, *flags)
+        assert evaluated(tmp_path, pairs, *flags, "--resume")["rlhf_32"]["questions"] == 7
+        assert asked.count("full_sft_32") == 2 and not list((tmp_path / "scores").glob("*.part"))  # of two subjects
+        asked.clear()
+
+
 def test_an_answer_with_an_odd_line_separator_is_not_lost(sets, tmp_path, tokenizer, monkeypatch):
     write_weights(tmp_path / "full_sft_32.pth", tokenizer)
-    monkeypatch.setattr(evaluate, "generate_batch", lambda model, prompts, params: [[0]] * len(prompts))
+    monkeypatch.setattr(evaluate, "generate_batch", lambda model, prompts, params, **_: [[0]] * len(prompts))
     monkeypatch.setattr(type(tokenizer), "decode", lambda self, ids, **_: "一\u2028二\x85\u2029")
     main(["--tasks", "sums", "--eval_dir", str(sets), "--out_dir", str(tmp_path), "--device", "cpu"])
     assert json.loads((tmp_path / "scores" / "full_sft_32.json").read_text())["tasks"]["sums"]["questions"] == 2
