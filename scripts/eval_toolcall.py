@@ -67,7 +67,7 @@ def read_conversations(path: Path) -> list[list[dict]]:
 
 def calls_of(turns: list[dict]) -> list[tuple[str, dict]]:
     """Return (name, arguments) of every call, in order."""
-    calls = [call["function"] for turn in turns for call in turn.get("tool_calls", ())]
+    calls = [call["function"] for turn in turns for call in turn.get("tool_calls") or ()]
     return [(call["name"], as_object(call["arguments"])) for call in calls]
 
 
@@ -87,10 +87,8 @@ def play(client: openai.OpenAI, turns: list[dict], model: str) -> list[dict]:
             completion = client.chat.completions.create(
                 model=model, messages=messages, tools=list(tools.values()), temperature=0, max_tokens=LONGEST_TURN
             )
-        except openai.BadRequestError as error:
-            if error.code != "context_length_exceeded":
-                raise
-            messages.append({"role": "assistant", "content": ""})  # no room for an answer
+        except openai.BadRequestError as error:  # mostly no room for an answer, which every server says in its way
+            messages.append({"role": "assistant", "content": "", "refused": error})
             break
         said = completion.choices[0].message
         messages.append(said.model_dump(include={"role", "content", "tool_calls"}, exclude_none=True))
@@ -106,7 +104,7 @@ def judge(played: list[dict], gold: list[dict]) -> dict[str, bool]:
     """Tell whether the calls, their arguments and the final answer are right."""
     calls, expected = calls_of(played), calls_of(gold)
     answer, wanted = played[-1].get("content") or "", gold[-1]["content"]
-    if played[-1]["role"] != "assistant" or "tool_calls" in played[-1]:
+    if played[-1]["role"] != "assistant" or played[-1].get("tool_calls"):
         answer = ""  # it never stopped calling
     matches = exact_matches if number(wanted) is None else number_matches
     return {
@@ -164,6 +162,9 @@ def main(argv: list[str] | None = None) -> None:
             client = new_client(openai.OpenAI, base_url, api_key=args.api_key)
             with ThreadPoolExecutor(TOGETHER) as pool:
                 played = list(pool.map(lambda turns: play(client, turns, args.model), conversations))
+            refused = [turns[-1]["refused"] for turns in played if "refused" in turns[-1]]
+            if len(refused) == len(played):
+                raise refused[0]
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except openai.OpenAIError as error:
@@ -181,6 +182,8 @@ def main(argv: list[str] | None = None) -> None:
         part = [right for right, calls in zip(judged, due, strict=True) if calls == count]
         shares = ", ".join(f"{name} {percent(part, name)}" for name in SCORES)
         print(f"{count or 'no'} call{'s' * (count != 1)} due ({len(part)}): {shares}")
+    if refused:
+        print(f"{len(refused)} without an answer, the server refused: {explain(refused[0], base_url)}")
     print(f"{args.data_path}: {len(judged)} conversations")
     for name in SCORES:
         print(f"right {name}: {percent(judged, name)}")

@@ -69,10 +69,33 @@ def test_calls_arguments_and_answers_are_scored(server, tmp_path, capsys):
 
 
 def test_a_conversation_without_room_for_an_answer_has_none(server, tmp_path, capsys):
-    long = conversation("word " * 5000, answer="1")
+    long, asked = conversation("word " * 5000, answer="1"), ["--base_url", server.url, "--model", "full_dist_32"]
     data = write_jsonl(tmp_path / "tools.jsonl", [long, *CONVERSATIONS[2:3]])
-    eval_toolcall.main(["--base_url", server.url, "--data_path", str(data), "--examples", "0"])
-    assert "2 conversations\n" in capsys.readouterr().out
+    eval_toolcall.main([*asked, "--data_path", str(data), "--examples", "0"])
+    shown = capsys.readouterr().out
+    assert "1 without an answer, the server refused: " in shown and "2 conversations\n" in shown
+    with pytest.raises(SystemExit, match="error: .*context"):
+        eval_toolcall.main([*asked, "--data_path", str(write_jsonl(tmp_path / "long.jsonl", [long]))])
+
+
+@pytest.mark.parametrize("none", [[], None])
+def test_a_server_may_answer_with_an_empty_list_of_calls(none):
+    gold = [{"role": "assistant", "content": "5"}]
+    assert all(eval_toolcall.judge([gold[0] | {"tool_calls": none}], gold).values())
+
+
+def test_a_server_that_refuses_in_words_of_its_own_ends_one_conversation(server, tmp_path, capsys, monkeypatch):
+    def submit(prompt_ids, params, notify):
+        if len(prompt_ids) > 600:
+            raise ValueError("too long")
+        return submitted(prompt_ids, params, notify)
+
+    submitted, asked = server.echo.submit, ["--base_url", server.url, "--model", "full_dist_32"]
+    monkeypatch.setattr(server.echo, "submit", submit)
+    data = write_jsonl(tmp_path / "tools.jsonl", [conversation("c " + "word " * 600, answer="1"), CONVERSATIONS[2]])
+    eval_toolcall.main([*asked, "--data_path", str(data), "--examples", "0"])
+    shown = capsys.readouterr().out
+    assert "1 without an answer, the server refused: too long" in shown and "right answer: 50.0 %" in shown
 
 
 def test_scripts_start_a_server_of_their_own(tmp_path, tokenizer, capsys):

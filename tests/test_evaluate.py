@@ -140,7 +140,7 @@ def test_a_wrong_row_is_named(tmp_path, rows, message):
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"question": "q", "A": "aa", "B": "bb", "C": "", "D": "dd", "E": "e", "answer": "D"}, (["aa", "bb", "dd", "e"], 2)),
+        ({"question": "q", "A": "a", "B": "b", "C": "", "D": "d", "E": "e", "answer": "D"}, (["a", "b", "d", "e"], 2)),
         ({"question": "q", "A": "aa", "B": "bb", "C": "", "D": "dd", "answer": 3}, (["aa", "bb", "dd"], 2)),
         ({"question": "q", "choices": [*map(str, range(12))], "answer": "L"}, ([*map(str, range(12))], 11)),
         ({"question": 7, "A": 1, "B": 0, "answer": "B"}, (["1", "0"], 1)),
