@@ -25,9 +25,11 @@ from dataset.tokenization import ChatTokenizer
 from model.flags import add_boolean, show_defaults
 from model.generation import SamplingParams, generate_batch
 from model.loading import SHARED_FLAGS, load_ready
-from model.model_minimind import PRESETS
+from model.model_minimind import PRESETS, MiniMindConfig
 from model.streams import set_up_streams
 from model.weights import STAGES, read_sidecar, weight_path, write_json
+from trainer.arguments import MODEL_FLAGS, stage_parser
+from trainer.checkpoint import refuse_other_weights
 
 DATA = {  # stage: the published file that it reads
     "pretrain": "pretrain_hq", "full_sft": "sft_mini_512", "lora": "lora_medical", "rlhf": "dpo",
@@ -95,6 +97,18 @@ def progress(weights: Path) -> dict:
     return (weights.exists() and read_sidecar(weights) or {}).get("progress", {"step": 0, "complete": False})
 
 
+def check_complete(weights: Path, flags: list[object]) -> None:
+    """Raise WeightsError if a complete run was of another configuration; tell which other flags it had."""
+    parser = stage_parser("")
+    args, _ = parser.parse_known_args([*map(str, flags)])  # a stage's own flags are not known here
+    sizes = {name: value for name in MODEL_FLAGS if (value := getattr(args, name)) is not None}
+    sizes["vocab_size"], args.overwrite = ChatTokenizer(args.tokenizer_path).vocab_size, False
+    refuse_other_weights(weights, MiniMindConfig(**PRESETS[args.preset] | sizes), args)
+    for name, was in (read_sidecar(weights) or {}).get("flags", {}).items():
+        if getattr(args, name, was) not in (was, parser.get_default(name)):
+            print(f"note: {weights} was trained with --{name} {was} and stays; another --out_dir trains it again")
+
+
 def train(stage: str, weights: Path, command: list[object], args: argparse.Namespace) -> None:
     """Run a stage until it is complete; after a crash, resume it as long as it gets ahead."""
     reached = progress(weights)
@@ -133,6 +147,8 @@ def pipeline(args: argparse.Namespace, more: list[str]) -> None:
         command = [f"trainer/{script}", "--data_path", files[stage], *sizes, *out, *price, *more]
         if stage == "reason" and "rlhf" not in args.stages:
             command += ["--base_weight", "full_sft"]
+        if stage in STAGES and progress(weights)["complete"]:
+            check_complete(weights, [*sizes, *more])
         train(stage, weights, command, args)
     if args.tasks:
         known = ["pretrain", *(stage for stage in args.stages if stage in STAGES and stage != "pretrain")]

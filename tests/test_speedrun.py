@@ -53,8 +53,14 @@ def test_a_tiny_run_from_data_to_report_and_again(tmp_path, monkeypatch, capsys)
     assert page.count("| set, letters | 1 | 25.0 |") == 2  # both weights are scored
     assert "eval_model.py --model_mode 1 --hidden_size 32" in capsys.readouterr().out
     ran.clear()
-    speedrun.main(flags)
-    assert ran == rest
+    speedrun.main([*flags, "--max_steps=5"])
+    assert ran == rest and "pretrain_32.pth was trained with --max_steps 3 and stays" in capsys.readouterr().out
+    with pytest.raises(
+        SystemExit, match="pretrain_32.pth holds weights of another configuration .*num_hidden_layers 1 there, 2"
+    ):
+        speedrun.main([*flags, "--num_hidden_layers", "2"])
+    with pytest.raises(SystemExit, match="another configuration .*qk_norm False there, True here"):
+        speedrun.main([*flags, "--size", "minimind3"])
 
 
 def test_the_flag_for_a_mixture_names_the_weights_that_are_looked_for(tmp_path, monkeypatch):
