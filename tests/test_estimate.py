@@ -351,6 +351,12 @@ def test_a_later_step_that_compiles_is_counted_once():
     assert estimate.seconds == 10 * 1 + 50
 
 
+def test_logits_that_a_cpu_leaves_out_count_on_a_card():
+    log = made()
+    start = log.start | {"targets_per_step": 100, "skipped_flops": 7}
+    assert Estimate([start, *log.steps]).flops == log.flops + 7 * (300 - 100)
+
+
 def test_the_rest_of_the_mapped_tokens_counts_as_far_as_the_run_will_read_it(tmp_path):
     """Two steps of ten in an epoch were read."""
     (tmp_path / "tokens.bin").write_bytes(bytes(1000))

@@ -213,6 +213,28 @@ def test_frozen_weights_cost_no_gradient_of_their_own():
     assert flops_per_token(moe.config, total + adapters, total) == 4 * active + 6 * adapters
 
 
+@pytest.mark.parametrize("frozen_head", [False, True])
+@pytest.mark.parametrize("targets", [512, 1024])
+def test_operations_are_those_that_torch_counts(targets, frozen_head):
+    """Of a CPU's step whose 1024 tokens have 512 targets or are all targets, without attention."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from trainer.cost import count_parameters, flops_per_token, head_flops
+    from trainer.token_losses import token_cross_entropy
+
+    config = MiniMindConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    model = MiniMindForCausalLM(config)
+    model.lm_head.weight.requires_grad_(not frozen_head)
+    labels = torch.where(torch.arange(1024) < targets, 5, -100).view(8, 128)
+    with FlopCounterMode(display=False) as counter:
+        inputs = model.model.embed_tokens(torch.full((8, 128), 7)).detach().requires_grad_(True)
+        output = model(inputs_embeds=inputs, head=lambda hidden, weight: token_cross_entropy(hidden, weight, labels))
+        output.head_output.sum().backward()
+    products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op) in ("aten.mm", "aten.addmm"))
+    charged = flops_per_token(config, *count_parameters(model)) * 1024 - head_flops(model) * (1024 - targets)
+    assert products == pytest.approx(charged, rel=1e-3)  # norms have no products
+
+
 def linear_with_gradient(gradient: float) -> tuple[nn.Linear, torch.optim.Optimizer]:
     model = nn.Linear(3, 3, bias=False)
     nn.init.zeros_(model.weight)

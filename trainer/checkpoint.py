@@ -46,12 +46,13 @@ LOCK_SECONDS = 8  # loader workers of a killed run hold its lock until they noti
 class StepCounts:
     """What one optimizer step took, all processes together.
 
-    tokens: without padding. positions: with it. attended: (token, token it attends to) pairs.
+    tokens: without padding. positions: with it. attended: (token, token it attends to) pairs. targets: learned tokens.
     """
 
     tokens: int
     positions: int
     attended: int
+    targets: int
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Progress:
 
     def advance(self, batch: dict, total_steps: int) -> StepCounts:
         """Count another optimizer step and return what it took. batch: any of its micro-batches."""
-        counts = StepCounts(batch["step_tokens"], batch["step_positions"], batch["step_attended"])
+        counts = StepCounts(*(batch[f"step_{name}"] for name in ("tokens", "positions", "attended", "targets")))
         self.step += 1
         self.tokens += counts.tokens
         self.complete = self.step >= total_steps

@@ -19,13 +19,20 @@ def flops_per_token(config: MiniMindConfig, parameters: int, frozen: int = 0) ->
     """Return the floating-point operations of forward and backward per token, without attention: 6 per parameter.
 
     frozen: the number of parameters that are not trained; they have no gradient of their own and cost 4 each. A routed
-    expert that a token does not visit costs nothing. The embedding is tied to the head and counts once.
+    expert that a token does not visit costs nothing. The embedding is tied to the head and counts once; where the head
+    leaves out tokens without a target, these cost head_flops less.
     """
     idle = 0
     if config.use_moe:
         idle = config.n_routed_experts - config.num_experts_per_tok
         idle *= config.num_hidden_layers * 3 * config.hidden_size * config.intermediate_size
     return 6 * (parameters - idle) - 2 * (frozen - idle if frozen else 0)
+
+
+def head_flops(model: nn.Module) -> int:
+    """Return the part of flops_per_token that is the head's."""
+    head = model.lm_head.weight
+    return model.config.vocab_size * model.config.hidden_size * (6 if head.requires_grad else 4)
 
 
 def attention_flops(config: MiniMindConfig, positions_seen: int) -> float:

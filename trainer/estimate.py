@@ -191,6 +191,8 @@ class Estimate:
         self.first_processor = processor[0]
         flops = np.array([line["mfu"] * line["seconds_per_step"] for line in steps])
         self.flops = flops[timed].mean() * self.start["peak_flops_per_second"] * larger
+        untaught = self.tokens_per_step - self.start.get("targets_per_step", self.tokens_per_step)
+        self.flops += self.start.get("skipped_flops", 0) * untaught  # a GPU computes their logits
         self.seconds = self.passes + self.total_steps * self.step_seconds + self.compiling
         self.to_come, self.cached = 0, []
         if "cache" in self.start:

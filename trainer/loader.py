@@ -135,10 +135,11 @@ class PackedData:
         return planned_steps(self.args, self.steps_per_epoch)
 
     def facts(self) -> dict:
-        """Return what the log says about the data, for --estimate. tokens_per_step: the mean over an epoch."""
+        """Return what the log says about the data, for --estimate. ..._per_step: means over an epoch."""
         return {
             "kind": self.cache.kind, "cache": str(self.cache.folder), "passes": self.passes, "stores": self.stores,
             "tokens_per_step": self.plan.stats["positions"] / self.steps_per_epoch,
+            "targets_per_step": self.plan.stats["targets"] / self.steps_per_epoch,
             "segments_per_row": self.plan.max_segments_per_row,
         }  # fmt: skip
 

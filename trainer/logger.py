@@ -25,6 +25,7 @@ from trainer.cost import (
     attention_flops,
     count_parameters,
     flops_per_token,
+    head_flops,
     matmul_flops_per_second,
     memory_parts,
 )
@@ -46,22 +47,30 @@ class Logger:
         data: Any,
         progress: Progress,
         teacher: nn.Module | None = None,
+        head_of_targets: bool = False,
     ):
-        """data: a PackedData, or train_grpo's Sampler. teacher: a frozen model that runs in every step, for MFU."""
+        """data: a PackedData, or train_grpo's Sampler. For MFU: teacher, a frozen model that runs in every step, and
+        head_of_targets, whether a GPU too skips the logits of tokens without a target, as a CPU always does."""
         self.name, self.args, self.process, self.data = name, args, training.process, data
         self.progress, self.first_step, self.total_steps = progress, progress.step, data.total_steps
         self.config, self.file, self.trackers = training.model.config, None, []
         parameters, frozen = count_parameters(training.model)
         self.flops_per_token = flops_per_token(self.config, parameters, frozen)
+        skips = head_of_targets or self.process.device.type == "cpu"
+        self.skipped = head_flops(training.model) if skips else 0  # operations, of each token without a target
+        self.attention = [(self.config, 1.0)]
         parts = memory_parts(training.model, args, self.process.world_size)
         if teacher is not None:
             parts["teacher"] = sum(p.nbytes for p in teacher.parameters())
             self.flops_per_token += flops_per_token(teacher.config, count_parameters(teacher)[0]) / 3
+            self.skipped += head_flops(teacher) / 2  # frozen, and forward only
+            self.attention.append((teacher.config, 1 / 3))
         self.peak = matmul_flops_per_second(self.process.device, training.precision.dtype) * self.process.world_size
         going_on = self.process.is_main and self.first_step < self.total_steps  # else a complete run was resumed
         if self.process.is_main:
             self.file = JsonLines(args.out_dir / "logs" / f"{name}.jsonl")
-            self._start({"parameters": parameters, "frozen": frozen, "bytes": parts})
+            skipped = 0 if head_of_targets else self.skipped  # what a GPU computes nevertheless
+            self._start({"parameters": parameters, "frozen": frozen, "bytes": parts, "skipped_flops": skipped})
         if going_on:
             self._introduce(parameters, training)
         self.bar = ProgressBar("training", self.total_steps, "steps", done=self.first_step, show=going_on)
@@ -133,7 +142,8 @@ class Logger:
         self.bar.update(note=f"loss {fmean(self.recent):.4f}, {rate:,.0f} tokens/s")
         if not self.process.is_main or (done % self.args.log_interval and done != self.total_steps):
             return
-        flops = self.flops_per_token * sums["tokens"] + attention_flops(self.config, sums["attended"])
+        flops = self.flops_per_token * sums["tokens"] - self.skipped * (sums["tokens"] - sums["targets"])
+        flops += sum(share * attention_flops(config, sums["attended"]) for config, share in self.attention)
         means = {name: sums[name] / sums["steps"] for name in ("loss", *more)}
         metrics = {
             "step": done,

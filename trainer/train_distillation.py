@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     model.recompute_activations(not args.gradient_checkpointing)  # memory is what two models are short of
     training = start_training(model, args, process)
     progress = checkpoint.restore(training, fresh=f"student {base}, teacher {teacher_path}")
-    logger = Logger(checkpoint.name, args, training, data, progress, teacher.model)
+    logger = Logger(checkpoint.name, args, training, data, progress, teacher.model, head_of_targets=True)
     metrics = {}
 
     with stop_on_signal() as stop:
