@@ -39,7 +39,7 @@ def tiles(run: Run, price: float | None) -> list[tuple[str, str]]:
     last = {name: (run.series(name, True)[1] or [None])[-1] for name in ("valid_loss", "bits_per_byte")}
     facts = {
         "parameters": "parameters" in run.start and f"{run.start['parameters'] / 1e6:.2f}M",
-        "steps": f"{run.steps[-1]['step']:,}",
+        "steps": f"{run.last_step:,}",
         "tokens": f"{run.steps[-1].get('tokens', 0) / 1e6:,.2f}M",
         "loss": f"{(run.series('loss')[1] or [float('nan')])[-1]:.4f}",
         "held-out loss": last["valid_loss"] is not None and f"{last['valid_loss']:.4f}",

@@ -8,7 +8,7 @@ import warnings
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from scripts.report_logs import Run
 
@@ -23,9 +23,10 @@ DARK = "".join(f"--c{number}:{dark};" for number, (_, dark) in enumerate((INK, G
 THEME = f"@media (prefers-color-scheme:dark){{:root{{{DARK}}}}}"
 MOST_POINTS = 600
 TITLES = {
-    "loss": "loss, nats a token", "lr": "learning rate", "grad_norm": "gradient norm", "mfu": "MFU",
+    "lr": "learning rate", "grad_norm": "gradient norm", "mfu": "MFU",
     "tokens_per_second": "tokens per second", "held out bits_per_byte": "held out: bits per byte",
 }  # fmt: skip
+TAUGHT_BY = {"pretrain": "token", "conversation": "token", "preference": "pair"}  # kind of data: what a loss is of
 ORDER = ("loss", "held out bits_per_byte", "lr", "grad_norm", "tokens_per_second", "mfu")
 STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "minimind", "axes.spines.top": False, "axes.spines.right": False,
@@ -80,6 +81,10 @@ def overview(groups: list[list[Run]]) -> Figure:
 
 def _draw(axes, runs: list[Run], name: str, held_out: str) -> None:
     title, tops = TITLES.get(name, name.replace("_", " ")), []
+    # distillation's loss is a mixture, GRPO's has no unit
+    units = {None if "ce" in run.metrics() else TAUGHT_BY.get(run.start.get("kind")) for run in runs}
+    if name == "loss" and len(units) == 1 and None not in units:
+        title = f"loss, nats a {units.pop()}"
     for number, run in enumerate(runs):
         colour = COLOURS[number % len(COLOURS)][0]
         steps, values = thinned(*run.series(name))
@@ -100,7 +105,7 @@ def _draw(axes, runs: list[Run], name: str, held_out: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     if name == "mfu":
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
     elif name == "tokens_per_second":
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.set_ylim(bottom=0)

@@ -33,6 +33,7 @@ class Run:
     wall_seconds: float = 0.0  # of all parts, with evaluations, saving and lost steps
     seconds: float = 0.0  # the same without evaluations and saving: what --estimate predicts
     ended: bool = False
+    ended_step: int = 0  # of the "end" line: steps after the last logged one are done too
     label: str = ""
 
     @property
@@ -57,8 +58,12 @@ class Run:
         return int(self.start.get("total_steps", self.steps[-1]["step"]))
 
     @property
+    def last_step(self) -> int:
+        return max(self.steps[-1]["step"], self.ended_step)
+
+    @property
     def state(self) -> str:
-        last = self.steps[-1]["step"]
+        last = self.last_step
         if last >= self.total_steps:
             return "complete"
         return f"stopped at step {last:,} of {self.total_steps:,}" + ("" if self.ended else ", or still running")
@@ -142,6 +147,7 @@ def read_run(path: Path) -> Run:
         elif event == "evaluation":
             run.evaluations.append(content)
         run.ended = event == "end"
+        run.ended_step = content.get("step", 0) if run.ended else 0
         part.append(content)
     _add_time(run, part)
     if not run.steps:

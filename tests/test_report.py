@@ -56,6 +56,33 @@ def test_a_killed_and_resumed_run_is_one_curve(tmp_path):
     assert run.wall_seconds == 7 + 56  # lost steps were paid for too; each step's seconds begin again at 0
 
 
+def test_a_run_that_was_stopped_ends_with_its_last_step_even_if_that_was_not_logged(tmp_path):
+    lines = [start(), step(1), step(4), {"event": "end", "step": 6}]
+    run = read_run(write_log(tmp_path, lines))
+    assert run.state == "stopped at step 6 of 10" and dict(report.tiles(run, None))["steps"] == "6"
+    run = read_run(write_log(tmp_path, [*lines, start(first_step=6), step(7)]))
+    assert run.state == "stopped at step 7 of 10, or still running"
+
+
+def test_a_loss_is_titled_by_what_it_is_of_and_ticks_tell_apart(tmp_path):
+    titles = {}
+    for kind, more in (
+        ("pretrain", {}),
+        ("conversation", {}),
+        ("preference", {}),
+        ("rollouts", {}),
+        ("conversation", {"ce": 1.0}),
+    ):
+        lines = [start() | {"kind": kind}, *(step(n) | {"mfu": 0.03 + n / 1000} | more for n in (1, 5, 9))]
+        figures = report_charts.charts([read_run(write_log(tmp_path, lines))])
+        titles[kind, *more] = [figure.axes[0].get_title("left") for figure in figures]
+    first = [found[0] for found in titles.values()]
+    assert first == ["loss, nats a token", "loss, nats a token", "loss, nats a pair", "loss", "loss"]
+    axis = figures[titles["conversation", "ce"].index("MFU")].axes[0].yaxis
+    ticks = [axis.get_major_formatter()(value) for value in axis.get_majorticklocs()]
+    assert len(set(ticks)) == len(ticks) > 2 and all(text.endswith("%") for text in ticks)
+
+
 def test_a_run_started_again_is_a_new_one(tmp_path):
     again = [start(total_steps=3, time=9.0), step(1, loss=4.0, time=10.0)]
     run = read_run(write_log(tmp_path, [start(), step(1), step(2), evaluation(2), *again]))
