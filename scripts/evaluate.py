@@ -172,13 +172,12 @@ def reach_candidate(name: str, args: argparse.Namespace) -> tuple[Candidate, dic
     tokenizer = ChatTokenizer(tokenizer_folder(Path(name), args.tokenizer_path))
 
     def write(prompts: list[list[int]]) -> list[str]:
-        room = (min(args.max_new_tokens, context_length - len(ids)) for ids in prompts)
-        options = dict(model=name, temperature=args.temperature)
-        asked = (
-            client.completions.create(prompt=ids, seed=args.seed + n, max_tokens=longest, **options)
-            for n, (ids, longest) in enumerate(zip(prompts, room, strict=True))
-        )
-        return [answer.choices[0].text for answer in asked]
+        def answer(ids: list[int], seed: int) -> str:
+            room = min(args.max_new_tokens, context_length - len(ids))
+            options = dict(model=name, max_tokens=room, temperature=args.temperature, seed=seed)
+            return client.completions.create(prompt=ids, **options).choices[0].text
+
+        return [answer(ids, seed) for seed, ids in enumerate(prompts, args.seed)]
 
     facts = dict.fromkeys(("adapter", "stage", "parameters", "trained_tokens")) | {"source": args.base_url}
     facts["tokenizer_sha256"] = tokenizer.sha256
@@ -420,8 +419,13 @@ def settings_of(candidate: Candidate, each: QuestionSet, args: argparse.Namespac
         "context": candidate.context_length,
         "set": hashlib.sha256(repr((each.questions, each.examples)).encode("utf-8", "replace")).hexdigest()[:12],
         "tokenizer": candidate.facts["tokenizer_sha256"],
-        "weights": [candidate.name, *(p.stat().st_mtime_ns if p.exists() else str(p) for p in sources)],
+        "weights": [candidate.name, *(last_change(path) for path in sources)],
     }
+
+
+def last_change(path: Path) -> int | str:
+    """Return when weights were written, in ns; a server's address itself."""
+    return max(file.stat().st_mtime_ns for file in (path, *path.glob("*"))) if path.exists() else str(path)
 
 
 def run(

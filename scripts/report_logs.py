@@ -32,8 +32,7 @@ class Run:
     skipped: int = 0  # broken lines
     wall_seconds: float = 0.0  # of all parts, with evaluations, saving and lost steps
     seconds: float = 0.0  # the same without evaluations and saving: what --estimate predicts
-    ended: bool = False
-    ended_step: int = 0  # of the "end" line: steps after the last logged one are done too
+    ended: int | None = None  # step of the "end" line: steps after the last logged one are done too
     label: str = ""
 
     @property
@@ -59,14 +58,14 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        return max(self.steps[-1]["step"], self.ended_step)
+        return max(self.steps[-1]["step"], self.ended or 0)
 
     @property
     def state(self) -> str:
-        last = self.last_step
-        if last >= self.total_steps:
+        if self.last_step >= self.total_steps:
             return "complete"
-        return f"stopped at step {last:,} of {self.total_steps:,}" + ("" if self.ended else ", or still running")
+        running = ", or still running" if self.ended is None else ""
+        return f"stopped at step {self.last_step:,} of {self.total_steps:,}{running}"
 
     @property
     def flags(self) -> dict:
@@ -146,8 +145,7 @@ def read_run(path: Path) -> Run:
             run.steps.append(content)
         elif event == "evaluation":
             run.evaluations.append(content)
-        run.ended = event == "end"
-        run.ended_step = content.get("step", 0) if run.ended else 0
+        run.ended = content.get("step", 0) if event == "end" else None
         part.append(content)
     _add_time(run, part)
     if not run.steps:
