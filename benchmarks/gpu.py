@@ -344,7 +344,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = ChatTokenizer(ROOT / "model")
     about, peak = machine(args.device), matmul_rate(torch.device(args.device))
     print(", ".join(f"{name} {value}" for name, value in about.items()))
-    print(f"best bfloat16 matrix product: {peak / 1e12:,.3g} TFLOP/s", flush=True)
+    print(f"best matrix product: {peak / 1e12:,.3g} TFLOP/s", flush=True)
     record = {"machine": about, "matmul_flops_per_second": peak, "training": {}, "decoding": {}}
     record["flags"] = {name: str(value) for name, value in vars(args).items()}
     with tempfile.TemporaryDirectory() as folder:
