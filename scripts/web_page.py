@@ -417,6 +417,8 @@ def begin_answer(turn: Turn, model: LocalModel | ApiModel | None, problem: str, 
             raise ValueError(problem or words("choose"))
         messages = conversation.messages(settings.history_turns, settings.system, turn)
         conversation.run = model.start(answer, messages, settings, conversation.answered)
+        if answer.ending:  # it ended before `run` was there to be cleared
+            conversation.run = None
     except ValueError as error:
         key, *numbers = error.args
         answer.ending, answer.error = FAILED, words(key).format(*numbers) if key in WORDS["en"] else str(error)
