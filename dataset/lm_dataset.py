@@ -177,19 +177,14 @@ def _missing(holder: dict) -> str:
 
 
 def _text(value, name: str) -> str:
-    fault = _text_fault(value)
+    """Return a text to learn from. Raises RecordError if it is none."""
+    if not isinstance(value, str):
+        fault = f"must be a string, not {_type_name(value)}"
+    else:
+        fault = _surrogate_fault(value) if value and not value.isspace() else "is empty"
     if fault:
         raise RecordError(f"{name} {fault}")
     return value
-
-
-def _text_fault(value) -> str | None:
-    """Return what keeps a value from being a text to learn from, if anything."""
-    if not isinstance(value, str):
-        return f"must be a string, not {_type_name(value)}"
-    if not value or value.isspace():
-        return "is empty"
-    return _surrogate_fault(value)
 
 
 def _surrogate_fault(value: str) -> str | None:
@@ -235,8 +230,6 @@ def _turn(given: dict, where: str, before: str | None, unused: Counter, may_be_e
     role, content = ROLE_NAMES[name], given.get("content")
     if isinstance(content, list) and name != "function_call":
         content = _joined_parts(content, f'"content" {where}')
-    if given.keys() == {"role", "content"} and name != "function_call" and not _text_fault(content):
-        return {"role": role, "content": content}
     _count_unused(given, USED_KEYS[role], "turns", unused)
     more = {}
     if role == "system" and given.get("tools"):
@@ -256,9 +249,9 @@ def _turn(given: dict, where: str, before: str | None, unused: Counter, may_be_e
     may_be_empty = "content" in given and (may_be_empty or (role == "tool" and content is not None))
     is_blank = content is None or (isinstance(content, str) and not content.strip())
     if not (is_blank and (may_be_empty or more.keys() & {"tools", "tool_calls"})):
-        fault = _text_fault(content) if "content" in given else _missing(given)
-        if fault:
-            raise RecordError(f'"content" {where} {fault}')
+        if "content" not in given:
+            raise RecordError(f'"content" {where} {_missing(given)}')
+        _text(content, f'"content" {where}')
     return {"role": role, "content": content or "", **more}
 
 

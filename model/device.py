@@ -7,7 +7,6 @@ kernels are: model_minimind.py, decoder.py, token_losses.py.
 
 import importlib
 from collections.abc import Sequence
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -38,11 +37,6 @@ def named_device(name: str) -> torch.device:
         return torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device {name}: not a device; use cpu, cuda, cuda:N, mps, xpu or npu") from None
-
-
-def module_of(device: torch.device) -> ModuleType:
-    """Return torch.cuda, torch.xpu ... : functions for random numbers, memory and the current device."""
-    return torch.get_device_module(device)
 
 
 def has_own_memory(device: torch.device) -> bool:
@@ -95,7 +89,7 @@ def has_bfloat16(device: torch.device) -> bool:
         return torch.backends.mps.is_macos_or_newer(14, 0)
     if device.type == "xpu":
         return torch.xpu.is_bf16_supported(including_emulation=False)
-    return getattr(module_of(device), "is_bf16_supported", lambda: False)()
+    return getattr(torch.get_device_module(device), "is_bf16_supported", lambda: False)()
 
 
 def cpu_has_bfloat16() -> bool:

@@ -353,22 +353,15 @@ class AttentionPlan:
         self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen
 
     @classmethod
-    def packed(
-        cls,
-        cu_seqlens: torch.Tensor,
-        max_seqlen: int,
-        hidden_states: torch.Tensor,
-        shape: tuple[int, int],
-        head_dim: int,
-    ):
-        """Plan rows of shape (batch, seq) whose documents have the borders cu_seqlens (documents + 1,)."""
+    def packed(cls, cu_seqlens: torch.Tensor, max_seqlen: int, hidden_states: torch.Tensor, head_dim: int):
+        """Plan rows (batch, seq, hidden) whose documents have the borders cu_seqlens (documents + 1,)."""
         dtype = compute_dtype(hidden_states)
         if hidden_states.device.type == "cpu":
             return cls("tiles", tiles=attention_tiles(cu_seqlens, dtype))
         fits = dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0 and head_dim <= 256
         if HAS_VARLEN and hidden_states.is_cuda and fits and flash_runs_on(hidden_states.device.index):
             return cls("varlen", cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
-        batch, seq = shape
+        batch, seq = hidden_states.shape[:2]
         positions = torch.arange(batch * seq, device=cu_seqlens.device)
         # number of the document at each position: how many documents end at or before it
         document = torch.bucketize(positions, cu_seqlens[1:].long(), right=True).view(batch, seq)
@@ -376,19 +369,15 @@ class AttentionPlan:
         return cls("mask", mask=mask.unsqueeze(1))
 
     @classmethod
-    def rows(
-        cls, attention_mask: torch.Tensor | None, past: int, keys: int, shape: tuple[int, int], device: torch.device
-    ):
+    def rows(cls, attention_mask: torch.Tensor | None, past: int, keys: int, hidden_states: torch.Tensor):
         """Plan rows that may be padded (attention_mask (batch, keys), 0 = padding) and may continue `past` tokens."""
-        batch, queries = shape
+        (batch, queries), device = hidden_states.shape[:2], hidden_states.device
         if attention_mask is not None and attention_mask.dim() == 4:  # the caller's own mask
             if attention_mask.shape[:2] == (1, 1) and attention_mask.dtype == torch.bool and device.type == "cpu":
                 parts = attention_mask[0, 0].split(128)
                 seen = [part.any(dim=0).nonzero().squeeze(1) for part in parts]
                 return cls("parts", tiles=[(keys, part[:, keys]) for keys, part in zip(seen, parts, strict=True)])
             return cls("mask", mask=attention_mask)
-        if attention_mask is not None and attention_mask.shape[1] > keys:
-            attention_mask = attention_mask[:, :keys]
         padded = attention_mask is not None and not bool(attention_mask.all())
         if not padded and past == 0 and keys == queries:
             return cls("causal")
@@ -398,7 +387,7 @@ class AttentionPlan:
             return cls("mask")  # one new token attends to everything
         mask = (key_positions <= query_positions).expand(batch, 1, queries, keys)
         if padded:
-            real = F.pad(attention_mask.bool(), (0, keys - attention_mask.shape[1]), value=True)
+            real = F.pad(attention_mask.bool(), (0, keys - attention_mask.shape[1]), value=True)  # or cut, if longer
             # a padding query attends to itself, or its softmax would have no terms
             mask = mask & real[:, None, None, :] | (key_positions == query_positions)
         return cls("mask", mask=mask)
@@ -654,13 +643,12 @@ class MiniMindModel(MiniMindPreTrainedModel):
             else:
                 position_ids = torch.arange(past, past + seq, device=device).expand(batch, seq)
         if cu_seqlens is not None:
-            head_dim = self.config.head_dim
-            plan = AttentionPlan.packed(cu_seqlens, max_seqlen or seq, hidden_states, (batch, seq), head_dim)
+            plan = AttentionPlan.packed(cu_seqlens, max_seqlen or seq, hidden_states, self.config.head_dim)
         else:
             keys = past + seq
             if hasattr(past_key_values, "get_mask_sizes"):  # a transformers cache may hold more slots than tokens
                 keys = past_key_values.get_mask_sizes(seq, 0)[0]
-            plan = AttentionPlan.rows(attention_mask, past, keys, (batch, seq), device)
+            plan = AttentionPlan.rows(attention_mask, past, keys, hidden_states)
         rotary = rotary_tables(position_ids, self.config)
         documents = None
         if self.config.use_moe and self.training:
@@ -719,18 +707,15 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        cu_seqlens: torch.Tensor | None = None,
-        max_seqlen: int | None = None,
-        document_ids: torch.Tensor | None = None,
         head: Callable[[torch.Tensor, torch.Tensor], Any] | None = None,
         **kwargs: Any,
     ) -> MiniMindOutput:
         """Return logits (batch, seq, vocab), or those of the last `logits_to_keep` positions.
 
         input_ids (batch, seq); attention_mask (batch, past + seq), 0 = padding; position_ids (batch, seq).
-        Packed rows: cu_seqlens (documents + 1,) int32, borders of the documents in the flattened stream of batch · seq
-        positions, the last entry repeated as padding; max_seqlen, an upper bound of their lengths; document_ids
-        (batch, seq), -1 on padding, for the balance loss.
+        kwargs, for packed rows: cu_seqlens (documents + 1,) int32, borders of the documents in the flattened stream of
+        batch · seq positions, the last entry repeated as padding; max_seqlen, an upper bound of their lengths;
+        document_ids (batch, seq), -1 on padding, for the balance loss.
         head: a function (hidden_states, lm_head.weight) -> anything, called instead of the head and returned as
         `head_output`; `logits` is then None. A loss can avoid logits that it does not need, and every weight is still
         used inside forward, as DDP and ZeRO require.
@@ -743,16 +728,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             from transformers import DynamicCache
 
             past_key_values = DynamicCache()
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            cu_seqlens=cu_seqlens,
-            max_seqlen=max_seqlen,
-            document_ids=document_ids,
-        )
+        outputs = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **kwargs)
         hidden_states, aux_loss = outputs.last_hidden_state, outputs.aux_loss
         loss = logits = head_output = None
         if head is not None:

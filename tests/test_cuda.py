@@ -98,9 +98,9 @@ def test_varlen_attention_is_chosen_in_bfloat16_and_equals_float32():
     torch.manual_seed(0)
     model = MiniMindForCausalLM(MiniMindConfig(hidden_size=128, num_hidden_layers=2, vocab_size=97))
     batch = packed_batch()
-    hidden = torch.zeros(1, device="cuda", dtype=torch.bfloat16)
-    assert AttentionPlan.packed(batch["cu_seqlens"].cuda(), 128, hidden, (2, 128), 16).kind == "varlen"
-    assert AttentionPlan.packed(batch["cu_seqlens"].cuda(), 128, hidden, (2, 128), 12).kind == "mask"
+    hidden = torch.zeros(2, 128, 128, device="cuda", dtype=torch.bfloat16)
+    assert AttentionPlan.packed(batch["cu_seqlens"].cuda(), 128, hidden, 16).kind == "varlen"
+    assert AttentionPlan.packed(batch["cu_seqlens"].cuda(), 128, hidden, 12).kind == "mask"
     loss32, grad32 = gradients(model, batch, "cuda", torch.float32, 0.0)
     loss16, grad16 = gradients(model, batch, "cuda", torch.bfloat16, 0.0)
     assert loss16 == pytest.approx(loss32, rel=1e-2)

@@ -138,8 +138,7 @@ class IntelGPU:
 @pytest.fixture
 def gpu(monkeypatch):
     gpu = IntelGPU()
-    for module in (distributed, cost, checkpoint):
-        monkeypatch.setattr(module, "module_of", lambda _: gpu)
+    monkeypatch.setattr(torch, "get_device_module", lambda _: gpu)
     return gpu
 
 

@@ -286,10 +286,11 @@ def pack(name: str):
 def use_mask_path(monkeypatch):
     """Lets a CPU take the path of other devices: a mask for scaled_dot_product_attention instead of tiles."""
     original = AttentionPlan.packed.__func__
-    elsewhere = SimpleNamespace(device=SimpleNamespace(type="cuda"), is_cuda=False, dtype=torch.float32)
+    gpu = {"device": SimpleNamespace(type="cuda"), "is_cuda": False, "dtype": torch.float32}
 
-    def packed(cls, cu_seqlens, max_seqlen, hidden_states, shape, head_dim):
-        plan = original(cls, cu_seqlens, max_seqlen, elsewhere, shape, head_dim)
+    def packed(cls, cu_seqlens, max_seqlen, hidden_states, head_dim):
+        elsewhere = SimpleNamespace(shape=hidden_states.shape, **gpu)
+        plan = original(cls, cu_seqlens, max_seqlen, elsewhere, head_dim)
         assert plan.kind == "mask"
         return plan
 
@@ -314,9 +315,11 @@ def test_the_variable_length_kernel_is_taken_where_it_is_there_and_fits(head_dim
     monkeypatch.setattr(model_minimind, "HAS_VARLEN", True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
-    gpu = SimpleNamespace(device=SimpleNamespace(type="cuda", index=0), is_cuda=True, dtype=torch.bfloat16)
+    gpu = SimpleNamespace(
+        device=SimpleNamespace(type="cuda", index=0), is_cuda=True, dtype=torch.bfloat16, shape=(1, 8, head_dim)
+    )
     borders = torch.tensor([0, 3, 8], dtype=torch.int32)
-    assert AttentionPlan.packed(borders, 8, gpu, (1, 8), head_dim).kind == kind
+    assert AttentionPlan.packed(borders, 8, gpu, head_dim).kind == kind
 
 
 @each_kind

@@ -15,7 +15,7 @@ from dataset.progress import ProgressBar
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer import logger
 from trainer.arguments import parse_arguments, stage_parser
-from trainer.checkpoint import Progress, StepCounts
+from trainer.checkpoint import Progress
 from trainer.distributed import Process
 from trainer.logger import Logger, fitted
 
@@ -150,9 +150,9 @@ def test_rate_share_of_the_peak_and_time_left_by_hand(tmp_path, monkeypatch, cap
     for step in range(2):
         clock[0] += 1800
         batch = {"step_tokens": 1.8e6, "step_positions": 2e6, "step_attended": 9e7, "step_targets": 0.6e6}
-        counts = progress.advance(batch, 8)
-        assert counts == StepCounts(1.8e6, 2e6, 9e7, 0.6e6)
-        run.step(step, 2.0 + step, 1e-3, 1.0, counts)
+        progress.advance(batch, 8)
+        run.step(step, 2.0 + step, 1e-3, 1.0, batch)
+    assert (progress.step, progress.tokens, progress.complete) == (2, 3.6e6, False)
     start, logged = map(json.loads, (tmp_path / "logs" / "x.jsonl").read_text().splitlines())
     head = 64 * 6400
     layers = sum(p.numel() for p in model.parameters()) - head

@@ -23,7 +23,6 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from dataset.tokenization import ChatTokenizer
-from model.device import module_of
 from model.model_lora import read_lora
 from model.model_minimind import MiniMindConfig
 from model.weights import (
@@ -43,19 +42,6 @@ LOCK_SECONDS = 8  # loader workers of a killed run hold its lock until they noti
 
 
 @dataclass
-class StepCounts:
-    """What one optimizer step took, all processes together.
-
-    tokens: without padding. positions: with it. attended: (token, token it attends to) pairs. targets: learned tokens.
-    """
-
-    tokens: int
-    positions: int
-    attended: int
-    targets: int
-
-
-@dataclass
 class Progress:
     """How far a run is; part of its resume state."""
 
@@ -63,13 +49,11 @@ class Progress:
     tokens: int = 0  # seen by all processes, padding excluded
     complete: bool = False
 
-    def advance(self, batch: dict, total_steps: int) -> StepCounts:
-        """Count another optimizer step and return what it took. batch: any of its micro-batches."""
-        counts = StepCounts(*(batch[f"step_{name}"] for name in ("tokens", "positions", "attended", "targets")))
+    def advance(self, batch: dict, total_steps: int) -> None:
+        """Count another optimizer step. batch: any of its micro-batches."""
         self.step += 1
-        self.tokens += counts.tokens
+        self.tokens += batch["step_tokens"]
         self.complete = self.step >= total_steps
-        return counts
 
     def due(self, interval: int) -> bool:
         """Tell whether something is due that happens every `interval` steps and after the last one."""
@@ -381,7 +365,7 @@ def _rng_state(device: torch.device) -> dict:
         "python": random.getstate(),
         "numpy": (state[0], state[1].tolist(), *state[2:]),
         "torch": torch.get_rng_state(),
-        **({} if device.type == "cpu" else {device.type: module_of(device).get_rng_state()}),
+        **({} if device.type == "cpu" else {device.type: torch.get_device_module(device).get_rng_state()}),
     }
 
 
@@ -392,4 +376,4 @@ def _set_rng_state(state: dict, device: torch.device) -> None:
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if device.type != "cpu" and state.get(device.type) is not None:  # a run may go on with another kind of device
-        module_of(device).set_rng_state(state[device.type])
+        torch.get_device_module(device).set_rng_state(state[device.type])

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from model.device import has_own_memory, module_of, named_device
+from model.device import has_own_memory, named_device
 from model.model_minimind import MiniMindConfig
 
 
@@ -118,7 +118,7 @@ class Memory:
 
     def __init__(self, device: torch.device | str):
         device = named_device(str(device))
-        self.own = module_of(device) if has_own_memory(device) else None
+        self.own = torch.get_device_module(device) if has_own_memory(device) else None
 
     def reset(self) -> None:
         """Forget the highest value so far, if the system can."""

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model.device import collectives, has_own_memory, module_of, where_float64_is
+from model.device import collectives, has_own_memory, where_float64_is
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,11 @@ def start_process(args: argparse.Namespace) -> Process:
         raise ValueError("--device mps: there is one such GPU, for one process")
     if has_own_memory(device):
         device = torch.device(device.type, local_rank if launched else device.index or 0)
-        if device.index >= (count := module_of(device).device_count()):
+        if device.index >= (count := torch.get_device_module(device).device_count()):
             raise ValueError(
                 f"process {local_rank} of this machine has no GPU of its own ({count} are here); lower --nproc_per_node"
             )
-        module_of(device).set_device(device)
+        torch.get_device_module(device).set_device(device)
         if args.dtype != "float32":
             torch.set_float32_matmul_precision("high")  # TF32 for the products that autocast leaves in float32
     else:

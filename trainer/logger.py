@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from dataset.progress import ProgressBar
-from trainer.checkpoint import Progress, StepCounts, versions
+from trainer.checkpoint import Progress, versions
 from trainer.cost import (
     Memory,
     attention_flops,
@@ -132,10 +132,14 @@ class Logger:
             self.started = [a + c - b for a, b, c in zip(self.started, before, _clocks(), strict=True)]
             self.bar.rename("training")
 
-    def step(self, step: int, loss: float, lr: float, grad_norm: float, counts: StepCounts, **more: float) -> None:
-        """Log an optimizer step: numbers of all processes together. more: further means, such as aux_loss."""
+    def step(self, step: int, loss: float, lr: float, grad_norm: float, batch: dict, **more: float) -> None:
+        """Log an optimizer step: numbers of all processes together. more: further means, such as aux_loss.
+
+        batch: any of its micro-batches. tokens: without padding. positions: with it. attended: (token, token) pairs.
+        """
         self.recent.append(loss)
-        self.sums.update({"loss": loss, "steps": 1} | vars(counts) | more)
+        counts = {name: batch[f"step_{name}"] for name in ("tokens", "positions", "attended", "targets")}
+        self.sums.update({"loss": loss, "steps": 1} | counts | more)
         sums, (elapsed, processor) = self.sums, self._seconds()
         seconds = max(elapsed - self.interval_started, 1e-9)
         rate, done = sums["tokens"] / seconds, step + 1

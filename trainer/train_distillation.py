@@ -162,9 +162,9 @@ def main(argv: list[str] | None = None) -> None:
             lr = learning_rate(step, data.total_steps, args)
             grad_norm = training.step(lr)
             # ----------------------------
-            counts = progress.advance(batch, data.total_steps)
+            progress.advance(batch, data.total_steps)
             more = {"ce": cross_entropy, "kl": divergence, "aux_loss": aux_loss}
-            logger.step(step, loss, lr, grad_norm, counts, **more)
+            logger.step(step, loss, lr, grad_norm, batch, **more)
             metrics["loss"] = loss
 
             if progress.due(args.eval_interval):

@@ -159,9 +159,9 @@ def main(argv: list[str] | None = None) -> None:
             lr = learning_rate(step, data.total_steps, args)
             grad_norm = training.step(lr)
             # ----------------------------
-            counts = progress.advance(batch, data.total_steps)
+            progress.advance(batch, data.total_steps)
             more = dict(zip(METRICS[1:], shown, strict=True))
-            logger.step(step, loss, lr, grad_norm, counts, **more, aux_loss=aux_loss)
+            logger.step(step, loss, lr, grad_norm, batch, **more, aux_loss=aux_loss)
             metrics["loss"] = loss
 
             if progress.due(args.eval_interval):

@@ -182,9 +182,9 @@ def main(argv: list[str] | None = None) -> None:
                 check_finite(means[0] + aux_loss, step)
                 grad_norm = training.step(lr)
                 # ----------------------------
-            taught = progress.advance(counts, sampler.total_steps)
+            progress.advance(counts, sampler.total_steps)
             sampled |= zip(METRICS[1:], means[1:], strict=True)
-            logger.step(step, means[0], lr, grad_norm, taught, **sampled)
+            logger.step(step, means[0], lr, grad_norm, counts, **sampled)
             metrics |= sampled
 
             if held_out and progress.due(args.eval_interval):

@@ -98,8 +98,8 @@ def main(argv: list[str] | None = None) -> None:
             lr = learning_rate(step, data.total_steps, args)
             grad_norm = training.step(lr)
             # ----------------------------
-            counts = progress.advance(batch, data.total_steps)
-            logger.step(step, cross_entropy, lr, grad_norm, counts, aux_loss=aux_loss)
+            progress.advance(batch, data.total_steps)
+            logger.step(step, cross_entropy, lr, grad_norm, batch, aux_loss=aux_loss)
             metrics["loss"] = cross_entropy
 
             if progress.due(args.eval_interval):
