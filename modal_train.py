@@ -233,7 +233,7 @@ def submit(script: str, data: str, words: tuple[str, ...]) -> None:
 def bring(path: Path, args: argparse.Namespace) -> None:
     """Have a data file on the volume: uploaded from here, else downloaded there as one of the published files."""
     if path.is_file():
-        if path.stem in PUBLISHED and path.resolve() != CODE / "dataset" / path.name:
+        if path.stem in PUBLISHED and not path.parent.samefile(CODE / "dataset"):
             sys.exit(f"error: {path} has the name of a published file, which it would replace on the volume; rename it")
         volume = modal.Volume.from_name(args.volume, create_if_missing=True)
         with volume.batch_upload(force=True) as batch:  # blocks that are there already are not sent again

@@ -15,7 +15,7 @@ TAG = re.compile(r"</?(?:think|answer)>")
 
 LONGEST = 100  # characters of a number: a model that repeats a digit forever has not given one
 UNSIGNED = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
-UNIT = "[百千]?(?:万亿|[万亿])|千(?![克米瓦])|百(?!分)"
+UNIT = "[百千]?(?:万亿|[万亿])|千(?![克米瓦卡伏帕焦赫牛]|字节|比特)|百(?![分货])"
 PARTS = re.compile(rf"({UNSIGNED})({UNIT})")  # of a number like 3万5千
 FRACTION = re.compile(rf"\\[dt]?frac\{{\s*([-+]?(?:{UNSIGNED}))\s*\}}\{{\s*({UNSIGNED})\s*\}}")
 # A minus between two numbers is a subtraction, so it is a sign only if nothing stands before it.

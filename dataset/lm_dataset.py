@@ -12,7 +12,7 @@ from collections import Counter
 
 from dataset.tokenization import ROLES, ChatTokenizer, Segment
 
-RULES_VERSION = 2  # raise it if conversations become other ids or masks: it is part of a token cache's identity
+RULES_VERSION = 3  # raise it if conversations become other ids or masks: it is part of a token cache's identity
 # kind of record -> how a line looks
 FORMS = {
     "pretrain": '{"text": "…"}',
@@ -230,6 +230,8 @@ def _turn(given: dict, where: str, before: str | None, unused: Counter, may_be_e
     role, content = ROLE_NAMES[name], given.get("content")
     if isinstance(content, list) and name != "function_call":
         content = _joined_parts(content, f'"content" {where}')
+    if given.keys() == {"role", "content"} and name != "function_call" and isinstance(content, str) and content.strip():
+        return {"role": role, "content": _text(content, f'"content" {where}')}  # nearly every turn, without a detour
     _count_unused(given, USED_KEYS[role], "turns", unused)
     more = {}
     if role == "system" and given.get("tools"):

@@ -317,7 +317,9 @@ class Engine:
             shared = {other: common_prefix(other.ids, request._prompt_ids[:-1]) for other in self._slots}
             source = max(self._slots, key=lambda other: shared[other])
             if shared[source] > request.cached_tokens:
-                self._make_ready(request, source, shared[source])
+                self._guarded(lambda _: self._make_ready(request, source, shared[source]), [request])
+                if request.finish_reason is not None:  # that failed
+                    return 0
         start = len(slot.ids)
         chunk = request._prompt_ids[start : start + budget]
 

@@ -268,11 +268,14 @@ class LeanExperts:
             shares = torch.zeros(len(x), len(self.experts), device=x.device).scatter_(1, chosen, weights).to(x.dtype)
             for number, expert in enumerate(self.experts):
                 out += expert(x) * shares[:, number : number + 1]
+        elif len(x) == 1:  # of one text: a third faster than looking for rows
+            for number, weight in zip(chosen[0].tolist(), weights[0].tolist(), strict=True):
+                out.add_(self.experts[number](x), alpha=weight)
         else:
-            for number in chosen.unique().tolist():
+            for number, expert in enumerate(self.experts):
                 # the tokens that chose this expert, and at which of their top_k
                 rows, ranks = (chosen == number).nonzero(as_tuple=True)
-                out.index_add_(0, rows, self.experts[number](x[rows]) * weights[rows, ranks].unsqueeze(1).to(x.dtype))
+                out.index_add_(0, rows, expert(x[rows]) * weights[rows, ranks].unsqueeze(1).to(x.dtype))
         return out
 
 

@@ -371,6 +371,8 @@ def check_not_read(target: Path, *read: Path | None) -> None:
 
 def check_target(target: Path, force: bool, *files: Path) -> None:
     """Raise ValueError if a folder to be filled is not empty, or single files exist, unless --force is given."""
+    if target.resolve() == ROOT / "model":
+        raise ValueError(f"--output {target} holds the program's own files; name another folder")
     if files:
         taken = [file for file in files if file.exists()]
         what = f"{taken[0]} exists" if taken else ""

@@ -142,7 +142,8 @@ def download(hub: HuggingFace, wanted: list[str] | None, target: Path, overwrite
             f"{hub.repo} has no {', '.join(missing)} at revision {hub.revision}; it has {', '.join(sorted(files))}. "
             "Older files may be in an older --revision"
         )
-    if outside := [name for name in wanted or files if not (target / name).resolve().is_relative_to(target.resolve())]:
+    root = os.path.abspath(target)  # of names: a file there may be a link to another disk
+    if outside := [n for n in wanted or files if not Path(os.path.abspath(target / n)).is_relative_to(root)]:
         raise ValueError(f"{hub.repo} lists {outside[0]!r}, which would be written outside {target}; nothing is loaded")
     plan = []
     for remote in [files[name] for name in wanted or sorted(files)]:

@@ -121,10 +121,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     try:
         weights = find_weights(args.weight, args.out_dir, args.hidden_size, args.use_moe)
-        target = args.output or Path(args.out_dir) / "space"
+        target = (args.output or Path(args.out_dir) / "space").resolve()
         if target.exists() and any(target.iterdir()) and not (target / "space.json").exists():
             raise ValueError(f"--output {target} holds other files; name a new folder")
-        if target.resolve() in weights.resolve().parents:
+        if target in weights.resolve().parents:
             raise ValueError(f"{weights} is in the folder that would be replaced; name another with --output")
         title = args.title or (args.repo_id or weights.stem).split("/")[-1]
         tokenizer = tokenizer_folder(weights, args.tokenizer_path)

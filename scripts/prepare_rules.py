@@ -68,9 +68,9 @@ OTHER_MODELS = (
 )
 MAKERS = r"OpenAI|Anthropic|深度求索|阿里云|阿里巴巴|百度|讯飞|智谱|月之暗面"
 # who names a model after one of these speaks of a tool, or of a bun: 我是通过百度地图找到的, 我是吃豆包长大的
-TOOL = r"通过|用|在|从|吃|去|看|买|\b(?:with|using|about|at|by)\b"
+TOOL = r"通过|用(?![于来途户])|\b(?:with|using|about|at|by)\b"
 NAMED = r"我是|我叫|我的名字是|我的名字叫|我由|作为|I am|I'm|[Mm]y name is|call me"
-SELF = rf"(?:{NAMED})(?:(?!{TOOL})[^。！？.!?，,\n]){{0,20}}"
+SELF = rf"(?:{NAMED})(?!在|从|吃|去|看|买)(?:(?!{TOOL})[^。！？.!?，,\n]){{0,20}}"
 OTHER_NAME = re.compile(
     rf"{SELF}(?:{OTHER_MODELS})"
     rf"|{SELF}(?:{MAKERS})[^。！？.!?\n]{{0,6}}(?:开发|训练|研发|创造|推出|的 ?(?:人工智能|AI|助手|大|语言|模型))"
@@ -205,7 +205,8 @@ def holders(turn: dict) -> Iterator[tuple]:
     """Yield (dict or list, key) of each text that a turn says: thought, strings in calls, content."""
     if turn.get("reasoning_content"):
         yield turn, "reasoning_content"
-    yield from strings_in([call["function"]["arguments"] for call in turn.get("tool_calls") or ()])
+    if calls := turn.get("tool_calls"):
+        yield from strings_in([call["function"]["arguments"] for call in calls])
     yield turn, "content"
 
 
@@ -219,7 +220,7 @@ def strings_in(value: dict | list, but: tuple = ()) -> Iterator[tuple]:
 
 
 def said(turn: dict) -> str:
-    return "\n".join(holder[key] for holder, key in holders(turn))
+    return turn["content"] if len(turn) == 2 else "\n".join(holder[key] for holder, key in holders(turn))
 
 
 def check_turns(turns: list[dict], changes: list[str], is_good: bool) -> None:

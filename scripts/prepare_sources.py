@@ -22,7 +22,9 @@ BLOCK_ROWS = 1000  # of csv, parquet and JSON arrays
 LONGEST_ITEM = 64 << 20  # characters of one item of a JSON array
 LAYOUTS = {".jsonl": "lines", ".ndjson": "lines", ".json": "lines", ".txt": "text", ".md": "text"}
 LAYOUTS |= {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-NO_DATA = re.compile(r"\..*|readme.*|license.*|.*\.report\.json", re.IGNORECASE)  # names inside a folder
+NO_DATA = re.compile(  # names inside a folder
+    r"\..*|(readme|licen[sc]e)([-_.][a-z]{2,5})?\.(md|txt|json)(\.gz|\.zst)?|.*\.report\.json", re.IGNORECASE
+)
 
 
 class Block(NamedTuple):
@@ -132,7 +134,9 @@ def _batches(path: Path, raw: io.BufferedReader, encoding: str) -> Iterator[str 
     else:
         beginning = text.read(BLOCK_CHARACTERS)
         chunks = itertools.chain([beginning], iter(partial(text.read, BLOCK_CHARACTERS), ""))
-        if layout(path) != "lines" or not _is_array(beginning):
+        is_one = ".json" in Path(path.name.lower()).suffixes  # the whole file; .jsonl may hold an array in each line
+        starts = beginning.lstrip("\ufeff \t\r\n").startswith("[")
+        if layout(path) != "lines" or not (starts and is_one or _is_array(beginning)):
             yield from (chunk + text.readline() for chunk in chunks)
             return
         rows = _array_items(chunks)
@@ -141,7 +145,9 @@ def _batches(path: Path, raw: io.BufferedReader, encoding: str) -> Iterator[str 
 
 
 def _csv_rows(lines: Iterator[str], delimiter: str) -> Iterator[dict]:
-    reader, last = csv.DictReader(lines, delimiter=delimiter, restkey="columns beyond the first row's", strict=True), 0
+    # quotes inside a cell are ordinary between tabs
+    options = {"delimiter": delimiter, "strict": delimiter == ","}
+    reader, last = csv.DictReader(lines, restkey="columns beyond the first row's", **options), 1
     try:
         for row in reader:
             last = reader.line_num

@@ -395,6 +395,28 @@ def test_requests_that_come_together_read_their_common_prompt_once(model):
         assert_same_answer(model, prompt, answer, list(stream(model, prompt, GREEDY)))
 
 
+def test_a_copy_that_fails_ends_only_its_own_request(model, monkeypatch):
+    engine, prompt = Engine(model, slots=3), random_ids(40)
+    other = engine.submit(prompt[20:25], GREEDY)
+    first, second = (engine.submit(prompt, GREEDY) for _ in range(2))
+    monkeypatch.setattr(engine, "_make_ready", fails_after(2, engine._make_ready))
+    ids_of(other), ids_of(first)
+    with pytest.raises(RuntimeError, match="no memory"):
+        ids_of(second)
+
+
+def fails_after(count: int, call):
+    """The call, which raises from its third time on (after `count`)."""
+    calls = iter(range(10**6))
+
+    def failing(*args):
+        if next(calls) > count:
+            raise RuntimeError("no memory")
+        return call(*args)
+
+    return failing
+
+
 def test_weights_and_adapters_that_change_take_effect():
     model = tiny_model()
     engine = Engine(model, slots=2)

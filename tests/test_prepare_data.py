@@ -314,10 +314,10 @@ def test_every_file_layout_gives_the_same_records(tmp_path, name):
     assert [[t["content"] for t in r["conversations"]] for r in made] == [[p["question"], p["answer"]] for p in PAIRS]
 
 
-@pytest.mark.parametrize("indent", [1, None])
-def test_json_arrays_one_after_another_are_all_read(tmp_path, monkeypatch, indent):
+@pytest.mark.parametrize("indent, between", [(1, " "), (None, " "), (None, "\n")])
+def test_json_arrays_one_after_another_are_all_read(tmp_path, monkeypatch, indent, between):
     parts = [json.dumps(PAIRS[n : n + 20], indent=indent) for n in (0, 20)]
-    (tmp_path / "a.json").write_text(" ".join(parts) + "\n", "utf-8")
+    (tmp_path / "a.json").write_text(between.join(parts) + "\n", "utf-8")
     for characters in (1 << 20, 7):
         monkeypatch.setattr("scripts.prepare_sources.BLOCK_CHARACTERS", characters)
         prepare("convert", tmp_path / "a.json", "-o", tmp_path / "made.jsonl", "--to", "conversation", "--overwrite")
@@ -619,6 +619,8 @@ CHAT_RULES = {
         ("I am a large language model, trained by Google.", True),
         ("我是一个穷书生，家住江南，正要进京赶考。", False),
         ("我是通过百度地图找到这家店的，味道很好。", False),
+        ("我是一个用于聊天的ChatGPT助手。", True),
+        ("我是一个专门用来看图的Qwen模型。", True),
         ("我是吃豆包长大的。", False),
         ("它是OpenAI开发的聊天机器人，于2022年发布。", False),
         ("I was surprised by Gemini and its bright stars.", False),

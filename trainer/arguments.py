@@ -128,7 +128,7 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
     add("--device", default="cuda:0" if torch.cuda.is_available() else "cpu", help="cpu, cuda:N, mps, xpu or npu")
     add("--num_workers", type=int, help="processes that assemble batches (default: 1 on CUDA and XPU, else 0)")
     add("--log_interval", type=int, default=100, help="optimizer steps between log lines")
-    add("--save_interval", type=int, help="optimizer steps between saves (default: 100, or as many as take 30 saves)")
+    add("--save_interval", type=int, help="optimizer steps between saves (default: 100, more if saving is slow)")
     add("--eval_interval", type=int, default=500, help="optimizer steps between evaluations")
     add("--sample_prompt", type=utf8, default="", help="a text that the model continues at every evaluation")
     add_boolean(group, "--estimate", False, "time a short run, print what the whole run will take, keep nothing")
