@@ -250,8 +250,8 @@ def stage_steps(args: argparse.Namespace, tokenizer: ChatTokenizer, step_done: S
 
     def log_step(*arguments, **named):
         log(*arguments, **named)
-        counts = arguments[-1]
-        step_done({"grpo": PROMPTS * GROUP, "dpo": args.batch_size}.get(stage, counts.tokens))
+        batch = arguments[-1]
+        step_done({"grpo": PROMPTS * GROUP, "dpo": args.batch_size}.get(stage, batch["step_tokens"]))
 
     Logger.step = log_step
     Sampler._answers = sample_forever if sampling else answers

@@ -760,7 +760,7 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
         raise ValueError(f"--weight: several are called {twice[0]}; score them one by one")
     compared = len(specs) > 1 and any(is_read(each.questions[0], args) for each in sets)
     if compared and not args.max_seq_len:
-        args.max_seq_len = min(reach(spec, args)[0].context_length for spec in specs)
+        args.max_seq_len = max(reach(spec, args)[0].context_length for spec in args.weight)
     scored = []
     for spec in specs:
         start = time.monotonic()
