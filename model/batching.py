@@ -269,11 +269,8 @@ class Engine:
             if len(free) == len(self._slots) and (self._decoder is None or not self._weights.is_of(self.model)):
                 self._lay_out()
             request = self._waiting.popleft()
-            # The last token of the prompt is always read: the answer begins with its logits.
-            prompt_ids = request._prompt_ids[:-1]
-            shared = {slot: common_prefix(slot.ids, prompt_ids) for slot in self._slots}
-            source = max(self._slots, key=lambda slot: (shared[slot], slot.request is None))
-            slot, count = min(free, key=lambda slot: slot.last_used), shared[source]
+            source, count = self._longest_beginning(request)
+            slot = min(free, key=lambda slot: slot.last_used)
             if source.request is None and 2 * count >= len(source.ids):
                 slot = source
             slot.request, request._slot = request, slot
@@ -284,6 +281,13 @@ class Engine:
                 self._end(request, "error", error)
                 return request
         return None
+
+    def _longest_beginning(self, request: Request) -> tuple[Slot, int]:
+        """Return the slot that holds the longest beginning of the prompt, best a free one, and how many tokens."""
+        # The last token of the prompt is always read: the answer begins with its logits.
+        shared = {slot: common_prefix(slot.ids, request._prompt_ids[:-1]) for slot in self._slots}
+        source = max(self._slots, key=lambda slot: (shared[slot], slot.request is None))
+        return source, shared[source]
 
     def _make_ready(self, request: Request, source: Slot, count: int) -> None:
         """Put the first `count` tokens of `source` into the request's slot."""
@@ -314,10 +318,9 @@ class Engine:
         """Read up to `budget` more tokens of a prompt; at its end choose the first token of the answer."""
         slot = request._slot
         if len(slot.ids) == request.cached_tokens:  # a prompt like this one may have been read since it was admitted
-            shared = {other: common_prefix(other.ids, request._prompt_ids[:-1]) for other in self._slots}
-            source = max(self._slots, key=lambda other: shared[other])
-            if shared[source] > request.cached_tokens:
-                self._guarded(lambda _: self._make_ready(request, source, shared[source]), [request])
+            source, count = self._longest_beginning(request)
+            if count > request.cached_tokens:
+                self._guarded(lambda _: self._make_ready(request, source, count), [request])
                 if request.finish_reason is not None:  # that failed
                     return 0
         start = len(slot.ids)
