@@ -147,7 +147,16 @@ def test_all_parts_run_in_processes_of_their_own(tmp_path, capsys):
 @pytest.mark.full
 def test_the_gpu_benchmark_runs_through_on_a_cpu(tmp_path, capsys):
     target = tmp_path / "gpu.json"
-    small = ["--num_hidden_layers=1", "--rows=1", "--seconds=0.1", "--new_tokens=4", "--batches", "1", "3"]
+    small = [
+        "--num_hidden_layers=1",
+        "--rows=1",
+        "--seconds=0.1",
+        "--new_tokens=4",
+        "--batches",
+        "1",
+        "3",
+        "--budget=1e9",
+    ]
     with one_thread():
         gpu.main(["--device=cpu", "--models", "26M", "MoE 145M", *small, "--json", str(target)])
     record = json.loads(target.read_text("utf-8"))
