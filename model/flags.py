@@ -1,6 +1,7 @@
 """Types and helpers for flags, for training, chat and tools alike. Imports no torch, so --help and clients are fast."""
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,11 @@ HISTORY: dict[str, Any] = {
 
 def add_boolean(parser: argparse._ActionsContainer, flag: str, default: bool | None, help: str) -> None:
     parser.add_argument(flag, default=default, help=help, **BOOL)
+
+
+def add_api_key(parser: argparse._ActionsContainer, help: str) -> None:
+    options = {"default": os.environ.get("MINIMIND_API_KEY"), "help": f"{help} (default: MINIMIND_API_KEY, if set)"}
+    parser.add_argument("--api_key", type=lambda key: key or None, **options)  # set to nothing, it asks for no key
 
 
 def show_defaults(parser: argparse.ArgumentParser) -> None:

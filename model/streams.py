@@ -2,9 +2,25 @@
 
 import codecs
 import contextlib
+import functools
 import os
 import sys
 import warnings
+from collections.abc import Callable
+
+
+def entry_point(main: Callable[[list[str] | None], None]) -> Callable[..., None]:
+    """Wrap a script's main: the streams are set up, and a user's mistake ends it with a message, not a traceback."""
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> None:
+        set_up_streams()
+        try:
+            main(argv)
+        except (ValueError, OSError) as error:
+            sys.exit(f"error: {error}")
+
+    return run
 
 
 def set_up_streams() -> None:

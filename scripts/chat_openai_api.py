@@ -8,7 +8,6 @@ Answers go to stdout, thoughts and everything else to stderr. /help lists the co
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import openai
 
-from model.flags import HISTORY, message_count, show_defaults, utf8
+from model.flags import HISTORY, add_api_key, message_count, show_defaults, utf8
 from model.streams import note, set_up_streams
 from scripts.openai_client import explain, new_client
 from scripts.terminal import CONTROL_CHARACTERS, Display, LineEditor, TerminalChat, is_typed, piped_prompts, run_main
@@ -27,7 +26,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--base_url", default="http://127.0.0.1:8998/v1", help="of the server")
     add("--model", help="default: the first one that the server offers")
-    add("--api_key", default=os.environ.get("MINIMIND_API_KEY") or "none", help="default: MINIMIND_API_KEY, if set")
+    add_api_key(parser, "of the server")
     add("--temperature", type=float, help="default: the server's")
     add("--top_p", type=float, help="default: the server's")
     add("--max_tokens", type=int, help="longest answer; default: the server's")
@@ -48,11 +47,8 @@ class ServerChat(TerminalChat):
         self.client = new_client(openai.OpenAI, args.base_url, api_key=args.api_key)
         names = self.models()
         self.model = args.model or names[0]
-        if self.model not in names:
-            try:
-                self.client.models.retrieve(args.model)  # a name that the server knows but does not list
-            except openai.NotFoundError as error:
-                raise ValueError(f"there is no model {args.model!r} here; there are: {', '.join(names)}") from error
+        if self.model not in names:  # the server may know it without listing it; if not, its error says what there is
+            self.client.models.retrieve(self.model)
 
     def models(self) -> list[str]:
         names = [CONTROL_CHARACTERS.sub("", str(model.id)) for model in self.client.models.list()]

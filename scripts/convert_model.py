@@ -63,7 +63,7 @@ from model.model_lora import (
     save_peft,
 )
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.streams import set_up_streams
+from model.streams import entry_point
 from model.weights import (
     STAGE_OF_MODE,
     WeightsError,
@@ -282,9 +282,9 @@ def build(state: dict[str, torch.Tensor], config: MiniMindConfig, path: Path) ->
 
 
 @torch.inference_mode()
-def logits_of(model: torch.nn.Module, seed: int = 0) -> torch.Tensor:
+def logits_of(model: torch.nn.Module) -> torch.Tensor:
     """Return float32 logits (4, 64, vocab) on random ids."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (4, 64), generator=generator)
     return model(input_ids=ids).logits.float()
 
@@ -341,11 +341,8 @@ def staging(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     for stale in target.parent.glob(f".{glob.escape(target.name)}.*.staged"):  # what a killed process left behind
         shutil.rmtree(stale, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".staged"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".staged") as folder:
+        yield Path(folder)
 
 
 def publish(staged: Path, folder: Path) -> None:
@@ -657,13 +654,13 @@ def describe(source: Source) -> str:
     return f"{count / 1e6:.2f}M parameters, {kind}, {dtype_name(source.model.dtype)}{old}"
 
 
+@entry_point
 def main(argv: list[str] | None = None) -> None:
-    set_up_streams()
     args = parse_args(argv)
     try:
         convert(args)
-    except (ValueError, OSError, ImportError, SafetensorError) as error:
-        sys.exit(f"error: {error}")
+    except (ImportError, SafetensorError) as error:
+        raise ValueError(str(error)) from error
     except KeyboardInterrupt:
         sys.exit("interrupted; nothing was written to the target")
 

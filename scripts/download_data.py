@@ -27,7 +27,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_ba
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from model.streams import set_up_streams
+from model.streams import entry_point
 
 # name: (size, tokens to train at, what it is); lengths in names are characters
 DATA = {
@@ -115,8 +115,7 @@ def fault_of(path: Path, remote: Remote) -> str | None:
     is_lfs = len(remote.digest or "") == 64  # else a git blob
     digest = hashlib.sha256() if is_lfs else hashlib.sha1(f"blob {remote.size}\0".encode())
     with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+        hashlib.file_digest(file, lambda: digest)
     return None if remote.digest in (None, digest.hexdigest()) else "its contents differ from the hub's"
 
 
@@ -199,8 +198,8 @@ def print_list(hub: HuggingFace) -> None:
         print(f"{name:24} {what}\n    {type(hub)(name, 'model', None).url('').split('/resolve/')[0]}")
 
 
+@entry_point
 def main(argv: list[str] | None = None) -> None:
-    set_up_streams()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("files", nargs="*", default=["pretrain_hq", "sft_mini_512"], help="names from --list (default: %(default)s)")
@@ -212,18 +211,15 @@ def main(argv: list[str] | None = None) -> None:
     add("--overwrite", action="store_true", help="replace files that differ from the hub's")
     args = parser.parse_args(argv)
     hub = HUBS[args.source]("minimind_dataset", "dataset", args.revision)
-    try:
-        if args.list:
-            print_list(hub)
-        elif args.weights:
-            for name in args.weights:
-                model = HUBS[args.source](name, "model", args.revision)
-                download(model, None, (args.out_dir or ROOT) / name, args.overwrite)
-        else:
-            names = [name.removesuffix(".jsonl") + ".jsonl" for name in args.files]
-            download(hub, names, args.out_dir or ROOT / "dataset", args.overwrite)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    if args.list:
+        print_list(hub)
+    elif args.weights:
+        for name in args.weights:
+            model = HUBS[args.source](name, "model", args.revision)
+            download(model, None, (args.out_dir or ROOT) / name, args.overwrite)
+    else:
+        names = [name.removesuffix(".jsonl") + ".jsonl" for name in args.files]
+        download(hub, names, args.out_dir or ROOT / "dataset", args.overwrite)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,7 @@ over all, and by the number of calls that are due.
 import argparse
 import contextlib
 import json
-import socket
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,29 +23,25 @@ sys.path.insert(0, str(ROOT))
 import openai
 
 from dataset.answers import exact_matches, number, number_matches
+from dataset.data_file import data_identity
 from dataset.lm_dataset import RecordError, parse_record
 from dataset.tools import call_tool, offered_tools, unknown_tools
-from model.flags import at_least, show_defaults
+from model.flags import add_api_key, at_least, show_defaults
 from model.loading import add_flags
-from model.streams import set_up_streams
-from scripts.openai_client import explain, new_client
+from model.streams import entry_point
+from scripts.openai_client import explain, new_client, own_server
 
 MOST_TURNS, LONGEST_TURN = 8, 256  # of the model in one conversation; tokens
 SCORES = ("calls", "arguments", "answer")
 TOGETHER = 16  # conversations
-START_SECONDS = 180
 SERVER_FLAGS = ("model_mode", "out_dir", "hidden_size", "use_moe", "tokenizer_path", "lora_name", "device")
 
 
 def read_conversations(path: Path) -> list[list[dict]]:
     """Return the turns of each record. Raises ValueError that names the wrong file or line."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = list(file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--data_path {path} cannot be read: {error}") from error
+    data_identity(path)  # there, and UTF-8
     conversations = []
-    for at, line in enumerate(lines, 1):
+    for at, line in enumerate(path.read_text("utf-8").rstrip("\n").split("\n"), 1):
         try:
             turns = parse_record("conversation", line)
         except RecordError as error:
@@ -118,57 +110,31 @@ def percent(judged: list[dict[str, bool]], name: str) -> str:
     return f"{100 * sum(each[name] for each in judged) / len(judged):.1f} %"
 
 
-@contextlib.contextmanager
-def own_server(args: argparse.Namespace) -> Iterator[str]:
-    """Yield the base URL of a server for these weights. Raises ValueError if it does not start."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, str(ROOT / "scripts" / "serve_openai_api.py"), "--port", str(port), "--quiet"]
-    for flag in SERVER_FLAGS:
-        if (value := getattr(args, flag)) is not None:
-            command += [f"--{flag}", str(value)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    try:
-        end = time.monotonic() + START_SECONDS
-        while True:
-            with contextlib.suppress(OSError):
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            if server.poll() is not None or time.monotonic() > end:
-                raise ValueError("the server did not start; its message is above")
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        server.terminate()
-        server.wait()
-
-
+@entry_point
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data_path", type=Path, default=ROOT / "dataset" / "sample" / "tool_questions.jsonl", help="jsonl")
     add("--base_url", help="an OpenAI-compatible server (default: one is started for the weights that follow)")
-    add("--api_key", default="none", help="for --base_url")
+    add_api_key(parser, "for --base_url")
     add("--model", default="minimind", help="name of the model there")
     add_flags(parser, *SERVER_FLAGS)
     add("--examples", type=at_least(0), default=5, help="wrong conversations to print")
     show_defaults(parser)
-    set_up_streams()
     args = parser.parse_args(argv)
-    try:
-        conversations = read_conversations(args.data_path)
-        with contextlib.nullcontext(args.base_url) if args.base_url else own_server(args) as base_url:
-            client = new_client(openai.OpenAI, base_url, api_key=args.api_key)
+    conversations = read_conversations(args.data_path)
+    flags = {name: getattr(args, name) for name in SERVER_FLAGS}
+    words = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+    with contextlib.nullcontext((args.base_url, 0)) if args.base_url else own_server(*words) as (base_url, _):
+        client = new_client(openai.OpenAI, base_url, api_key=args.api_key)
+        try:
             with ThreadPoolExecutor(TOGETHER) as pool:
                 played = list(pool.map(lambda turns: play(client, turns, args.model), conversations))
             refused = [turns[-1]["refused"] for turns in played if "refused" in turns[-1]]
             if len(refused) == len(played):
                 raise refused[0]
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except openai.OpenAIError as error:
-        sys.exit(f"error: {explain(error, base_url)}")
+        except openai.OpenAIError as error:
+            raise ValueError(explain(error, base_url)) from error
     judged = [judge(turns, gold) for turns, gold in zip(played, conversations, strict=True)]
     shown = 0
     for turns, gold, right in zip(played, conversations, judged, strict=True):

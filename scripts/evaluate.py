@@ -84,11 +84,11 @@ from dataset.answers import (
 from dataset.lm_dataset import tokenize_records
 from dataset.progress import ProgressBar
 from dataset.tokenization import ChatTokenizer
-from model.flags import BOOL, at_least, show_defaults
+from model.flags import BOOL, add_api_key, at_least, show_defaults
 from model.generation import SamplingParams, generate_batch
 from model.loading import CONTEXT, READY_FLAGS, add_flags, experts_in, load_ready, ready_flags, tokenizer_folder
 from model.model_lora import find_lora
-from model.streams import set_up_streams
+from model.streams import entry_point
 from model.weights import find_weights, write_atomically, write_json
 from scripts.evaluation_sets import LETTERS, PUBLIC, Question, QuestionSet, download, read_set
 from scripts.log_likelihoods import Pair, log_likelihoods, log_likelihoods_of_server
@@ -397,16 +397,9 @@ def read_records(candidate: Candidate, questions: list[Question]) -> list[dict]:
 
 
 def units_of(sets: list[QuestionSet]) -> list[tuple[str, int, int]]:
-    """Return (set, first question, end) of each piece of work; a piece never spans two subjects."""
-    units = []
-    for each in sets:
-        start = 0
-        for end in range(1, len(each.questions) + 1):
-            last = end == len(each.questions)
-            if last or end - start == UNIT or each.questions[end].subject != each.questions[start].subject:
-                units.append((each.name, start, end))
-                start = end
-    return units
+    """Return (set, first question, end) of each piece of work."""
+    starts = [(each, start) for each in sets for start in range(0, len(each.questions), UNIT)]
+    return [(each.name, start, min(start + UNIT, len(each.questions))) for each, start in starts]
 
 
 def settings_of(candidate: Candidate, each: QuestionSet, args: argparse.Namespace) -> dict[str, Any]:
@@ -724,11 +717,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--resume", **BOOL, default=False, help="go on where a run with the same settings stopped")
     add("--output", type=Path, help="a .json file, or a folder for several weights (default: OUT_DIR/scores/)")
     add("--base_url", help="score a model of this OpenAI-compatible server; --tokenizer_path names its tokenizer")
-    add(
-        "--api_key",
-        default=os.environ.get("MINIMIND_API_KEY", "none"),
-        help="for --base_url (default: MINIMIND_API_KEY, if set)",
-    )
+    add_api_key(parser, "for --base_url")
     add_flags(parser, "out_dir", "hidden_size", "use_moe", *READY_FLAGS)
     show_defaults(parser)
     args = parser.parse_args(argv)
@@ -819,14 +808,11 @@ def with_earlier(result: dict, earlier: dict) -> dict:
     return result | {part: {name: earlier[part][name] for name in kept} | result[part] for part in parts}
 
 
+@entry_point
 def main(argv: list[str] | None = None) -> None:
-    set_up_streams()
-    args = None
+    args = parse(argv)
     try:
-        args = parse(argv)
         results = evaluate(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command with --resume goes on")
     except openai.OpenAIError as error:

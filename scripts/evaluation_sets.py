@@ -11,6 +11,7 @@ examples, test or val the questions. Layouts of a row, in csv, jsonl or parquet:
 """
 
 import csv
+import itertools
 import json
 import shutil
 import string
@@ -106,15 +107,13 @@ def read_set(name: str, folder: Path, limit: int | None = None) -> QuestionSet:
         raise ValueError(f"--tasks {name}: neither a file or folder nor a set in {folder}{cure}. There is: {there}")
     split = next((path / split for split in SPLITS if (path / split).is_dir() and _has_answers(path / split)), path)
     files = find_files([split])
-    questions = [question for file in files for question in read_questions(file)]
-    by_subject: dict[str, list[Question]] = {}
-    for question in questions:
-        by_subject.setdefault(question.subject, []).append(question)
+    questions = sorted((question for file in files for question in read_questions(file)), key=lambda q: q.subject)
     examples: dict[str, list[Question]] = {}
     for file in find_files([path / "dev"]) if (path / "dev").is_dir() else ():
         for question in read_questions(file):
             examples.setdefault(question.subject, []).append(question)
-    kept = [question for subject in sorted(by_subject) for question in by_subject[subject][:limit]]
+    by_subject = itertools.groupby(questions, lambda question: question.subject)
+    kept = [question for _, group in by_subject for question in itertools.islice(group, limit)]
     if not kept:
         raise ValueError(f"{path} holds no question")
     if len({(isinstance(question.gold, str), (question.record or ("",))[0]) for question in kept}) > 1:

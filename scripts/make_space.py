@@ -28,7 +28,7 @@ from dataset.tokenization import ChatTokenizer
 from model.flags import show_defaults, utf8_path
 from model.generation import SamplingParams, stream
 from model.loading import add_flags, load_ready, tokenizer_folder
-from model.streams import set_up_streams
+from model.streams import entry_point
 from model.weights import find_weights, read_sidecar, sidecar_path
 from scripts.convert_model import staging
 from scripts.example_prompts import example_prompts
@@ -116,25 +116,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@entry_point
 def main(argv: list[str] | None = None) -> None:
-    set_up_streams()
     args = parse(argv)
-    try:
-        weights = find_weights(args.weight, args.out_dir, args.hidden_size, args.use_moe)
-        target = (args.output or Path(args.out_dir) / "space").resolve()
-        if target.exists() and any(target.iterdir()) and not (target / "space.json").exists():
-            raise ValueError(f"--output {target} holds other files; name a new folder")
-        if target in weights.resolve().parents:
-            raise ValueError(f"{weights} is in the folder that would be replaced; name another with --output")
-        title = args.title or (args.repo_id or weights.stem).split("/")[-1]
-        tokenizer = tokenizer_folder(weights, args.tokenizer_path)
-        with staging(target) as folder:
-            told = write_space(weights, tokenizer, title, args.license, folder / "space")
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(folder / "space", target)
-        print(f"{target}: {told}", flush=True)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    weights = find_weights(args.weight, args.out_dir, args.hidden_size, args.use_moe)
+    target = (args.output or Path(args.out_dir) / "space").resolve()
+    if target.exists() and any(target.iterdir()) and not (target / "space.json").exists():
+        raise ValueError(f"--output {target} holds other files; name a new folder")
+    if target in weights.resolve().parents:
+        raise ValueError(f"{weights} is in the folder that would be replaced; name another with --output")
+    title = args.title or (args.repo_id or weights.stem).split("/")[-1]
+    tokenizer = tokenizer_folder(weights, args.tokenizer_path)
+    with staging(target) as folder:
+        told = write_space(weights, tokenizer, title, args.license, folder / "space")
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(folder / "space", target)
+    print(f"{target}: {told}", flush=True)
     if not args.repo_id:
         print(f"python {target / 'app.py'}")
         return

@@ -8,7 +8,6 @@ import functools
 import json
 import math
 import re
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
 from dataset.tokenization import ChatTokenizer
-from model.loading import ReadyModel, load_ready
+from model.loading import ROOT, ReadyModel, load_ready
 from model.weights import STAGES, WEIGHT_NAME
 
 
@@ -30,13 +25,12 @@ class Entry:
     """A model that can be loaded.
 
     name: unique among those found: the file's stem (full_sft_512) or the folder's name (MiniMind2).
-    kind: "pth" or "hf". stage: a stage of training, "" if unknown. size: "26M", "145M MoE", "" if unreadable.
+    stage: a stage of training, "" if unknown. size: "26M", "145M MoE", "" if unreadable.
     adapters: names for load_entry's lora_name, of the same size. out_dir: they are in its lora/.
     """
 
     name: str
     path: Path
-    kind: str
     stage: str
     size: str
     hidden_size: int
@@ -75,7 +69,7 @@ def entry_of_file(path: Path) -> Entry | None:
     size = _label(path, use_moe)
     out_dir = path.absolute().parent
     adapters = find_adapters(out_dir, hidden_size, use_moe)
-    return Entry(path.stem, path.absolute(), "pth", stage, size, hidden_size, use_moe, adapters, out_dir)
+    return Entry(path.stem, path.absolute(), stage, size, hidden_size, use_moe, adapters, out_dir)
 
 
 def entry_of_folder(path: Path, out_dir: Path) -> Entry | None:
@@ -92,7 +86,7 @@ def entry_of_folder(path: Path, out_dir: Path) -> Entry | None:
         return None
     size = _label(path, use_moe)
     adapters = find_adapters(out_dir, hidden_size, use_moe)
-    return Entry(printable(path.name), path, "hf", "", size, hidden_size, use_moe, adapters, Path(out_dir))
+    return Entry(printable(path.name), path, "", size, hidden_size, use_moe, adapters, Path(out_dir))
 
 
 def find_adapters(out_dir: str | Path, hidden_size: int, use_moe: bool) -> tuple[str, ...]:
@@ -115,7 +109,7 @@ def load_entry(entry: Entry, lora_name: str | None = None, **flags) -> ReadyMode
 def stamp_of(entry: Entry, lora_name: str | None = None) -> tuple:
     """Return names, times and sizes of the model's files, which change when the files do."""
     files = [entry.path, entry.path.with_suffix(".json")]
-    if entry.kind == "hf":
+    if entry.path.is_dir():
         files = [*_weight_files(entry.path), entry.path / "config.json"]
     if lora_name:
         path = Path(lora_name)

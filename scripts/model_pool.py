@@ -69,7 +69,9 @@ class ModelPool:
         offers = {self.name: self.default}
         if self.max_models == 1:
             return offers
-        offers |= {f"{self.name}:{adapter}": Offer(self.default.entry, adapter) for adapter in self._adapters()}
+        entry = self.default.entry
+        adapters = find_adapters(entry.out_dir, entry.hidden_size, entry.use_moe)
+        offers |= {f"{self.name}:{adapter}": Offer(entry, adapter) for adapter in adapters}
         for entry in find_models(self._out_dir, self._folders):
             if entry.path != self.default.entry.path:
                 found = [Offer(entry), *(Offer(entry, adapter) for adapter in entry.adapters)]
@@ -78,15 +80,10 @@ class ModelPool:
 
     def find(self, name: str) -> Offer:
         """Return the offer of that name, which for the default may be its file's name. ApiError 404 lists all names."""
-        if name == self.name:
-            return self.default
         offers = self.offers()
-        if name in offers:
-            return offers[name]
-        for adapter in (None, *self._adapters()):
-            offer = Offer(self.default.entry, adapter)
-            if name == offer.root and (self.max_models > 1 or offer == self.default):
-                return offer
+        alone = [Offer(self.default.entry)] * (self.max_models > 1)  # the default without its adapter
+        if found := offers.get(name) or {offer.root: offer for offer in [*alone, *offers.values()]}.get(name):
+            return found
         message = f"there is no model {name!r} here; there are: {', '.join(offers)}"
         raise ApiError(404, message, "model", "model_not_found")
 
@@ -167,7 +164,3 @@ class ModelPool:
     def close(self) -> None:
         for model in self._loaded.values():
             model.engine.close()
-
-    def _adapters(self) -> tuple[str, ...]:
-        entry = self.default.entry
-        return find_adapters(entry.out_dir, entry.hidden_size, entry.use_moe)

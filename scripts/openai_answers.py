@@ -319,9 +319,6 @@ class ChatFormat:
     def chunk(self, choice: Choice, deltas: list[Delta]) -> dict:
         return self._chunk(choice, self._message(choice, deltas), self.logprobs(choice))
 
-    def ending(self, choice: Choice) -> dict:
-        return self._chunk(choice, {}, self.logprobs(choice)) | {"finish_reason": choice.finish_reason}
-
     def whole(self, choice: Choice, deltas: list[Delta]) -> dict:
         message = {"role": "assistant", "content": None, "refusal": None} | self._message(choice, deltas)
         if message["content"] is None and "tool_calls" not in message:
@@ -375,10 +372,8 @@ class CompletionFormat:
         return self._choice(choice, text, self._logprobs(choice, tokens, echoed=True))
 
     def chunk(self, choice: Choice, deltas: list[Delta]) -> dict:
-        return self._choice(choice, "".join(text for _, text in deltas), self._new_logprobs(choice))
-
-    def ending(self, choice: Choice) -> dict:
-        return self._choice(choice, "", self._new_logprobs(choice)) | {"finish_reason": choice.finish_reason}
+        tokens, choice.new_tokens = choice.new_tokens, []
+        return self._choice(choice, "".join(text for _, text in deltas), self._logprobs(choice, tokens))
 
     def whole(self, choice: Choice, deltas: list[Delta]) -> dict:
         prompt = self.opening(choice) or {"text": "", "logprobs": None}
@@ -391,10 +386,6 @@ class CompletionFormat:
             "logprobs": logprobs if self.wants_logprobs else None,
             "finish_reason": choice.finish_reason,
         }
-
-    def _new_logprobs(self, choice: Choice) -> dict | None:
-        tokens, choice.new_tokens = choice.new_tokens, []
-        return self._logprobs(choice, tokens)
 
     def _logprobs(self, choice: Choice, tokens: list[Token], echoed: bool = False) -> dict | None:
         if not self.wants_logprobs or not tokens:

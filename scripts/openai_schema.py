@@ -10,10 +10,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-MOST_STOP_STRINGS, MOST_TOOLS = 4, 128
+from dataset.lm_dataset import joined_parts
+
+MOST_TOOLS = 128
 NO_LIMIT = 2**31 - 1  # tokens: what max_tokens -1 means to local servers; the context ends the answer
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 ROLES = ("system", "developer", "user", "assistant", "tool")
+# fields that would change the answer
+UNSUPPORTED = dict.fromkeys(("logit_bias", "suffix"), "it is not supported") | {
+    "best_of": "n gives several answers",
+    "modalities": "the model writes text only",
+    "functions": "use tools and tool_choice instead",
+    "function_call": "use tools and tool_choice instead",
+}
 
 
 class ApiError(Exception):
@@ -79,17 +88,7 @@ class Message(Part):
     @field_validator("content", mode="before")
     @classmethod
     def join_parts(cls, content: Any) -> Any:
-        """Join parts of type text, a line for each."""
-        if not isinstance(content, list):
-            return content
-        texts = []
-        for part in content:
-            kind = part.get("type") if isinstance(part, dict) else None
-            if kind != "text" or not isinstance(part.get("text"), str):
-                what = f"a part of type {kind!r}" if isinstance(kind, str) else "this"
-                raise ValueError(f"the model reads text only, not {what}")
-            texts.append(part["text"])
-        return "\n".join(texts)
+        return joined_parts(content, "content") if isinstance(content, list) else content
 
     @model_validator(mode="after")
     def has_content(self):
@@ -151,7 +150,7 @@ class Sampling(Part):
     stream_options: StreamOptions | None = None
     n: Annotated[Int, Field(ge=1, le=128)] | None = 1
     seed: Annotated[Int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Annotated[list[str], Field(fail_fast=True)] | None = None
+    stop: Annotated[list[str], Field(fail_fast=True, max_length=4)] | None = None
     max_tokens: Annotated[Length, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -162,8 +161,6 @@ class Sampling(Part):
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     ignore_eos: bool | None = False
     min_tokens: Annotated[Int, Field(ge=0)] | None = 0
-    # would change the answer, and is not supported: only what changes nothing is accepted
-    logit_bias: dict[str, Any] | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -172,9 +169,7 @@ class Sampling(Part):
 
     @field_validator("stop")
     @classmethod
-    def few_and_not_empty(cls, stop: list[str] | None) -> list[str] | None:
-        if stop and len(stop) > MOST_STOP_STRINGS:
-            raise ValueError(f"{len(stop)} stop strings, and at most {MOST_STOP_STRINGS} are taken")
+    def none_empty(cls, stop: list[str] | None) -> list[str] | None:
         if stop and not all(stop):
             raise ValueError("an empty stop string ends every text before it begins")
         return stop
@@ -183,8 +178,6 @@ class Sampling(Part):
     def supported(self):
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options is only taken with stream: true", "stream_options")
-        if self.logit_bias:
-            raise unsupported("logit_bias", "logit_bias is not supported")
         return self
 
 
@@ -197,18 +190,11 @@ class ChatRequest(Sampling):
     tool_choice: Literal["auto", "none", "required"] | Tool | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
-    functions: Any = None
-    function_call: Any = None
-    modalities: list[str] | None = None
 
     @model_validator(mode="after")
     def chat_supported(self):
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
-        if self.functions or self.function_call:
-            raise unsupported("functions" if self.functions else "function_call", "use tools and tool_choice instead")
-        if self.modalities not in (None, [], ["text"]):
-            raise unsupported("modalities", "the model writes text only")
         if self.tool_choice not in (None, "none", "auto") and not self.enforced_tools:
             raise ApiError(400, "tool_choice names a tool that is not among tools", "tool_choice", "invalid_value")
         return self
@@ -236,8 +222,6 @@ class CompletionRequest(Sampling):
     max_tokens: Annotated[Length, Field(ge=0)] | None = 16
     echo: bool | None = False
     logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
-    suffix: str | None = None
-    best_of: Int | None = None
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -252,10 +236,6 @@ class CompletionRequest(Sampling):
     def completion_supported(self):
         if not self.prompt:
             raise ApiError(400, "prompt is an empty list", "prompt")
-        if self.suffix:
-            raise unsupported("suffix", "suffix is not supported")
-        if self.best_of not in (None, self.n or 1):
-            raise unsupported("best_of", "best_of is not supported; n gives several answers")
         if self.max_tokens == 0 and not self.echo:
             raise ApiError(400, "max_tokens 0 is only taken with echo: true", "max_tokens")
         return self
@@ -273,6 +253,9 @@ def parse(schema: type[Sampling], raw: bytes, max_messages: int = 1000) -> Sampl
         raise ApiError(400, f"the body is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ApiError(400, "the body must be a JSON object")
+    for name, message in UNSUPPORTED.items():
+        if content.get(name) and content[name] not in (content.get("n", 1), ["text"]):  # which change nothing
+            raise unsupported(name, f"{name}: {message}")
     if isinstance(content.get("messages"), list) and len(content["messages"]) > max_messages:
         message = f"{len(content['messages'])} messages, and at most {max_messages} are taken"
         raise ApiError(400, message, "messages", "too_many_messages")

@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from model.flags import utf8_path
-from model.streams import set_up_streams
-from model.weights import WeightsError, write_atomically
+from model.streams import entry_point
+from model.weights import write_atomically
 
 MANIFEST = "manifest.json"
 STATE = ".resume"  # unpacked after the weights that it belongs to
@@ -125,13 +125,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@entry_point
 def main(argv: list[str] | None = None) -> None:
-    set_up_streams()
     args = parse(argv)
     try:
         args.function(args)
-    except (ValueError, WeightsError, OSError, tarfile.TarError) as error:
-        sys.exit(f"error: {error}")
+    except tarfile.TarError as error:
+        raise ValueError(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from model.flags import at_least, fraction
-from model.streams import set_up_streams
+from model.flags import at_least
+from model.streams import entry_point
 from scripts.prepare_formats import Convert
 from scripts.prepare_inspect import Inspect
 from scripts.prepare_mix import Contrast, Join, Mix
@@ -71,9 +71,9 @@ class Recipe(Step):
             between.append(args.output.with_name(f"{args.output.stem}.{number}_{name}.jsonl"))
             output = args.output if number == len(steps) else between[-1]
             encoding = [f"--encoding={args.encoding}"] if number == 1 else []
-            command = [name, *inputs, "-o", output, *flags, *more.get(name, []), *encoding]
-            print("python scripts/prepare_data.py " + shlex.join(map(str, command)), flush=True)
-            run([*map(str, command), *common])
+            words = [name, *inputs, "-o", output, *flags, *more.get(name, []), *encoding]
+            print("python scripts/prepare_data.py " + shlex.join(map(str, words)), flush=True)
+            main([*map(str, words), *common])
             inputs = [output]
         for path in between[:-1]:
             path.unlink()
@@ -96,34 +96,15 @@ def new_parser() -> argparse.ArgumentParser:
         add("--quiet", action="store_true", help="no progress bar")
         for field in dataclasses.fields(step):
             if field.metadata:
-                add(f"--{field.name}", default=field.default, **options_of(field))
+                add(f"--{field.name}", default=field.default, **field.metadata)
     return parser
 
 
-def options_of(field: dataclasses.Field) -> dict:
-    """Return argparse's options for a step's field."""
-    options, kind = dict(field.metadata), type(field.default)
-    if kind is bool:
-        options["action"] = argparse.BooleanOptionalAction
-    elif kind is tuple:
-        options["nargs"] = "*"
-    elif kind in (int, float):  # a step's numbers are counts and shares
-        options.setdefault("type", at_least(0) if kind is int else fraction)
-    return options
-
-
-def run(argv: list[str] | None) -> None:
+@entry_point
+def main(argv: list[str] | None = None) -> None:
     args = new_parser().parse_args(argv)
     step = next(step for step in COMMANDS if step.__name__.lower() == args.command)
     step(**{field.name: getattr(args, field.name) for field in dataclasses.fields(step) if field.metadata}).run(args)
-
-
-def main(argv: list[str] | None = None) -> None:
-    set_up_streams()
-    try:
-        run(argv)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

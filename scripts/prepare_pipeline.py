@@ -6,6 +6,7 @@ output is the same with any number of workers. It is written next to its name an
 leaves the old file or none.
 """
 
+import argparse
 import dataclasses
 import functools
 import json
@@ -24,6 +25,7 @@ from dataset.disk import writing_errors
 from dataset.lm_dataset import RecordError
 from dataset.progress import ProgressBar
 from dataset.workers import results_in_order, usable_cores
+from model.flags import at_least, fraction
 from scripts.prepare_sources import Block, find_files, layout, passages, read_blocks
 
 EXAMPLES = 10  # of each reason, in the report
@@ -199,7 +201,9 @@ def new_output(path: Path, args, inputs: list[Path], name: str = "--output"):
 
 def flag(default, text: str, **options):
     """Return a field of a step that is a flag of its command, with options of argparse."""
-    return field(default=default, metadata={"help": text} | options)
+    by_kind = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"nargs": "*"}}
+    by_kind |= {int: {"type": at_least(0)}, float: {"type": fraction}}  # a step's numbers are counts and shares
+    return field(default=default, metadata={"help": text} | by_kind.get(type(default), {}) | options)
 
 
 @dataclass

@@ -172,10 +172,8 @@ def character_classes() -> np.ndarray:
 def repeated_lines(text: str) -> float:
     """Return the share of characters that are in lines seen before."""
     lines = [line.strip() for line in text.split("\n")]
-    if len(lines) < 2:
-        return 0.0
     total = sum(map(len, lines))
-    return 1 - sum(map(len, set(lines))) / max(total, 1)
+    return (total - sum(map(len, set(lines)))) / max(total, 1)
 
 
 def repeated_ngrams(codes: np.ndarray) -> float:

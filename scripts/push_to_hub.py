@@ -28,7 +28,7 @@ from huggingface_hub.utils import RepositoryNotFoundError, RevisionNotFoundError
 
 from model.flags import utf8_path
 from model.loading import read_config
-from model.streams import set_up_streams
+from model.streams import entry_point
 from model.weights import STAGES, WEIGHT_NAME, read_sidecar, sidecar_path
 from scripts.model_catalog import count_parameters
 
@@ -385,25 +385,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@entry_point
 def main(argv: list[str] | None = None) -> None:
-    set_up_streams()
     args = parse(argv)
-    try:
-        paths = [path for each in args.paths for path in weights_in(each)]
-        files = collect(paths)
-        if args.base_model and isinstance(config := files.get("adapter_config.json"), Path):
-            filled = json.loads(config.read_text("utf-8")) | {"base_model_name_or_path": args.base_model}
-            files[config.name] = json.dumps(filled, indent=2).encode()
-        if args.dataset:
-            card = dataset_card(args, files)
-        else:
-            titles = {path.name + "/" * path.is_dir(): path for path in paths}
-            scores = found_scores(paths) if args.scores is None else args.scores
-            card = model_card(args.repo_id, titles, files, scores, args.base_model, args.language, args.license)
-        files["README.md"] = card.encode()
-        hub = HUBS[args.to](args, "dataset" if args.dataset else "model")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    paths = [path for each in args.paths for path in weights_in(each)]
+    files = collect(paths)
+    if args.base_model and isinstance(config := files.get("adapter_config.json"), Path):
+        filled = json.loads(config.read_text("utf-8")) | {"base_model_name_or_path": args.base_model}
+        files[config.name] = json.dumps(filled, indent=2).encode()
+    if args.dataset:
+        card = dataset_card(args, files)
+    else:
+        titles = {path.name + "/" * path.is_dir(): path for path in paths}
+        scores = found_scores(paths) if args.scores is None else args.scores
+        card = model_card(args.repo_id, titles, files, scores, args.base_model, args.language, args.license)
+    files["README.md"] = card.encode()
+    hub = HUBS[args.to](args, "dataset" if args.dataset else "model")
     upload(hub, files, args)
     if args.dry_run:
         print(f"\n{files['README.md'].decode()}")

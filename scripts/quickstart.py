@@ -15,13 +15,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from model.streams import set_up_streams
+from model.streams import entry_point
 from scripts.example_prompts import CONVERSATIONS
 from scripts.speedrun import converse, must_run, run
 
 SAMPLE = ROOT / "dataset" / "sample"
 
-# Muon learns this world in about a third of AdamW's steps
+# Muon learns this world in about a third of AdamW's steps; what an interrupted quickstart left is not worth keeping
 COMMON = (
     "--hidden_size 192 --num_hidden_layers 4 --num_attention_heads 6 --num_key_value_heads 2 --max_seq_len 256 "
     "--optimizer muon --learning_rate 4e-3 --min_lr_ratio 0.05 --warmup_iters 20 --batch_size 8 --accumulation_steps 1 "
@@ -38,20 +38,19 @@ DIALOGUE = (
 )
 
 
+@entry_point
 def main(argv: list[str] | None = None) -> None:
-    set_up_streams()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "quickstart")
     args = parser.parse_args(argv)
     out = ("--out_dir", args.out_dir)
-    afresh = (*out, "--overwrite")  # what an interrupted quickstart left is not worth keeping
     start = time.monotonic()
     must_run(
         "1. Pretraining: reading",
         "trainer/train_pretrain.py",
         *("--data_path", SAMPLE / "pretrain.jsonl", "--valid_path", SAMPLE / "valid.jsonl"),
         *("--epochs", PRETRAIN_EPOCHS, *COMMON.split(), "--embedding_lr_scale", 1),
-        *afresh,
+        *out,
     )
     conversations = args.out_dir / CONVERSATIONS
     conversations.write_bytes(b"".join((SAMPLE / name).read_bytes() for name in ("sft.jsonl", "tools.jsonl")))
@@ -59,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         "2. Fine-tuning: answering, and calling a calculator",
         "trainer/train_full_sft.py",
         *("--data_path", conversations, "--epochs", SFT_EPOCHS, *COMMON.split(), *LONG_ROWS.split()),
-        *afresh,
+        *out,
     )
     questions = ("--tasks", SAMPLE / "questions.jsonl", "--match", "exact", "--overlap", "false")
     must_run("3. Questions it was never asked before", "scripts/evaluate.py", *questions, *out)

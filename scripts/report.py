@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from model.streams import set_up_streams
+from model.streams import entry_point
 from model.weights import write_atomically
 from scripts import report_charts
 from scripts.report_logs import Run, differences, read_folder, read_json, read_runs
@@ -237,6 +237,7 @@ def compare(paths: list[Path], output: Path) -> Path:
     return report.write(output, groups)
 
 
+@entry_point
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -245,15 +246,11 @@ def main(argv: list[str] | None = None) -> None:
     add("--output", type=Path, help="folder to write to (default: OUT_DIR/report)")
     add("--price_per_hour", type=float, help="of the machine in dollars (default: what the runs were given)")
     args = parser.parse_args(argv)
-    set_up_streams()
     output = args.output or args.out_dir / "report"
-    try:
-        if args.compare:
-            page = compare(args.compare, output)
-        else:
-            page = report_folder(args.out_dir, output, args.price_per_hour)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    if args.compare:
+        page = compare(args.compare, output)
+    else:
+        page = report_folder(args.out_dir, output, args.price_per_hour)
     print(f"report: {page}")
 
 

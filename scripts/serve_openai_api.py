@@ -47,7 +47,7 @@ from starlette.types import ASGIApp
 
 from dataset.tokenization import ChatTokenizer
 from model.batching import Engine, QueueFull, Token
-from model.flags import add_boolean, at_least, show_defaults
+from model.flags import add_api_key, add_boolean, at_least, show_defaults
 from model.generation import SamplingParams
 from model.loading import READY_FLAGS, add_flags, check_sizes, given_sizes, named_path, read_config, ready_flags
 from model.model_lora import find_lora
@@ -83,11 +83,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: reachable from other machines")
     add("--port", type=int, default=8998, help="0: any free one")
     add("--model_name", default="minimind", help="what the default model is called in requests")
-    add(
-        "--api_key",
-        default=os.environ.get("MINIMIND_API_KEY"),
-        help="key that every request must send (default: MINIMIND_API_KEY, if set)",
-    )
+    add_api_key(parser, "key that every request must send")
     add(
         "--cors_origin",
         action="append",
@@ -104,7 +100,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--shutdown_timeout", type=at_least(0), default=30, help="seconds that running answers get at the end")
     show_defaults(parser)
     args = parser.parse_args(argv)
-    args.api_key = args.api_key or None  # a variable that is set to nothing asks for no key
     try:
         SamplingParams(temperature=args.temperature, top_p=args.top_p)
     except ValueError as error:
@@ -140,7 +135,7 @@ def make_loader(args: argparse.Namespace, default: Offer) -> Callable[[Offer], t
         flags = ready_flags(args)
         if offer.entry != default.entry:
             flags |= {"trust_remote_code": False, "preset": None, "num_attention_heads": None}
-            if offer.entry.kind == "hf":  # its own tokenizer fits it
+            if offer.entry.path.is_dir():  # its own tokenizer fits it
                 flags["tokenizer_path"] = None
         ready = load_entry(offer.entry, offer.lora_name, **flags)
         engine = Engine(ready.model, slots=args.slots, context_length=ready.context_length, max_queue=args.max_queue)
@@ -390,7 +385,7 @@ class Api:
                     if new:
                         yield chunk(form.chunk(choice, new))
                     if choice.finish_reason:
-                        yield chunk(form.ending(choice))
+                        yield chunk(form.chunk(choice, []) | {"finish_reason": choice.finish_reason})
             except ApiError as error:  # the status has been sent
                 yield event(error.body())
                 return
@@ -494,15 +489,10 @@ def listen(host: str, port: int) -> socket.socket:
 def make_server(args: argparse.Namespace) -> tuple[Server, socket.socket]:
     """Return the server with its default model loaded, and the socket to listen on. Raises ValueError."""
     listener = listen(args.host, args.port)
-    try:
-        default = default_offer(args)
-        load = make_loader(args, default)
-        engine, tokenizer = load(default)
-        config, path = engine.model.config, default.entry.path
-        check_sizes(config, path, *given_sizes(args))
-    except BaseException:
-        listener.close()
-        raise
+    default = default_offer(args)
+    load = make_loader(args, default)
+    engine, tokenizer = load(default)
+    check_sizes(engine.model.config, default.entry.path, *given_sizes(args))
     folders = (ROOT, Path(args.hf_path))
     pool = ModelPool(args.model_name, default, Path(args.out_dir), folders, load, args.max_models)
     pool.add(default, engine, tokenizer)

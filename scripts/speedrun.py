@@ -26,7 +26,7 @@ from model.flags import add_boolean, show_defaults
 from model.generation import SamplingParams, generate_batch
 from model.loading import SHARED_FLAGS, load_ready
 from model.model_minimind import PRESETS, MiniMindConfig
-from model.streams import set_up_streams
+from model.streams import entry_point
 from model.weights import STAGES, read_sidecar, weight_path, write_json
 from trainer.arguments import MODEL_FLAGS, stage_parser
 from trainer.checkpoint import refuse_other_weights
@@ -166,8 +166,8 @@ def pipeline(args: argparse.Namespace, more: list[str]) -> None:
         print(f"\ntalk to it: python {shlex.join(map(str, words))}")
 
 
+@entry_point
 def main(argv: list[str] | None = None) -> None:
-    set_up_streams()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -186,10 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     add_boolean(parser, "--estimate", True, "say what a stage will take before it begins")
     show_defaults(parser)
     args, more = parser.parse_known_args(argv)
-    try:
-        pipeline(args, more)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    pipeline(args, more)
 
 
 if __name__ == "__main__":

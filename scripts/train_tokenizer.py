@@ -13,7 +13,6 @@ the 256 bytes, then what BPE learned. The same data gives the same file, byte fo
 
 import argparse
 import json
-import os
 import re
 import sys
 import tempfile
@@ -29,10 +28,12 @@ sys.path.insert(0, str(ROOT))
 
 from dataset.chat_template import CHAT_TEMPLATE
 from dataset.data_file import data_identity
+from dataset.disk import writing_errors
 from dataset.lm_dataset import json_object, parse_turns
 from dataset.tokenization import CONTROL_TOKENS, ChatTokenizer, StreamDecoder
 from model.flags import add_boolean
-from model.streams import set_up_streams
+from model.streams import entry_point
+from model.weights import write_atomically
 
 CONTROLS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<tool_call>", "</tool_call>")
@@ -125,21 +126,11 @@ def tokenizer_config() -> str:
 def check_writable(folder: Path) -> None:
     """Raise ValueError if no file can be written there: before training, not after it."""
     missing = not folder.exists()
-    try:
+    with writing_errors(folder, "the tokenizer", "--output_dir"):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-        if missing:
-            folder.rmdir()
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {error.strerror}; choose another --output_dir") from error
-
-
-def write_beside_then_rename(folder: Path, files: dict[str, str]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        (folder / f"{name}.tmp").write_text(content, encoding="utf-8", newline="\n")
-    for name in files:
-        os.replace(folder / f"{name}.tmp", folder / name)
+    if missing:
+        folder.rmdir()
 
 
 CHINESE = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]")
@@ -263,8 +254,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@entry_point
 def main(argv: list[str] | None = None) -> None:
-    set_up_streams()
     args = parse_arguments(argv)
     check_writable(args.output_dir)
     size_mb = sum(path.stat().st_size for path in args.data_path) / 1e6
@@ -287,9 +278,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"training {args.vocab_size:,} ids on {names}: {size_mb:.1f} MB, {share:.0%} of the records", flush=True)
     started = time.time()
     tokenizer_json = train(training_texts(), args.vocab_size)
-    write_beside_then_rename(
-        args.output_dir, {"tokenizer.json": tokenizer_json, "tokenizer_config.json": tokenizer_config()}
-    )
+    for name, content in (("tokenizer.json", tokenizer_json), ("tokenizer_config.json", tokenizer_config())):
+        write_atomically(args.output_dir / name, lambda file, content=content: file.write(content.encode()))
     print(f"trained in {time.time() - started:.0f} s, written to {args.output_dir}")
 
     tokenizer = ChatTokenizer(args.output_dir)
@@ -302,7 +292,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    main()

@@ -268,7 +268,7 @@ class ApiRun(Run):
 def api_client(kind: type, base_url: str, api_key: str, timeout: float = API_TIMEOUT):
     # never the environment's key: it is not meant for whatever address the page names
     timeout = openai.Timeout(timeout, connect=5.0)
-    return new_client(kind, base_url, api_key=api_key or "none", timeout=timeout, max_retries=0)
+    return new_client(kind, base_url, api_key, timeout=timeout, max_retries=0)
 
 
 def list_api_models(base_url: str, api_key: str) -> tuple[list[str], str]:

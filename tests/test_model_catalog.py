@@ -57,7 +57,7 @@ def test_everything_in_the_output_folder_chat_models_first(out_dir):
     assert first.adapters == ("lora_identity", "lora_medical") and other.adapters == ()
     assert moe.adapters == ("lora_medical",) and moe.use_moe and moe.size == "0.3M MoE"
     assert first == Entry(
-        "full_sft_32", out_dir / "full_sft_32.pth", "pth", "full_sft", "0.2M", 32, False, first.adapters, out_dir
+        "full_sft_32", out_dir / "full_sft_32.pth", "full_sft", "0.2M", 32, False, first.adapters, out_dir
     )
 
 
@@ -70,10 +70,8 @@ def test_folders_in_hugging_face_format(out_dir, tmp_path):
     shutil.copy(tmp_path / "full_sft_32" / "model.safetensors", tmp_path / "place" / "broken")
     entries = find_models(out_dir, folders=(tmp_path / "place", tmp_path / "full_sft_32", tmp_path / "missing"))[4:]
     # a name that is taken becomes the path
-    assert [(entry.name, entry.kind) for entry in entries] == [
-        ("MiniMind2", "hf"),
-        (str(tmp_path / "full_sft_32"), "hf"),
-    ]
+    assert [entry.name for entry in entries] == ["MiniMind2", str(tmp_path / "full_sft_32")]
+    assert all(entry.path.is_dir() for entry in entries)
     assert entries[0].size == "0.2M" and entries[0].adapters == ("lora_identity", "lora_medical")
 
 

@@ -67,15 +67,15 @@ def test_the_config_in_model_is_what_the_script_writes():
 @pytest.mark.parametrize("folder", [ROOT / "model", "model", "../model"])
 def test_the_tokenizer_in_model_is_not_replaced_without_force(corpus, folder, monkeypatch):
     monkeypatch.chdir(ROOT / "scripts" if folder == "../model" else ROOT)
-    monkeypatch.setattr(train_tokenizer, "write_beside_then_rename", lambda *_: pytest.fail("would have been replaced"))
-    with pytest.raises(ValueError, match="--force"):
+    monkeypatch.setattr(train_tokenizer, "write_atomically", lambda *_: pytest.fail("would have been replaced"))
+    with pytest.raises(SystemExit, match="--force"):
         train_tokenizer.main(["--data_path", str(corpus[0]), "--vocab_size", "300", "--output_dir", str(folder)])
 
 
 def test_another_runs_tokenizer_is_not_replaced_without_force(corpus, tmp_path):
     arguments = ["--data_path", str(corpus[0]), "--vocab_size", "300", "--output_dir", str(tmp_path)]
     (tmp_path / "tokenizer.json").write_text("mine")
-    with pytest.raises(ValueError, match="--force"):
+    with pytest.raises(SystemExit, match="--force"):
         train_tokenizer.main(arguments)
     assert (tmp_path / "tokenizer.json").read_text() == "mine"
     train_tokenizer.main([*arguments, "--force"])
@@ -97,7 +97,7 @@ def test_mistakes_are_reported_together_and_as_a_line(tmp_path):
 
 
 def test_too_little_data_is_an_error_that_says_how_many_ids_it_yields(corpus, tmp_path):
-    with pytest.raises(ValueError, match=r"yields (\d+) ids.*--vocab_size \1 "):
+    with pytest.raises(SystemExit, match=r"yields (\d+) ids.*--vocab_size \1 "):
         train_tokenizer.main(["--data_path", str(corpus[0]), "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
@@ -127,11 +127,11 @@ def test_other_encodings_and_an_output_dir_that_cannot_be_written_are_told_befor
     monkeypatch.setattr(train_tokenizer, "train", lambda *_: pytest.fail("trained"))
     text = json.dumps({"text": SENTENCES[0] * 9}, ensure_ascii=False)
     (tmp_path / "gbk.jsonl").write_text(text, "gbk")
-    with pytest.raises(ValueError, match="gbk.jsonl is not UTF-8; it looks like gb18030"):
+    with pytest.raises(SystemExit, match="gbk.jsonl is not UTF-8; it looks like gb18030"):
         train_tokenizer.main(["--data_path", str(tmp_path / "gbk.jsonl")])
     (tmp_path / "a.jsonl").write_text(text, "utf-8")
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="cannot write to .*file.*--output_dir"):
+    with pytest.raises(SystemExit, match="cannot write the tokenizer in .*file.*--output_dir"):
         train_tokenizer.main(["--data_path", str(tmp_path / "a.jsonl"), "--output_dir", str(tmp_path / "file" / "x")])
 
 
