@@ -29,7 +29,6 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 from scripts import evaluate
 from scripts.evaluation_sets import Question, read_set
-from scripts.openai_client import new_client
 
 # title: (set, letters, worked examples, share of --questions)
 FORMS = {
@@ -109,7 +108,6 @@ def main() -> None:
         if args.base_url:
             options = evaluate.parse([*flags, "--base_url", args.base_url])
             candidate, _ = evaluate.reach_candidate(args.model, options)
-            new_client(evaluate.openai.OpenAI, args.base_url, api_key="none").models.list()
             kind, model = "local-completions", {"model": args.model, "tokenizer": str(ROOT / "model")}
             model["base_url"] = f"{args.base_url}/completions"
         else:

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from model.model_minimind import MiniMindConfig
+from model.model_minimind import PRESETS, MiniMindConfig
 
+MODELS = {"26M": PRESETS["minimind2_26m"], "104M": PRESETS["minimind2_104m"], "MoE 145M": PRESETS["minimind2_moe"]}
 SHARED = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
     "rms_norm_eps", "rope_theta", "max_position_embeddings",

@@ -17,11 +17,9 @@ import asyncio
 import contextlib
 import itertools
 import json
-import os
 import random
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -39,6 +37,7 @@ import psutil
 from benchmarks.decoding import random_model
 from dataset.tokenization import ChatTokenizer
 from model.weights import save_weights
+from scripts.openai_client import own_server
 
 WORDS = "the sky was grey and an old king read by his fire 今天 天气 很好 我们 去 公园 看 花 and then it rained".split()
 LEFT_STREAMS, WHOLE_ANSWERS = 0.1, 0.25
@@ -213,35 +212,21 @@ def report(load: Load, clients: int, leaked: int) -> str:
 
 
 @contextlib.contextmanager
-def own_server(args: argparse.Namespace):
+def server_of(args: argparse.Namespace):
     """Give (URL, process id) of a server that lives as long as the measurement."""
     with tempfile.TemporaryDirectory() as folder:
-        out_dir, flags = Path(folder), []
-        if args.weight:
-            out_dir, match = args.weight.parent, re.fullmatch(r"full_sft_(\d+)(_moe)?", args.weight.stem)
-            if not match:
-                raise SystemExit(f"error: --weight {args.weight} is not named full_sft_SIZE.pth")
-            flags = ["--hidden_size", match[1], "--use_moe", str(bool(match[2]))]
-        else:
-            sidecar = {"tokenizer_sha256": ChatTokenizer(ROOT / "model").sha256}
-            save_weights(out_dir / "full_sft_512.pth", random_model(use_moe=False), sidecar)
-        command = [sys.executable, str(ROOT / "scripts" / "serve_openai_api.py"), "--out_dir", str(out_dir), *flags]
-        command += ["--port", "0", "--device", args.device, "--slots", str(args.slots)]
-        command += ["--quiet", "--max_queue", str(args.max_queue), *(["--dtype", args.dtype] if args.dtype else [])]
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-        try:
-            lines = []
-            while not (found := re.search(r"listening on (\S+)", "".join(lines))):
-                line = process.stdout.readline()
-                if not line:
-                    raise SystemExit("error: the server did not start")
-                lines.append(line)
-            print(lines[0].strip())
-            yield found[1], process.pid
-        finally:
-            process.terminate()
-            process.communicate()
+        weight = args.weight or Path(folder) / "full_sft_512.pth"
+        if not (match := re.fullmatch(r"full_sft_(\d+)(_moe)?", weight.stem)):
+            raise SystemExit(f"error: --weight {weight} is not named full_sft_SIZE.pth")
+        if not args.weight:
+            save_weights(
+                weight, random_model(use_moe=False), {"tokenizer_sha256": ChatTokenizer(ROOT / "model").sha256}
+            )
+        flags = {name: getattr(args, name) for name in ("device", "slots", "max_queue", "dtype")}
+        flags |= {"out_dir": weight.parent, "hidden_size": match[1], "use_moe": bool(match[2])}
+        words = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+        with own_server(*words) as server:
+            yield server
 
 
 def main() -> None:
@@ -258,7 +243,7 @@ def main() -> None:
     parser.add_argument("--hostile", action="store_true", help="measure again with a hostile client among the others")
     args = parser.parse_args()
     with contextlib.ExitStack() as stack:
-        url, pid = (args.base_url, None) if args.base_url else stack.enter_context(own_server(args))
+        url, pid = (args.base_url, None) if args.base_url else stack.enter_context(server_of(args))
         asyncio.run(run_load(url, 2, 1, 8))  # warms up
         for hostile in (False, True) if args.hostile else (False,):
             before = psutil.Process(pid).memory_info().rss / 1e6 if pid else 0

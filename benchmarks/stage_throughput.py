@@ -44,6 +44,7 @@ from benchmarks.lab.estimate_check import preferences
 from benchmarks.peers import endless, machine, synchronize
 from dataset.lm_dataset import parse_record
 from dataset.tokenization import ChatTokenizer
+from model.flags import at_least
 from model.model_lora import TARGETS
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import save_weights
@@ -74,18 +75,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--num_key_value_heads", type=int, default=2)
     add("--batch_size", type=int, help="pairs (default: 4) or rows (default: 8) in a step, for grpo in a micro-batch")
     add("--max_seq_len", type=int, help="default: 1024 for dpo, 512 otherwise")
-    add("--rounds", type=int, default=3)
-    add("--steps", type=int, default=3, help="optimizer steps per contender and round (default: %(default)s)")
+    add("--rounds", type=at_least(1), default=3)
+    add("--steps", type=at_least(1), default=3, help="optimizer steps per contender and round (default: %(default)s)")
     add("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     add("--json", type=Path, help="append the numbers to this file, one line of JSON for each part")
     args = parser.parse_args(argv)
-    for flag in ("rounds", "steps"):
-        if getattr(args, flag) < 1:
-            raise ValueError(f"--{flag} {getattr(args, flag)}: must be at least 1")
     if args.data_path and args.what == "all":
         raise ValueError("--data_path: choose one part with --what; they take different records")
-    if args.data_path and not args.data_path.is_file():
-        raise ValueError(f"--data_path {args.data_path}: not found")
     return args
 
 

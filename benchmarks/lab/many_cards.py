@@ -16,16 +16,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import peers
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer.cost import attention_flops, count_parameters, flops_per_token
 from trainer.estimate import CARDS, assumed_mfu
 
 SEQ_LEN = 512
-MODELS = {
-    "26M": MiniMindConfig(),
-    "104M": MiniMindConfig(hidden_size=768, num_hidden_layers=16),
-    "MoE 145M": MiniMindConfig(hidden_size=640, use_moe=True),
-}
+MODELS = {name: MiniMindConfig(**sizes) for name, sizes in peers.MODELS.items()}
 ROWS, ACCUMULATION = 32, 8  # train_pretrain.py on one card; many cards share these 131,072 tokens
 
 LOADER_TOKENS = 27e6  # packed tokens per second and process: the lowest in RESULTS.md, "Data path"
