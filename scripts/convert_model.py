@@ -20,6 +20,7 @@ import contextlib
 import copy
 import glob
 import importlib.util
+import inspect
 import os
 import shutil
 import sys
@@ -407,6 +408,8 @@ def write_hf(source: Source, target: Path, kind: str, args: argparse.Namespace) 
         after = load_folder(folder, trust_remote_code=kind == "minimind", dtype=torch.float32)
         compare(before, logits_of(after))
         check_chat(source.tokenizer, folder, kind == "minimind")
+        if kind == "minimind":  # transformers keeps the code that it ran, under this temporary folder's name
+            shutil.rmtree(Path(inspect.getfile(type(after))).parents[1], ignore_errors=True)
         publish(folder, target)
     say(f"wrote {target} ({kind} format, {dtype_name(dtype)})")
 

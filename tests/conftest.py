@@ -27,6 +27,10 @@ from model.weights import save_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 MAIN = sys.modules["__main__"]
+# what a developer has set for other programs; the tests' own servers are on this machine
+for name in ("MINIMIND_API_KEY", "OPENAI_API_KEY", "WANDB_MODE", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
+    os.environ.pop(name, None)
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 WORDS = "the sky was grey and an old king read by his fire 今天 天气 很好 我们 去 公园 看 花 and then it rained".split()
 TINY = {
     "hidden_size": 32,
@@ -420,6 +424,8 @@ class Launcher:
     """Starts scripts as processes, from a server that has imported torch and transformers already."""
 
     def __init__(self, folder: Path):
+        if sys.platform == "win32":
+            pytest.skip("Windows has no fork server, and no signal that stops a run")
         self.folder, self.children = folder, []
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload([f"trainer.{stage.script}" for stage in (*STAGES, GRPO)])

@@ -52,6 +52,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+no_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # one cannot reach this machine
+
+
 @contextlib.contextmanager
 def served(*flags: str) -> Iterator[str]:
     """Serve the page with these flags and yield its address. Raises ValueError if it fails."""
@@ -72,7 +75,7 @@ def served(*flags: str) -> Iterator[str]:
         try:
             while True:
                 with contextlib.suppress(OSError):
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=5).close()
+                    no_proxy.open(f"http://127.0.0.1:{port}/_stcore/health", timeout=5).close()
                     break
                 check(process.poll() is not None)
                 time.sleep(0.1)

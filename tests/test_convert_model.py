@@ -14,6 +14,7 @@ from conftest import ROOT, run_python, sharp_model, write_weights
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers.dynamic_module_utils import HF_MODULES_CACHE
 
 from dataset.chat_template import without_marks
 from dataset.tokenization import ChatTokenizer
@@ -221,7 +222,10 @@ def test_the_folder_is_complete(dense, tmp_path, tokenizer, convert):
 
 
 def test_our_own_classes_load_with_remote_code_from_another_folder(moe, tmp_path, convert):
+    kept = Path(HF_MODULES_CACHE, "transformers_modules")
+    before = set(kept.glob("*_dot_staged"))
     convert("--input", moe, "--output", tmp_path / "own", "--to", "minimind")
+    assert set(kept.glob("*_dot_staged")) == before, "a copy of the code was left in the user's cache"
     expected = tmp_path / "expected.pt"
     torch.save((IDS, logits(load_model(moe)[0])), expected)
     code = """

@@ -15,6 +15,9 @@ import torch
 
 from benchmarks.lab.many_cards import MODELS, work_of
 from model.model_minimind import PRESETS, MiniMindConfig, MiniMindForCausalLM
+from model.weights import STAGES
+from scripts.quickstart import COMMON
+from trainer.arguments import stage_parser
 from trainer.cost import activation_bytes, attention_backward_bytes, count_parameters, flops_per_token
 from trainer.estimate import CONTEXT_BYTES, assumed_mfu
 
@@ -345,6 +348,37 @@ def test_defaults_are_those_of_the_scripts(name):
             else:
                 expected = ROOT / cell if isinstance(default, Path) else type(default)(cell)
             assert default == expected, f"{script} {flag}"
+
+
+@pytest.mark.parametrize(("name", "first_row"), [(README, "pretraining"), (README_ZH, "预训练")])
+def test_the_stages_of_the_readme_are_those_of_the_scripts(name, first_row):
+    rows = table(name, first_row)[1]
+    assert sorted(script for _, script, *_ in rows) == [path.name for path in STAGE_SCRIPTS]
+    stages = {stage.script: written for written, stage in STAGES.items()} | {"train_lora.py": "lora/lora_medical"}
+    for _, script, data, way, _ in rows:
+        parser, (begin, end) = parser_of(ROOT / "trainer" / script), way.split(" → ")
+        assert data == parser.get_default("data_path").name, script
+        assert end == f"{stages[script]}_{MiniMindConfig().hidden_size}.pth", script
+        base = parser.get_default("base_weight")
+        assert (base in begin) if base in STAGES else not set(STAGES) & set(begin.split()), script
+
+
+@pytest.mark.parametrize("name", [README, README_ZH])
+def test_the_quickstarts_output_is_that_of_the_quickstart(name):
+    shown = next(block for block in fences(name, "text") if block.startswith("=== 1."))
+    titles = re.findall(r"^=== (.+)$", shown, re.MULTILINE)
+    script = text_of("scripts/quickstart.py")
+    assert len(titles) == 5 and all(f'"{title}"' in script for title in titles)
+    options = stage_parser("").parse_known_args(COMMON.split())[0]
+    sizes = "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"
+    config = MiniMindConfig(**{size: getattr(options, size) for size in sizes})
+    with torch.device("meta"):
+        millions = count_parameters(MiniMindForCausalLM(config))[0] / 1e6
+    assert f"{millions:.2f}M parameters, dense, {config.num_hidden_layers} layers of {config.hidden_size}\n" in shown
+    questions = len(text_of("dataset/sample/questions.jsonl").splitlines())
+    assert f"| questions, pass@1 | {questions} |" in shown and f" {questions} " in prose_of(name)
+    measured = re.findall(r"\d+\.\d+", "".join(re.findall(r"^(?:\||right).*", shown, re.MULTILINE)))
+    assert len(measured) == 3 and set(measured) <= set(numbers_in(text_of("benchmarks/RESULTS.md")))
 
 
 def test_estimated_hours_follow_from_the_formula():
