@@ -297,6 +297,11 @@ def test_the_reference_and_the_teacher_of_other_settings_are_other_files(
         before = folders("pairs-reference")
         train("train_dpo", tiny_flags(tmp_path / "a", pairs, **flags | change))
         assert folders("pairs-reference") == before + 1, change
+    theta = json.loads(base.with_suffix(".json").read_text("utf-8"))
+    theta["config"]["rope_theta"] = 1e4
+    base.with_suffix(".json").write_text(json.dumps(theta), encoding="utf-8")
+    train("train_dpo", tiny_flags(tmp_path / "a", pairs, **flags | {"overwrite": True}))
+    assert folders("pairs-reference") == before + 2, "the sidecar too"
     flags |= {"teacher_weight": wide, "cache_teacher": 4}
     for change in ({}, {"temperature": 3.0}, {"cache_teacher": 5}, {"teacher_weight": base}):
         before = folders("chats-teacher")

@@ -21,6 +21,7 @@ from conftest import (
     tiny_flags,
     write_conversations,
     write_jsonl,
+    write_preferences,
     write_texts,
 )
 from torch.distributions import Categorical, kl_divergence
@@ -640,6 +641,20 @@ def test_dpo_begins_at_ln_2_and_learns(train, tmp_path, tokenizer):
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert abs(log[0]["reward_margin"]) < 1e-5 and abs(log[0]["kl"]) < 1e-5
     assert log[-1]["loss"] < 0.6 and log[-1]["reward_accuracy"] == 1 and log[-1]["reward_margin"] > 0.1
+
+
+def test_a_file_without_a_sidecar_is_read_with_one_number_of_heads(train, tmp_path):
+    """By the model and its reference; a teacher, whose heads no flag says, needs the sidecar."""
+    path = tmp_path / "bare.pth"
+    save_weights(path, sharp_model())
+    pairs = write_preferences(tmp_path / "pairs.jsonl", 4)
+    flags = {"base_weight": path, "max_steps": 1}
+    train("train_dpo", tiny_flags(tmp_path / "dpo", pairs, **flags))
+    (record,) = read_log(tmp_path / "dpo", "rlhf_32")
+    assert record["loss"] == pytest.approx(math.log(2), abs=1e-5) and abs(record["reward_margin"]) < 1e-5
+    chats = write_conversations(tmp_path / "chats.jsonl", 4)
+    with pytest.raises(ValueError, match=r"bare.pth has no sidecar .* write it into \S+bare.json"):
+        train("train_distillation", tiny_flags(tmp_path / "kd", chats, **flags, teacher_weight=path))
 
 
 def test_distillation_begins_at_zero_where_the_student_is_the_teacher(train, tmp_path, tokenizer, chats):

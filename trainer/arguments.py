@@ -204,13 +204,18 @@ def find_base(args: argparse.Namespace) -> Path | None:
     return find_weights(args.base_weight, args.out_dir, args.hidden_size, args.use_moe)
 
 
+def given_config(args: argparse.Namespace) -> dict:
+    """Return what --preset and the flags that were given say of the model."""
+    return PRESETS.get(args.preset, {}) | {name: getattr(args, name) for name in args.given}
+
+
 def model_config(args: argparse.Namespace, vocab_size: int, base: Path | None = None) -> MiniMindConfig:
     """Return the configuration to train: what the flags say, or with `base` what these weights are.
 
     What tensors do not show (theta, eps, routing, heads) comes from the sidecar of `base`, as weights mean nothing
     without it. Raises WeightsError if flags that were given contradict it; the others are set to what it says.
     """
-    given = PRESETS.get(args.preset, {}) | {name: getattr(args, name) for name in args.given}
+    given = given_config(args)
     if base is None:
         flags = {name: getattr(args, name) for name in MODEL_FLAGS}
         return MiniMindConfig(**PRESETS.get(args.preset, {}) | flags | {"vocab_size": vocab_size})

@@ -230,7 +230,7 @@ class Checkpoint:
         flags = result_flags(self.args)
         # a flag that the saved run did not know yet had its default
         saved_flags = {name: flags[name] for name in flags.keys() - set(self.args.changed)} | saved_flags
-        for name in {"base", "reference"} & self.identity.keys():  # older states of some stages lack them
+        for name in {"base", "reference", "plan"} & self.identity.keys():  # older states of some stages lack them
             saved_identity.setdefault(name, self.identity[name])
         was = {f"--{name}": value for name, value in saved_flags.items()} | saved_identity
         now = {f"--{name}": value for name, value in flags.items()} | self.identity
@@ -332,13 +332,17 @@ class Checkpoint:
         """Return what the sidecar of the weights says: what they are, and how they were made."""
         return {
             "stage": self.stage,
-            "config": {name: value for name, value in config.to_diff_dict().items() if name != "transformers_version"},
+            "config": config_fields(config),
             "tokenizer_sha256": self.tokenizer.sha256,
             "progress": asdict(progress),
             "metrics": metrics,
             "flags": result_flags(self.args) | {"data_path": str(self.args.data_path)},
             "versions": versions(),
         }
+
+
+def config_fields(config: MiniMindConfig) -> dict:
+    return {name: value for name, value in config.to_diff_dict().items() if name != "transformers_version"}
 
 
 def versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from dataset.packing import PackedBatches, PreferenceBatches, build_plan
+from dataset.packing import PLAN_VERSION, PackedBatches, PreferenceBatches, build_plan
 from dataset.progress import ProgressBar
 from dataset.token_cache import open_token_cache
 from dataset.tokenization import ChatTokenizer
@@ -82,9 +82,9 @@ class PackedData:
         self.waited = 0.0  # seconds that this process has waited for batches
 
     def fingerprint(self) -> dict:
-        """Return what must not change when a run is resumed: the tokens, wherever the file is."""
+        """Return what must not change when a run is resumed: the tokens and their plan, wherever the file is."""
         sizes = {name: int(self.cache.meta[name]) for name in ("documents", "tokens")}
-        return sizes | {"contents": self.cache.contents_sha256[:16]}
+        return sizes | {"contents": self.cache.contents_sha256[:16], "plan": PLAN_VERSION}
 
     def describe(self) -> str:
         stats = self.plan.stats

@@ -7,7 +7,8 @@ import torch
 
 from dataset.tokenization import ChatTokenizer
 from model.weights import load_model
-from trainer.checkpoint import file_sha256
+from trainer.arguments import given_config
+from trainer.checkpoint import config_fields, file_sha256
 from trainer.frozen_outputs import FrozenOutputs
 from trainer.loader import PackedData
 from trainer.optimization import Precision
@@ -18,9 +19,10 @@ from trainer.token_losses import answer_log_probs, forward_losses
 def reference_log_probs(path: Path, data: PackedData, tokenizer: ChatTokenizer) -> np.ndarray:
     """Return reference log-probs (pairs, 2) for every pair this run will see, cached or computed now."""
     process, precision = data.process, Precision(data.args.dtype, data.process.device)
+    model, _ = load_model(path, tokenizer.sha256, given_config(data.args))  # what the policy's file is read with
     identity = {
-        "weights": file_sha256(path), "data": data.fingerprint(), "precision": precision.name,
-        "max_seq_len": data.args.max_seq_len,
+        "weights": file_sha256(path), "config": config_fields(model.config), "data": data.fingerprint(),
+        "precision": precision.name, "max_seq_len": data.args.max_seq_len,
     }  # fmt: skip
     shapes = {"log_probs": ((data.plan.num_rows, 2), np.float32)}
     folder = data.args.cache_dir / f"{data.path.stem}-reference"
@@ -28,7 +30,7 @@ def reference_log_probs(path: Path, data: PackedData, tokenizer: ChatTokenizer) 
     data.stores["log-probs"] = outputs.bytes
     if outputs.complete:
         return outputs.arrays["log_probs"]
-    model = load_model(path, tokenizer.sha256)[0].to(process.device)
+    model.to(process.device)
     for batch in data.once(f"log-probs of {path.name}", outputs.missing):
         pairs = batch["pair_ids"].numpy()
         with precision.autocast():

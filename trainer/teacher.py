@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from dataset.tokenization import ChatTokenizer
 from model.device import to_device
-from model.weights import load_model
-from trainer.checkpoint import file_sha256
+from model.weights import load_model, sidecar_path
+from trainer.checkpoint import config_fields, file_sha256
 from trainer.distributed import Process
 from trainer.frozen_outputs import FrozenOutputs
 from trainer.loader import PackedData, model_inputs
@@ -25,8 +25,15 @@ class Teacher:
     def __init__(self, path: Path, args: argparse.Namespace, tokenizer: ChatTokenizer, process: Process):
         self.path, self.args, self.process = path, args, process
         self.precision = Precision(args.dtype, process.device)
-        self.model, _ = load_model(path, tokenizer.sha256)
-        layers, vocab = self.model.config.num_hidden_layers, self.model.config.vocab_size
+        self.model, sidecar = load_model(path, tokenizer.sha256)
+        config = self.model.config
+        layers, vocab, heads = config.num_hidden_layers, config.vocab_size, config.num_attention_heads
+        if not (config.qk_norm or (sidecar or {}).get("config")) and heads != 4 * config.num_key_value_heads:
+            raise ValueError(
+                f"the teacher {path} has no sidecar that says its number of attention heads, and a wrong one makes "
+                f"noise (--num_attention_heads is the student's): write it into {sidecar_path(path)}, such as "
+                f'{{"config": {{"num_attention_heads": {heads}}}}}'
+            )
         if args.teacher_num_hidden_layers not in (None, layers):
             raise ValueError(
                 f"--teacher_num_hidden_layers {args.teacher_num_hidden_layers}: {path} has {layers}; leave it out"
@@ -60,8 +67,9 @@ class Teacher:
         Frees the model: from then on log_probs reads from disk.
         """
         identity = {
-            "weights": file_sha256(self.path), "data": data.fingerprint(), "precision": self.precision.name,
-            "max_seq_len": self.args.max_seq_len, "temperature": self.args.temperature, "k": k,
+            "weights": file_sha256(self.path), "config": config_fields(self.model.config), "data": data.fingerprint(),
+            "precision": self.precision.name, "max_seq_len": self.args.max_seq_len,
+            "temperature": self.args.temperature, "k": k,
         }  # fmt: skip
         self.ends = np.cumsum(data.plan.row_targets, dtype=np.int64)
         targets = int(self.ends[-1])
