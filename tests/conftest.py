@@ -448,14 +448,15 @@ class Launcher:
         return self.children[-1]
 
     def start_ranks(self, world_size: int, script: str, flags: list[str], env: dict | None = None, patches=()):
-        """What torchrun starts on one machine."""
+        """What torchrun starts on one machine. flags: those of all, or a list of them for each."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)} | (env or {})
+        lines = flags if isinstance(flags[0], list) else [flags] * world_size
         return [
-            self.start(script, flags, common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, patches)
-            for rank in range(world_size)
+            self.start(script, line, common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, patches)
+            for rank, line in enumerate(lines)
         ]
 
     def run(self, script: str, flags: list[str], world_size: int = 1, seconds: float = 120, **options) -> str:

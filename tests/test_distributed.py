@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,6 +166,29 @@ def test_torchrun(tmp_path, texts):
 def test_one_process_needs_no_group():
     assert sum_over_ranks([1.0, 2.0], ALONE) == [1.0, 2.0]
     assert gather_objects("this", ALONE) == ["this"]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_processes_of_different_runs_are_refused_and_other_folders_are_not(launcher, tmp_path, texts, same):
+    """All name what differs. Each machine may have its own disk, and workers as it likes."""
+    lines = []
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        data = shutil.copy(texts, tmp_path / str(rank))
+        more = {} if same or not rank else {"learning_rate": 1, "accumulation_steps": 2, "resume": True}
+        if more:
+            data = write_data("pretrain", tmp_path / "other.jsonl", count=47)
+        lines.append(tiny_flags(tmp_path / str(rank) / "out", data, max_steps=1, num_workers=rank, **more))
+    first, second = launcher.start_ranks(2, "train_pretrain", lines)
+    assert [first.wait(), second.wait()] == [0 if same else 1] * 2, first.output + second.output
+    for child in () if same else (first, second):
+        for said in (
+            "--learning_rate is 0.002 in process 0, 1.0 in 1",
+            "--accumulation_steps is 1",
+            "--resume is False",
+        ):
+            assert said in child.output, child.output
+        assert "; documents is 48 in process 0, 47 in 1" in child.output and "Traceback" not in child.output
 
 
 # --- signals ---------------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from trainer.arguments import FREE_ON_RESUME
 from trainer.distributed import Process, barrier, gather_objects, share_from_main
 from trainer.training import Training
 
+SHARED_BY_PROCESSES = ("resume", "batch_size", "accumulation_steps", "save_interval", "eval_interval")
 LOCK_SECONDS = 8  # loader workers of a killed run hold its lock until they notice, within five seconds
 
 
@@ -168,8 +169,9 @@ class Checkpoint:
 
         base: the weights that training starts from. frozen: weights that are read all along. Neither may change on
         resume; only a base may be the weight file itself. Raises WeightsError if frozen weights would be replaced, and
-        ValueError if the state to resume from is of another run. Construct it before the first pass over the data: on
-        another number of processes it changes args.accumulation_steps, so that the global batch stays what it was.
+        ValueError if another process, or the state to resume from, is of another run. Construct it before the first
+        pass over the data: on another number of processes it changes args.accumulation_steps, so that the global batch
+        stays what it was.
         """
         for name, path in frozen.items():
             if weights.exists() and path.samefile(weights):
@@ -187,6 +189,8 @@ class Checkpoint:
         self.saved_step, self._saved_at, self._save_seconds = 0, time.monotonic(), 0.0
         hashes = {name: file_sha256(path) for name, path in frozen.items()}
         self.identity = {"tokenizer": tokenizer.sha256, **data.fingerprint(), **hashes}
+        self.decisive = {f"--{name}": value for name, value in result_flags(args).items()} | self.identity
+        self._refuse_another_run()
         self.state = self._load()
 
     def restore(self, training: Training, fresh: str = "") -> Progress:
@@ -216,6 +220,19 @@ class Checkpoint:
         self.process.say(f"--resume: {self.path} is at step {progress.step}; {done}")
         return progress
 
+    def _refuse_another_run(self) -> None:
+        """Raise ValueError, in all processes alike, if one of them was started for another run."""
+        flags = {f"--{name}": getattr(self.args, name) for name in SHARED_BY_PROCESSES}
+        first, *others = gather_objects({"stage": self.stage} | flags | self.decisive, self.process)
+        for rank, other in enumerate(others, 1):
+            # not what only one has: weights trained on in their own file are no base, and that may differ by machine
+            differing = [name for name in sorted(first.keys() & other.keys()) if first[name] != other[name]]
+            if differing:
+                listed = "; ".join(
+                    f"{name} is {first[name]} in process 0, {other[name]} in {rank}" for name in differing
+                )
+                raise ValueError(f"all processes must be started for the same run: {listed}")
+
     def _load(self) -> dict | None:
         """Return the state to resume from, checked against this run's flags and data; None if there is none."""
         if not self.args.resume:
@@ -226,14 +243,11 @@ class Checkpoint:
             return None
         if isinstance(state, ValueError):
             raise state
-        saved_flags, saved_identity, ranks = state["flags"], state["identity"], state["ranks"]
-        flags = result_flags(self.args)
-        # a flag that the saved run did not know yet had its default
-        saved_flags = {name: flags[name] for name in flags.keys() - set(self.args.changed)} | saved_flags
-        for name in {"base", "reference", "plan"} & self.identity.keys():  # older states of some stages lack them
-            saved_identity.setdefault(name, self.identity[name])
-        was = {f"--{name}": value for name, value in saved_flags.items()} | saved_identity
-        now = {f"--{name}": value for name, value in flags.items()} | self.identity
+        ranks, now = state["ranks"], self.decisive
+        # a flag that the saved run did not know yet had its default; older states lack some of the identity
+        was = {name: value for name, value in now.items() if name.removeprefix("--") not in self.args.changed}
+        saved = {f"--{name}": value for name, value in state["flags"].items() if name not in FREE_ON_RESUME}
+        was |= saved | state["identity"]
         differing = [name for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name)]
         changed = [f"{name} was {was.get(name)}, is {now.get(name)}" for name in differing]
         if changed:
@@ -319,12 +333,13 @@ class Checkpoint:
                 }
                 write_atomically(self.path, lambda file: torch.save(state, file))
         self.saved_step = progress.step
-        if self.process.is_main and self.shards.exists():
+        barrier(self.process)  # the resume state names the new shards
+        if self.process.local_rank == 0 and self.shards.exists():
             for folder in self.shards.iterdir():
                 if folder.name != shards:
                     shutil.rmtree(folder, ignore_errors=True)
             if not shards:
-                self.shards.rmdir()
+                shutil.rmtree(self.shards, ignore_errors=True)
         self._saved_at = time.monotonic()
         self._save_seconds = self._saved_at - start
 

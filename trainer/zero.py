@@ -184,7 +184,12 @@ def save_shards(engine: nn.Module, folder: Path) -> None:
 
 
 def load_shards(engine: nn.Module, folder: Path) -> None:
-    """Load what save_shards wrote. Raises ValueError if the shards are missing or damaged."""
+    """Load what save_shards wrote. Raises ValueError if the shards are damaged, FileNotFoundError if one is elsewhere."""
+    if not any(folder.glob("zero/*_model_states.pt")):
+        raise FileNotFoundError(
+            f"{folder} lacks *_model_states.pt. Under ZeRO several machines need one --out_dir, on a disk that all "
+            "share: copy the first machine's folder here and resume again, or start again with --overwrite"
+        )
     try:
         engine.load_checkpoint(str(folder), tag="zero", load_module_strict=False)
     except Exception as error:  # torch and DeepSpeed raise many kinds here
