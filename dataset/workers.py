@@ -20,6 +20,7 @@ from queue import SimpleQueue
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = f"import sys; sys.path[:1] = [{str(ROOT)!r}]; from dataset.workers import worker_main; worker_main()"
+READY = b"\0ready\n"  # before it a worker's output is what Python's start-up printed (sitecustomize, .pth files)
 ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
@@ -71,12 +72,15 @@ class _Worker:
 
     def run(self, task: tuple):
         try:
+            while self._unsent and (line := self._process.stdout.readline()) and not line.endswith(READY):
+                pass
             for message in (*self._unsent, task):
                 pickle.dump(message, self._process.stdin)
             self._unsent = []
             self._process.stdin.flush()
             result = pickle.load(self._process.stdout)
         except (OSError, EOFError, pickle.UnpicklingError) as error:
+            self._process.kill()  # or one that still waits for input would never end
             raise ValueError(
                 f"a worker process ended early (exit status {self._process.wait()}). If the system killed it for "
                 "lack of memory, free some or use fewer cores (taskset), then start again: nothing half-made is left"
@@ -98,6 +102,8 @@ def worker_main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     output = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints must not mix with the results
+    output.write(READY)
+    output.flush()
     function = pickle.load(sys.stdin.buffer)
     with _garbage_collection_paused():
         while True:

@@ -216,6 +216,11 @@ def test_help_is_shown(script, capsys):
     [
         (["--ddp"], {}, "torchrun"),
         (["--ddp=false"], {"RANK": "0", "WORLD_SIZE": "2"}, "--ddp false"),
+        (
+            ["--device=cpu:1"],
+            {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
+            "--device cpu:1 .*CUDA_VISIBLE_DEVICES",
+        ),
         (["--local_rank=3"], {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "--local_rank 3"),
     ],
 )

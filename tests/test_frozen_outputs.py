@@ -149,6 +149,15 @@ def test_a_full_disk_is_told_before_hours_of_work(tmp_path, monkeypatch):
         open_outputs(tmp_path / "file")
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the disk space is not reserved here")
+def test_an_estimate_reserves_no_disk_and_the_run_after_it_does(tmp_path):
+    def blocks(reserve: bool) -> int:
+        outputs = FrozenOutputs(tmp_path / "outputs", {}, ITEMS, {"values": ((1 << 20, 2), np.float32)}, CPU, reserve)
+        return (outputs.folder / "values.npy").stat().st_blocks * 512
+
+    assert [blocks(reserve=False) < 1 << 20, blocks(reserve=True) >= 1 << 23] == [True, True]
+
+
 # --- as DPO and distillation use it ----------------------------------------------------------------------------------
 
 
@@ -244,6 +253,15 @@ def test_a_run_of_a_few_steps_waits_only_for_what_it_looks_at(launcher, tmp_path
     assert set(first + sum(run(), [])) == set(range(14)) and sum(run(), []) == []
     held_out = [json.loads(line) | {"more": 1} for line in pairs.read_text("utf-8").splitlines()[:7]]
     assert len(sum(run(valid_path=write_jsonl(tmp_path / "valid.jsonl", held_out), max_steps=1), [])) == 7
+
+
+def test_a_process_that_is_through_before_an_estimate_cuts_another_short_accuses_nobody(
+    launcher, tmp_path, pairs, tokenizer
+):
+    """Three batches and two: after two only the first process has more left."""
+    base = save_model(tmp_path / "base.pth", tokenizer)
+    pairs.write_text("".join(pairs.read_text("utf-8").splitlines(keepends=True)[:13]), encoding="utf-8")
+    launcher.run("train_dpo", tiny_flags(tmp_path, pairs, base_weight=base, batch_size=3, pass_seconds=0), 2)
 
 
 @pytest.mark.parametrize("stage", ["dpo", pytest.param("distillation", marks=pytest.mark.full)])

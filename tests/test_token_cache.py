@@ -489,6 +489,16 @@ def test_a_killed_worker_is_an_error_and_not_a_hang(tmp_path, build, monkeypatch
         build(data, num_workers=2)
 
 
+def test_what_starts_with_python_may_print(tmp_path, build, tokenizer, monkeypatch):
+    """Before a worker takes its standard output for results: lines, half lines and what looks like a result."""
+    records = make_records("pretrain")
+    data = write(tmp_path / "data.jsonl", records)
+    (tmp_path / "sitecustomize.py").write_text("import os; os.write(1, b'hello\\n\\x80\\x04N.')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(token_cache, "RANGE_BYTES", 500)
+    assert_holds(build(data, num_workers=2), "pretrain", records, tokenizer)
+
+
 def test_workers_import_neither_torch_nor_transformers_nor_the_main_script(tmp_path):
     code = (
         f"import sys; sys.path[:1] = [{str(ROOT)!r}]; import dataset.token_cache, dataset.workers\n"

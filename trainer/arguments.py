@@ -131,7 +131,7 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
     add("--save_interval", type=int, help="optimizer steps between saves (default: 100, more if saving is slow)")
     add("--eval_interval", type=int, default=500, help="optimizer steps between evaluations")
     add("--sample_prompt", type=utf8, default="", help="a text that the model continues at every evaluation")
-    add_boolean(group, "--estimate", False, "time a short run, print what the whole run will take, keep nothing")
+    add_boolean(group, "--estimate", False, "time a short run, print what the whole run will take, keep no weights")
     add("--price_per_hour", type=float, help="of this machine in dollars, for --estimate")
     add("--pass_seconds", type=float, default=math.inf, help=argparse.SUPPRESS)  # --estimate: cut frozen passes short
     add_boolean(group, "--resume", False, "go on from the last saved state of this run")

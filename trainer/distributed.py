@@ -77,6 +77,11 @@ def start_process(args: argparse.Namespace) -> Process:
             f"--local_rank {args.local_rank} contradicts LOCAL_RANK={local_rank} in the environment; leave the flag out"
         )
     device = torch.device(args.device)
+    if launched and "device" in args.changed and device.index not in (None, local_rank):
+        raise ValueError(
+            f"--device {args.device} contradicts LOCAL_RANK={local_rank} in the environment; leave the number out, and "
+            "choose GPUs by CUDA_VISIBLE_DEVICES"
+        )
     world_size = int(os.environ["WORLD_SIZE"]) if launched else 1
     rank = int(os.environ["RANK"]) if launched else 0
     if device.type == "mps" and world_size > 1:

@@ -1,9 +1,10 @@
 """--estimate: time, memory and cost of a run, before anything is spent.
 
 The stage runs as always, with its own flags and data, but in its own process and output folder. After some steps it is
-stopped the way Ctrl-C stops it, its log is read and extrapolated, and the rest is deleted. The time on other cards is
-computed from the counted operations at a share of the peak that is assumed, not measured: see assumed_mfu and CARDS.
-A later run with the same flags says at its end how far off the estimate was.
+stopped the way Ctrl-C stops it, its log is read and extrapolated, and the folder is deleted; what it put into
+--cache_dir serves the real run. The time on other cards is computed from the counted operations at a share of the peak
+that is assumed, not measured: see assumed_mfu and CARDS. A later run with the same flags says at its end how far off
+the estimate was.
 """
 
 import argparse
@@ -93,7 +94,7 @@ def short_run(folder: Path, main: Callable, args: argparse.Namespace, rest: list
     command += [f"--{name}_interval={sys.maxsize}" for name in ("save", "eval")]
     command += ["--log_interval=1", "--resume=false"]
     command += [f"--{service.flag}=false" for service in SERVICES]
-    print(f"a short run of at least {STEPS[False]} steps and {SECONDS} seconds; nothing of it is kept", flush=True)
+    print(f"a short run of at least {STEPS[False]} steps and {SECONDS} seconds; no weights of it are kept", flush=True)
     stopped, shown = False, 0
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {LAUNCHED: "1"}) as child:
         try:

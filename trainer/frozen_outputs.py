@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from dataset.disk import open_or_build, writing_errors
-from trainer.distributed import Process, barrier, sum_over_ranks
+from trainer.distributed import Process, barrier, gather_objects, sum_over_ranks
 
 FLUSH_SECONDS = 20
 
@@ -36,20 +36,25 @@ class FrozenOutputs:
         items: int,
         shapes: Mapping[str, tuple[tuple[int, ...], type[np.generic]]],
         process: Process,
+        reserve: bool = True,
     ):
         """Open the folder, or make it. All processes call this together.
 
-        path: the folder's name before the hash is added. identity: everything that decides the numbers.
+        path: the folder's name before the hash is added. identity: everything that decides the numbers. reserve: take
+        the disk space of the whole, as an --estimate that computes little of it need not.
         """
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
         self.folder = path.with_name(f"{path.name}-{digest}")
-        self.identity, self.process = identity, process
+        self.identity, self.process, self.reserve = identity, process, reserve
         self.shapes = {"done": ((items,), np.uint8), **shapes}
         if process.is_main:
             stale = [other for other in path.parent.glob(f"{path.name}-*") if (other / "complete.json").exists()]
             if stale and not self.folder.exists():
                 print(f"{stale[0]} belongs to other weights, data or settings; computing them again", flush=True)
             open_or_build(self.folder, self._open, self._make, path.name)
+            if not (self.folder / "complete.json").exists():  # an --estimate may have made it
+                with writing_errors(self.folder, path.name):
+                    self._take_space(self.folder)
         barrier(process)
         try:
             self.arrays = self._open(self.folder)
@@ -73,14 +78,18 @@ class FrozenOutputs:
     def _make(self, folder: Path) -> None:
         size = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in self.shapes.values())
         free = shutil.disk_usage(folder).free
-        if free < size:
+        if self.reserve and free < size:
             raise OSError(errno.ENOSPC, f"it takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
         for name, (shape, dtype) in self.shapes.items():
+            np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape).flush()
+        self._take_space(folder)
+
+    def _take_space(self, folder: Path) -> None:
+        """Reserve the disk space: a sparse file on a disk that fills up would kill the process (SIGBUS)."""
+        for name in self.shapes if self.reserve and hasattr(os, "posix_fallocate") else ():
             path = folder / f"{name}.npy"
-            np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
-            if hasattr(os, "posix_fallocate"):  # a sparse file on a disk that fills up would kill the process (SIGBUS)
-                with open(path, "r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
     @property
     def bytes(self) -> int:
@@ -115,8 +124,7 @@ class FrozenOutputs:
             with writing_errors(self.folder, "complete.json"):
                 text = json.dumps(self.identity, indent=2, default=str)
                 (self.folder / "complete.json").write_text(text, encoding="utf-8")
-        barrier(self.process)
-        if not (in_part or self.done.all()):
+        if not (any(gather_objects(in_part, self.process)) or self.done.all()):  # also waits for the main process
             raise ValueError(
                 f"{self.folder} lacks what other machines computed: --cache_dir must be on a disk that all share"
             )

@@ -1,6 +1,7 @@
 """From a jsonl file to the micro-batches of this process: token cache, packing plan, loader, transfer to the device."""
 
 import argparse
+import math
 import signal
 import time
 from collections import deque
@@ -78,7 +79,7 @@ class PackedData:
             refuse_vast(args, ("batch_size", "accumulation_steps"), self.path, self.plan.num_rows, "row")
         self.passes: dict[str, float] = {}  # seconds of each pass over the file, a forecast if it was cut short
         self.stores: dict[str, int] = {}  # bytes that such passes keep on disk
-        self.cut_short = False
+        self.timed_only, self.cut_short = args.pass_seconds < math.inf, False  # by --estimate
         self.waited = 0.0  # seconds that this process has waited for batches
 
     def fingerprint(self) -> dict:

@@ -26,7 +26,7 @@ def reference_log_probs(path: Path, data: PackedData, tokenizer: ChatTokenizer) 
     }  # fmt: skip
     shapes = {"log_probs": ((data.plan.num_rows, 2), np.float32)}
     folder = data.args.cache_dir / f"{data.path.stem}-reference"
-    outputs = FrozenOutputs(folder, identity, data.plan.num_rows, shapes, process)
+    outputs = FrozenOutputs(folder, identity, data.plan.num_rows, shapes, process, not data.timed_only)
     data.stores["log-probs"] = outputs.bytes
     if outputs.complete:
         return outputs.arrays["log_probs"]

@@ -75,7 +75,7 @@ class Teacher:
         targets = int(self.ends[-1])
         shapes = {"token_ids": ((targets, k), np.uint16), "log_probs": ((targets, k), np.float16)}
         folder = self.args.cache_dir / f"{data.path.stem}-teacher"
-        kept = FrozenOutputs(folder, identity, data.plan.num_rows, shapes, self.process)
+        kept = FrozenOutputs(folder, identity, data.plan.num_rows, shapes, self.process, not data.timed_only)
         data.stores["teacher's tokens"] = kept.bytes
         if not kept.complete:
             for batch in data.once(f"most likely tokens of {self.path.name}", kept.missing):

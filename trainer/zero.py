@@ -184,7 +184,7 @@ def save_shards(engine: nn.Module, folder: Path) -> None:
 
 
 def load_shards(engine: nn.Module, folder: Path) -> None:
-    """Load what save_shards wrote. Raises ValueError if the shards are damaged, FileNotFoundError if one is elsewhere."""
+    """Load what save_shards wrote. Raises ValueError if it is damaged, FileNotFoundError if it is not all here."""
     if not any(folder.glob("zero/*_model_states.pt")):
         raise FileNotFoundError(
             f"{folder} lacks *_model_states.pt. Under ZeRO several machines need one --out_dir, on a disk that all "
