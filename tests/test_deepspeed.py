@@ -363,6 +363,8 @@ def test_a_machine_without_the_weights_shard_is_told_to_share_the_disk(tmp_path)
     [
         ('{"train_batch_size": 8, "optimizer": {"type": "Adam"}}', "optimizer, train_batch_size must go"),
         ('{"zero_optimization": {"stage": 3}}', "stage 3 contradicts --zero_stage 2"),
+        ('{"zero_optimization": true}', "zero_optimization must be an object"),
+        ('{"bf16": true}', "bf16 must be an object"),
         ("[1]", "must hold a JSON object"),
         ("{", "deepspeed.json: Expecting"),
         (None, "No such file"),

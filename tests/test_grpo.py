@@ -160,8 +160,13 @@ def test_the_loss_is_trls(loss, beta):
 
 
 def test_a_reward_of_a_file_with_a_space_in_its_name(tmp_path, tokenizer):
-    path = tmp_path / "my own.py"
-    path.write_text("def vowels(answer, record):\n    return 1\n")
+    """And an equals sign in that of its folder, and a dataclass, which looks for its module."""
+    path = tmp_path / "run=1" / "my own.py"
+    path.parent.mkdir()
+    path.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Letters:\n"
+        "    all: str = 'aeiou'\ndef vowels(answer, record):\n    return 1\n"
+    )
     prompts = write_jsonl(tmp_path / "p.jsonl", [{"conversations": [{"role": "user", "content": "?"}], "answer": "1"}])
     flags = ["--reward", "number", f"python:{path}:vowels", "--data_path", str(prompts), "--max_new_tokens", "4"]
     args = train_grpo.parse([*flags, "--device", "cpu", "--out_dir", str(tmp_path)])
@@ -185,6 +190,7 @@ def test_rewards_are_summed_with_their_weights(tmp_path):
         ("judge", "choose number, exact, choice, format, length"),
         ("number=much", "must be a finite number"),
         ("python:missing.py:f", "missing.py not found"),
+        ("python:{text}:f", "not a .py file"),
         ("python:{file}:g", "has no function g"),
         ("python:{broken}:f", "cannot be loaded (NameError"),
     ],
@@ -192,8 +198,10 @@ def test_rewards_are_summed_with_their_weights(tmp_path):
 def test_an_unknown_reward_is_refused(tmp_path, spec, message):
     (tmp_path / "a.py").write_text("f = len\n")
     (tmp_path / "b.py").write_text("f = g\n")
+    (tmp_path / "a.txt").write_text("f = len\n")
+    files = {"file": tmp_path / "a.py", "broken": tmp_path / "b.py", "text": tmp_path / "a.txt"}
     with pytest.raises(ValueError, match="--reward") as error:
-        build_rewards([spec.format(file=tmp_path / "a.py", broken=tmp_path / "b.py")])
+        build_rewards([spec.format(**files)])
     assert message in str(error.value)
 
 
@@ -425,7 +433,8 @@ def scripted_answer(tokenizer, tmp_path, monkeypatch, **flags):
     """(the rollout, seeds of its segments)"""
     path = write_jsonl(tmp_path / "tools.jsonl", [{"conversations": QUESTION, "answer": "391"}])
     args = {"reward": "number", "skip_bad_lines": False, "max_new_tokens": 200, "max_seq_len": 700, "temperature": 1.0}
-    args |= {"prompts_per_step": 1, "group_size": 2, "batch_size": 1, "epochs": 1, "max_steps": 0} | flags
+    args |= {"prompts_per_step": 1, "group_size": 2, "batch_size": 1, "epochs": 1, "max_steps": 0}
+    args |= {"max_record_bytes": 1 << 20} | flags
     sampler = rollouts.Sampler(path, argparse.Namespace(**args), tokenizer, None)
     engine = ScriptedEngine(tokenizer)
     monkeypatch.setattr(rollouts, "RolloutEngine", engine)
@@ -456,11 +465,12 @@ def test_only_an_answers_own_turns_count_against_the_calls(tokenizer, tmp_path, 
 
 
 def test_max_steps_shortens_a_run_and_never_lengthens_it(tokenizer, tmp_path):
+    """Of all epochs, which follow each other without a gap, only the last step takes prompts of one more."""
     path = write_jsonl(tmp_path / "p.jsonl", [{"conversations": QUESTION[1:], "answer": "391"}] * 3)
     args = {"reward": "number", "skip_bad_lines": False, "max_new_tokens": 9, "max_seq_len": 99, "temperature": 1.0}
-    args |= {"prompts_per_step": 1, "group_size": 2, "batch_size": 1, "epochs": 2}
-    for max_steps, total in ((0, 6), (4, 4), (9, 6)):
-        flags = argparse.Namespace(**args, max_steps=max_steps)
+    args |= {"group_size": 2, "batch_size": 1, "epochs": 2, "max_record_bytes": 1 << 20}
+    for max_steps, prompts, total in ((0, 1, 6), (4, 1, 4), (9, 1, 6), (0, 2, 3), (0, 4, 2)):
+        flags = argparse.Namespace(**args, max_steps=max_steps, prompts_per_step=prompts)
         assert rollouts.Sampler(path, flags, tokenizer, None).total_steps == total
 
 
@@ -543,6 +553,7 @@ def test_two_processes_train_as_one(launcher, start, tmp_path, use_moe):
         ('{"conversations": [{"role": "user", "content": "a"}]}', {}, '"answer" is missing'),
         ('{"conversations": [{"role": "user", "content": "a"}], "answer": " "}', {}, '"answer" is empty'),
         ("", {}, "holds no prompt"),
+        (None, {"max_record_bytes": 20}, "line 1: longer than --max_record_bytes 20"),
         (None, {"group_size": 1}, "--group_size 1: must be at least 2"),
         (None, {"temperature": 0}, "--temperature 0.0: must be above 0"),
         (None, {"max_new_tokens": 60}, "--max_seq_len"),

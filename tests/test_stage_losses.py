@@ -722,6 +722,7 @@ def test_the_teacher_on_disk_holds_the_likeliest_tokens_of_every_target(tmp_path
         ("train_distillation", {"alpha": 1.5}, "--alpha 1.5: must be between 0 and 1"),
         ("train_distillation", {"alpha": -0.1}, "--alpha -0.1: must be between 0 and 1"),
         ("train_distillation", {"cache_teacher": 6400}, "--cache_teacher 6400: must be .*smaller than the vocabulary"),
+        ("train_distillation", {"cache_teacher": -1}, "--cache_teacher -1: must be 0 or more"),
         ("train_distill_reason", {"tag_weight": -1.0}, "--tag_weight -1.0: must be 0 or more"),
     ],
 )

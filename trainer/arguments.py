@@ -81,7 +81,7 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
     add("--valid_path", type=utf8_path, help="held-out data of the same kind, evaluated every --eval_interval")
     add("--tokenizer_path", type=utf8_path, default=ROOT / "model", help="folder with tokenizer.json")
     add("--out_dir", type=utf8_path, default=ROOT / "out", help="weights, logs and resume states")
-    add("--cache_dir", type=utf8_path, help="tokenised data (default: OUT_DIR/token_cache)")
+    add("--cache_dir", type=utf8_path, help="tokenised data (default: OUT_DIR/token_cache; GRPO keeps none)")
     add_boolean(group, "--skip_bad_lines", False, "drop and count lines that are not valid records")
     add("--max_record_bytes", type=int, default=MAX_RECORD_BYTES, help="longer lines are bad (default: 16 MiB)")
     add_boolean(group, "--overwrite", False, "replace an unfinished run, or weights of another configuration")
@@ -126,7 +126,11 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
     group = parser.add_argument_group("the run")
     add = group.add_argument
     add("--device", default="cuda:0" if torch.cuda.is_available() else "cpu", help="cpu, cuda:N, mps, xpu or npu")
-    add("--num_workers", type=int, help="processes that assemble batches (default: 1 on CUDA and XPU, else 0)")
+    add(
+        "--num_workers",
+        type=int,
+        help="processes that assemble batches (default: 1 on CUDA and XPU, else 0; GRPO: none)",
+    )
     add("--log_interval", type=int, default=100, help="optimizer steps between log lines")
     add("--save_interval", type=int, help="optimizer steps between saves (default: 100, more if saving is slow)")
     add("--eval_interval", type=int, default=500, help="optimizer steps between evaluations")

@@ -36,7 +36,7 @@ STEPS = {False: 5, True: 21}  # least steps of the short run without and with a 
 SECONDS = 10  # it also lasts at least this long; passes of a frozen model stop after this time
 # flags that change neither the result of a run nor time and memory of its steps
 IRRELEVANT = {
-    "resume", "log_interval", "save_interval", "eval_interval", "use_wandb", "use_swanlab",
+    "resume", "log_interval", "save_interval", "eval_interval", "eval_samples", "use_wandb", "use_swanlab",
     "use_tensorboard", "wandb_project", "out_dir", "cache_dir",
     "valid_path", "sample_prompt", "overwrite", "save_peft", "estimate", "price_per_hour", "local_rank", "ddp",
     "pass_seconds", "rank_timeout", "given", "changed",

@@ -13,6 +13,7 @@
 import importlib.util
 import math
 import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,9 @@ def build_rewards(specs: list[str]) -> list[Reward]:
     """Return rewards from NAME, NAME=WEIGHT or python:FILE:FUNCTION[=WEIGHT]. Raises ValueError if one is unknown."""
     rewards = []
     for spec in specs:
-        name, _, weight = spec.partition("=")
+        folder, colon, last = spec.rpartition(":")  # a path may hold "="
+        last, _, weight = last.partition("=")
+        name = folder + colon + last
         try:
             value = float(weight or 1)
         except ValueError:
@@ -74,10 +77,10 @@ def build_rewards(specs: list[str]) -> list[Reward]:
 def load_function(name: str) -> Score:
     """Return the function that python:FILE:FUNCTION names. Raises ValueError if it cannot be loaded."""
     path, _, function = name.removeprefix("python:").rpartition(":")
-    if not path or not Path(path).is_file():
-        raise ValueError(f"--reward {name}: {path or 'FILE'} not found; write python:FILE:FUNCTION")
+    if not path.endswith(".py") or not Path(path).is_file():
+        raise ValueError(f"--reward {name}: {path or 'FILE'} not found, or not a .py file; write python:FILE:FUNCTION")
     module_spec = importlib.util.spec_from_file_location(f"reward_{Path(path).stem}", path)
-    module = importlib.util.module_from_spec(module_spec)
+    module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)  # dataclasses look it up
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:

@@ -98,7 +98,7 @@ class Sampler:
         """
         self.path, self.args, self.process, self.tokenizer = path, args, process, tokenizer
         self.rewards = build_rewards(shlex.split(args.reward))
-        self.records = read_prompts(path, args.skip_bad_lines)
+        self.records = read_prompts(path, args.skip_bad_lines, args.max_record_bytes)
         self.with_tools = any("tools" in turn for record in self.records for turn in record["conversations"])
         self.prompt_ids = [tokenizer.encode_prompt(record["conversations"]) for record in self.records]
         longest = max(map(len, self.prompt_ids))
@@ -112,7 +112,7 @@ class Sampler:
         self.passes, self.waited, self.notice = {}, 0.0, ""  # as PackedData has them, for the logger
         self.global_batch = args.prompts_per_step * args.group_size
         self.steps_per_epoch = -(-len(self.records) // args.prompts_per_step)
-        self.total_steps = planned_steps(args, self.steps_per_epoch)
+        self.total_steps = planned_steps(args, -(-len(self.records) * args.epochs // args.prompts_per_step))
         self.params = SamplingParams(
             args.temperature, max_new_tokens=args.max_new_tokens, stop_ids=(tokenizer.eos_id,), logprobs=0
         )
@@ -302,7 +302,7 @@ class Sampler:
         return True
 
 
-def read_prompts(path: Path, skip_bad_lines: bool) -> list[dict]:
+def read_prompts(path: Path, skip_bad_lines: bool, max_record_bytes: int) -> list[dict]:
     """Return the records of a prompt file: conversations, answer, and other keys that a user's own reward may read."""
     records, bad = [], []
     try:
@@ -310,6 +310,8 @@ def read_prompts(path: Path, skip_bad_lines: bool) -> list[dict]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:
+                        if len(line.encode()) > max_record_bytes:
+                            raise RecordError(f"longer than --max_record_bytes {max_record_bytes}")
                         record = parse_prompt(line)
                         if unknown := unknown_tools(record["conversations"]):
                             raise RecordError(unknown)

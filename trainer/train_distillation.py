@@ -68,7 +68,7 @@ def parse(argv: list[str] | None):
         argv,
         alpha=(lambda alpha: 0 <= alpha <= 1, "between 0 and 1"),
         temperature=(lambda temperature: 0 < temperature < float("inf"), "above 0"),
-        cache_teacher=(lambda k: 0 <= k < 6400, "0 or more and smaller than the vocabulary"),
+        cache_teacher=(lambda k: k >= 0, "0 or more"),
     )
 
 
@@ -118,6 +118,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     process = start_process(args)
     tokenizer = ChatTokenizer(args.tokenizer_path)
+    if args.cache_teacher >= tokenizer.vocab_size:
+        raise ValueError(f"--cache_teacher {args.cache_teacher}: must be smaller than the vocabulary")
     base = find_weights(args.base_weight, args.out_dir, args.hidden_size, args.use_moe)
     config = model_config(args, tokenizer.vocab_size, base)
     weights = output_path("full_dist", config, args, process)

@@ -60,6 +60,9 @@ def _expert_settings(args: argparse.Namespace) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"--deepspeed_config {path}: must hold a JSON object")
     content = _without_auto(content)
+    for name in ("zero_optimization", "bf16", "fp16"):
+        if not isinstance(content.get(name, {}), dict):
+            raise ValueError(f"--deepspeed_config {path}: {name} must be an object")
     taken = [name for name in OURS if name in content]
     if taken:
         raise ValueError(
