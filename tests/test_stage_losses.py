@@ -653,7 +653,7 @@ def test_a_file_without_a_sidecar_is_read_with_one_number_of_heads(train, tmp_pa
     (record,) = read_log(tmp_path / "dpo", "rlhf_32")
     assert record["loss"] == pytest.approx(math.log(2), abs=1e-5) and abs(record["reward_margin"]) < 1e-5
     chats = write_conversations(tmp_path / "chats.jsonl", 4)
-    with pytest.raises(ValueError, match=r"bare.pth has no sidecar .* write it into \S+bare.json"):
+    with pytest.raises(ValueError, match=r"bare.pth has no sidecar, .* write it into \S+bare.json"):
         train("train_distillation", tiny_flags(tmp_path / "kd", chats, **flags, teacher_weight=path))
 
 

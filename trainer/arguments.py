@@ -126,11 +126,7 @@ def stage_parser(description: str, **defaults) -> argparse.ArgumentParser:
     group = parser.add_argument_group("the run")
     add = group.add_argument
     add("--device", default="cuda:0" if torch.cuda.is_available() else "cpu", help="cpu, cuda:N, mps, xpu or npu")
-    add(
-        "--num_workers",
-        type=int,
-        help="processes that assemble batches (default: 1 on CUDA and XPU, else 0; GRPO: none)",
-    )
+    add("--num_workers", type=int, help="processes that assemble batches (default: 1 on CUDA and XPU, else 0; GRPO: 0)")
     add("--log_interval", type=int, default=100, help="optimizer steps between log lines")
     add("--save_interval", type=int, help="optimizer steps between saves (default: 100, more if saving is slow)")
     add("--eval_interval", type=int, default=500, help="optimizer steps between evaluations")

@@ -228,10 +228,8 @@ class Checkpoint:
             # not what only one has: weights trained on in their own file are no base, and that may differ by machine
             differing = [name for name in sorted(first.keys() & other.keys()) if first[name] != other[name]]
             if differing:
-                listed = "; ".join(
-                    f"{name} is {first[name]} in process 0, {other[name]} in {rank}" for name in differing
-                )
-                raise ValueError(f"all processes must be started for the same run: {listed}")
+                listed = [f"{name} is {first[name]} in process 0, {other[name]} in {rank}" for name in differing]
+                raise ValueError(f"all processes must be started for the same run: {'; '.join(listed)}")
 
     def _load(self) -> dict | None:
         """Return the state to resume from, checked against this run's flags and data; None if there is none."""

@@ -30,9 +30,8 @@ class Teacher:
         layers, vocab, heads = config.num_hidden_layers, config.vocab_size, config.num_attention_heads
         if not (config.qk_norm or (sidecar or {}).get("config")) and heads != 4 * config.num_key_value_heads:
             raise ValueError(
-                f"the teacher {path} has no sidecar that says its number of attention heads, and a wrong one makes "
-                f"noise (--num_attention_heads is the student's): write it into {sidecar_path(path)}, such as "
-                f'{{"config": {{"num_attention_heads": {heads}}}}}'
+                f"the teacher {path} has no sidecar, and its tensors do not show the number of attention heads: write "
+                f'it into {sidecar_path(path)}, such as {{"config": {{"num_attention_heads": {heads}}}}}'
             )
         if args.teacher_num_hidden_layers not in (None, layers):
             raise ValueError(
