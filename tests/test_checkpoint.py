@@ -16,6 +16,7 @@ from conftest import (
     DISTILLATION,
     DPO,
     FULL_SFT,
+    GRPO,
     LORA,
     PRETRAIN,
     REASON,
@@ -676,7 +677,7 @@ def test_every_flag_is_either_free_or_compared():
     # without a value by default
     unset = ["--preset=minimind3", "--lora_alpha=1", "--reference_weight=x.pth", "--teacher_num_hidden_layers=1"]
     flags = set()
-    for stage in STAGES:
+    for stage in (*STAGES, GRPO):
         parse = importlib.import_module(f"trainer.{stage.script}").parse
         known = vars(parse(["--data_path=x"])).keys()
         args = parse(["--data_path=x", *[flag for flag in unset if flag[2:].split("=")[0] in known]])
