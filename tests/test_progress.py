@@ -51,7 +51,7 @@ def test_a_terminal_gets_a_bar_with_rate_and_time_left_that_vanishes(monkeypatch
     stream = Terminal()
     shown(monkeypatch, stream)
     text = stream.getvalue()
-    assert "counting:  50%|" in text and "20.0/40.0 [" in text
+    assert "counting:  50%|" in text and "20/40 [" in text
     assert " rows/s, 1,234 tokens]" in text and "00:00<00:00" in text
     assert "\n" not in text and not text.rstrip("\r").split("\r")[-1].strip()
 
@@ -62,7 +62,7 @@ def test_a_file_gets_whole_lines(monkeypatch):
     assert "\r" not in stream.getvalue()
     lines = stream.getvalue().splitlines()
     assert all(line.startswith("counting: ") and " left, " in line for line in lines)
-    assert any(line.startswith("counting: 75% of 40.0, 00:00 gone, 00:00 left") for line in lines)
+    assert any(line.startswith("counting: 75% of 40 rows, 00:00 gone, 00:00 left") for line in lines)
 
 
 def test_short_work_prints_nothing_to_a_file(monkeypatch):
