@@ -147,25 +147,31 @@ class ThoughtSplitter:
     """Separates the text of a reasoning model, as it arrives, into thought and answer.
 
     What is inside <think> is thought, all else answer; the tags and the white space next to them are dropped. A tag may
-    arrive in several pieces. Each piece is read once, however much white space is held back.
+    arrive in several pieces. Each piece is read once, however much white space is held back. In a tool call of the
+    answer, tags are text.
     """
 
     TAGS = {"<think>": True, "</think>": False, "<answer>": False, "</answer>": False}
-    PATTERN = re.compile("|".join(TAGS))
+    CALLS = {"<tool_call>": True, "</tool_call>": False}
+    PATTERN = re.compile("|".join([*TAGS, *CALLS]))
 
     def __init__(self):
-        self.thinking, self.tagged = False, False
+        self.thinking, self.tagged, self._calling = False, False, False
         self._open_tag, self._spacing = "", Spacing()
 
     def push(self, text: str) -> list[Piece]:
         text, pieces, start = self._open_tag + text, [], 0
         for match in self.PATTERN.finditer(text):
+            if match[0] in self.CALLS:
+                self._calling = self.CALLS[match[0]] and not self.thinking
+            if match[0] in self.CALLS or self._calling:
+                continue
             self._show(text[start : match.start()], pieces)
             self._spacing.tag()
             self.thinking, self.tagged, start = self.TAGS[match[0]], True, match.end()
         rest = text[start:]
         # The end may be the beginning of a tag.
-        end = len(rest) - max(len_of_open_end(rest, tag) for tag in self.TAGS)
+        end = len(rest) - max(len_of_open_end(rest, tag) for tag in [*self.TAGS, *self.CALLS])
         self._open_tag = rest[end:]
         self._show(rest[:end], pieces)
         return pieces
@@ -196,7 +202,7 @@ class ToolCallSplitter:
     white space next to a call is dropped.
     """
 
-    OPEN, CLOSE = "<tool_call>", "</tool_call>"
+    OPEN, CLOSE = ThoughtSplitter.CALLS
 
     def __init__(self):
         self._call: list[str] | None = None  # what has come since the opening tag
@@ -242,8 +248,8 @@ def read_tool_call(text: str) -> ToolCall | None:
     try:
         call = json.loads(text)
         name, arguments = call["name"], call.get("arguments", {})
+        written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        (name + written).encode()  # fails if there is half of a character
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
-    if not isinstance(name, str) or not isinstance(arguments, dict):
-        return None
-    return ToolCall(name, json.dumps(arguments, ensure_ascii=False))
+    return ToolCall(name, written) if isinstance(arguments, dict) else None

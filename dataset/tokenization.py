@@ -36,9 +36,9 @@ class ChatTokenizer:
     """A tokenizer.json and the chat format around it.
 
     path: a folder with tokenizer.json (and tokenizer_config.json), or a tokenizer.json itself.
-    Attributes: path (the folder), sha256 (hex digest of tokenizer.json, which is what weights and caches record),
-    vocab_size (the highest id plus one), longest_token (characters), bos_id, eos_id, pad_id, tag_ids (tokens that are
-    never split and shown when decoding), template.
+    Attributes: path (the folder), json (the text of tokenizer.json), sha256 (its hex digest, which is what weights and
+    caches record), vocab_size (the highest id plus one), longest_token (characters), bos_id, eos_id, pad_id, tag_ids
+    (tokens that are never split and shown when decoding), template.
     Pickles as its path. Raises ValueError if a file is missing or broken, or if a chat's control tokens are missing.
     """
 
@@ -54,6 +54,7 @@ class ChatTokenizer:
         raw = self._file.read_bytes()
         self.sha256 = hashlib.sha256(raw).hexdigest()
         self._documents = self._read_tokenizer(raw)
+        self.json = raw.decode()
         self._contents = self._read_tokenizer(raw)
         self._contents.encode_special_tokens = True  # the only difference: control strings are encoded as text
         vocabulary = self._documents.get_vocab()

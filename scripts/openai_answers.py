@@ -55,6 +55,7 @@ def with_objects(turn: dict) -> dict:
     for call in turn.get("tool_calls", ()):
         with contextlib.suppress(ValueError, RecursionError):
             arguments = json.loads(call["function"]["arguments"])
+            json.dumps(arguments, ensure_ascii=False).encode()  # no half of a character
             if isinstance(arguments, dict) and _depth(arguments) <= MOST_NESTING:
                 call["function"]["arguments"] = arguments
     return turn
@@ -110,7 +111,8 @@ class Choice:
                 ending = "stop"
                 break
         if isinstance(self.request.error, GrammarError):
-            raise ApiError(400, str(self.request.error), "response_format", "invalid_value")
+            message = str(self.request.error)
+            raise ApiError(400, message, message.partition(":")[0], "invalid_value")
         if ending == "error":
             raise ApiError(500, f"the answer could not be made: {self.request.error}")
         if ending == "cancelled":
@@ -165,7 +167,7 @@ class Generation:
         prompts: Sequence[list[int]],
         params: Sequence[SamplingParams],
         stop: Sequence[str],
-        is_chat: bool,
+        split_thoughts: bool,
         tools: bool = False,
         one_call: bool = False,
         nothing: bool = False,
@@ -189,7 +191,7 @@ class Generation:
             for prompt_index, ids in enumerate(prompts):
                 for each in params:
                     request = NoAnswer(each) if nothing else engine.submit(ids, each, notify)
-                    stream = TextStream(tokenizer, stop, split_thoughts=is_chat, prompt_ids=ids)
+                    stream = TextStream(tokenizer, stop, split_thoughts, prompt_ids=ids)
                     self.choices.append(Choice(len(self.choices), prompt_index, request, stream, tools, one_call))
         except BaseException:
             self.close()

@@ -5,9 +5,10 @@ llguidance turns a JSON schema into the set of tokens that may come next.
 
 import functools
 import json
+import math
 import re
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -25,19 +26,22 @@ JSON_STYLE = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexibl
 VALUES = ("const", "enum", "default", "examples")  # their values are not schemas
 NAMED = ("properties", "$defs", "definitions")  # keys whose value maps names to schemas
 COMPOSED = {"anyOf", "oneOf", "not", "if", "$ref", "dependentSchemas", "patternProperties"}
+# what llguidance compiles within about a second
+MOST_PROPERTIES = 2000
+MOST_MULTIPLE = 10_000
 
 
 class Grammar:
     """One answer's position in its grammar; the engine asks it for the tokens that may come next."""
 
-    def __init__(self, matcher):
-        self._matcher = matcher
+    def __init__(self, matcher, param: str):
+        self._matcher, self._param = matcher, param
 
     def allowed(self, vocab_size: int) -> torch.Tensor:
         """Return a mask (vocab,) of the tokens that may come; once the text is complete, those that end an answer."""
         bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
         if self._matcher.is_error():
-            raise GrammarError(f"the schema is too complex: {self._matcher.get_error()}")
+            raise GrammarError(f"{self._param}: the schema is too complex: {self._matcher.get_error()}")
         mask = np.zeros(vocab_size, dtype=bool)
         mask[: len(bits)] = bits[:vocab_size]
         return torch.from_numpy(mask)
@@ -49,62 +53,111 @@ class Grammar:
 def make_grammar(model: LoadedModel, body: ChatRequest) -> Callable[[], Grammar] | None:
     """Return what makes a Grammar for each answer to this request; None if it may say anything.
 
-    Raises ApiError if the schema is wrong, or if llguidance is not installed.
+    Compiling may take a second: equal schemas are compiled once if one thread calls this. Raises ApiError if the schema
+    is wrong, or if llguidance is not installed.
     """
-    try:
-        param, source = _source(body, model.tokenizer)
-    except RecursionError as error:
-        raise ApiError(400, "the schema is nested too deeply", code="invalid_value") from error
-    if source is None:
+    if not body.is_held:
         return None
-    try:
-        tokenizer, vocab_size = model.tokenizer, model.engine.model.config.vocab_size
-        matcher = _compile(tokenizer.path / "tokenizer.json", tokenizer.eos_id, vocab_size, source)
-    except ImportError as error:
-        message = f"{param} needs the llguidance package where the server runs: pip install llguidance"
-        raise unsupported(param, message) from error
-    if matcher.is_error():
-        message = matcher.get_error().splitlines()[0].rpartition("JSON schema: ")[2]
-        raise ApiError(400, f"{param}: {message}", param, "invalid_value")
-    return lambda: Grammar(matcher.deep_copy())
+    tokenizer, vocab_size = model.tokenizer, model.engine.model.config.vocab_size
+    param = "tool_choice" if body.enforced_tools else "response_format" if body.is_json else "tools"
+    for patterns in (True, False):
+        try:
+            refuse_impossible(body, param)
+            source = _source(body, tokenizer, patterns)
+        except RecursionError as error:
+            raise ApiError(400, "the schema is nested too deeply", code="invalid_value") from error
+        try:
+            matcher = _compile(tokenizer.json, tokenizer.eos_id, vocab_size, source)
+        except ImportError as error:
+            message = f"{param} needs the llguidance package where the server runs: pip install llguidance"
+            raise unsupported(param, message) from error
+        except ValueError as error:
+            raise unsupported(param, f"{param}: llguidance cannot read this model's tokenizer: {error}") from error
+        if not matcher.is_error():
+            return lambda: Grammar(matcher.deep_copy(), param)
+    message = re.split(r"<backtrace>|\n *1 \| start", matcher.get_error())[0]  # what follows shows the grammar
+    message = " ".join(message.split()).rpartition("JSON schema: ")[2]
+    raise ApiError(400, f"{param}: {message}", param, "invalid_value")
 
 
-def _source(body: ChatRequest, tokenizer: ChatTokenizer) -> tuple[str, str | None]:
-    """Return (field that asks for it, grammar); the grammar is None if nothing does."""
+def _source(body: ChatRequest, tokenizer: ChatTokenizer, patterns: bool) -> str:
+    """Return the grammar. patterns: False leaves them out of schemas that are not strict."""
     tools = [tool.function for tool in body.tools or ()] if body.offered_tools else []
     several = body.parallel_tool_calls is not False
     opening, closing = (_tag(tokenizer, tag) for tag in (ToolCallSplitter.OPEN, ToolCallSplitter.CLOSE))
     if body.enforced_tools:
-        return "tool_choice", f'start: {opening} "\\n" %json {_call_schema(body.enforced_tools)} "\\n" {closing}'
-    answer = _answer_schema(body)
+        tools = body.enforced_tools
+    named = "\ncalled: " + " | ".join(_call(function, patterns) for function in tools)
+    call = f'call: {opening} "\\n" called "\\n" {closing}{named}'
+    if body.enforced_tools:
+        return f"start: call\n{call}"
+    answer = _answer(body, patterns)
     if answer and tools:  # calls, or the answer
-        call = f'call: {opening} "\\n" %json {_call_schema(tools)} "\\n" {closing}'
         more = ' ("\\n" call)*' if several else ""
-        return "response_format", f"start: call{more} | answer\n{call}\nanswer: %json {answer}"
-    if any(function.strict for function in tools):
+        return f"start: call{more} | answer\n{call}\nanswer: {answer}"
+    if not answer:
         # Free text, in which a tool call follows the schema. To llguidance, tags that are tokens are not text.
         tags = [f"<[{number}]>" for number in tokenizer.tag_ids if f"<[{number}]>" != opening]
         source = (
             f"start: call{'*' if several else '?'} text\ntext: ({' | '.join(['TEXT', *tags])})*\nTEXT: /(.|\\n)+/\n"
         )
-        source += f'call: text call_opening "\\n" %json {_call_schema(tools)} "\\n" {closing}\n'
+        source += f'call: text call_opening "\\n" called "\\n" {closing}{named}\n'
         source += f"call_opening: spelled | {opening}\n" if opening.startswith("<") else "call_opening: spelled\n"
-        return "tools", source + f"spelled[lazy]: /(.|\\n)*{ToolCallSplitter.OPEN}/"
-    return ("response_format", f"start: %json {answer}") if answer else ("", None)
+        return source + f"spelled[lazy]: /(.|\\n)*{ToolCallSplitter.OPEN}/"
+    return f"start: {answer}"
 
 
-def _answer_schema(body: ChatRequest) -> str:
-    """Return the JSON schema of response_format as text; "" if the answer is free."""
+def _answer(body: ChatRequest, patterns: bool) -> str:
+    """Return the grammar of response_format; "" if the answer is free."""
     if not body.response_format or body.response_format.type == "text":
         return ""
     asked = body.response_format.json_schema
-    schema = closed(asked.definition) if body.response_format.type == "json_schema" else {"type": "object"}
-    return json.dumps(schema | {"x-guidance": _style(asked and asked.strict)})
+    if body.response_format.type == "json_object":
+        return _json({"type": "object"}, False)
+    return _json(_ready(asked.definition, asked.strict, patterns), asked.strict)
 
 
-def _style(strict: bool | None) -> dict:
-    """Return how JSON is written. Only a strict schema is refused for what llguidance does not know in it."""
-    return JSON_STYLE | {"lenient": not strict}
+def _json(schema: dict, strict: bool | None) -> str:
+    """Return the grammar of a schema. Only a strict schema is refused for what llguidance does not know in it."""
+    return f"%json {json.dumps(schema | {'x-guidance': JSON_STYLE | {'lenient': not strict}})}"
+
+
+def _ready(schema: dict, strict: bool | None, patterns: bool) -> dict:
+    return closed(schema if strict or patterns else _without_patterns(schema))
+
+
+def refuse_impossible(body: ChatRequest, param: str) -> None:
+    """Raise ApiError for calls that are not objects, and for what llguidance takes many seconds and GB to compile."""
+    functions = [tool.function for tool in body.tools or ()] if body.offered_tools else []
+    for function in functions:
+        if "object" not in str((function.parameters or {}).get("type", "object")):
+            message = f"{param}: the parameters of {function.name} must be of type object"
+            raise ApiError(400, message, param, "invalid_value")
+    asked = body.response_format and body.response_format.json_schema
+    schemas = [asked and asked.definition, *(function.parameters for function in functions)]
+    objects = list(_objects(schemas))
+    count = sum(len(each["properties"]) for each in objects if isinstance(each.get("properties"), dict))
+    if count > MOST_PROPERTIES:
+        message = f"{param}: the schema names {count} properties, and at most {MOST_PROPERTIES} are taken"
+        raise ApiError(400, message, param, "invalid_value")
+    numbers = {each["multipleOf"] for each in objects if type(each.get("multipleOf")) in (int, float)}
+    steps = [Fraction(str(number)) for number in numbers if 0 < number < 2**32]  # llguidance refuses others
+    scale, multiple = math.lcm(*(step.denominator for step in steps)), 1
+    for step in steps:  # one number may have to obey several
+        multiple = math.lcm(multiple, int(step * scale))
+        if multiple > MOST_MULTIPLE and len(str(multiple).rstrip("0")) > 2:
+            message = (
+                f"{param}: multipleOf takes numbers up to {MOST_MULTIPLE}, and multiples of such as 10, 0.01 or 25000"
+            )
+            raise ApiError(400, message, param, "invalid_value")
+
+
+def _objects(value: Any) -> Iterator[dict]:
+    """Yield all objects in a value."""
+    if isinstance(value, dict):
+        yield value
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _objects(each)
 
 
 def _tag(tokenizer: ChatTokenizer, tag: str) -> str:
@@ -113,54 +166,63 @@ def _tag(tokenizer: ChatTokenizer, tag: str) -> str:
     return f"<[{ids[0]}]>" if len(ids) == 1 else json.dumps(tag)
 
 
-def _call_schema(functions: list[Function]) -> str:
-    """Return the JSON schema of a call of one of these, as text."""
-    kinds = []
-    for number, function in enumerate(functions):
-        own = {key: value for key, value in (function.parameters or {"type": "object"}).items() if key != "$id"}
-        arguments = json.dumps(closed(own))
-        # references count from the root of the whole schema, and an $id would make another root
-        arguments = re.sub(r'("\$ref": "#)', rf"\1/anyOf/{number}/properties/arguments", arguments)
-        properties = {"name": {"const": function.name}, "arguments": json.loads(arguments)}
-        kinds.append({"type": "object", "properties": properties, "required": list(properties)})
-        kinds[-1]["additionalProperties"] = False
-    return json.dumps({"anyOf": kinds, "x-guidance": _style(any(function.strict for function in functions))})
+def _call(function: Function, patterns: bool) -> str:
+    """Return the grammar of a call's JSON."""
+    own = {key: value for key, value in (function.parameters or {}).items() if key != "$id"}
+    arguments = json.dumps(_ready(own | {"type": "object"}, function.strict, patterns))
+    # references count from the root of the whole schema, and an $id would make another root
+    arguments = re.sub(r'("\$ref": "#)(?=[/"])', r"\1/properties/arguments", arguments)
+    properties = {"name": {"const": function.name}, "arguments": json.loads(arguments)}
+    call = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+    return _json(call, function.strict)
 
 
 def closed(schema: dict) -> dict:
     """Let objects hold the properties that the schema names and no others, unless it says otherwise.
 
-    A small model invents more and more of them. A schema that is put together by allOf stays as it is.
+    A small model invents more and more of them. A schema with an object that is put together, by allOf or next to its
+    own properties, stays as it is.
     """
-    return schema if '"allOf"' in json.dumps(schema) else _closed(schema)
+    together = any("allOf" in each or ("properties" in each and each.keys() & COMPOSED) for each in _objects(schema))
+    return schema if together else _each_schema(schema, _close)
 
 
-def _closed(schema: Any) -> Any:
+def _close(schema: dict) -> dict:
+    names, required = schema.get("properties"), schema.get("required")
+    if isinstance(names, dict) and (not isinstance(required, list) or set(map(str, required)) <= names.keys()):
+        return {"additionalProperties": False} | schema
+    return schema
+
+
+def _without_patterns(schema: dict) -> dict:
+    """Leave out the patterns, which may be of kinds that llguidance does not know."""
+    return _each_schema(schema, lambda each: {key: value for key, value in each.items() if key != "pattern"})
+
+
+def _each_schema(schema: Any, change: Callable[[dict], dict]) -> Any:
     if isinstance(schema, list):
-        return [_closed(each) for each in schema]
+        return [_each_schema(each, change) for each in schema]
     if not isinstance(schema, dict):
         return schema
     result = {}
     for key, value in schema.items():
         if key in NAMED and isinstance(value, dict):
-            result[key] = {name: _closed(each) for name, each in value.items()}
+            result[key] = {name: _each_schema(each, change) for name, each in value.items()}
         else:
-            result[key] = value if key in VALUES else _closed(value)
-    if isinstance(schema.get("properties"), dict) and not schema.keys() & COMPOSED:
-        result.setdefault("additionalProperties", False)
-    return result
+            result[key] = value if key in VALUES else _each_schema(value, change)
+    return change(result)
 
 
 @functools.lru_cache(maxsize=64)
-def _compile(tokenizer_file: Path, eos_id: int, vocab_size: int, source: str):
+def _compile(tokenizer_json: str, eos_id: int, vocab_size: int, source: str):
     import llguidance
 
     limits = llguidance.LLParserLimits(verbose_errors=False)
-    return llguidance.LLMatcher(_tokenizer(tokenizer_file, eos_id, vocab_size), source, log_level=0, limits=limits)
+    return llguidance.LLMatcher(_tokenizer(tokenizer_json, eos_id, vocab_size), source, log_level=0, limits=limits)
 
 
 @functools.lru_cache(maxsize=8)
-def _tokenizer(tokenizer_file: Path, eos_id: int, vocab_size: int):
+def _tokenizer(tokenizer_json: str, eos_id: int, vocab_size: int):
     import llguidance
 
-    return llguidance.LLTokenizer(tokenizer_file.read_text("utf-8"), n_vocab=vocab_size, eos_token=eos_id)
+    return llguidance.LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=eos_id)

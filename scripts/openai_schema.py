@@ -208,6 +208,16 @@ class ChatRequest(Sampling):
         return functions if self.tool_choice == "required" else []
 
     @property
+    def is_json(self) -> bool:
+        """Return whether the answer is JSON or calls from its beginning, without thoughts."""
+        return bool(self.enforced_tools or (self.response_format and self.response_format.type != "text"))
+
+    @property
+    def is_held(self) -> bool:
+        """Return whether the answer has to follow a grammar."""
+        return self.is_json or bool(self.offered_tools and any(tool.function.strict for tool in self.tools))
+
+    @property
     def offered_tools(self) -> list[dict]:
         """Return the tools as the chat template takes them."""
         if not self.tools or self.tool_choice == "none":

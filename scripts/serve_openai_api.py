@@ -157,13 +157,14 @@ class Api:
         # prompts whose log-probs are asked for are read outside the engine, one at a time
         self.reader, self.readings = ThreadPoolExecutor(1, "prompts"), 0
         self.large = ThreadPoolExecutor(1, "large requests")
+        self.compiler = ThreadPoolExecutor(1, "grammars")
 
     def app(self) -> ASGIApp:
         @contextlib.asynccontextmanager
         async def lifespan(_: FastAPI):
             yield
             self.end_answers()
-            for executor in (self.reader, self.large):
+            for executor in (self.reader, self.large, self.compiler):
                 executor.shutdown(wait=False, cancel_futures=True)
             await asyncio.to_thread(self.pool.close)
 
@@ -254,7 +255,12 @@ class Api:
         async with contextlib.AsyncExitStack() as held:
             model = await held.enter_async_context(self.pool.use(body.model))
             prompt = await run(encode_chat, model.tokenizer, body, model.engine.context_length)
-            grammar = await run(make_grammar, model, body)
+            grammar = None
+            if body.is_held:
+                compiling = asyncio.get_running_loop().run_in_executor(self.compiler, make_grammar, model, body)
+                grammar = await unless_gone(request, compiling)
+                if grammar is None:
+                    return await self.tell_nobody()
             generation = self._generate(held, request, model, [prompt], body, grammar)
             form = ChatFormat(model.tokenizer, body)
             return await self._answer(request, body, generation, form, started, held.pop_all())
@@ -318,12 +324,15 @@ class Api:
         )
         tools = is_chat and bool(body.offered_tools)
         one_call = is_chat and body.parallel_tool_calls is False
+        split_thoughts = is_chat and not body.is_json
         params = sampling_params(body, defaults)
         if grammar:
             params = [replace(each, grammar=grammar, stop_ids=defaults.stop_ids) for each in params]
         nothing, stop = body.max_tokens == 0, body.stop or ()
         try:
-            generation = Generation(model.engine, tokenizer, prompts, params, stop, is_chat, tools, one_call, nothing)
+            generation = Generation(
+                model.engine, tokenizer, prompts, params, stop, split_thoughts, tools, one_call, nothing
+            )
         except ValueError as error:
             raise ApiError(400, str(error), param, "invalid_value") from error
         self.generations.add(generation)

@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -247,6 +248,30 @@ def test_tool_calls_in_a_stream(server):
     assert last.choices[0].finish_reason == "tool_calls"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "call",
+    [
+        '{"name": "f", "arguments": {"a": "\\ud83d"}}',
+        '{"name": "f\\ud83d"}',
+        '{"name": "f", "arguments": {"a": 1e999}}',
+    ],
+)
+def test_a_call_that_json_cannot_carry_is_text(server, call, stream):
+    text = f"<tool_call>{call}</tool_call>"
+    done = chat(server, text, tools=[TOOL], stream=stream)
+    choices = [chunk.choices[0] for chunk in done] if stream else done.choices
+    assert "".join((each.delta if stream else each.message).content or "" for each in choices) == text
+
+
+def test_tags_in_a_call_are_text(server):
+    words = "a <think> b </think> c <answer> d"
+    call = CALL.replace("北京", words)
+    message = chat(server, f"<think>hm <tool_call></think>{call}<answer>so</answer>", tools=[TOOL]).choices[0].message
+    assert json.loads(message.tool_calls[0].function.arguments) == {"city": words}
+    assert (message.content, message.reasoning_content) == ("so", "hm <tool_call>")
+
+
 def test_who_asks_for_one_call_gets_one(server):
     options = {"tools": [TOOL], "parallel_tool_calls": False}
     choice = chat(server, f"Let me look.\n{CALL}\n{CALL} and more", **options).choices[0]
@@ -261,7 +286,7 @@ def test_arguments_of_earlier_calls_are_objects_to_templates_of_others():
     call = {"type": "function", "function": {"name": "f", "arguments": '{"city": "北京"}'}}
     turn = {"role": "assistant", "content": "", "tool_calls": [call]}
     assert with_objects(turn)["tool_calls"][0]["function"]["arguments"] == {"city": "北京"}
-    for text in ("half a {", "3", '{"a":' + "[" * 200_000, '{"a":' + "[" * 200 + "]" * 200 + "}"):
+    for text in ("half a {", "3", '{"a": "\\ud83d"}', '{"a":' + "[" * 200_000, '{"a":' + "[" * 200 + "]" * 200 + "}"):
         turn["tool_calls"][0]["function"]["arguments"] = text
         assert with_objects(turn)["tool_calls"][0]["function"]["arguments"] == text
 
@@ -944,7 +969,7 @@ def test_reading_a_request_leaves_the_event_loop_alone(server, monkeypatch):
         monkeypatch.setattr(serve_openai_api, name, watched(name, getattr(serve_openai_api, name)))
     monkeypatch.setattr(server.api.pool, "find", watched("find", server.api.pool.find))
     monkeypatch.setattr(openai_answers.ChatFormat, "whole", watched("whole", openai_answers.ChatFormat.whole))
-    chat(server, "hi")
+    chat(server, "hi", response_format={"type": "json_object"})
     server.client.completions.create(model="full_sft_32", prompt="a", max_tokens=1)
     assert {name for name, _ in seen} == {
         "parse", "encode_chat", "encode_completion", "make_grammar", "find", "whole"
@@ -1119,6 +1144,9 @@ def test_objects_hold_only_what_the_schema_names():
         {"type": "object"},
         city | {"additionalProperties": {"type": "string"}},
         city | {"anyOf": [{"required": ["name"]}]},
+        city | {"anyOf": [{"properties": {"b": {}}, "required": ["b"]}]},
+        {"$defs": {"c": city}, "$ref": "#/$defs/c", "properties": {"b": {}}},
+        city | {"required": ["name", "b"]},
         {"allOf": [city, city]},
     ):
         assert closed(open_schema) == open_schema
@@ -1217,8 +1245,11 @@ def test_with_tools_and_a_schema_the_answer_is_a_call_or_follows_the_schema(serv
     assert once(answer) and once(call) and not once(f"{call}\n{call}")
 
 
-def test_only_strict_schemas_are_refused_for_what_cannot_be_held(server):
-    schema = {"type": "object", "properties": {"a": {"type": "array", "items": {"enum": ["x"]}, "uniqueItems": True}}}
+@pytest.mark.parametrize(
+    "kind", [{"type": "array", "items": {"enum": ["x"]}, "uniqueItems": True}, {"type": "string", "pattern": "^(?=a)b"}]
+)
+def test_only_strict_schemas_are_refused_for_what_cannot_be_held(server, kind):
+    schema = {"type": "object", "properties": {"a": kind}}
     for strict in (None, True):
         held = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema, "strict": strict}}
         for change in (
@@ -1226,7 +1257,32 @@ def test_only_strict_schemas_are_refused_for_what_cannot_be_held(server):
             {"tools": [function("f", schema, strict=strict)], "tool_choice": "required"},
         ):
             body = json.dumps({"model": "minimind", "messages": QUESTION, "max_tokens": 4} | change).encode()
-            assert post(server, "/v1/chat/completions", body)[0] == (400 if strict else 200)
+            status, _, answer = post(server, "/v1/chat/completions", body)
+            assert status == (400 if strict else 200)
+            assert not strict or re.search("uniqueItems|look-around", answer["error"]["message"]), answer
+    tools = [function("f", schema), function("g", FLAG, strict=True)]
+    assert follower(server, tools=tools)("free text"), "each tool has its own strictness"
+
+
+@pytest.mark.parametrize("parameters", [{"properties": {"a": {"type": "string"}}}, {"description": "any"}, {}])
+def test_arguments_are_an_object_also_if_the_parameters_do_not_say_so(server, parameters):
+    follows = follower(server, tools=[function("f", parameters)], tool_choice="required")
+    call = '<tool_call>\n{"name": "f", "arguments": %s}\n</tool_call>'
+    assert follows(call % '{"a": "x"}') and not follows(call % "5")
+    body = {"model": "minimind", "messages": QUESTION, "tool_choice": "required"}
+    body["tools"] = [function("f", {"type": "string"})]
+    status, _, answer = post(server, "/v1/chat/completions", json.dumps(body).encode())
+    assert (status, answer["error"]["param"]) == (400, "tool_choice")
+
+
+def test_what_is_json_from_its_beginning_is_never_a_thought(server, monkeypatch):
+    opening = server.tokenizer.encode_contents(["<think>\n"])[0]  # as the templates of some reasoning models
+    monkeypatch.setattr(serve_openai_api, "encode_chat", lambda *about: [*encode_chat(*about), *opening])
+    text = '{"tag": "<answer> or </think>"}'
+    (choice,) = chat(server, text, response_format={"type": "json_object"}).choices
+    assert choice.message.content == text
+    assert chat(server, CALL, tools=[TOOL], tool_choice="required").choices[0].finish_reason == "tool_calls"
+    assert chat(server, text).choices[0].message.reasoning_content
 
 
 def test_references_of_a_schema_with_an_address_are_followed(server):
@@ -1283,11 +1339,66 @@ def test_schemas_that_grow_without_end_are_refused_or_followed(server):
         {"anyOf": [{"const": "x" * n} for n in range(1000)]},
         {"type": "string", "pattern": "(x+x+)+y" * 50},
         {"$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/a"}]}}, "$ref": "#/$defs/a"},
+        {"type": "integer", "multipleOf": 10**300},
     ):
         body = {"model": "minimind", "messages": QUESTION, "max_tokens": 30, "response_format": json_schema(schema)}
         status, _, answer = post(server, "/v1/chat/completions", json.dumps(body).encode())
         assert status in (200, 400), answer
     assert chat(server, max_tokens=3).usage.completion_tokens == 3
+
+
+def test_schemas_that_take_long_to_compile_are_refused_before(server, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(openai_grammar, "_compile", lambda *about: compiled.append(about))
+    for schema in (
+        {"type": "integer", "multipleOf": 999_983},
+        {"allOf": [{"type": "integer", "multipleOf": 97}, {"multipleOf": 0.7}, {"multipleOf": 211}]},
+        {"type": "object", "properties": {f"p{i}": {} for i in range(3000)}},
+    ):
+        body = {"model": "minimind", "messages": QUESTION, "response_format": json_schema(schema)}
+        status, _, answer = post(server, "/v1/chat/completions", json.dumps(body).encode())
+        assert (status, answer["error"]["param"]) == (400, "response_format") and not compiled
+    monkeypatch.undo()
+    for step, number in ((0.01, "12.34"), (25_000, "75000"), (10**6, "3000000"), (997, "1994")):
+        assert follower(server, response_format=json_schema({"type": "number", "multipleOf": step}))(number)
+
+
+def test_a_schema_that_compiles_holds_up_nobody_without_one(server, monkeypatch):
+    compiling, go_on = [], threading.Event()
+
+    def slow(*about, original=openai_grammar._compile):
+        compiling.append(threading.current_thread())
+        assert go_on.wait(30)
+        return original(*about)
+
+    monkeypatch.setattr(openai_grammar, "_compile", slow)
+    options = {"response_format": {"type": "json_object"}, "max_tokens": 2}
+    threads = [threading.Thread(target=chat, args=(server,), kwargs=options) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: compiling)
+    assert chat(server, tools=[TOOL], max_tokens=2).choices
+    assert len(compiling) == 1, "one at a time"
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert len(compiling) == 12 and len(set(compiling)) == 1
+
+
+def test_the_grammar_is_of_the_tokenizer_that_the_model_has(server, tmp_path, tokenizer):
+    path = tmp_path / "mine.json"
+    shutil.copy(ROOT / "model" / "tokenizer.json", path)
+    shutil.copy(ROOT / "model" / "tokenizer_config.json", tmp_path)
+    mine = ChatTokenizer(path)
+    path.unlink()
+    body = {"model": "m", "messages": QUESTION, "response_format": {"type": "json_object"}}
+    body = parse(ChatRequest, json.dumps(body).encode())
+    model = SimpleNamespace(tokenizer=mine, engine=server.engine)
+    assert make_grammar(model, body)().allowed(mine.vocab_size).any()
+    mine.json = '{"model": {"type": "Unigram"}}'
+    with pytest.raises(ApiError, match="tokenizer") as refused:
+        make_grammar(model, body)
+    assert (refused.value.status, refused.value.param) == (400, "response_format")
 
 
 def test_without_the_package_schemas_are_refused_by_name(server, monkeypatch):
