@@ -47,14 +47,17 @@ class ServerChat(TerminalChat):
         self.client = new_client(openai.OpenAI, args.base_url, api_key=args.api_key)
         names = self.models()
         self.model = args.model or names[0]
-        if self.model not in names:  # the server may know it without listing it; if not, its error says what there is
-            self.client.models.retrieve(self.model)
+        self._require(self.model, names)
 
     def models(self) -> list[str]:
         names = [CONTROL_CHARACTERS.sub("", str(model.id)) for model in self.client.models.list()]
         if not names:
             raise ValueError(f"{self.args.base_url} offers no model")
         return names
+
+    def _require(self, name: str, names: list[str]) -> None:
+        if name not in names:  # the server may know it without listing it; if not, its error says what there is
+            self.client.models.retrieve(name)
 
     def answer(self, prompt: str) -> bool:
         text, display, finish_reason, interrupted = "", Display(), None, False
@@ -97,17 +100,19 @@ class ServerChat(TerminalChat):
         names = self.models()
         if not name:
             note("\n".join(f"{'*' if name == self.model else ' '} {name}" for name in names))
-        elif name in names:
+        else:
+            self._require(name, names)
             self.model = name
             note(f"[now with {name}]")
-        else:
-            raise ValueError(f"there is no model {name}; there are: {', '.join(names)}")
 
     def switch_lora(self, name: str) -> None:
         if not name:
             raise ValueError("which adapter? /lora NAME, or /lora none")
         base = self.model.partition(":")[0]
-        self.switch_model(base if name.lower() == "none" else f"{base}:{name}")
+        if name.lower() != "none":
+            return self.switch_model(f"{base}:{name}")
+        root = str(getattr(self.client.models.retrieve(base), "root", ""))  # FILE:ADAPTER, if it always has one
+        self.switch_model(root.rpartition(":")[0] or base)
 
     def explain(self, error: Exception) -> str:
         return explain(error, self.args.base_url)

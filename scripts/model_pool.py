@@ -5,13 +5,13 @@ import contextlib
 import time
 import warnings
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from dataset.tokenization import ChatTokenizer
 from model.batching import Engine
-from scripts.model_catalog import Entry, find_adapters, find_models, stamp_of
+from scripts.model_catalog import Entry, find_adapters, find_models, printable, stamp_of
 from scripts.openai_schema import ApiError
 
 
@@ -74,15 +74,18 @@ class ModelPool:
         offers |= {f"{self.name}:{adapter}": Offer(entry, adapter) for adapter in adapters}
         for entry in find_models(self._out_dir, self._folders):
             if entry.path != self.default.entry.path:
+                if entry.name in offers:
+                    entry = replace(entry, name=printable(str(entry.path)))
                 found = [Offer(entry), *(Offer(entry, adapter) for adapter in entry.adapters)]
                 offers |= {offer.root: offer for offer in found}
+        if self.default.lora_name:
+            offers.setdefault(self.default.entry.name, Offer(self.default.entry))
         return offers
 
     def find(self, name: str) -> Offer:
         """Return the offer of that name, which for the default may be its file's name. ApiError 404 lists all names."""
         offers = self.offers()
-        alone = [Offer(self.default.entry)] * (self.max_models > 1)  # the default without its adapter
-        if found := offers.get(name) or {offer.root: offer for offer in [*alone, *offers.values()]}.get(name):
+        if found := offers.get(name) or {offer.root: offer for offer in offers.values()}.get(name):
             return found
         message = f"there is no model {name!r} here; there are: {', '.join(offers)}"
         raise ApiError(404, message, "model", "model_not_found")

@@ -116,7 +116,9 @@ def test_commands(run, server):
     assert "one" not in two and "helpful assistant" in two
     assert "system\nbe brief<|im_end|>" in three and "two" not in three
     assert "helpful assistant" in four
-    assert f"* {ECHO}" in err and "  minimind\n" in err and "there is no model nothing; there are: minimind" in err
+    assert (
+        f"* {ECHO}" in err and "  minimind\n" in err and "there is no model 'nothing' here; there are: minimind" in err
+    )
     assert "/reset  " in err and "the default system message" in err
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import http.client
+import io
 import json
 import os
 import re
@@ -1867,7 +1868,7 @@ def test_what_keeps_it_from_starting_is_one_clear_line(out_dir, tmp_path, tokeni
         assert words in message and "Traceback" not in message, message
 
 
-def test_a_hugging_face_folder_and_an_adapter_as_the_default(out_dir, tmp_path, capsys):
+def test_a_hugging_face_folder_and_an_adapter_as_the_default(out_dir, tmp_path, capsys, monkeypatch):
     model, _ = load_model(out_dir / "full_sft_32.pth")
     model.save_pretrained(tmp_path / "MiniMind2")
     flags = ["--load", "1", "--hf_path", str(tmp_path / "MiniMind2"), "--lora_name", "lora_medical"]
@@ -1878,3 +1879,22 @@ def test_a_hugging_face_folder_and_an_adapter_as_the_default(out_dir, tmp_path, 
         adapted = chat(server, **options).choices[0].message.content
         assert chat(server, model="full_sft_32:lora_medical", **options).choices[0].message.content == adapted
         assert chat(server, model="MiniMind2", **options).choices[0].message.content != adapted
+        assert "MiniMind2" in [model.id for model in server.client.models.list()]
+        monkeypatch.setattr(
+            sys, "stdin", io.StringIO("/lora none\n/lora lora_medical\n/model full_sft_32:lora_medical\n")
+        )
+        assert chat_openai_api.main(["--base_url", server.url]) == 0
+        said = capsys.readouterr().err
+        assert re.findall(r"now with (\S+)]", said) == [
+            "MiniMind2",
+            "MiniMind2:lora_medical",
+            "full_sft_32:lora_medical",
+        ]
+
+
+def test_a_folder_called_as_the_default_is_listed_by_its_path(out_dir, tmp_path):
+    load_model(out_dir / "full_dist_32.pth")[0].save_pretrained(tmp_path / "minimind")
+    with running_server(out_dir) as server:
+        server.api.pool._folders = (tmp_path,)
+        names = [model.id for model in server.client.models.list()]
+        assert server.client.models.retrieve("minimind").root == "full_sft_32" and str(tmp_path / "minimind") in names
