@@ -60,18 +60,16 @@ def make_grammar(model: LoadedModel, body: ChatRequest) -> Callable[[], Grammar]
         return None
     tokenizer, vocab_size = model.tokenizer, model.engine.model.config.vocab_size
     param = "tool_choice" if body.enforced_tools else "response_format" if body.is_json else "tools"
-    for patterns in (True, False):
+    for patterns in (True, False):  # which may be of kinds that llguidance does not know
         try:
             refuse_impossible(body, param)
-            source = _source(body, tokenizer, patterns)
+            matcher = _compile(tokenizer.json, tokenizer.eos_id, vocab_size, _source(body, tokenizer, patterns))
         except RecursionError as error:
             raise ApiError(400, "the schema is nested too deeply", code="invalid_value") from error
-        try:
-            matcher = _compile(tokenizer.json, tokenizer.eos_id, vocab_size, source)
         except ImportError as error:
             message = f"{param} needs the llguidance package where the server runs: pip install llguidance"
             raise unsupported(param, message) from error
-        except ValueError as error:
+        except (ValueError, TypeError, LookupError) as error:
             raise unsupported(param, f"{param}: llguidance cannot read this model's tokenizer: {error}") from error
         if not matcher.is_error():
             return lambda: Grammar(matcher.deep_copy(), param)
@@ -82,11 +80,8 @@ def make_grammar(model: LoadedModel, body: ChatRequest) -> Callable[[], Grammar]
 
 def _source(body: ChatRequest, tokenizer: ChatTokenizer, patterns: bool) -> str:
     """Return the grammar. patterns: False leaves them out of schemas that are not strict."""
-    tools = [tool.function for tool in body.tools or ()] if body.offered_tools else []
-    several = body.parallel_tool_calls is not False
+    tools, several = body.enforced_tools or body.functions, body.parallel_tool_calls is not False
     opening, closing = (_tag(tokenizer, tag) for tag in (ToolCallSplitter.OPEN, ToolCallSplitter.CLOSE))
-    if body.enforced_tools:
-        tools = body.enforced_tools
     named = "\ncalled: " + " | ".join(_call(function, patterns) for function in tools)
     call = f'call: {opening} "\\n" called "\\n" {closing}{named}'
     if body.enforced_tools:
@@ -96,7 +91,7 @@ def _source(body: ChatRequest, tokenizer: ChatTokenizer, patterns: bool) -> str:
         more = ' ("\\n" call)*' if several else ""
         return f"start: call{more} | answer\n{call}\nanswer: {answer}"
     if not answer:
-        # Free text, in which a tool call follows the schema. To llguidance, tags that are tokens are not text.
+        # free text, in which a tool call follows the schema; to llguidance, tags that are tokens may be no text
         tags = [f"<[{number}]>" for number in tokenizer.tag_ids if f"<[{number}]>" != opening]
         source = (
             f"start: call{'*' if several else '?'} text\ntext: ({' | '.join(['TEXT', *tags])})*\nTEXT: /(.|\\n)+/\n"
@@ -109,15 +104,15 @@ def _source(body: ChatRequest, tokenizer: ChatTokenizer, patterns: bool) -> str:
 
 def _answer(body: ChatRequest, patterns: bool) -> str:
     """Return the grammar of response_format; "" if the answer is free."""
-    if not body.response_format or body.response_format.type == "text":
+    asked = body.response_format
+    if not asked or asked.type == "text":
         return ""
-    asked = body.response_format.json_schema
-    if body.response_format.type == "json_object":
-        return _json({"type": "object"}, False)
-    return _json(_ready(asked.definition, asked.strict, patterns), asked.strict)
+    if asked.type == "json_object":
+        return _json({"type": "object"})
+    return _json(_ready(asked.json_schema.definition, asked.json_schema.strict, patterns), asked.json_schema.strict)
 
 
-def _json(schema: dict, strict: bool | None) -> str:
+def _json(schema: dict, strict: bool | None = False) -> str:
     """Return the grammar of a schema. Only a strict schema is refused for what llguidance does not know in it."""
     return f"%json {json.dumps(schema | {'x-guidance': JSON_STYLE | {'lenient': not strict}})}"
 
@@ -128,13 +123,12 @@ def _ready(schema: dict, strict: bool | None, patterns: bool) -> dict:
 
 def refuse_impossible(body: ChatRequest, param: str) -> None:
     """Raise ApiError for calls that are not objects, and for what llguidance takes many seconds and GB to compile."""
-    functions = [tool.function for tool in body.tools or ()] if body.offered_tools else []
-    for function in functions:
+    for function in body.functions:
         if "object" not in str((function.parameters or {}).get("type", "object")):
             message = f"{param}: the parameters of {function.name} must be of type object"
             raise ApiError(400, message, param, "invalid_value")
     asked = body.response_format and body.response_format.json_schema
-    schemas = [asked and asked.definition, *(function.parameters for function in functions)]
+    schemas = [asked and asked.definition, *(function.parameters for function in body.functions)]
     objects = list(_objects(schemas))
     count = sum(len(each["properties"]) for each in objects if isinstance(each.get("properties"), dict))
     if count > MOST_PROPERTIES:
@@ -195,7 +189,6 @@ def _close(schema: dict) -> dict:
 
 
 def _without_patterns(schema: dict) -> dict:
-    """Leave out the patterns, which may be of kinds that llguidance does not know."""
     return _each_schema(schema, lambda each: {key: value for key, value in each.items() if key != "pattern"})
 
 
@@ -225,4 +218,11 @@ def _compile(tokenizer_json: str, eos_id: int, vocab_size: int, source: str):
 def _tokenizer(tokenizer_json: str, eos_id: int, vocab_size: int):
     import llguidance
 
-    return llguidance.LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=eos_id)
+    # To llguidance, added tokens are not text. Tags become ordinary tokens, so that JSON may hold them, except those
+    # that would end a call in the middle of its arguments.
+    content = json.loads(tokenizer_json)
+    calls = (ToolCallSplitter.OPEN, ToolCallSplitter.CLOSE)
+    tags = [token for token in content["added_tokens"] if not token["special"] and token["content"] not in calls]
+    content["added_tokens"] = [token for token in content["added_tokens"] if token not in tags]
+    content["model"]["vocab"] |= {tag["content"]: tag["id"] for tag in tags}
+    return llguidance.LLTokenizer(json.dumps(content), n_vocab=vocab_size, eos_token=eos_id)

@@ -200,12 +200,16 @@ class ChatRequest(Sampling):
         return self
 
     @property
+    def functions(self) -> list[Function]:
+        """Return the functions that the answer may call."""
+        return [tool.function for tool in self.tools or () if self.tool_choice != "none"]
+
+    @property
     def enforced_tools(self) -> list[Function]:
         """Return the functions of which the answer must call one; [] if it need not call any."""
-        functions = [tool.function for tool in self.tools or ()]
         if isinstance(self.tool_choice, Tool):
-            return [function for function in functions if function.name == self.tool_choice.function.name]
-        return functions if self.tool_choice == "required" else []
+            return [function for function in self.functions if function.name == self.tool_choice.function.name]
+        return self.functions if self.tool_choice == "required" else []
 
     @property
     def is_json(self) -> bool:
@@ -215,14 +219,13 @@ class ChatRequest(Sampling):
     @property
     def is_held(self) -> bool:
         """Return whether the answer has to follow a grammar."""
-        return self.is_json or bool(self.offered_tools and any(tool.function.strict for tool in self.tools))
+        return self.is_json or any(function.strict for function in self.functions)
 
     @property
     def offered_tools(self) -> list[dict]:
         """Return the tools as the chat template takes them."""
-        if not self.tools or self.tool_choice == "none":
-            return []
-        return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in self.tools]
+        tools = self.tools if self.functions else []
+        return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in tools]
 
 
 class CompletionRequest(Sampling):

@@ -1286,6 +1286,15 @@ def test_what_is_json_from_its_beginning_is_never_a_thought(server, monkeypatch)
     assert chat(server, text).choices[0].message.reasoning_content
 
 
+def test_tags_in_json_are_text_except_those_of_calls(server):
+    tags = [server.tokenizer.decode([number]) for number in server.tokenizer.tag_ids if number not in (7, 8)]
+    schema = {"type": "object", "properties": {"a": {"enum": tags}}, "required": ["a"]}
+    held, free = (follower(server, response_format=each) for each in (json_schema(schema), {"type": "json_object"}))
+    for tag in tags:
+        assert held(json.dumps({"a": tag})) and free(json.dumps({"a": f"so {tag} b"}))
+    assert not held('{"a": "<tool>"}') and not free('{"a": "</tool_call>"}')
+
+
 def test_references_of_a_schema_with_an_address_are_followed(server):
     schema = {
         "$id": "http://x/y.json",
