@@ -70,8 +70,8 @@ def add_boolean(parser: argparse._ActionsContainer, flag: str, default: bool | N
 
 
 def add_api_key(parser: argparse._ActionsContainer, help: str) -> None:
-    options = {"default": os.environ.get("MINIMIND_API_KEY"), "help": f"{help} (default: MINIMIND_API_KEY, if set)"}
-    parser.add_argument("--api_key", type=lambda key: key or None, **options)  # set to nothing, it asks for no key
+    default, text = os.environ.get("MINIMIND_API_KEY"), f"{help} (default: MINIMIND_API_KEY, if set)"
+    parser.add_argument("--api_key", type=lambda key: key or None, default=default, help=text)  # "" is no key
 
 
 def show_defaults(parser: argparse.ArgumentParser) -> None:
