@@ -1,5 +1,6 @@
 """Resuming: a run that was killed at any instant ends as if it had never stopped, and never goes on as another run."""
 
+import functools
 import importlib
 import json
 import os
@@ -42,6 +43,8 @@ from trainer.checkpoint import Checkpoint, Progress, refuse_other_weights, resul
 from trainer.distributed import Process
 from trainer.training import Training
 
+MOMENTS = random.Random(0)
+
 
 def noisy_slow_steps(module) -> None:
     """Steps that depend on every random number generator, and that leave time to be killed in."""
@@ -60,14 +63,16 @@ def noisy_slow_steps(module) -> None:
     replace_step(make)
 
 
-def killed_at_step(number: int, module) -> None:
+def killed_at_step(number: int, module, by: int = signal.SIGKILL) -> None:
+    """The number of a step counts from the start of the process."""
+
     def make(take_step):
         calls = []
 
         def step(*arguments):
             calls.append(1)
             if len(calls) == number:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), by)
             return take_step(*arguments)
 
         return step
@@ -122,34 +127,37 @@ def assert_same_end(ours, theirs, name: str = "pretrain_32") -> None:
     assert_identical(torch.load(ours / f"{name}.pth"), half)
 
 
-def interrupted(launcher, script, flags, stops, patches) -> None:
-    """Starts with --resume again and again, stopped by these signals, and then lets it run to the end."""
-    for number, delay in stops:
-        child = launcher.start(script, [*flags, "--resume"], patches=patches)
-        child.wait_for("M parameters,")
-        time.sleep(delay)
-        child.signal(number)
-        # it may be through already, or not in its loop yet, where SIGTERM kills
-        assert child.wait() in (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM, 0), child.output
-    launcher.run(script, [*flags, "--resume"], patches=patches)
+def check_interrupted(launcher, tmp_path, script, interrupt, name="pretrain_32", patches=(noisy_slow_steps,), **flags):
+    """interrupt(start) stops the run as often as it likes, each time start()-ed with --resume; then it runs to the end.
+    Returns what it says at last."""
 
+    def start(*more):
+        return launcher.start(script, line, patches=[*patches, *more])
 
-def random_stops(count: int) -> list[tuple[int, float]]:
-    return [(random.choice([signal.SIGKILL] * 4 + [signal.SIGTERM]), random.uniform(0, 0.5)) for _ in range(count)]
-
-
-def check_interrupted(launcher, tmp_path, script, stops, name="pretrain_32", patches=(noisy_slow_steps,), **flags):
-    patches = list(patches)
     flags = {"save_interval": 2} | flags
     launcher.run(script, tiny_flags(tmp_path / "whole", **flags), patches=patches)
-    interrupted(launcher, script, tiny_flags(tmp_path / "parts", **flags), stops, patches)
+    line = [*tiny_flags(tmp_path / "parts", **flags), "--resume"]
+    interrupt(start)
+    printed = launcher.run(script, line, patches=patches)
     assert_same_end(tmp_path / "parts", tmp_path / "whole", name)
+    return printed
+
+
+def stopped_three_times(start) -> None:
+    """Twice killed after a step that was not saved, then told to stop: that saves step 7."""
+    for by, step, said in (
+        (signal.SIGKILL, 4, "from the beginning"),
+        (signal.SIGKILL, 4, "at step 2; going on"),
+        (signal.SIGTERM, 3, "at step 4; going on"),
+    ):
+        child = start(functools.partial(killed_at_step, step, by=by))
+        assert child.wait() == (-by if by == signal.SIGKILL else 128 + by) and said in child.output, child.output
 
 
 def test_killed_runs_end_bit_identical(launcher, tmp_path, texts):
-    """Saved every second step; killed twice at random moments, a third time by a signal that it can answer."""
-    stops = [(signal.SIGKILL, random.uniform(0, 0.3)) for _ in range(2)] + [(signal.SIGTERM, 0.1)]
-    check_interrupted(launcher, tmp_path, "train_pretrain", stops, data_path=texts, epochs=2)
+    flags = {"data_path": texts, "epochs": 2}
+    printed = check_interrupted(launcher, tmp_path, "train_pretrain", stopped_three_times, **flags)
+    assert "at step 7; going on" in printed
 
 
 @pytest.mark.parametrize(
@@ -185,9 +193,11 @@ def check_files(folder) -> None:
 
 
 def kill_at_random(launcher, script, line, seconds: float, times: int, folder, patches=()) -> None:
-    for _ in range(times):
+    moments = [MOMENTS.uniform(0, seconds) for _ in range(times)]
+    print(moments)
+    for moment in moments:
         child = launcher.start(script, line, patches=patches)
-        time.sleep(random.uniform(0, seconds))
+        time.sleep(moment)
         child.signal(signal.SIGKILL)
         assert child.wait() in (-signal.SIGKILL, 0), child.output
         check_files(folder)
@@ -258,9 +268,22 @@ def test_two_runs_started_together_fifteen_times(launcher, tmp_path, inputs, sha
 @each_stage()
 def test_runs_killed_ten_times_end_bit_identical(launcher, tmp_path, inputs, stage, use_moe, optimizer):
     flags = inputs(stage, use_moe) | {"epochs": 8, "batch_size": 2, "accumulation_steps": 2, "optimizer": optimizer}
-    stops = random_stops(10)
+    stops = [(MOMENTS.choice([signal.SIGKILL] * 4 + [signal.SIGTERM]), MOMENTS.uniform(0, 0.5)) for _ in range(9)]
     print(stops)
-    check_interrupted(launcher, tmp_path, stage.script, stops, stage.name(use_moe), **flags)
+
+    def interrupt(start):
+        assert start(killed_at_step_4).wait() == -signal.SIGKILL
+        children = []
+        for number, delay in stops:
+            children.append(child := start())
+            child.wait_for("at step ")
+            time.sleep(delay)
+            child.signal(number)
+            # it may be through already, or not in its loop yet, where SIGTERM kills
+            assert child.wait() in (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM, 0), child.output
+        assert "going on" in children[0].output
+
+    check_interrupted(launcher, tmp_path, stage.script, interrupt, stage.name(use_moe), **flags)
 
 
 @pytest.mark.full
@@ -269,23 +292,21 @@ def test_two_processes_killed_end_bit_identical(launcher, tmp_path, inputs, stag
     flags = inputs(stage) | {"epochs": 3, "batch_size": 2, "save_interval": 1, "resume": True}
     launcher.run(stage.script, tiny_flags(tmp_path / "whole", **flags), 2)
     line = tiny_flags(tmp_path / "parts", **flags)
-    for delay in (0.05, 0.2, 0.1):
-        children = launcher.start_ranks(2, stage.script, line)
-        children[0].wait_for("M parameters,")
-        time.sleep(delay)
-        for child in children:
-            child.signal(signal.SIGKILL)
-            child.wait()
-    launcher.run(stage.script, line, 2)
+    for step, said in ((3, "from the beginning"), (4, "at step 2; going on"), (2, "at step 5; going on")):
+        patches = [functools.partial(killed_at_step, step)]
+        children = launcher.start_ranks(2, stage.script, line, patches=patches)
+        assert -signal.SIGKILL in [child.wait() for child in children], children[0].output
+        assert said in children[0].output
+    assert "at step 6; going on" in launcher.run(stage.script, line, 2)
     assert_same_end(tmp_path / "parts", tmp_path / "whole", stage.name())
 
 
 @pytest.mark.full
 def test_bit_identical_on_two_threads_in_bfloat16(launcher, tmp_path, texts):
-    stops = [(signal.SIGKILL, 0.2), (signal.SIGKILL, 0.3)]
     flags = {"data_path": texts, "epochs": 3, "dtype": "bfloat16", "hidden_size": 64, "num_workers": 1}
     flags["patches"] = [noisy_slow_steps, two_threads]
-    check_interrupted(launcher, tmp_path, "train_pretrain", stops, "pretrain_64", **flags)
+    printed = check_interrupted(launcher, tmp_path, "train_pretrain", stopped_three_times, "pretrain_64", **flags)
+    assert "at step 7; going on" in printed
 
 
 def two_threads(module) -> None:

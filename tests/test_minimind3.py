@@ -257,7 +257,8 @@ def test_a_killed_run_ends_bit_identical(launcher, tmp_path, texts, preset):
     line = tiny_flags(tmp_path / "parts", **flags)
     child = launcher.start("train_pretrain", line, patches=[noisy_slow_steps, killed_at_step_4])
     assert child.wait() == -signal.SIGKILL, child.output
-    launcher.run("train_pretrain", [*line, "--resume"], patches=[noisy_slow_steps])
+    printed = launcher.run("train_pretrain", [*line, "--resume"], patches=[noisy_slow_steps])
+    assert "is at step 2; going on" in printed
     assert_same_end(tmp_path / "parts", tmp_path / "whole", PRETRAIN.name(preset.endswith("moe")))
 
 
