@@ -323,6 +323,27 @@ def train(monkeypatch):
     return run
 
 
+@pytest.fixture
+def broken_off(train, monkeypatch):
+    """broken_off(script, flags, number): a run that ends in that step."""
+    from trainer.training import Training
+
+    def run(script, flags, number):
+        steps, step = [], Training.step
+
+        def breaks_off(training, lr):
+            steps.append(lr)
+            if len(steps) == number:
+                raise FloatingPointError("broken off")
+            return step(training, lr)
+
+        with monkeypatch.context() as patch, pytest.raises(FloatingPointError):
+            patch.setattr(Training, "step", breaks_off)
+            train(script, flags)
+
+    return run
+
+
 def read_resume(out_dir: Path, name: str = "pretrain_32") -> dict:
     return torch.load(out_dir / "resume" / f"{name}.resume", weights_only=True)
 

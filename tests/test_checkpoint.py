@@ -41,7 +41,6 @@ from trainer import checkpoint, frozen_outputs
 from trainer.arguments import FREE_ON_RESUME, parse_arguments, stage_parser
 from trainer.checkpoint import Checkpoint, Progress, refuse_other_weights, result_flags
 from trainer.distributed import Process
-from trainer.training import Training
 
 MOMENTS = random.Random(0)
 
@@ -489,26 +488,6 @@ def test_without_resume_a_run_starts_anew_and_says_what_it_replaces(train, tmp_p
     printed = capsys.readouterr().out
     assert "pretrain_32.resume" in printed and "replace" in printed
     assert contents(tmp_path)[Path("pretrain_32.pth")][0] != before
-
-
-@pytest.fixture
-def broken_off(train, monkeypatch):
-    """broken_off(script, flags, number): a run that ends in that step."""
-
-    def run(script, flags, number):
-        steps, step = [], Training.step
-
-        def breaks_off(training, lr):
-            steps.append(lr)
-            if len(steps) == number:
-                raise FloatingPointError("broken off")
-            return step(training, lr)
-
-        with monkeypatch.context() as patch, pytest.raises(FloatingPointError):
-            patch.setattr(Training, "step", breaks_off)
-            train(script, flags)
-
-    return run
 
 
 @pytest.fixture

@@ -285,7 +285,7 @@ def test_errors_name_the_file_and_the_cure(tmp_path):
 
 
 def test_tokenizers_that_cannot_keep_turns_apart_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="both <|endoftext|>"):
+    with pytest.raises(ValueError, match=r"both <\|endoftext\|>"):
         ChatTokenizer(edited(tmp_path, lambda _, c: c.update(bos_token="<|endoftext|>", eos_token="<|endoftext|>")))
     with pytest.raises(ValueError, match=r'<\|im_end\|> must be listed in "added_tokens"'):
         ChatTokenizer(edited(tmp_path, lambda s, _: s["added_tokens"][2].update(special=False)))
