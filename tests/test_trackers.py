@@ -22,21 +22,28 @@ def test_swanlab_offline_keeps_the_same_names_on_disk(launcher, tmp_path, texts)
     assert all(name.encode() in kept for name in NAMES) and b"Mine" in kept and b"the old king" in kept
 
 
-def test_tensorboard_holds_what_the_log_file_holds_and_a_resumed_run_goes_on(launcher, tmp_path, texts):
+def test_tensorboard_holds_what_the_log_file_holds_and_a_resumed_run_goes_on(
+    train, broken_off, tmp_path, texts, monkeypatch
+):
+    """Broken off after step 3, resumed from step 2: each step is there once."""
     pytest.importorskip("tensorboard", reason="tensorboard is not installed: requirements-cloud.txt")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     flags = {"max_steps": 4, "save_interval": 2, "valid_path": texts, "sample_prompt": "the sky", "eval_interval": 2}
     line = [*tiny_flags(tmp_path, texts, **flags), "--use_tensorboard"]
-    launcher.run("train_pretrain", line)
-    launcher.run("train_pretrain", [*line, "--resume"])  # complete: nothing is added
+    log = tracking.TensorBoard.log
+    monkeypatch.setattr(tracking.TensorBoard, "log", lambda run, *a: log(run, *a) or run.writer.flush())
+    broken_off("train_pretrain", line, 4)
+    train("train_pretrain", [*line, "--resume"])
+    train("train_pretrain", [*line, "--resume"])  # complete: nothing is added
     (folder,) = (tmp_path / "tensorboard").iterdir()
     assert folder.name == "MiniMind-pretrain_32-Epoch-1-BatchSize-4-LearningRate-0.002"
     events = EventAccumulator(str(folder)).Reload()
     for name in NAMES[:4]:
         field = name.split("/")[1]
-        kept = {event.step: event.value for event in events.Scalars(name)}
-        assert kept == {r["step"]: pytest.approx(r[field], rel=1e-6) for r in read_log(tmp_path)}
+        kept = [(event.step, event.value) for event in events.Scalars(name)]
+        logged = {record["step"]: record[field] for record in read_log(tmp_path)}
+        assert kept == [(step, pytest.approx(logged[step], rel=1e-6)) for step in (1, 2, 3, 4)]
     assert [event.step for event in events.Scalars("valid/loss")] == [2, 4]
     assert "valid/sample/text_summary" in events.Tags()["tensors"]
 
