@@ -540,14 +540,14 @@ def test_on_a_device_that_fails_for_good_every_request_ends(dense, method, monke
     expected = list(stream(dense, random_ids(9), GREEDY))
     with Engine(dense, slots=3) as engine:
         assert ids_of(engine.submit(random_ids(9), GREEDY)) == expected
-        running = [engine.submit(random_ids(5, seed=n), endless) for n in range(2)]
-        for request in running:
-            next(iter(request))
+        told = []
         with monkeypatch.context() as broken:
-            for name in (method, "clear", "copy"):
-                broken.setattr(engine._decoder, name, device_lost)
-            told = []
-            waiting = [engine.submit(random_ids(9), GREEDY, notify=lambda: told.append(1)) for _ in range(5)]
+            with engine._stepping:  # its own thread waits
+                running = [engine.submit(random_ids(5, seed=n), endless) for n in range(2)]
+                engine.step()
+                for name in (method, "clear", "copy"):
+                    broken.setattr(engine._decoder, name, device_lost)
+                waiting = [engine.submit(random_ids(9), GREEDY, notify=lambda: told.append(1)) for _ in range(5)]
             wait_for_ends(running + waiting)
             later = [engine.submit(random_ids(9), GREEDY) for _ in range(2)]
             wait_for_ends(later)
@@ -567,11 +567,12 @@ def test_a_copy_that_fails_ends_its_own_request(dense, threaded, monkeypatch):
     engine = Engine(dense, slots=2)
     if threaded:
         engine.start()
-    first = engine.submit(text, endless)
-    begun = [next(iter(first)).id]
     with monkeypatch.context() as broken:
-        broken.setattr(engine._decoder, "copy", device_lost)
-        others = [engine.submit(text + [n], GREEDY, notify=lambda: told.append(1)) for n in range(3)]
+        with engine._stepping:  # its own thread waits
+            first = engine.submit(text, endless)
+            engine.step()
+            broken.setattr(engine._decoder, "copy", device_lost)
+            others = [engine.submit(text + [n], GREEDY, notify=lambda: told.append(1)) for n in range(3)]
         if threaded:
             wait_for_ends(others)
         for request in others:
@@ -580,7 +581,7 @@ def test_a_copy_that_fails_ends_its_own_request(dense, threaded, monkeypatch):
         assert len(told) == 3
     after = text + [50]
     assert_same_answer(dense, after, ids_of(engine.submit(after, GREEDY)), list(stream(dense, after, GREEDY)))
-    assert begun + ids_of(first) == list(stream(dense, text, endless))
+    assert ids_of(first) == list(stream(dense, text, endless))
     engine.close()
 
 
@@ -681,10 +682,13 @@ def test_notify_comes_from_the_engines_thread_after_what_it_tells_of(dense):
     assert told == [("engine", 1, None)] * 11 + [("engine", 1, "length")]
 
 
-def test_close_ends_what_is_under_way(dense):
+def test_close_ends_what_is_under_way(dense, monkeypatch):
     engine = Engine(dense, slots=1)
+    decode = engine._decoder.decode_one_token
+    monkeypatch.setattr(engine._decoder, "decode_one_token", lambda *a: wait_for_ends(requests) or decode(*a))
     with engine:
-        requests = [engine.submit(random_ids(3), SamplingParams(max_new_tokens=200, stop_ids=())) for _ in range(3)]
+        with engine._stepping:  # its own thread waits
+            requests = [engine.submit(random_ids(3), GREEDY) for _ in range(3)]
         next(iter(requests[0]))
     assert [r.finish_reason for r in requests] == ["cancelled"] * 3
     assert not engine._thread.is_alive()
@@ -693,12 +697,15 @@ def test_close_ends_what_is_under_way(dense):
             use()
 
 
-def test_an_idle_engine_sleeps(dense):
-    with Engine(dense, slots=2) as engine:
-        list(engine.submit(random_ids(3), GREEDY))
-        before = time.process_time()
-        time.sleep(0.3)
-        assert time.process_time() - before < 0.1
+def test_an_idle_engine_sleeps(dense, monkeypatch):
+    """It looks for work once when it starts, once when some comes and once after every step."""
+    engine, looked = Engine(dense, slots=2), []
+    has_work = engine._has_work
+    monkeypatch.setattr(engine, "_has_work", lambda: looked.append(1) or has_work())
+    with engine:
+        assert len(ids_of(engine.submit(random_ids(3), GREEDY))) == 12
+        time.sleep(0.2)
+        assert len(looked) <= 2 + 12
         assert len(ids_of(engine.submit(random_ids(3), GREEDY))) == 12
 
 

@@ -33,7 +33,6 @@ from conftest import (
     write_weights,
 )
 
-from dataset import progress
 from model.model_minimind import MiniMindConfig
 from model.weights import WeightsError, save_weights
 from scripts import convert_model
@@ -358,19 +357,12 @@ def flush_every_batch(module) -> None:
     frozen_outputs.FLUSH_SECONDS = -1
 
 
-def slow_frozen_batches(module) -> None:
-    flush_every_batch(module)
-    progress.LINE_SECONDS = 1e-9
-    write = frozen_outputs.FrozenOutputs.write
-    frozen_outputs.FrozenOutputs.write = lambda *arguments, **arrays: time.sleep(0.05) or write(*arguments, **arrays)
-
-
 def print_frozen_batches(module) -> None:
     write = frozen_outputs.FrozenOutputs.write
     frozen_outputs.FrozenOutputs.write = lambda *arguments, **arrays: print("batch") or write(*arguments, **arrays)
 
 
-def killed_after_three_frozen_batches(module) -> None:
+def killed_after_three_frozen_batches(module, by: int = signal.SIGKILL) -> None:
     flush_every_batch(module)
     write, calls = frozen_outputs.FrozenOutputs.write, []
 
@@ -378,7 +370,7 @@ def killed_after_three_frozen_batches(module) -> None:
         write(*arguments, **arrays)
         calls.append(1)
         if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), by)
 
     frozen_outputs.FrozenOutputs.write = counted
 
@@ -408,9 +400,8 @@ def test_killed_while_the_frozen_model_is_asked(launcher, tmp_path, inputs, stag
 def test_a_signal_while_the_frozen_model_is_asked(launcher, tmp_path, inputs, stage, flags, number):
     """It ends at once, with a bad status; nothing but what is kept of the frozen model is there to go on with."""
     line = tiny_flags(tmp_path, **inputs(stage) | flags)
-    child = launcher.start(stage.script, line, patches=[slow_frozen_batches])
-    child.wait_for(".pth: ")  # the line of the pass, which begins with what it makes of which weights
-    child.signal(number)
+    patches = [functools.partial(killed_after_three_frozen_batches, by=number)]
+    child = launcher.start(stage.script, line, patches=patches)
     assert child.wait() in (-signal.SIGTERM, 128 + signal.SIGINT) and "Traceback" not in child.output
     assert {path.name for path in tmp_path.iterdir()} == {"token_cache", "resume"}
     assert [path.suffix for path in (tmp_path / "resume").iterdir()] == [".lock"]
