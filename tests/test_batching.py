@@ -395,22 +395,24 @@ def test_requests_that_come_together_read_their_common_prompt_once(model):
         assert_same_answer(model, prompt, answer, list(stream(model, prompt, GREEDY)))
 
 
-def test_a_copy_that_fails_ends_only_its_own_request(model, monkeypatch):
+def test_a_common_prompt_that_cannot_be_taken_over_ends_only_the_request_that_wanted_it(model, monkeypatch):
+    """Each request is made ready when it is admitted, the second one again once the first has read their prompt."""
     engine, prompt = Engine(model, slots=3), random_ids(40)
     other = engine.submit(prompt[20:25], GREEDY)
     first, second = (engine.submit(prompt, GREEDY) for _ in range(2))
-    monkeypatch.setattr(engine, "_make_ready", fails_after(2, engine._make_ready))
-    ids_of(other), ids_of(first)
+    monkeypatch.setattr(engine, "_make_ready", fails_after(3, engine._make_ready))
+    for request, ids in ((other, prompt[20:25]), (first, prompt)):
+        assert_same_answer(model, ids, ids_of(request), list(stream(model, ids, GREEDY)))
     with pytest.raises(RuntimeError, match="no memory"):
         ids_of(second)
 
 
 def fails_after(count: int, call):
-    """The call, which raises from its third time on (after `count`)."""
+    """The call, which raises once it has been made `count` times."""
     calls = iter(range(10**6))
 
     def failing(*args):
-        if next(calls) > count:
+        if next(calls) >= count:
             raise RuntimeError("no memory")
         return call(*args)
 

@@ -496,7 +496,7 @@ def test_aux_loss_of_perfect_balance_and_of_collapse():
 
 @each_kind
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
-def test_gradient_checkpointing_changes_nothing(shape):
+def test_transformers_switch_of_gradient_checkpointing_changes_nothing(shape):
     model = tiny_model(**shape).train()
     _, batch, labels = pack("odd")
 

@@ -360,7 +360,7 @@ def loss_and_gradients(model) -> tuple[float, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("use_moe", [False, True])
-def test_gradient_checkpointing_changes_no_gradient(use_moe, monkeypatch):
+def test_the_flag_gradient_checkpointing_recomputes_both_layers_and_changes_no_gradient(use_moe, monkeypatch):
     loss, gradients = loss_and_gradients(tiny_model(use_moe=use_moe))
     model = tiny_model(use_moe=use_moe)
     prepare_forward(model, flags(gradient_checkpointing=True), CPU)

@@ -313,15 +313,6 @@ def test_first_losses_of_the_stages_agree(train, tmp_path, inputs, use_moe):
     assert (sft["aux_loss"] > 0.1) == use_moe
 
 
-def test_dpo_starts_at_its_reference(train, tmp_path, inputs):
-    """ln 2, no margin, no divergence, and neither right nor wrong."""
-    flags = {name: value for name, value in inputs(DPO).items() if name != "reference_weight"}
-    record = first_step(train, tmp_path, DPO, flags)
-    assert record["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert record["reward_margin"] == pytest.approx(0, abs=1e-5) and record["kl"] == pytest.approx(0, abs=1e-5)
-    assert record["logp_chosen"] < -10 and record["logp_rejected"] < -10
-
-
 def test_the_logged_distillation_loss_is_the_sum_of_its_parts(train, tmp_path, inputs):
     record = first_step(train, tmp_path, DISTILLATION, inputs(DISTILLATION) | {"alpha": 0.3, "temperature": 1.5})
     assert record["kl"] > 0.01

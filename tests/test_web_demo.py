@@ -294,7 +294,7 @@ def test_the_default_system_prompt_is_shown_and_sent(open_page, server):
     assert server.requests[-1]["messages"][0]["role"] == "user"
 
 
-def test_the_page_speaks_the_browsers_language():
+def test_the_page_has_the_same_words_in_both_languages_and_uses_them_all():
     assert set(WORDS["en"]) == set(WORDS["zh"])
     code = "".join(
         (ROOT / "scripts" / f"web_{name}.py").read_text("utf-8") for name in ("demo", "page", "conversation", "answers")
