@@ -19,11 +19,12 @@ from trainer.logger import Logger
 from trainer.rollouts import Sampler
 
 
-def test_mistakes_name_the_flag():
+def test_mistakes_name_the_flag(capsys):
     with pytest.raises(ValueError, match="--what"):
         stage_throughput.parse(["--data_path", "x.jsonl"])
-    with pytest.raises(ValueError, match="--rounds 0"):
+    with pytest.raises(SystemExit):
         stage_throughput.parse(["--rounds", "0"])
+    assert "--rounds: 0 is less than 1" in capsys.readouterr().err
 
 
 # --- throughput ------------------------------------------------------------------------------------------------------
