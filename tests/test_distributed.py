@@ -168,27 +168,34 @@ def test_one_process_needs_no_group():
     assert gather_objects("this", ALONE) == ["this"]
 
 
-@pytest.mark.parametrize("same", [True, False])
-def test_processes_of_different_runs_are_refused_and_other_folders_are_not(launcher, tmp_path, texts, same):
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({}, ()),
+        (
+            {"learning_rate": 1, "accumulation_steps": 2, "resume": True, "hidden_size": 64, "num_hidden_layers": 3},
+            ("--learning_rate is 0.002 in process 0, 1.0 in 1", "--accumulation_steps is 1", "--resume is False",
+             "--hidden_size is 32", "--num_hidden_layers is 2", "the result is pretrain_32.pth"),
+        ),
+        ({"data_path": "OTHER"}, ("documents is 48 in process 0, 47 in 1",)),
+        ({"valid_path": "OTHER"}, ("held-out documents is 48 in process 0, 47 in 1",)),
+        ({"valid_path": ""}, ("--valid_path is True in process 0, False in 1",)),
+    ],
+    ids=["the same", "flags", "data", "held-out data", "no held-out data"],
+)  # fmt: skip
+def test_processes_of_different_runs_are_refused_and_other_folders_are_not(launcher, tmp_path, texts, flags, said):
     """All name what differs. Each machine may have its own disk, and workers as it likes."""
-    lines = []
+    other, lines = write_data("pretrain", tmp_path / "other.jsonl", count=47), []
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
-        data = shutil.copy(texts, tmp_path / str(rank))
-        more = {} if same or not rank else {"learning_rate": 1, "accumulation_steps": 2, "resume": True}
-        if more:
-            data = write_data("pretrain", tmp_path / "other.jsonl", count=47)
-        lines.append(tiny_flags(tmp_path / str(rank) / "out", data, max_steps=1, num_workers=rank, **more))
-    first, second = launcher.start_ranks(2, "train_pretrain", lines)
-    assert [first.wait(), second.wait()] == [0 if same else 1] * 2, first.output + second.output
-    for child in () if same else (first, second):
-        for said in (
-            "--learning_rate is 0.002 in process 0, 1.0 in 1",
-            "--accumulation_steps is 1",
-            "--resume is False",
-        ):
-            assert said in child.output, child.output
-        assert "; documents is 48 in process 0, 47 in 1" in child.output and "Traceback" not in child.output
+        own = {"data_path": shutil.copy(texts, tmp_path / str(rank)), "valid_path": texts, "num_workers": rank}
+        own |= {name: other if value == "OTHER" else value for name, value in flags.items() if rank}
+        line = {name: value for name, value in own.items() if value != ""}
+        lines.append(tiny_flags(tmp_path / str(rank) / "out", line.pop("data_path"), max_steps=1, **line))
+    children = launcher.start_ranks(2, "train_pretrain", lines)
+    assert [child.wait() for child in children] == [bool(said)] * 2, children[0].output + children[1].output
+    for child in children:
+        assert all(text in child.output for text in said) and "Traceback" not in child.output, child.output
 
 
 # --- signals ---------------------------------------------------------------------------------------------------------

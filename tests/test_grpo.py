@@ -466,12 +466,11 @@ def test_only_an_answers_own_turns_count_against_the_calls(tokenizer, tmp_path, 
 
 
 def test_max_steps_shortens_a_run_and_never_lengthens_it(tokenizer, tmp_path):
-    """Of all epochs, which follow each other without a gap, only the last step takes prompts of one more."""
     path = write_jsonl(tmp_path / "p.jsonl", [{"conversations": QUESTION[1:], "answer": "391"}] * 3)
     args = {"reward": "number", "skip_bad_lines": False, "max_new_tokens": 9, "max_seq_len": 99, "temperature": 1.0}
-    args |= {"group_size": 2, "batch_size": 1, "epochs": 2, "max_record_bytes": 1 << 20}
-    for max_steps, prompts, total in ((0, 1, 6), (4, 1, 4), (9, 1, 6), (0, 2, 3), (0, 4, 2)):
-        flags = argparse.Namespace(**args, max_steps=max_steps, prompts_per_step=prompts)
+    args |= {"prompts_per_step": 1, "group_size": 2, "batch_size": 1, "epochs": 2, "max_record_bytes": 1 << 20}
+    for max_steps, total in ((0, 6), (4, 4), (9, 6)):
+        flags = argparse.Namespace(**args, max_steps=max_steps)
         assert rollouts.Sampler(path, flags, tokenizer, None).total_steps == total
 
 

@@ -35,10 +35,19 @@ from model.weights import (
     write_atomically,
 )
 from trainer.arguments import FREE_ON_RESUME
-from trainer.distributed import Process, barrier, gather_objects, share_from_main
+from trainer.distributed import Process, barrier, gather_objects, refuse_differing, share_from_main
 from trainer.training import Training
 
-SHARED_BY_PROCESSES = ("resume", "batch_size", "accumulation_steps", "save_interval", "eval_interval")
+# these too, though free on --resume, must be the same in all processes
+SHARED = {
+    "resume",
+    "batch_size",
+    "accumulation_steps",
+    "save_interval",
+    "eval_interval",
+    "sample_prompt",
+    "eval_samples",
+}
 LOCK_SECONDS = 8  # loader workers of a killed run hold its lock until they notice, within five seconds
 
 
@@ -76,8 +85,12 @@ def resume_path(weights: Path, args: argparse.Namespace) -> Path:
 def claim(weights: Path, args: argparse.Namespace, process: Process) -> Path:
     """Lock `weights` until this process ends, and return it.
 
-    Raises WeightsError, in all processes alike, if another run writes it, or if an unfinished run would be lost.
+    Raises ValueError, in all processes alike, if they were started with different flags, if another run writes it, or
+    if an unfinished run would be lost.
     """
+    deciding = [name for name in vars(args) if name in SHARED or not (name in FREE_ON_RESUME or name.endswith("_path"))]
+    facts = {f"--{name}": getattr(args, name) for name in deciding}
+    refuse_differing(facts | {"--valid_path": bool(args.valid_path), "the result": weights.name}, process)
     state, mistake = resume_path(weights, args), ""
     if process.is_main:
         try:
@@ -189,8 +202,8 @@ class Checkpoint:
         self.saved_step, self._saved_at, self._save_seconds = 0, time.monotonic(), 0.0
         hashes = {name: file_sha256(path) for name, path in frozen.items()}
         self.identity = {"tokenizer": tokenizer.sha256, **data.fingerprint(), **hashes}
-        self.decisive = {f"--{name}": value for name, value in result_flags(args).items()} | self.identity
-        self._refuse_another_run()
+        # weights that are trained on in their own file are no base, and that may differ by machine
+        refuse_differing(self.identity, process)
         self.state = self._load()
 
     def restore(self, training: Training, fresh: str = "") -> Progress:
@@ -220,17 +233,6 @@ class Checkpoint:
         self.process.say(f"--resume: {self.path} is at step {progress.step}; {done}")
         return progress
 
-    def _refuse_another_run(self) -> None:
-        """Raise ValueError, in all processes alike, if one of them was started for another run."""
-        flags = {f"--{name}": getattr(self.args, name) for name in SHARED_BY_PROCESSES}
-        first, *others = gather_objects({"stage": self.stage} | flags | self.decisive, self.process)
-        for rank, other in enumerate(others, 1):
-            # not what only one has: weights trained on in their own file are no base, and that may differ by machine
-            differing = [name for name in sorted(first.keys() & other.keys()) if first[name] != other[name]]
-            if differing:
-                listed = [f"{name} is {first[name]} in process 0, {other[name]} in {rank}" for name in differing]
-                raise ValueError(f"all processes must be started for the same run: {'; '.join(listed)}")
-
     def _load(self) -> dict | None:
         """Return the state to resume from, checked against this run's flags and data; None if there is none."""
         if not self.args.resume:
@@ -241,7 +243,10 @@ class Checkpoint:
             return None
         if isinstance(state, ValueError):
             raise state
-        ranks, now = state["ranks"], self.decisive
+        ranks, now = (
+            state["ranks"],
+            {f"--{name}": value for name, value in result_flags(self.args).items()} | self.identity,
+        )
         # a flag that the saved run did not know yet had its default; older states lack some of the identity
         was = {name: value for name, value in now.items() if name.removeprefix("--") not in self.args.changed}
         saved = {f"--{name}": value for name, value in state["flags"].items() if name not in FREE_ON_RESUME}

@@ -172,6 +172,16 @@ def gather_objects(value: object, process: Process) -> list:
     return values
 
 
+def refuse_differing(facts: dict, process: Process) -> None:
+    """Raise ValueError, in all processes alike, if facts that they must share differ: they are of different runs."""
+    first, *others = gather_objects(facts, process)
+    for rank, other in enumerate(others, 1):
+        differing = [name for name in sorted(first.keys() & other.keys()) if first[name] != other[name]]
+        if differing:
+            listed = [f"{name} is {first[name]} in process 0, {other[name]} in {rank}" for name in differing]
+            raise ValueError(f"all processes must be started for the same run: {'; '.join(listed)}")
+
+
 def share_from_main(value: Any, process: Process) -> Any:
     """Return the main process's value on every process."""
     values = [value]

@@ -10,7 +10,7 @@ from torch import nn
 from dataset.tokenization import ChatTokenizer
 from model.device import where_float64_is
 from model.generation import SamplingParams, stream
-from trainer.distributed import Process, sum_over_ranks
+from trainer.distributed import Process, refuse_differing, sum_over_ranks
 from trainer.loader import PackedData
 from trainer.logger import Logger
 from trainer.optimization import Precision
@@ -63,6 +63,8 @@ class Evaluator:
     def __init__(self, args: argparse.Namespace, kind: str, tokenizer: ChatTokenizer, process: Process):
         self.tokenizer, self.process = tokenizer, process
         self.data = PackedData(args, kind, tokenizer, process, args.valid_path) if args.valid_path else None
+        if self.data is not None:
+            refuse_differing({f"held-out {name}": value for name, value in self.data.fingerprint().items()}, process)
         self.prompt, self.prompt_ids = args.sample_prompt, []
         if args.sample_prompt and kind == "pretrain":
             self.prompt_ids = tokenizer.encode_beginning(args.sample_prompt)

@@ -133,7 +133,7 @@ class PackedData:
 
     @property
     def total_steps(self) -> int:
-        return planned_steps(self.args, self.steps_per_epoch * self.args.epochs)
+        return planned_steps(self.args, self.steps_per_epoch)
 
     def facts(self) -> dict:
         """Return what the log says about the data, for --estimate. ..._per_step: means over an epoch."""
@@ -233,8 +233,9 @@ class PackedData:
             asked = time.perf_counter()
 
 
-def planned_steps(args: argparse.Namespace, total: int) -> int:
-    """Return the optimizer steps of a run: those of all epochs, `total`, or --max_steps if that is fewer."""
+def planned_steps(args: argparse.Namespace, steps_per_epoch: int) -> int:
+    """Return the optimizer steps of a run: those of all epochs, or --max_steps if that is fewer."""
+    total = steps_per_epoch * args.epochs
     return min(total, args.max_steps) if args.max_steps else total
 
 

@@ -112,7 +112,7 @@ class Sampler:
         self.passes, self.waited, self.notice = {}, 0.0, ""  # as PackedData has them, for the logger
         self.global_batch = args.prompts_per_step * args.group_size
         self.steps_per_epoch = -(-len(self.records) // args.prompts_per_step)
-        self.total_steps = planned_steps(args, -(-len(self.records) * args.epochs // args.prompts_per_step))
+        self.total_steps = planned_steps(args, self.steps_per_epoch)
         self.params = SamplingParams(
             args.temperature, max_new_tokens=args.max_new_tokens, stop_ids=(tokenizer.eos_id,), logprobs=0
         )

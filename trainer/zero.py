@@ -187,11 +187,11 @@ def save_shards(engine: nn.Module, folder: Path) -> None:
 
 
 def load_shards(engine: nn.Module, folder: Path) -> None:
-    """Load what save_shards wrote. Raises ValueError if it is damaged, FileNotFoundError if it is not all here."""
+    """Load what save_shards wrote. Raises ValueError if it is damaged or not all here."""
     if not any(folder.glob("zero/*_model_states.pt")):
-        raise FileNotFoundError(
-            f"{folder} lacks *_model_states.pt. Under ZeRO several machines need one --out_dir, on a disk that all "
-            "share: copy the first machine's folder here and resume again, or start again with --overwrite"
+        raise ValueError(
+            f"{folder} lacks *_model_states.pt, which is written by the first machine: with ZeRO several machines need "
+            "one --out_dir on a disk that all share, so copy the whole folder here and resume again"
         )
     try:
         engine.load_checkpoint(str(folder), tag="zero", load_module_strict=False)
