@@ -38,16 +38,9 @@ from trainer.arguments import FREE_ON_RESUME
 from trainer.distributed import Process, barrier, gather_objects, refuse_differing, share_from_main
 from trainer.training import Training
 
-# these too, though free on --resume, must be the same in all processes
-SHARED = {
-    "resume",
-    "batch_size",
-    "accumulation_steps",
-    "save_interval",
-    "eval_interval",
-    "sample_prompt",
-    "eval_samples",
-}
+SHARED = {  # these too, though free on --resume, must be the same in all processes
+    "resume", "batch_size", "accumulation_steps", "save_interval", "eval_interval", "eval_samples", "sample_prompt",
+}  # fmt: skip
 LOCK_SECONDS = 8  # loader workers of a killed run hold its lock until they notice, within five seconds
 
 
@@ -243,10 +236,8 @@ class Checkpoint:
             return None
         if isinstance(state, ValueError):
             raise state
-        ranks, now = (
-            state["ranks"],
-            {f"--{name}": value for name, value in result_flags(self.args).items()} | self.identity,
-        )
+        ranks, now = state["ranks"], self.identity.copy()
+        now |= {f"--{name}": value for name, value in result_flags(self.args).items()}
         # a flag that the saved run did not know yet had its default; older states lack some of the identity
         was = {name: value for name, value in now.items() if name.removeprefix("--") not in self.args.changed}
         saved = {f"--{name}": value for name, value in state["flags"].items() if name not in FREE_ON_RESUME}

@@ -54,7 +54,7 @@ class FrozenOutputs:
             open_or_build(self.folder, self._open, self._make, path.name)
             if not (self.folder / "complete.json").exists():  # an --estimate may have made it
                 with writing_errors(self.folder, path.name):
-                    self._take_space(self.folder)
+                    self._take_space(self.folder, made_now=False)
         barrier(process)
         try:
             self.arrays = self._open(self.folder)
@@ -84,12 +84,13 @@ class FrozenOutputs:
             np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape).flush()
         self._take_space(folder)
 
-    def _take_space(self, folder: Path) -> None:
+    def _take_space(self, folder: Path, made_now: bool = True) -> None:
         """Reserve the disk space: a sparse file on a disk that fills up would kill the process (SIGBUS)."""
         for name in self.shapes if self.reserve and hasattr(os, "posix_fallocate") else ():
-            path = folder / f"{name}.npy"
-            with open(path, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            with open(folder / f"{name}.npy", "r+b") as file:
+                found = os.fstat(file.fileno())
+                if made_now or found.st_blocks * 512 < found.st_size:
+                    os.posix_fallocate(file.fileno(), 0, found.st_size)
 
     @property
     def bytes(self) -> int:
