@@ -56,8 +56,11 @@ class ServerChat(TerminalChat):
         return names
 
     def _require(self, name: str, names: list[str]) -> None:
-        if name not in names:  # the server may know it without listing it; if not, its error says what there is
-            self.client.models.retrieve(name)
+        try:
+            if name not in names:  # the server may know it without listing it
+                self.client.models.retrieve(name)
+        except openai.NotFoundError as error:
+            raise ValueError(f"there is no model {name!r} here; there are: {', '.join(names)}") from error
 
     def answer(self, prompt: str) -> bool:
         text, display, finish_reason, interrupted = "", Display(), None, False

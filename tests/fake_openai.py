@@ -37,6 +37,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(401, {"error": {"message": "wrong key", "type": "invalid_request_error"}})
         if self.path != "/v1/models":
             self.server.paths.append(self.path)
+        if self.path.startswith("/v1/models/"):
+            return self.reply(404, {"detail": "Not Found"})
         if self.server.names is None:
             return self.reply(200, "<html>")
         self.reply(200, {"object": "list", "data": [{"id": name, "object": "model"} for name in self.server.names]})

@@ -177,6 +177,13 @@ def test_wrong_models_keys_and_flags(run, out_dir, monkeypatch, capsys):
     assert "3 is not an even number" in capsys.readouterr().err
 
 
+def test_a_wrong_model_of_another_server_gets_the_list_of_its_models(capsys):
+    with fake_openai() as server:
+        for address in (server.base_url, f"{server.base_url}/"):
+            assert chat_openai_api.main(["--base_url", address, "--model", "gpt-y"]) == 1
+            assert "there is no model 'gpt-y' here; there are: says, thinks" in capsys.readouterr().err
+
+
 def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(run, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
