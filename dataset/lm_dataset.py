@@ -229,7 +229,7 @@ def _turn(given: dict, where: str, before: str | None, unused: Counter, may_be_e
         name = name.strip().lower()
     role, content = ROLE_NAMES[name], given.get("content")
     if isinstance(content, list) and name != "function_call":
-        content = joined_parts(content, f'"content" {where}')
+        content = joined_parts(content, f'"content" {where}: ')
     if given.keys() == {"role", "content"} and name != "function_call" and isinstance(content, str) and content.strip():
         return {"role": role, "content": _text(content, f'"content" {where}')}  # nearly every turn, without a detour
     _count_unused(given, USED_KEYS[role], "turns", unused)
@@ -257,12 +257,12 @@ def _turn(given: dict, where: str, before: str | None, unused: Counter, may_be_e
     return {"role": role, "content": content or "", **more}
 
 
-def joined_parts(parts: list, name: str) -> str:
+def joined_parts(parts: list, place: str) -> str:
     """Return the text of a list of parts, a line for each, as the API server joins them."""
     for number, part in enumerate(parts, 1):
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, dict) else _type_name(part)
-            raise RecordError(f"{name}: part {number} is not text but {kind!r}; the model reads text only")
+            raise RecordError(f"{place}part {number} is not text but {kind!r}; the model reads text only")
     return "\n".join(part["text"] for part in parts)
 
 

@@ -7,7 +7,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -26,9 +26,14 @@ JSON_STYLE = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexibl
 VALUES = ("const", "enum", "default", "examples")  # their values are not schemas
 NAMED = ("properties", "$defs", "definitions")  # keys whose value maps names to schemas
 COMPOSED = {"anyOf", "oneOf", "not", "if", "$ref", "dependentSchemas", "patternProperties"}
+# keys that extend what stands in a composed one
+EXTENDING = COMPOSED | {
+    "properties", "additionalProperties", "required", "minProperties", "multipleOf", "items", "prefixItems",
+}  # fmt: skip
 # what llguidance compiles within about a second
 MOST_PROPERTIES = 2000
-MOST_MULTIPLE = 10_000
+MOST_MULTIPLES = 10_000
+Ready = Callable[[dict, bool | None], dict]  # (schema, strict) -> the schema to compile
 
 
 class Grammar:
@@ -63,7 +68,9 @@ def make_grammar(model: LoadedModel, body: ChatRequest) -> Callable[[], Grammar]
     for patterns in (True, False):  # which may be of kinds that llguidance does not know
         try:
             refuse_impossible(body, param)
-            matcher = _compile(tokenizer.json, tokenizer.eos_id, vocab_size, _source(body, tokenizer, patterns))
+            readies = [functools.partial(_ready, patterns=patterns, close=close) for close in (False, True)]
+            sources = dict.fromkeys(_source(body, tokenizer, ready) for ready in readies)
+            matchers = [_compile(tokenizer.json, tokenizer.eos_id, vocab_size, source) for source in sources]
         except RecursionError as error:
             raise ApiError(400, "the schema is nested too deeply", code="invalid_value") from error
         except ImportError as error:
@@ -71,22 +78,23 @@ def make_grammar(model: LoadedModel, body: ChatRequest) -> Callable[[], Grammar]
             raise unsupported(param, message) from error
         except (ValueError, TypeError, LookupError) as error:
             raise unsupported(param, f"{param}: llguidance cannot read this model's tokenizer: {error}") from error
-        if not matcher.is_error():
+        matcher = matchers[0]
+        if not matcher.is_error():  # as written: closed, branches of oneOf that overlap would seem to differ
+            matcher = matcher if matchers[-1].is_error() else matchers[-1]
             return lambda: Grammar(matcher.deep_copy(), param)
     message = re.split(r"<backtrace>|\n *1 \| start", matcher.get_error())[0]  # what follows shows the grammar
     message = " ".join(message.split()).rpartition("JSON schema: ")[2]
     raise ApiError(400, f"{param}: {message}", param, "invalid_value")
 
 
-def _source(body: ChatRequest, tokenizer: ChatTokenizer, patterns: bool) -> str:
-    """Return the grammar. patterns: False leaves them out of schemas that are not strict."""
+def _source(body: ChatRequest, tokenizer: ChatTokenizer, ready: Ready) -> str:
     tools, several = body.enforced_tools or body.functions, body.parallel_tool_calls is not False
     opening, closing = (_tag(tokenizer, tag) for tag in (ToolCallSplitter.OPEN, ToolCallSplitter.CLOSE))
-    named = "\ncalled: " + " | ".join(_call(function, patterns) for function in tools)
+    named = "\ncalled: " + " | ".join(_call(function, ready) for function in tools)
     call = f'call: {opening} "\\n" called "\\n" {closing}{named}'
     if body.enforced_tools:
         return f"start: call\n{call}"
-    answer = _answer(body, patterns)
+    answer = _answer(body, ready)
     if answer and tools:  # calls, or the answer
         more = ' ("\\n" call)*' if several else ""
         return f"start: call{more} | answer\n{call}\nanswer: {answer}"
@@ -102,14 +110,14 @@ def _source(body: ChatRequest, tokenizer: ChatTokenizer, patterns: bool) -> str:
     return f"start: {answer}"
 
 
-def _answer(body: ChatRequest, patterns: bool) -> str:
+def _answer(body: ChatRequest, ready: Ready) -> str:
     """Return the grammar of response_format; "" if the answer is free."""
     asked = body.response_format
     if not asked or asked.type == "text":
         return ""
     if asked.type == "json_object":
         return _json({"type": "object"})
-    return _json(_ready(asked.json_schema.definition, asked.json_schema.strict, patterns), asked.json_schema.strict)
+    return _json(ready(asked.json_schema.definition, asked.json_schema.strict), asked.json_schema.strict)
 
 
 def _json(schema: dict, strict: bool | None = False) -> str:
@@ -117,8 +125,10 @@ def _json(schema: dict, strict: bool | None = False) -> str:
     return f"%json {json.dumps(schema | {'x-guidance': JSON_STYLE | {'lenient': not strict}})}"
 
 
-def _ready(schema: dict, strict: bool | None, patterns: bool) -> dict:
-    return closed(schema if strict or patterns else _without_patterns(schema))
+def _ready(schema: dict, strict: bool | None, patterns: bool, close: bool) -> dict:
+    """Return the schema to compile. patterns: False leaves them out unless it is strict."""
+    schema = schema if strict or patterns else _without_patterns(schema)
+    return closed(schema) if close else schema
 
 
 def refuse_impossible(body: ChatRequest, param: str) -> None:
@@ -134,16 +144,19 @@ def refuse_impossible(body: ChatRequest, param: str) -> None:
     if count > MOST_PROPERTIES:
         message = f"{param}: the schema names {count} properties, and at most {MOST_PROPERTIES} are taken"
         raise ApiError(400, message, param, "invalid_value")
-    numbers = {each["multipleOf"] for each in objects if type(each.get("multipleOf")) in (int, float)}
-    steps = [Fraction(str(number)) for number in numbers if 0 < number < 2**32]  # llguidance refuses others
-    scale, multiple = math.lcm(*(step.denominator for step in steps)), 1
-    for step in steps:  # one number may have to obey several
-        multiple = math.lcm(multiple, int(step * scale))
-        if multiple > MOST_MULTIPLE and len(str(multiple).rstrip("0")) > 2:
-            message = (
-                f"{param}: multipleOf takes numbers up to {MOST_MULTIPLE}, and multiples of such as 10, 0.01 or 25000"
-            )
-            raise ApiError(400, message, param, "invalid_value")
+    numbers = [each["multipleOf"] for each in objects if type(each.get("multipleOf")) in (int, float)]
+    # llguidance refuses others
+    multiples = {Fraction(str(number)).numerator for number in numbers if 0 < number < 2**32}
+    if _extended(objects):  # one number may have to obey several
+        multiples = {math.lcm(*multiples)}
+    if sum(min(each, 1000) if len(str(each).rstrip("0")) <= 2 else each for each in multiples) > MOST_MULTIPLES:
+        message = f"{param}: the numbers of multipleOf add up to more than {MOST_MULTIPLES}, or have such a multiple"
+        raise ApiError(400, message, param, "invalid_value")
+
+
+def _extended(objects: Iterable[dict]) -> bool:
+    """Return whether schemas hold one that is put together, by allOf or next to keys of its own."""
+    return any("allOf" in each or (each.keys() & COMPOSED and len(each.keys() & EXTENDING) > 1) for each in objects)
 
 
 def _objects(value: Any) -> Iterator[dict]:
@@ -160,10 +173,10 @@ def _tag(tokenizer: ChatTokenizer, tag: str) -> str:
     return f"<[{ids[0]}]>" if len(ids) == 1 else json.dumps(tag)
 
 
-def _call(function: Function, patterns: bool) -> str:
+def _call(function: Function, ready: Ready) -> str:
     """Return the grammar of a call's JSON."""
     own = {key: value for key, value in (function.parameters or {}).items() if key != "$id"}
-    arguments = json.dumps(_ready(own | {"type": "object"}, function.strict, patterns))
+    arguments = json.dumps(ready(own | {"type": "object"}, function.strict))
     # references count from the root of the whole schema, and an $id would make another root
     arguments = re.sub(r'("\$ref": "#)(?=[/"])', r"\1/properties/arguments", arguments)
     properties = {"name": {"const": function.name}, "arguments": json.loads(arguments)}
@@ -174,18 +187,17 @@ def _call(function: Function, patterns: bool) -> str:
 def closed(schema: dict) -> dict:
     """Let objects hold the properties that the schema names and no others, unless it says otherwise.
 
-    A small model invents more and more of them. A schema with an object that is put together, by allOf or next to its
-    own properties, stays as it is.
+    A small model invents more and more of them. A schema with an object that is put together stays as it is.
     """
-    together = any("allOf" in each or ("properties" in each and each.keys() & COMPOSED) for each in _objects(schema))
-    return schema if together else _each_schema(schema, _close)
+    return schema if _extended(_objects(schema)) else _each_schema(schema, _close)
 
 
 def _close(schema: dict) -> dict:
     names, required = schema.get("properties"), schema.get("required")
-    if isinstance(names, dict) and (not isinstance(required, list) or set(map(str, required)) <= names.keys()):
-        return {"additionalProperties": False} | schema
-    return schema
+    if not isinstance(names, dict) or "minProperties" in schema:
+        return schema
+    may_close = not isinstance(required, list) or set(map(str, required)) <= names.keys()
+    return {"additionalProperties": False} | schema if may_close else schema
 
 
 def _without_patterns(schema: dict) -> dict:

@@ -88,7 +88,7 @@ class Message(Part):
     @field_validator("content", mode="before")
     @classmethod
     def join_parts(cls, content: Any) -> Any:
-        return joined_parts(content, "content") if isinstance(content, list) else content
+        return joined_parts(content, "") if isinstance(content, list) else content
 
     @model_validator(mode="after")
     def has_content(self):
@@ -150,7 +150,7 @@ class Sampling(Part):
     stream_options: StreamOptions | None = None
     n: Annotated[Int, Field(ge=1, le=128)] | None = 1
     seed: Annotated[Int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Annotated[list[str], Field(fail_fast=True, max_length=4)] | None = None
+    stop: Annotated[list[str], Field(fail_fast=True)] | None = None
     max_tokens: Annotated[Length, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -169,7 +169,9 @@ class Sampling(Part):
 
     @field_validator("stop")
     @classmethod
-    def none_empty(cls, stop: list[str] | None) -> list[str] | None:
+    def few_and_not_empty(cls, stop: list[str] | None) -> list[str] | None:
+        if stop and len(stop) > 4:
+            raise ValueError(f"{len(stop)} stop strings, and at most 4 are taken")
         if stop and not all(stop):
             raise ValueError("an empty stop string ends every text before it begins")
         return stop
@@ -266,8 +268,9 @@ def parse(schema: type[Sampling], raw: bytes, max_messages: int = 1000) -> Sampl
         raise ApiError(400, f"the body is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ApiError(400, "the body must be a JSON object")
+    harmless = {"best_of": content.get("n") or 1, "modalities": ["text"]}
     for name, message in UNSUPPORTED.items():
-        if content.get(name) and content[name] not in (content.get("n", 1), ["text"]):  # which change nothing
+        if content.get(name) and content[name] != harmless.get(name):
             raise unsupported(name, f"{name}: {message}")
     if isinstance(content.get("messages"), list) and len(content["messages"]) > max_messages:
         message = f"{len(content['messages'])} messages, and at most {max_messages} are taken"

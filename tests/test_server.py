@@ -822,7 +822,7 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
         ({"messages": "hi"}, "messages", "list"),
         ({"messages": [{"role": "user"}]}, "messages.0", "needs content"),
         ({"messages": [{"role": "robot", "content": ""}]}, "messages.0.role", "'user'"),
-        ({"messages": IMAGE}, "messages.0.content", "text only"),
+        ({"messages": IMAGE}, "messages.0.content", "messages.0.content: part 1 is not text but 'image_url'"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, None, "surrogate"),
         ({"messages": [{"role": "user", "content": "word " * 9000}]}, "messages", "Input tokens exceed the configured"),
         ({"temperature": -1}, "temperature", "0"),
@@ -833,7 +833,7 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
         ({"seed": 2**70}, "seed", ""),
         ({"max_tokens": 0}, "max_tokens", "1"),
         ({"max_tokens": True}, "max_tokens", "integer"),
-        ({"stop": ["a"] * 5}, "stop", "at most 4"),
+        ({"stop": ["a"] * 5}, "stop", "5 stop strings, and at most 4"),
         ({"stop": ""}, "stop", "empty"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream"),
         ({"top_logprobs": 3}, "top_logprobs", "logprobs"),
@@ -841,6 +841,7 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
         ({"response_format": {"type": "xml"}}, "response_format.type", "'json_object'"),
         ({"response_format": {"type": "json_schema"}}, "response_format", "schema"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
+        ({"logit_bias": True}, "logit_bias", "not supported"),
         ({"tool_choice": "required"}, "tool_choice", "among tools"),
         ({"tools": [TOOL], "tool_choice": NO_TOOL}, "tool_choice", "among tools"),
         ({"tools": [TOOL] * 129}, "tools", "128"),
@@ -1001,6 +1002,11 @@ def test_unknown_fields_are_ignored(server):
     assert status == 200 and answer["choices"][0]["message"]["content"] == "hi"
 
 
+@pytest.mark.parametrize("change", [{"best_of": 1, "n": None}, {"best_of": 2, "n": 2}, {"modalities": ["text"]}])
+def test_unsupported_fields_are_taken_where_they_change_nothing(change):
+    parse(CompletionRequest, json.dumps({"model": "m", "prompt": "a"} | change).encode())
+
+
 def test_status_codes_of_wrong_places(server):
     valid = json.dumps({"model": ECHO, "messages": QUESTION}).encode()
     for path, body, headers, status in (
@@ -1151,8 +1157,20 @@ def test_objects_hold_only_what_the_schema_names():
         {"$defs": {"c": city}, "$ref": "#/$defs/c", "properties": {"b": {}}},
         city | {"required": ["name", "b"]},
         {"allOf": [city, city]},
+        {"$defs": {"c": city}, "$ref": "#/$defs/c", "required": ["b"]},
+        {"anyOf": [city, city], "additionalProperties": {"type": "string"}},
+        city | {"minProperties": 2},
     ):
         assert closed(open_schema) == open_schema
+
+
+def test_closing_objects_makes_no_branches_of_one_of_differ(server):
+    a, b = ({"type": "object", "properties": dict.fromkeys(names, {}), "required": [*names]} for names in ("a", "ab"))
+    with pytest.raises(ApiError, match="oneOf"):  # {"a": 1, "b": 2} is both
+        follower(server, response_format=json_schema({"oneOf": [a, b]}))
+    kinds = [{"type": "object", "properties": {"is": {"const": kind}}, "required": ["is"]} for kind in "ab"]
+    follows = follower(server, response_format=json_schema({"oneOf": kinds}))
+    assert follows('{"is": "b"}') and not follows('{"is": "b", "more": 1}')
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -1366,6 +1384,9 @@ def test_schemas_that_take_long_to_compile_are_refused_before(server, monkeypatc
         {"type": "integer", "multipleOf": 999_983},
         {"allOf": [{"type": "integer", "multipleOf": 97}, {"multipleOf": 0.7}, {"multipleOf": 211}]},
         {"type": "object", "properties": {f"p{i}": {} for i in range(3000)}},
+        {"type": "object", "properties": {f"p{i}": {"type": "integer", "multipleOf": 9900 + i} for i in range(9)}},
+        {"type": "object", "properties": {f"p{i}": {"type": "integer", "multipleOf": i * 10**6} for i in range(1, 99)}},
+        {"$defs": {"a": {"type": "integer", "multipleOf": 997}}, "$ref": "#/$defs/a", "multipleOf": 101},
     ):
         body = {"model": "minimind", "messages": QUESTION, "response_format": json_schema(schema)}
         status, _, answer = post(server, "/v1/chat/completions", json.dumps(body).encode())
@@ -1373,6 +1394,9 @@ def test_schemas_that_take_long_to_compile_are_refused_before(server, monkeypatc
     monkeypatch.undo()
     for step, number in ((0.01, "12.34"), (25_000, "75000"), (10**6, "3000000"), (997, "1994")):
         assert follower(server, response_format=json_schema({"type": "number", "multipleOf": step}))(number)
+    steps = {"price": {"type": "number", "multipleOf": 0.01}, "memory": {"type": "integer", "multipleOf": 128}}
+    follows = follower(server, response_format=json_schema({"type": "object", "properties": steps}))
+    assert follows('{"price": 2.75, "memory": 256}') and not follows('{"memory": 129}')
 
 
 def test_a_schema_that_compiles_holds_up_nobody_without_one(server, monkeypatch):
