@@ -78,11 +78,11 @@ def make_grammar(model: LoadedModel, body: ChatRequest) -> Callable[[], Grammar]
             raise unsupported(param, message) from error
         except (ValueError, TypeError, LookupError) as error:
             raise unsupported(param, f"{param}: llguidance cannot read this model's tokenizer: {error}") from error
-        matcher = matchers[0]
-        if not matcher.is_error():  # as written: closed, branches of oneOf that overlap would seem to differ
-            matcher = matcher if matchers[-1].is_error() else matchers[-1]
-            return lambda: Grammar(matcher.deep_copy(), param)
-    message = re.split(r"<backtrace>|\n *1 \| start", matcher.get_error())[0]  # what follows shows the grammar
+        held = [matcher for matcher in matchers if not matcher.is_error()]
+        # closed, branches of oneOf that overlap would seem to differ
+        if held and not ('"oneOf"' in "".join(sources) and matchers[0].is_error()):
+            return lambda: Grammar(held[-1].deep_copy(), param)
+    message = re.split(r"<backtrace>|\n *1 \| start", matchers[0].get_error())[0]  # what follows shows the grammar
     message = " ".join(message.split()).rpartition("JSON schema: ")[2]
     raise ApiError(400, f"{param}: {message}", param, "invalid_value")
 
@@ -194,10 +194,9 @@ def closed(schema: dict) -> dict:
 
 def _close(schema: dict) -> dict:
     names, required = schema.get("properties"), schema.get("required")
-    if not isinstance(names, dict) or "minProperties" in schema:
-        return schema
-    may_close = not isinstance(required, list) or set(map(str, required)) <= names.keys()
-    return {"additionalProperties": False} | schema if may_close else schema
+    if isinstance(names, dict) and (not isinstance(required, list) or set(map(str, required)) <= names.keys()):
+        return {"additionalProperties": False} | schema
+    return schema
 
 
 def _without_patterns(schema: dict) -> dict:

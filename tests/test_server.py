@@ -1159,9 +1159,17 @@ def test_objects_hold_only_what_the_schema_names():
         {"allOf": [city, city]},
         {"$defs": {"c": city}, "$ref": "#/$defs/c", "required": ["b"]},
         {"anyOf": [city, city], "additionalProperties": {"type": "string"}},
-        city | {"minProperties": 2},
     ):
         assert closed(open_schema) == open_schema
+
+
+@pytest.mark.parametrize("least, answer", [(1, '{"id": 1}'), (2, '{"x": 1, "y": 2}')])
+def test_objects_that_must_hold_more_than_the_schema_names_may_do_so(server, least, answer):
+    schema = {"type": "object", "properties": {"id": {"type": "integer"}}, "minProperties": least}
+    held = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    assert follower(server, response_format=held)(answer)
+    if least == 1:
+        assert follower(server, response_format=json_schema(schema))(answer)
 
 
 def test_closing_objects_makes_no_branches_of_one_of_differ(server):
