@@ -237,7 +237,7 @@ def test_every_script_sets_up_its_streams():
     for path in [ROOT / "eval_model.py", *ROOT.glob("scripts/*.py"), *ROOT.glob("trainer/*.py")]:
         text = path.read_text(encoding="utf-8")
         if re.search(r"\ndef main\(argv", text):
-            assert re.search(r"\n    set_up_streams\(\)|\n    run_script\(main", text), path
+            assert re.search(r"\n    set_up_streams\(\)|\n    run_script\(main|\n@entry_point\ndef main", text), path
 
 
 @pytest.mark.parametrize("beginning", ["import model.threads", "from model.streams import *; set_up_streams()"])
