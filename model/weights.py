@@ -353,6 +353,12 @@ def config_from_state_dict(
     return MiniMindConfig(**told)
 
 
+def heads_are_guessed(config: MiniMindConfig, sidecar: dict | None) -> bool:
+    """Tell whether nothing shows the number of heads, and it is not the presets' four query heads to a key head."""
+    known = (sidecar or {}).get("config") or config.qk_norm
+    return not known and config.num_attention_heads != 4 * config.num_key_value_heads
+
+
 def config_of_file(
     path: str | Path, state: dict[str, torch.Tensor], sidecar: dict | None, unseen: dict[str, Any] | None = None
 ) -> MiniMindConfig:
@@ -368,7 +374,7 @@ def config_of_file(
         rest = f"rms_norm_eps {config.rms_norm_eps:g}, rope_theta {config.rope_theta:g}"
         rest += f", {config.num_experts_per_tok} expert per token" * config.use_moe
         warnings.warn(f"{path} has no sidecar; its tensors say MiniMind-3, so it is read with {rest}", stacklevel=3)
-    elif config.num_attention_heads != 4 * config.num_key_value_heads and not unseen:
+    elif heads_are_guessed(config, sidecar) and not unseen:
         warnings.warn(
             f"{path} has no sidecar, and its tensors do not show the number of attention heads: "
             f"{config.num_attention_heads} assumed. A wrong number makes noise; name it with --num_attention_heads",

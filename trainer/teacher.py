@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from dataset.tokenization import ChatTokenizer
 from model.device import to_device
-from model.weights import load_model, sidecar_path
+from model.weights import heads_are_guessed, load_model, sidecar_path
 from trainer.checkpoint import config_fields, file_sha256
 from trainer.distributed import Process
 from trainer.frozen_outputs import FrozenOutputs
@@ -28,7 +28,7 @@ class Teacher:
         self.model, sidecar = load_model(path, tokenizer.sha256)
         config = self.model.config
         layers, vocab, heads = config.num_hidden_layers, config.vocab_size, config.num_attention_heads
-        if not (config.qk_norm or (sidecar or {}).get("config")) and heads != 4 * config.num_key_value_heads:
+        if heads_are_guessed(config, sidecar):
             raise ValueError(
                 f"the teacher {path} has no sidecar, and its tensors do not show the number of attention heads: write "
                 f'it into {sidecar_path(path)}, such as {{"config": {{"num_attention_heads": {heads}}}}}'
