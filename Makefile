@@ -41,12 +41,12 @@ speedrun: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/speedrun.py $(if $(SIZE),--size $(SIZE)) \
 		$(if $(STAGES),--stages $(STAGES)) $(if $(LAUNCHER),--launcher "$(LAUNCHER)") $(FLAGS)
 
-test: export OMP_NUM_THREADS = 1
+test test-all: export OMP_NUM_THREADS = 1
 test: $(VENV)/.installed-dev lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not full and not interop"
 
 test-all: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-interop: $(VENV)/.installed-dev
 	CMAKE_ARGS=-DGGML_NATIVE=OFF $(PIP) -r requirements-interop.txt
