@@ -100,7 +100,7 @@ class Runs:
     def run(self, name, **flags):
         """The float32 weights at the end."""
         weights = self.folder / f"{name}.float32"
-        self.launcher.run(
+        self.printed = self.launcher.run(
             self.stage.script, self.line(name, **flags), 2, SECONDS, env={"WEIGHTS": str(weights)},
             patches=[keep_float32, norm_in_float64],
         )  # fmt: skip
@@ -136,6 +136,7 @@ def test_zero_killed_and_resumed_trains_as_ddp(launcher, tmp_path, inputs):
     (shards,) = (tmp_path / "zero/resume/full_sft_32.shards").iterdir()
     assert shards.name.startswith("step-3-")
     weights = runs.run("zero", zero_stage=2, save_interval=3, resume=True)
+    assert "is at step 3; going on" in runs.printed
     assert relative_error(weights, expected) < 1e-4
     assert_same_log(read_log(tmp_path / "zero", runs.name)[-5:], read_log(tmp_path / "ddp", runs.name))
     halves = [torch.load(tmp_path / name / "full_sft_32.pth", weights_only=True) for name in ("zero", "ddp")]
@@ -180,6 +181,7 @@ def test_killed_and_resumed_ends_as_if_uninterrupted(
     expected = runs.run("whole", **flags)
     runs.kill("parts", **flags)
     assert relative_error(runs.run("parts", resume=True, **flags), expected) < 1e-4
+    assert "is at step 3; going on" in runs.printed
 
 
 @needs_deepspeed

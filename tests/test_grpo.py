@@ -547,6 +547,19 @@ def test_two_processes_train_as_one(launcher, start, tmp_path, use_moe):
         assert ours["reward"] == pytest.approx(theirs["reward"])
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("flag", ["data_path", "valid_path"])
+def test_processes_with_other_prompts_are_refused(launcher, start, tmp_path, flag):
+    lines, other = (start / "prompts.jsonl").read_text().splitlines(keepends=True), tmp_path / "other.jsonl"
+    other.write_text("".join(lines[1:]))
+    flags = {"valid_path": start / "prompts.jsonl"}
+    commands = [grpo_flags(start, tmp_path / "0", **flags), grpo_flags(start, tmp_path / "1", **flags | {flag: other})]
+    children = launcher.start_ranks(2, "train_grpo", commands)
+    assert [child.wait() for child in children] == [1, 1]
+    for child in children:
+        assert f"prompts is {len(lines)} in process 0, {len(lines) - 1} in 1" in child.output, child.output
+
+
 @pytest.mark.parametrize(
     ("line", "flags", "message"),
     [

@@ -35,7 +35,7 @@ from dataset.tokenization import ChatTokenizer
 from dataset.tools import call_tool, offered_tools, unknown_tools
 from model.batching import Engine
 from model.sampling import SamplingParams
-from trainer.distributed import Process, StopRequest, gather_objects, sum_over_ranks
+from trainer.distributed import Process, StopRequest, gather_objects, refuse_differing, sum_over_ranks
 from trainer.loader import planned_steps, plural, refuse_vast
 from trainer.logger import Logger
 from trainer.rewards import build_rewards, score_answer
@@ -94,7 +94,8 @@ class Sampler:
     def __init__(self, path: Path, args: argparse.Namespace, tokenizer: ChatTokenizer, process: Process):
         """Read the prompts.
 
-        Raises ValueError if a line is not a prompt with an answer (unless --skip_bad_lines), or is too long.
+        Raises ValueError if a line is not a prompt with an answer (unless --skip_bad_lines), or is too long, and in all
+        processes alike if they read different prompts.
         """
         self.path, self.args, self.process, self.tokenizer = path, args, process, tokenizer
         self.rewards = build_rewards(shlex.split(args.reward))
@@ -109,6 +110,7 @@ class Sampler:
                 f"needs --max_seq_len {needed}, not {args.max_seq_len}"
             )
         refuse_vast(args, ("prompts_per_step", "group_size", "batch_size"), path, len(self.records), "prompt")
+        refuse_differing(self.fingerprint(), process)
         self.passes, self.waited, self.notice = {}, 0.0, ""  # as PackedData has them, for the logger
         self.global_batch = args.prompts_per_step * args.group_size
         self.steps_per_epoch = -(-len(self.records) // args.prompts_per_step)
