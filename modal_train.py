@@ -164,7 +164,13 @@ def sync(volume: str, action: str) -> None:
 
 def newest_save() -> int:
     """Return when a resume state was last replaced, in nanoseconds; 0 if there is none."""
-    return max((path.stat().st_mtime_ns for path in (VOLUME / "out").rglob("*.resume")), default=0)
+    newest = 0
+    for folder, _, names in os.walk(VOLUME / "out"):  # unlike rglob it bears folders that the stage renames meanwhile
+        for name in names:
+            if name.endswith(".resume"):
+                with contextlib.suppress(FileNotFoundError):
+                    newest = max(newest, os.stat(os.path.join(folder, name)).st_mtime_ns)
+    return newest
 
 
 def launcher(gpus: int) -> list[str]:

@@ -26,7 +26,6 @@ from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import save_weights
 
 ROOT = Path(__file__).resolve().parents[1]
-MAIN = sys.modules["__main__"]
 # what a developer has set for other programs; the tests' own servers are on this machine
 for name in ("MINIMIND_API_KEY", "OPENAI_API_KEY", "WANDB_MODE", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
     os.environ.pop(name, None)
@@ -390,6 +389,7 @@ class Child:
 
     def __init__(self, process: multiprocessing.Process, printed: Path):
         self.process, self.printed = process, printed
+        self.pid, self.status = process.pid, None
 
     @property
     def output(self) -> str:
@@ -397,25 +397,31 @@ class Child:
 
     def wait(self, seconds: float = 120) -> int:
         """Exit status, as a shell would see it from python: 1 after a message, negative when killed by a signal."""
-        self.process.join(seconds)
-        if self.process.is_alive():
-            self.signal(signal.SIGABRT)  # prints where it hangs
-            self.process.join()
-            raise AssertionError(f"still running after {seconds} s:\n{self.output}")
-        return self.process.exitcode
+        if self.status is None:
+            self.process.join(seconds)
+            if self.process.is_alive():
+                self.signal(signal.SIGABRT)  # prints where it hangs
+                self.process.join()
+                raise AssertionError(f"still running after {seconds} s:\n{self.output}")
+            self.status = self.process.exitcode
+            self.process.close()  # else its pipes stay open, and a session starts more children than may be open
+        return self.status
+
+    def is_alive(self) -> bool:
+        return self.status is None and self.process.is_alive()
 
     def wait_for(self, text: str, seconds: float = 60) -> None:
         """Until the text is printed."""
         end = time.monotonic() + seconds
         while text not in self.output:
-            alive = self.process.is_alive()
+            alive = self.is_alive()
             assert alive or text in self.output, f"ended without printing {text!r}:\n{self.output}"
             assert time.monotonic() < end, f"{text!r} was not printed in {seconds} s:\n{self.output}"
             time.sleep(0.01)
 
     def signal(self, number: int, group: bool = False) -> None:
         with contextlib.suppress(ProcessLookupError):  # it may be through already
-            (os.killpg if group else os.kill)(self.process.pid, number)
+            (os.killpg if group else os.kill)(self.pid, number)
 
 
 def _run_in_child(script: str, flags: list[str], env: dict, printed: Path, patches: list) -> None:
@@ -462,7 +468,6 @@ class Launcher:
         """patches: functions of this file or of a test file, called with the script's module before its main."""
         printed = self.folder / f"{len(self.children)}.txt"
         arguments = (script, flags, env or {}, printed, list(patches))
-        sys.modules["__main__"] = MAIN  # children import it too, and Streamlit's tests put their page there
         process = self.context.Process(target=_run_in_child, args=arguments)
         process.start()
         self.children.append(Child(process, printed))
@@ -496,8 +501,8 @@ def launcher(tmp_path_factory) -> Iterator[Launcher]:
     launcher = Launcher(tmp_path_factory.mktemp("printed"))
     yield launcher
     for child in launcher.children:  # what a test that failed left behind
-        if child.process.is_alive():
-            child.process.kill()
+        if child.is_alive():
+            child.signal(signal.SIGKILL)
 
 
 def run_python(*arguments: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:

@@ -111,9 +111,7 @@ class Runs:
             2, self.stage.script, self.line(name, **flags), env={"WEIGHTS": str(self.folder / "unused")},
             patches=[keep_float32, killed_at_step_4],
         )  # fmt: skip
-        for child in children:
-            child.wait(SECONDS)
-        assert -signal.SIGKILL in [child.process.exitcode for child in children], children[0].output
+        assert -signal.SIGKILL in [child.wait(SECONDS) for child in children], children[0].output
 
 
 def assert_same_log(ours, theirs, tolerance: float = 1e-4) -> None:

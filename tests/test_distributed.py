@@ -73,7 +73,7 @@ def check_split(launcher, folder, stage, split, whole, tolerance, **flags):
     assert len(gradients) == len(expected_gradients) == 5
     # later gradients and losses are taken at weights that differ by rounding; where that is the bfloat16 of Muon, a
     # token near the border between two experts may go to the other one
-    later = 5e-2 if (stage, flags.get("optimizer"), flags.get("use_moe")) == (DPO, "muon", True) else tolerance
+    later = 5e-2 if flags.get("optimizer") == "muon" and flags.get("use_moe") else tolerance
     for step, (ours, theirs) in enumerate(zip(gradients, expected_gradients, strict=True)):
         assert relative_error(ours, theirs) < (1e-6 if step == 0 else later), f"gradients of step {step}"
     assert relative_error(weights, expected_weights) < tolerance

@@ -196,6 +196,7 @@ def test_activations_are_those_that_the_compiled_forward_of_a_gpu_keeps(use_moe,
         raise Traced
 
     as_on_cuda(monkeypatch)
+    torch._dynamo.reset()  # forget what other tests compiled of the same code
     config = MiniMindConfig(hidden_size=256, num_hidden_layers=3, use_moe=use_moe)
     model, (rows, seq) = MiniMindForCausalLM(config), (8, 512)
     ids = torch.zeros(rows, seq, dtype=torch.int64)

@@ -28,9 +28,11 @@ from conftest import (
 from dataset.text_stream import ToolCall
 from model.model_lora import apply_lora, lora_layers
 from trainer import estimate, rollouts, train_grpo
+from trainer.distributed import Process
 from trainer.rewards import build_rewards, score_answer
 
 LOSSES = ("dr_grpo", "grpo", "cispo")
+ALONE = Process(0, 0, 1, torch.device("cpu"))
 
 
 def options(**given) -> argparse.Namespace:
@@ -170,7 +172,7 @@ def test_a_reward_of_a_file_with_a_space_in_its_name(tmp_path, tokenizer):
     prompts = write_jsonl(tmp_path / "p.jsonl", [{"conversations": [{"role": "user", "content": "?"}], "answer": "1"}])
     flags = ["--reward", "number", f"python:{path}:vowels", "--data_path", str(prompts), "--max_new_tokens", "4"]
     args = train_grpo.parse([*flags, "--device", "cpu", "--out_dir", str(tmp_path)])
-    sampler = rollouts.Sampler(prompts, args, tokenizer, None)
+    sampler = rollouts.Sampler(prompts, args, tokenizer, ALONE)
     assert [reward.name for reward in sampler.rewards] == ["number", "vowels"]
 
 
@@ -322,7 +324,7 @@ def test_a_run_killed_in_its_answers_leaves_nothing_behind(launcher, start, tmp_
     child = launcher.start("train_grpo", flags, patches=[killed])
     assert child.wait() == -signal.SIGKILL, child.output
     with pytest.raises(ProcessLookupError):
-        os.killpg(child.process.pid, 0)
+        os.killpg(child.pid, 0)
     left = {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*")}
     launcher.run("train_grpo", [*flags, "--resume"])
     assert left == {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*")}
@@ -436,7 +438,7 @@ def scripted_answer(tokenizer, tmp_path, monkeypatch, **flags):
     args = {"reward": "number", "skip_bad_lines": False, "max_new_tokens": 200, "max_seq_len": 700, "temperature": 1.0}
     args |= {"prompts_per_step": 1, "group_size": 2, "batch_size": 1, "epochs": 1, "max_steps": 0}
     args |= {"max_record_bytes": 1 << 20} | flags
-    sampler = rollouts.Sampler(path, argparse.Namespace(**args), tokenizer, None)
+    sampler = rollouts.Sampler(path, argparse.Namespace(**args), tokenizer, ALONE)
     engine = ScriptedEngine(tokenizer)
     monkeypatch.setattr(rollouts, "RolloutEngine", engine)
     (rollout,) = sampler._answers(None, [(0, 7)], sampler.params)
@@ -471,7 +473,7 @@ def test_max_steps_shortens_a_run_and_never_lengthens_it(tokenizer, tmp_path):
     args |= {"prompts_per_step": 1, "group_size": 2, "batch_size": 1, "epochs": 2, "max_record_bytes": 1 << 20}
     for max_steps, total in ((0, 6), (4, 4), (9, 6)):
         flags = argparse.Namespace(**args, max_steps=max_steps)
-        assert rollouts.Sampler(path, flags, tokenizer, None).total_steps == total
+        assert rollouts.Sampler(path, flags, tokenizer, ALONE).total_steps == total
 
 
 @pytest.mark.parametrize("missing", ["max_new_tokens", "max_seq_len"])

@@ -233,11 +233,26 @@ def test_saves_in_a_folder_of_out_are_seen_too(container):
     assert modal_train.newest_save() > 0
 
 
+def test_looking_for_saves_bears_folders_that_go_meanwhile(container, monkeypatch):
+    gone, listed = _folder(container.volume / "out" / "token_cache" / "plan.unfinished"), []
+    (_folder(container.volume / "out" / "resume") / "pretrain_32.resume").touch()
+    scan = os.scandir
+
+    def scan_as_one_goes(path):
+        listed.append(str(path))
+        if gone.is_dir() and str(path) == str(gone):
+            gone.rmdir()
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scan_as_one_goes)
+    assert modal_train.newest_save() > 0 and str(gone) in listed
+
+
 def test_preempted_it_saves_and_commits_before_it_goes(container, monkeypatch):
     wait = modal_train.time.sleep
 
     def preempted(seconds: float) -> None:
-        if not told and list((container.volume / "out").rglob("*.resume")):
+        if not told and modal_train.newest_save():
             told.append(True)
             raise KeyboardInterrupt
         wait(seconds)

@@ -503,7 +503,7 @@ def test_packed_loss_is_that_of_the_documents_one_by_one(tmp_path, tokenizer, st
         documents = one_by_one(path, tokenizer)
         num_targets = sum(label >= 0 for _, labels in documents for label in labels)
         tag_ids = torch.tensor([tokenizer.encode_contents([tag])[0][0] for tag in TAGS])
-        args = train_distillation.parse(["--alpha=0.3", "--temperature=2"])
+        args = train_distillation.parse(["--alpha=0.3", "--temperature=2", "--dtype=float32"])
         save_stage(tmp_path, "full_sft", tokenizer, sharp_model(seed=1, hidden_size=64))
         teacher_path = tmp_path / "full_sft_64.pth"
         teacher = Teacher(teacher_path, args, tokenizer, CPU)

@@ -180,8 +180,16 @@ def wait_until_answered(page) -> None:
 
 
 def choose(page, label: str, option: str) -> None:
-    page.get_by_role("combobox", name=label).click()
-    page.get_by_role("option", name=option, exact=True).click()
+    """Open the list again if the page closed it: a run of the script that ends late does."""
+    from playwright.sync_api import TimeoutError as TooLate
+
+    for attempts_left in reversed(range(10)):
+        page.get_by_role("combobox", name=label).click()
+        try:
+            return page.get_by_role("option", name=option, exact=True).click(timeout=10_000)
+        except TooLate:
+            if not attempts_left:
+                raise
 
 
 def set_longest_answer(page, key: str) -> None:

@@ -1,6 +1,7 @@
 """The web page without a browser: Streamlit's AppTest runs it, with tiny models and a server of the tests' own."""
 
 import json
+import sys
 import threading
 import time
 
@@ -56,6 +57,8 @@ def open_page(monkeypatch, tmp_path):
             "max_new_tokens": 512,
         }
         monkeypatch.setenv("MINIMIND_WEB_FLAGS", json.dumps(values | flags))
+        # AppTest leaves the page as the main module, which every worker process of a later test would import
+        monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
         app = AppTest.from_file(str(ROOT / "scripts" / "web_page.py"), default_timeout=180)
         for key, value in (query or {}).items():
             app.query_params[key] = value

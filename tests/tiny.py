@@ -76,7 +76,7 @@ def python(words: list[str]) -> int:
     if name == "quickstart.py":
         return subprocess.run([sys.executable, "-c", QUICKSTART]).returncode
     if name == "serve_openai_api.py":
-        return background([sys.executable, *words], HEALTH[name])
+        return background([sys.executable, *words, "--max_seq_len", "512"], HEALTH[name])  # room for the sample's tools
     if name == "take_screenshots.py" and not shutil.which("chromium"):
         return 0
     return subprocess.run([sys.executable, *with_sizes(words)], input="你好\n", encoding="utf-8").returncode
