@@ -46,7 +46,7 @@ test: $(VENV)/.installed-dev lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not full and not interop"
 
 test-all: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-interop: $(VENV)/.installed-dev
 	CMAKE_ARGS=-DGGML_NATIVE=OFF $(PIP) -r requirements-interop.txt
