@@ -169,4 +169,5 @@ def test_the_loss_curves_of_one_state_are_identical_and_a_nudge_moves_them(capsy
     assert len(lines) == 4 * len(loss_curves.STAGES) and verdict == "all curves are identical"
     assert all(": identical; before, nudged:" in line for line in lines)
     # bfloat16 may round the nudge of an adapter away
-    assert all("nudged: 0.0e+00" not in line or "bfloat16" in line for line in lines)
+    rounded = [line for line in lines if "nudged: 0.0e+00" in line]
+    assert all(line.startswith("lora") and "bfloat16" in line for line in rounded)

@@ -73,7 +73,9 @@ def check_split(launcher, folder, stage, split, whole, tolerance, **flags):
     assert len(gradients) == len(expected_gradients) == 5
     # later gradients and losses are taken at weights that differ by rounding; where that is the bfloat16 of Muon, a
     # token near the border between two experts may go to the other one
-    later = 5e-2 if flags.get("optimizer") == "muon" and flags.get("use_moe") else tolerance
+    later = tolerance
+    if flags.get("optimizer") == "muon" and flags.get("use_moe"):
+        later = 5e-2 if stage == DPO else 2e-2
     for step, (ours, theirs) in enumerate(zip(gradients, expected_gradients, strict=True)):
         assert relative_error(ours, theirs) < (1e-6 if step == 0 else later), f"gradients of step {step}"
     assert relative_error(weights, expected_weights) < tolerance
@@ -178,8 +180,10 @@ def test_one_process_needs_no_group():
              "--hidden_size is 32", "--num_hidden_layers is 2", "the result is pretrain_32.pth"),
         ),
         pytest.param({"data_path": "OTHER"}, ("documents is 48 in process 0, 47 in 1",), marks=pytest.mark.full),
-        pytest.param({"valid_path": "OTHER"}, ("held-out documents is 48 in process 0",), marks=pytest.mark.full),
-        pytest.param({"valid_path": ""}, ("--valid_path is True in process 0",), marks=pytest.mark.full),
+        pytest.param(
+            {"valid_path": "OTHER"}, ("held-out documents is 48 in process 0, 47 in 1",), marks=pytest.mark.full
+        ),
+        pytest.param({"valid_path": ""}, ("--valid_path is True in process 0, False in 1",), marks=pytest.mark.full),
     ],
     ids=["the same", "flags", "data", "held-out data", "no held-out data"],
 )  # fmt: skip
